@@ -1,0 +1,1 @@
+"""Efficient transformers in JAX: attention variants and structured weights in one shared transformer."""

@@ -1,0 +1,56 @@
+"""Mixer: the contract that every token mixer keeps."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_tx.numerics.random import dropout, example_keys, fold
+
+
+class Mixer(nnx.Module):
+    """Mixes the tokens of a sequence: everything between the residual branches of a block.
+
+    A subclass writes `mix`; what it cannot do (`causal`, `positions`, no `max_len`) it refuses in its constructor with
+    a ValueError. Modules hold parameters and nothing else.
+
+    Args:
+      features: width of the tokens, in and out.
+      dropout: rate of the dropout on the mixer's output.
+      causal: token i may depend on tokens j ≤ i only.
+      positions: None, "rope" or "rope2d": how queries and keys turn with their position.
+      max_len: the longest sequence, needed by variants with parameters tied to the length.
+    """
+
+    def __init__(
+        self, features: int, *, dropout: float = 0.0, causal: bool = False, positions: str | None = None,
+        max_len: int | None = None,
+    ):  # fmt: skip
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout is {dropout}: it must be at least 0 and below 1")
+        if positions not in (None, "rope", "rope2d"):
+            raise ValueError(f"positions is {positions!r} in a mixer: it must be None, 'rope' or 'rope2d'")
+        self.features = features
+        self.dropout = dropout
+        self.causal = causal
+        self.positions = positions
+        self.max_len = max_len
+
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None, key: jax.Array | None = None) -> jax.Array:
+        """Mixes `x` `[batch, length, features]`.
+
+        Args:
+          x: tokens.
+          mask: bool `[batch, length]`, True for real tokens; None means all are.
+          key: None at evaluation; in training one key per example `[batch]`, or one key, folded per row.
+
+        Returns:
+          `[batch, length, features]`, zero at masked positions.
+        """
+        keys = example_keys(key, x.shape[0])
+        out = self.mix(x, mask=mask, key=fold(keys, 0))
+        out = dropout(out, self.dropout, fold(keys, 1))
+        return out if mask is None else jnp.where(mask[..., None], out, 0)
+
+    def mix(self, x: jax.Array, *, mask: jax.Array | None, key: jax.Array | None) -> jax.Array:
+        """The variant itself, before dropout and the final masking; `key` is `[batch]` or None (evaluation)."""
+        raise NotImplementedError

@@ -1,0 +1,63 @@
+"""MultiHead: the token mixer made of projections, heads and one attention formula."""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_tx.attention.mixer import Mixer
+from efficient_tx.attention.rotary import rotate
+
+
+class MultiHead(Mixer):
+    """Projects tokens to heads, attends, projects back. A variant sets `projections` and writes `attend`.
+
+    Attributes:
+      projections: names of the linear layers, each features -> heads · head_dim; `attend` gets them in this order.
+      rotated: which of them turn with the position under `positions="rope"`.
+    """
+
+    projections: ClassVar[tuple[str, ...]] = ("q", "k", "v")
+    rotated: ClassVar[tuple[str, ...]] = ("q", "k")
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        heads: int,
+        head_dim: int | None = None,
+        linear: Callable = nnx.Linear,
+        dropout: float = 0.0,
+        causal: bool = False,
+        positions: str | None = None,
+        max_len: int | None = None,
+        dtype: jnp.dtype | None = None,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(features, dropout=dropout, causal=causal, positions=positions, max_len=max_len)
+        if head_dim is None and features % heads:
+            raise ValueError(f"{features} features do not divide into {heads} heads: give head_dim, or other sizes")
+        self.heads = heads
+        self.head_dim = head_dim or features // heads
+        inner = self.heads * self.head_dim
+        for name in self.projections:
+            setattr(self, name, linear(features, inner, dtype=dtype, rngs=rngs))
+        self.out = linear(inner, features, dtype=dtype, rngs=rngs)
+
+    def mix(self, x: jax.Array, *, mask: jax.Array | None, key: jax.Array | None) -> jax.Array:
+        split = (*x.shape[:2], self.heads, self.head_dim)
+        projected = {name: getattr(self, name)(x).reshape(split) for name in self.projections}
+        if self.positions:
+            for name in self.rotated:
+                projected[name] = rotate(projected[name], mask, layout=self.positions)
+        heads = self.attend(*projected.values(), mask=mask, key=key)
+        return self.out(heads.reshape(*x.shape[:2], -1))
+
+    def attend(self, *projected: jax.Array, mask: jax.Array | None, key: jax.Array | None) -> jax.Array:
+        """The variant's formula: `[batch, length, heads, head_dim]` each -> the same shape.
+
+        `mask` is bool `[batch, length]` or None, `key` one key per example `[batch]` or None (evaluation).
+        """
+        raise NotImplementedError

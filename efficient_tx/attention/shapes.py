@@ -1,0 +1,41 @@
+"""What the pure attention functions check and derive from their arguments, in one place."""
+
+import jax
+import jax.numpy as jnp
+
+
+def key_mask(mask: jax.Array | None, batch: int, length: int) -> jax.Array | None:
+    """The key mask as bool `[batch, length]`, from `[batch, length]` or `[batch, 1, 1, length]`; None stays None.
+
+    Raises:
+      ValueError: any other shape, in particular a full `[batch, heads, length, length]` mask.
+    """
+    if mask is None:
+        return None
+    if mask.ndim == 4 and mask.shape[1:3] == (1, 1):
+        mask = mask[:, 0, 0, :]
+    if mask.ndim != 2 or mask.shape[1] != length or mask.shape[0] not in (1, batch):
+        raise ValueError(
+            f"mask has shape {mask.shape}: pass the key mask [B, 1, 1, L] instead of make_attention_mask(m, m)"
+            f" (here ({batch}, 1, 1, {length}) or ({batch}, {length}))"
+        )
+    return jnp.broadcast_to(mask.astype(bool), (batch, length))
+
+
+def token_ranks(mask: jax.Array | None, batch: int, length: int) -> jax.Array:
+    """Each token's rank among the real tokens of its example, int32 `[batch, length]`; 0 before the first one."""
+    if mask is None:
+        return jnp.broadcast_to(jnp.arange(length), (batch, length))
+    return jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+
+
+def repeat_heads(x: jax.Array, heads: int, name: str) -> jax.Array:
+    """Grouped heads `[batch, length, groups, dim]` repeated to `[batch, length, heads, dim]`.
+
+    Raises:
+      ValueError: the number of query heads is no multiple of the number of groups.
+    """
+    groups = x.shape[2]
+    if heads % groups:
+        raise ValueError(f"{name} has {groups} heads: the {heads} query heads are no multiple of it")
+    return x if groups == heads else jnp.repeat(x, heads // groups, axis=2)

@@ -1,0 +1,72 @@
+"""Randomness for one example at a time: keys per example, dropout, sampling among real tokens.
+
+Every draw is made for a single example with the length axis leading, so that its first n rows do not depend on the
+padded length, on the other examples of the batch, or on how the batch is spread over devices.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def example_keys(key: jax.Array | None, batch: int) -> jax.Array | None:
+    """One key per example, `[batch]`: `key` itself when it is one already, else the scalar `key` folded per row.
+
+    Raises:
+      ValueError: `key` is neither a scalar nor `[batch]` typed keys (`jax.random.key`).
+    """
+    if key is None:
+        return None
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise ValueError(f"key has dtype {key.dtype}: pass typed keys, jax.random.key(seed), not raw uint32 ones")
+    if key.shape == ():
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+    if key.shape != (batch,):
+        raise ValueError(f"key has shape {key.shape}: pass one key, or one per example, ({batch},)")
+    return key
+
+
+def evaluation_keys(batch: int) -> jax.Array:
+    """The same fixed key for every example, `[batch]`: what sampling methods use at evaluation."""
+    return jnp.broadcast_to(jax.random.key(0), (batch,))
+
+
+def fold(keys: jax.Array | None, data: int) -> jax.Array | None:
+    """New keys `[batch]` for the use numbered `data`; None stays None."""
+    return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, data)
+
+
+def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
+    """Zeroes entries of `x` `[batch, length, ...]` with probability `rate` and scales the others by 1/(1 − rate).
+
+    `keys` are `[batch]`; None means evaluation and returns `x` itself. The rate is rounded to a multiple of 1/65536:
+    16 random bits an entry are half the work of 32 and the scale uses the rounded rate, so the mean stays exact.
+    """
+    if rate == 0.0 or keys is None:
+        return x
+    threshold = round(rate * 65536)
+    bits = jax.vmap(lambda key: jax.random.bits(key, x.shape[1:], jnp.uint16))(keys)
+    return jnp.where(bits >= threshold, x * (65536 / (65536 - threshold)), 0).astype(x.dtype)
+
+
+def sample_tokens(keys: jax.Array, mask: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """Uniform sample without replacement of `count` real tokens of each example.
+
+    The draw belongs to a token's rank among the real ones, so padding, wherever it stands, changes nothing.
+
+    Args:
+      keys: one key per example, `[batch]`.
+      mask: bool `[batch, length]`, True for real tokens.
+      count: how many; at most `length` are returned.
+
+    Returns:
+      Positions int32 `[batch, min(count, length)]`, and bool of the same shape: False where the example has fewer
+      real tokens than `count` (such entries name a padded position and must be masked by the caller).
+    """
+
+    def one(key, mask):
+        rank = jnp.maximum(jnp.cumsum(mask) - 1, 0)
+        score = jnp.where(mask, jax.random.uniform(key, mask.shape)[rank], -1.0)
+        score, position = jax.lax.top_k(score, min(count, mask.shape[0]))
+        return position, score >= 0.0
+
+    return jax.vmap(one)(keys, mask)

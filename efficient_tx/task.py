@@ -1,0 +1,52 @@
+"""Task and Batch: the only types that the data packages and the trainer share."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+Kind = Literal["tokens", "token_pairs", "image", "token_labels"]
+
+# Example: one unbatched item, {"inputs": int32 [length], "label": int}; `inputs2` beside it for pairs.
+Example = Mapping[str, Any]
+
+# Batch: {"inputs": int32 [B, max_len], "mask": bool [B, max_len], "label": int32, "weight": float32}; label and
+# weight are both [B], or both [B, max_len] for per-token labels. `inputs2` and `mask2` are there for pairs.
+# weight 0 marks what only fills up the batch (padding of an evaluation batch), so that it counts nowhere.
+Batch = dict[str, np.ndarray]
+
+
+class Source(Protocol):
+    """Random access to the examples of one split, unpadded. Item i is the same in every process and on every call."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A learning problem: three splits and what a model has to know of them.
+
+    Attributes:
+      train, validation, test: the splits, random-access sources of unpadded examples.
+      kind: what an example looks like, and so which model reads it.
+      num_classes: labels are integers in [0, num_classes).
+      vocab_size: token ids are integers in [0, vocab_size); id 0 is the padding. None for real-valued inputs.
+      max_len: the longest example; every batch is padded to it.
+      name: the task's short name, a column of the results ("listops").
+      source: where the data come from, in words ("generated, seed 0").
+      baselines: test accuracy of answers that a model has to beat, by name, computed on this very test split.
+    """
+
+    train: Source
+    validation: Source
+    test: Source
+    kind: Kind
+    num_classes: int
+    vocab_size: int | None
+    max_len: int
+    name: str
+    source: str
+    baselines: Mapping[str, float] = dataclasses.field(default_factory=dict)
