@@ -1,0 +1,13 @@
+"""Structured weights: drop-in replacements of `nnx.Linear`. Adding one is a file and a row of `LINEAR`."""
+
+from efficient_tx.linear.dense import Dense
+from efficient_tx.linear.low_rank import LowRank
+from efficient_tx.linear.monarch import Monarch, monarch
+
+LINEAR: dict[str, type] = {
+    "dense": Dense,
+    "low_rank": LowRank,
+    "monarch": Monarch,
+}
+
+__all__ = ["LINEAR", "Dense", "LowRank", "Monarch", "monarch"]

@@ -1,0 +1,38 @@
+"""LowRank: W = D U, a narrow layer between two dense ones.
+
+The best approximation of a given rank is the truncated singular value decomposition (Eckart and Young 1936).
+"""
+
+import jax.numpy as jnp
+
+from efficient_tx.linear.structured import Structured
+
+
+class LowRank(Structured):
+    """y = x D U, with D `[in_features, rank]` and U `[rank, out_features]`.
+
+    Args:
+      rank: of the weight, at most the smaller side; None is a quarter of the smaller side, which is half the
+        parameters of a square dense layer.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, rank: int | None = None, **common):
+        side = min(in_features, out_features)
+        if rank is not None and rank < 1:
+            raise ValueError(f"rank is {rank}: it must be at least 1")
+        self.rank = min(side, -(-side // 4) if rank is None else rank)
+        super().__init__(in_features, out_features, **common)
+
+    def factors(self):
+        return {
+            "down": ((self.in_features, self.rank), 1 / self.in_features),
+            "up": ((self.rank, self.out_features), 1 / self.rank),
+        }
+
+    def multiply(self, x, *, down, up):
+        return x @ down @ up
+
+    def fit(self, kernel):
+        u, s, v = jnp.linalg.svd(kernel, full_matrices=False)
+        root = jnp.sqrt(s[: self.rank])
+        return {"down": u[:, : self.rank] * root, "up": root[:, None] * v[: self.rank]}
