@@ -1,0 +1,193 @@
+"""Names to optimizers and learning-rate schedules: two tables over optax and optax.contrib."""
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Schedule = Callable[[jax.Array | int], jax.Array]
+
+
+def _warm(step, warmup):
+    """Linear warm-up: step / warmup, at most 1; no warm-up is 1 everywhere."""
+    return jnp.minimum(1.0, step / warmup) if warmup else jnp.ones_like(step, jnp.float32)
+
+
+def cosine(learning_rate: float, *, steps: int, warmup: int) -> Schedule:
+    """base · min(1, s/w) · ½(1 + cos π·max(0, s − w)/steps), the cosine of Long Range Arena (Tay et al., 2020,
+    2011.04006): the arc is `steps` long and starts after the warm-up, so it ends at s = steps + w."""
+
+    def schedule(step):
+        arc = jnp.clip((step - warmup) / steps, 0.0, 1.0)
+        return learning_rate * _warm(step, warmup) * 0.5 * (1 + jnp.cos(math.pi * arc))
+
+    return schedule
+
+
+def rsqrt(learning_rate: float, *, steps: int, warmup: int) -> Schedule:
+    """base · min(1, s/w) / √max(s, w), Long Range Arena's (Tay et al., 2020, 2011.04006); its peak is base / √w."""
+    return lambda step: learning_rate * _warm(step, warmup) / jnp.sqrt(jnp.maximum(step, max(warmup, 1)))
+
+
+def one_cycle(learning_rate: float, *, steps: int, warmup: int) -> Schedule:
+    """Two lines: base/25 at s = 0 up to base at s = w − 1, down to base/250,000 at s = steps − 1.
+
+    The 1cycle policy (Smith and Topin, 2018, 1708.07120) as torch's OneCycleLR(max_lr=base, total_steps=steps,
+    pct_start=w/steps, anneal_strategy="linear") counts it. By default torch's also moves Adam's b1 from 0.95 down to
+    0.85 and back, whatever b1 the optimizer was given; here `b1` is what the config says.
+    """
+    if warmup > steps:
+        raise ValueError(f"optimizer.warmup={warmup} is more than steps={steps}: one_cycle peaks within the run")
+    start, end, peak, last = learning_rate / 25, learning_rate / 25 / 1e4, warmup - 1, steps - 1
+
+    def schedule(step):
+        up = start + (learning_rate - start) * jnp.clip(step / max(peak, 1), 0.0, 1.0)
+        down = learning_rate + (end - learning_rate) * jnp.clip((step - peak) / max(last - peak, 1), 0.0, 1.0)
+        return jnp.where(step < peak, up, down)
+
+    return schedule
+
+
+def constant(learning_rate: float, *, steps: int, warmup: int) -> Schedule:
+    """base · min(1, s/w)."""
+    return lambda step: learning_rate * _warm(step, warmup)
+
+
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
+    "cosine": cosine,
+    "rsqrt": rsqrt,
+    "one_cycle": one_cycle,
+    "constant": constant,
+}
+
+
+def sgd(learning_rate: Schedule, *, b1: float, weight_decay: float) -> optax.GradientTransformation:
+    """Momentum `b1` (0 = none) and decoupled weight decay."""
+    return optax.chain(
+        optax.trace(decay=b1), optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(learning_rate)
+    )
+
+
+def muon(
+    learning_rate: Schedule, *, b1: float, b2: float, eps: float, weight_decay: float
+) -> optax.GradientTransformation:
+    """Muon (Jordan et al., 2024) for the matrices between input and output, adamw for everything else.
+
+    A matrix is a two-dimensional parameter called `kernel`, as in `nnx.Linear`, unless its path contains "head": the
+    output layer, embeddings, learnt positions, vectors and blocks of structured weights are adamw's. Updates have
+    adamw's root mean square (factor 0.2, Liu et al., 2025, 2502.16982), so both share one learning rate.
+    """
+
+    def dimension_numbers(params):
+        def one(path, param):
+            names = [str(getattr(entry, "key", "")) for entry in path]
+            matrix = param.ndim == 2 and "kernel" in names and "head" not in names
+            return optax.contrib.MuonDimensionNumbers() if matrix else None
+
+        return jax.tree_util.tree_map_with_path(one, params)
+
+    return optax.contrib.muon(
+        learning_rate,
+        beta=b1,
+        eps=eps,
+        weight_decay=weight_decay,
+        adam_b1=b1,
+        adam_b2=b2,
+        adam_weight_decay=weight_decay,
+        muon_weight_dimension_numbers=dimension_numbers,
+        consistent_rms=0.2,
+    )
+
+
+def prodigy(
+    learning_rate: Schedule, *, b1: float, b2: float, eps: float, weight_decay: float
+) -> optax.GradientTransformation:
+    """Prodigy (Mishchenko and Defazio, 2023, 2306.06101): finds the step size itself; learning_rate=1 is its choice."""
+    return optax.contrib.prodigy(
+        learning_rate, betas=(b1, b2), eps=eps, weight_decay=weight_decay, safeguard_warmup=True
+    )
+
+
+# Which of weight_decay, b1, b2 and eps an optimizer listens to is what its signature says.
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adam": optax.adam,
+    "adamw": optax.adamw,
+    "lion": optax.lion,
+    "sgd": sgd,
+    "muon": muon,
+    "schedule_free_adamw": optax.contrib.schedule_free_adamw,
+    "prodigy": prodigy,
+}
+
+
+def make_optimizer(
+    *,
+    steps: int,
+    name: str = "adamw",
+    learning_rate: float = 1e-3,
+    schedule: str = "cosine",
+    warmup: int = 1000,
+    weight_decay: float = 0.0,
+    clip: float = 1.0,
+    clip_by: str = "norm",
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+) -> tuple[optax.GradientTransformation, Schedule]:
+    """The optimizer, and its schedule: updates done before this one -> learning rate (float32).
+
+    Args:
+      steps: updates of the whole run, to which the schedule is fitted.
+      name: a key of OPTIMIZERS.
+      learning_rate: base of the schedule.
+      schedule: a key of SCHEDULES.
+      warmup: updates over which the learning rate rises linearly from 0; 0 = none.
+      weight_decay: each update also subtracts learning rate × weight_decay × parameter, from every parameter, as the
+        official Long Range Arena code, optax and torch do.
+      clip: largest global norm of the gradient, or largest absolute value of an entry; 0 = no clipping.
+      clip_by: "norm" or "value".
+      b1: decay of the first moment, or the momentum (sgd, muon, schedule_free_adamw's interpolation).
+      b2: decay of the second moment.
+      eps: added to the root of the second moment.
+
+    Raises:
+      ValueError: an unknown name, or an option that the chosen optimizer has no use for.
+    """
+    _check("name", name, OPTIMIZERS)
+    _check("schedule", schedule, SCHEDULES)
+    _check("clip_by", clip_by, ("norm", "value"))
+    options = {"weight_decay": weight_decay, "b1": b1, "b2": b2, "eps": eps}
+    known = inspect.signature(OPTIMIZERS[name]).parameters
+    defaults = inspect.signature(make_optimizer).parameters
+    for option, value in options.items():
+        if option not in known and value != defaults[option].default:
+            raise ValueError(
+                f"optimizer.{option}={value} has no effect with optimizer.name={name}: "
+                f"leave it at {defaults[option].default}, or choose another optimizer"
+            )
+    rate = SCHEDULES[schedule](learning_rate, steps=steps, warmup=warmup)
+    chosen = OPTIMIZERS[name](rate, **{option: value for option, value in options.items() if option in known})
+    if not clip:
+        return chosen, rate
+    clipping = optax.clip(clip) if clip_by == "value" else optax.clip_by_global_norm(clip)
+    return optax.chain(clipping, chosen), rate
+
+
+def evaluation_params(optimizer_state: optax.OptState, params: optax.Params) -> optax.Params:
+    """The parameters to evaluate: `params` themselves, or their average where a schedule-free optimizer keeps one
+    (Defazio et al., 2024, 2405.15682). Call it right before evaluating; training goes on from `params`."""
+    schedule_free = lambda node: isinstance(node, optax.contrib.ScheduleFreeState)  # noqa: E731
+    for node in jax.tree.leaves(optimizer_state, is_leaf=schedule_free):
+        if schedule_free(node):
+            return optax.contrib.schedule_free_eval_params(node, params)
+    return params
+
+
+def _check(key: str, value: str, choices: Mapping | tuple) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, 1, 0.0)[0]
+        raise ValueError(f"optimizer.{key} is {value!r}: choose one of {', '.join(choices)} (nearest: {near!r})")

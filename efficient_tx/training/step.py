@@ -1,0 +1,198 @@
+"""One training step and one evaluation step over any number of devices, processes and micro-batches.
+
+`train_step` and `eval_step` are written for one device and speak to the others through one `psum` over the axis
+"devices"; `make_train_step` and `make_eval_step` map them. Every sum is over the global batch and every random key
+belongs to a global row, so the way a batch is spread changes nothing but the order of float32 additions.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from efficient_tx.task import Batch
+from efficient_tx.training import metrics
+from efficient_tx.training.metrics import Metrics
+
+AXIS = "devices"
+
+
+class State(NamedTuple):
+    """All that training carries from one step to the next, a pytree of arrays.
+
+    Attributes:
+      step: int32 scalar, updates done.
+      params: the model's parameters, `nnx.split(model)[1]`.
+      optimizer: what the optax transformation remembers.
+      window: (sum, count) of loss, accuracy and grad_norm since `clear_window`.
+      bad_step: int32 scalar, the first step (1 = the first update) whose loss or gradient was not finite; -1 = none.
+        Its update was applied all the same: such a state is good for nothing but the message that names the step.
+    """
+
+    step: jax.Array
+    params: nnx.State
+    optimizer: optax.OptState
+    window: Metrics
+    bad_step: jax.Array
+
+
+def init_state(model: nnx.Module, optimizer: optax.GradientTransformation) -> State:
+    """The state before the first step. It owns its arrays: the step donates them and `model` stays usable."""
+    params = nnx.split(model)[1]
+    state = State(
+        step=np.int32(0),
+        params=params,
+        optimizer=optimizer.init(params),
+        window=metrics.zeros("loss", "accuracy", "grad_norm"),
+        bad_step=np.int32(-1),
+    )
+    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
+
+
+def clear_window(state: State) -> State:
+    """The same state with an empty window."""
+    return state._replace(window=metrics.zeros(*state.window))
+
+
+def split_batch(batch: Batch, devices: Sequence[jax.Device]) -> Batch:
+    """Local rows `[local_batch, ...]` to `[devices, local_batch / devices, ...]`, in order.
+
+    Local row j of process p is row p + j·P of the global batch (P processes); device d of `devices`, the local ones,
+    takes the local rows from d·local_batch/devices on.
+
+    Raises:
+      ValueError: the rows cannot be shared out evenly.
+    """
+    rows, count = len(batch["label"]), len(devices)
+    if rows % count:
+        raise ValueError(f"{rows} rows of a batch cannot be shared out over {count} devices: use a multiple of {count}")
+    return {name: np.reshape(array, (count, rows // count, *array.shape[1:])) for name, array in batch.items()}
+
+
+def check_batch_size(batch_size: int, *, devices: int, grad_accum: int) -> None:
+    """Raises ValueError unless `batch_size` can be shared out over all `devices` (of all processes) × `grad_accum`."""
+    if batch_size % (devices * grad_accum):
+        raise ValueError(
+            f"batch_size={batch_size} cannot be shared out over devices={devices} × grad_accum={grad_accum}: "
+            f"use a multiple of {devices * grad_accum}"
+        )
+
+
+def score(model: nnx.Module, batch: Batch, keys: jax.Array | None) -> Metrics:
+    """Sums over the rows of one micro-batch: cross-entropy (nats) and right answers, each with the sum of weights.
+
+    The model gets every entry of the batch but `label`, `weight` and `row`, by name, and one key per example (None at
+    evaluation); it returns logits `[B, classes]`, or `[B, L, classes]` where label and weight are `[B, L]`.
+    """
+    features = {name: array for name, array in batch.items() if name not in ("label", "weight", "row")}
+    logits = model(**features, key=keys)
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    weight = batch["weight"]
+    # Rows of weight 0 only fill up the batch: their labels mean nothing and must not be able to make a NaN.
+    label = jnp.where(weight > 0, batch["label"], 0)
+    loss = jnp.where(weight > 0, optax.softmax_cross_entropy_with_integer_labels(logits, label), 0.0)
+    right = jnp.argmax(logits, -1) == label
+    total = weight.sum()
+    return {"loss": ((loss * weight).sum(), total), "accuracy": ((right * weight).sum(), total)}
+
+
+def train_step(
+    state: State,
+    batch: Batch,
+    *,
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    grad_accum: int,
+) -> State:
+    """One update, on one device's rows `[b, ...]`; `row` `[b]` says which rows of the global batch they are."""
+    step_key = jax.random.fold_in(jax.random.key(seed), state.step)
+
+    def loss_sum(params, batch):
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, batch["row"])
+        sums = score(nnx.merge(graphdef, params), batch, keys)
+        return sums["loss"][0], sums
+
+    def gradients(batch):
+        (_, sums), grads = jax.value_and_grad(loss_sum, has_aux=True)(state.params, batch)
+        return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), (sums, grads))
+
+    if grad_accum == 1:
+        sums, grads = gradients(batch)
+    else:
+        micro = jax.tree.map(lambda x: x.reshape(grad_accum, x.shape[0] // grad_accum, *x.shape[1:]), batch)
+        nothing = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], micro))
+        )
+        (sums, grads), _ = jax.lax.scan(
+            lambda total, batch: (jax.tree.map(jnp.add, total, gradients(batch)), None), nothing, micro
+        )
+    sums, grads = jax.lax.psum((sums, grads), AXIS)
+
+    loss, weight = sums["loss"]
+    weight = jnp.where(weight > 0, weight, 1.0)
+    grads = jax.tree.map(lambda grad, param: (grad / weight).astype(param.dtype), grads, state.params)
+    norm = optax.tree.norm(grads)
+    updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+    step = state.step + 1
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    return State(
+        step=step,
+        params=optax.apply_updates(state.params, updates),
+        optimizer=optimizer_state,
+        window=metrics.add(state.window, {**sums, "grad_norm": (norm, jnp.ones_like(norm))}),
+        bad_step=jnp.where((state.bad_step < 0) & ~finite, step, state.bad_step),
+    )
+
+
+def eval_step(params: nnx.State, batch: Batch, *, graphdef: nnx.GraphDef) -> Metrics:
+    """Loss and accuracy of the global batch as (sum, count) pairs, from one device's rows `[b, ...]`."""
+    return jax.lax.psum(score(nnx.merge(graphdef, params), batch, None), AXIS)
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    grad_accum: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Callable[[State, Batch], State]:
+    """The training step of all devices: (state, batch from `split_batch`) -> state; the old state is donated.
+
+    Keys come from `seed`, the step and the global row, so neither `devices` nor the processes nor `grad_accum` (how
+    many micro-batches a device's rows are cut into) changes a draw. The loss is the weighted mean over the global
+    batch. `step.lower(state, batch)` compiles ahead of time.
+
+    Raises:
+      ValueError: at the first call, when the batch cannot be shared out over devices and micro-batches.
+    """
+    step = partial(train_step, graphdef=graphdef, optimizer=optimizer, seed=seed, grad_accum=grad_accum)
+    mapped = jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0, devices=devices)
+
+    def with_rows(batch):
+        count, rows = batch["label"].shape[:2]
+        check_batch_size(count * rows * process_count, devices=count * process_count, grad_accum=grad_accum)
+        row = process_index + process_count * np.arange(count * rows, dtype=np.int32)
+        return {**batch, "row": row.reshape(count, rows)}
+
+    def run(state: State, batch: Batch) -> State:
+        return mapped(state, with_rows(batch))
+
+    run.lower = lambda state, batch: mapped.lower(state, with_rows(batch))
+    return run
+
+
+def make_eval_step(
+    graphdef: nnx.GraphDef, *, devices: Sequence[jax.Device] | None = None
+) -> Callable[[nnx.State, Batch], Metrics]:
+    """The evaluation step of all devices: (params, batch from `split_batch`) -> sums over devices and processes."""
+    step = partial(eval_step, graphdef=graphdef)
+    return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=devices)
