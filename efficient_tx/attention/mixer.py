@@ -1,5 +1,8 @@
 """Mixer: the contract that every token mixer keeps."""
 
+from collections.abc import Callable
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,25 +13,48 @@ from efficient_tx.numerics.random import dropout, example_keys, fold
 class Mixer(nnx.Module):
     """Mixes the tokens of a sequence: everything between the residual branches of a block.
 
-    A subclass writes `mix`; what it cannot do (`causal`, `positions`, no `max_len`) it refuses in its constructor with
-    a ValueError. Modules hold parameters and nothing else.
+    A subclass writes `mix` and states what it can do; asking for more is a ValueError at construction. Modules hold
+    parameters and nothing else.
 
     Args:
       features: width of the tokens, in and out.
       dropout: rate of the dropout on the mixer's output.
       causal: token i may depend on tokens j ≤ i only.
       positions: None, "rope" or "rope2d": how queries and keys turn with their position.
-      max_len: the longest sequence, needed by variants with parameters tied to the length.
+      max_len: the longest sequence; variants with parameters tied to the length need it.
+
+    Attributes:
+      function: the variant's pure function of (q, k, v), for `as_attention_fn`; None where there is none.
+      can_be_causal: whether `causal=True` has a meaning.
+      has_positions: whether there are queries and keys to turn.
+      needs_max_len: whether parameters are tied to the length.
     """
 
+    function: ClassVar[Callable | None] = None
+    can_be_causal: ClassVar[bool] = True
+    has_positions: ClassVar[bool] = True
+    needs_max_len: ClassVar[bool] = False
+
     def __init__(
-        self, features: int, *, dropout: float = 0.0, causal: bool = False, positions: str | None = None,
+        self,
+        features: int,
+        *,
+        dropout: float = 0.0,
+        causal: bool = False,
+        positions: str | None = None,
         max_len: int | None = None,
-    ):  # fmt: skip
+    ):
+        name = type(self).__name__
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout is {dropout}: it must be at least 0 and below 1")
         if positions not in (None, "rope", "rope2d"):
             raise ValueError(f"positions is {positions!r} in a mixer: it must be None, 'rope' or 'rope2d'")
+        if causal and not self.can_be_causal:
+            raise ValueError(f"{name} has no causal form: use causal=False, or another mixer")
+        if positions and not self.has_positions:
+            raise ValueError(f"{name} has no queries and keys to turn: use other positions than {positions!r}")
+        if self.needs_max_len and max_len is None:
+            raise ValueError(f"{name} has parameters tied to the length: give max_len")
         self.features = features
         self.dropout = dropout
         self.causal = causal
@@ -45,7 +71,12 @@ class Mixer(nnx.Module):
 
         Returns:
           `[batch, length, features]`, zero at masked positions.
+
+        Raises:
+          ValueError: the sequence is longer than `max_len` in a variant that is tied to it.
         """
+        if self.needs_max_len and x.shape[1] > self.max_len:
+            raise ValueError(f"length is {x.shape[1]}, but {type(self).__name__} was built for max_len={self.max_len}")
         keys = example_keys(key, x.shape[0])
         out = self.mix(x, mask=mask, key=fold(keys, 0))
         out = dropout(out, self.dropout, fold(keys, 1))

@@ -39,3 +39,16 @@ def repeat_heads(x: jax.Array, heads: int, name: str) -> jax.Array:
     if heads % groups:
         raise ValueError(f"{name} has {groups} heads: the {heads} query heads are no multiple of it")
     return x if groups == heads else jnp.repeat(x, heads // groups, axis=2)
+
+
+def compact(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """`x` `[batch, length, ...]` with the real tokens first, in order, and zeros after them.
+
+    Methods that weight a token by its position compute on this, so that padding counts nowhere, wherever it stands.
+    """
+    if mask is None:
+        return x
+    trailing = (1,) * (x.ndim - 2)
+    order = jnp.argsort(~mask, axis=1, stable=True)
+    x = jnp.where(mask.reshape(*mask.shape, *trailing), x, 0)
+    return jnp.take_along_axis(x, order.reshape(*order.shape, *trailing), axis=1)

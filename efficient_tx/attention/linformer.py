@@ -1,0 +1,80 @@
+"""Linformer: attention over a learnt mixture of the positions (Wang et al. 2020, arXiv 2006.04768).
+
+    out = softmax(Q (E K)ᵀ / √d) (F V),        E, F [rank, max_len] learnt
+
+Cost n·rank·d. E and F are tied to positions, hence max_len; not causal, since E mixes all positions.
+"""
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_tx.attention.multihead import MultiHead
+from efficient_tx.attention.shapes import compact, key_mask, repeat_heads
+
+
+def linformer(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    e: jax.Array,
+    f: jax.Array,
+    mask: jax.Array | None = None,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Linformer attention.
+
+    Args:
+      q: `[batch, q_length, heads, head_dim]`.
+      k: `[batch, length, groups, head_dim]`; heads must be a multiple of groups.
+      v: `[batch, length, groups, v_dim]`.
+      e: weights of the keys' positions, `[rank, max_len]`, max_len ≥ length.
+      f: weights of the values' positions, `[rank, max_len]`.
+      mask: bool `[batch, length]` or `[batch, 1, 1, length]`, True for real tokens. Padding is taken out before E and
+        F, whose columns belong to the ranks of the real tokens.
+      key: unused, the method draws nothing.
+
+    Returns:
+      `[batch, q_length, heads, v_dim]`; zero without any key. The softmax is float32 at least.
+
+    Raises:
+      ValueError: more tokens than max_len; heads do not group.
+    """
+    del key
+    batch, length = k.shape[:2]
+    if length > e.shape[1] or length > f.shape[1]:
+        raise ValueError(f"length is {length}, but linformer was built for max_len={min(e.shape[1], f.shape[1])}")
+    mask = key_mask(mask, batch, length)
+    keys = jnp.einsum("rl,blgd->brgd", e[:, :length].astype(k.dtype), compact(k, mask))
+    values = jnp.einsum("rl,blgd->brgd", f[:, :length].astype(v.dtype), compact(v, mask))
+    keys, values = (repeat_heads(x, q.shape[2], name) for x, name in ((keys, "k"), (values, "v")))
+    stats = jnp.promote_types(q.dtype, jnp.float32)
+    logits = jnp.einsum("blhd,brhd->bhlr", q, keys, preferred_element_type=stats) / q.shape[-1] ** 0.5
+    return jnp.einsum("bhlr,brhd->blhd", jax.nn.softmax(logits, axis=-1).astype(v.dtype), values)
+
+
+class Linformer(MultiHead):
+    """Multi-head Linformer; E and F are shared by the heads.
+
+    Args:
+      rank: rows of E and F, the number of mixed positions that a query attends to.
+    """
+
+    function = staticmethod(linformer)
+    needs_max_len: ClassVar[bool] = True
+    can_be_causal: ClassVar[bool] = False
+
+    def __init__(self, features: int, *, rank: int = 128, rngs: nnx.Rngs, **common):
+        super().__init__(features, rngs=rngs, **common)
+        if rank < 1:
+            raise ValueError(f"rank is {rank}: it must be at least 1")
+        # Mixtures of max_len keys with this variance have the variance of a key.
+        init = nnx.initializers.normal(self.max_len**-0.5)
+        self.e = nnx.Param(init(rngs.params(), (rank, self.max_len), jnp.float32))
+        self.f = nnx.Param(init(rngs.params(), (rank, self.max_len), jnp.float32))
+
+    def attend(self, q, k, v, *, mask, key):
+        return linformer(q, k, v, e=self.e[...], f=self.f[...], mask=mask, key=key)

@@ -1,0 +1,121 @@
+"""Skyformer (Chen et al. 2021, arXiv 2111.00035): kernelized attention through the Nyström method, linear in length.
+
+The Gaussian kernel between queries and keys, C = κ(Q, K) with κ(x, y) = exp(−‖x − y‖² / (2√K)), is a block of the
+positive semi-definite κ([Q; K], [Q; K]). With landmarks Z among the rows of [Q; K], half from each, Nyström gives
+
+    out = κ(Q, Z) (κ(Z, Z) + ridge·I)⁻¹ κ(Z, K) V.
+
+Unlike the published code: landmarks are drawn without replacement, so that all 2L of them are the exact limit; the
+scale follows the real head size; the inverse is a Cholesky solve by default, and the published iteration, where asked
+for, starts from each matrix's own norm instead of one maximum over the batch.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from efficient_tx.attention.multihead import MultiHead
+from efficient_tx.attention.shapes import key_mask, repeat_heads
+from efficient_tx.numerics.random import evaluation_keys, example_keys, fold, sample_tokens
+from efficient_tx.numerics.spd import newton_inverse, spd_solve
+
+
+def skyformer(
+    q: jax.Array, k: jax.Array, v: jax.Array, *,
+    mask: jax.Array | None = None, key: jax.Array | None = None, landmarks: int = 128, ridge: float = 0.1,
+    inverse: str = "cholesky", iterations: int = 6,
+) -> jax.Array:  # fmt: skip
+    """Approximates `kernelized` with `landmarks` tokens: time and memory are linear in the length.
+
+    Args:
+      q: `[batch, queries, heads, head_dim]`.
+      k: `[batch, keys, groups, head_dim]`; groups divides heads.
+      v: `[batch, keys, groups, v_dim]`.
+      mask: bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens. With as many queries as keys it marks
+        the queries too; otherwise landmarks come from the keys only.
+      key: draws the landmarks: one key per example `[batch]`, or one, folded per example; None (evaluation) draws
+        every example's with the same fixed key. All heads share the positions.
+      landmarks: how many; an example with fewer real queries and keys uses all of them.
+      ridge: added to the diagonal of the landmarks' kernel, above 0.
+      inverse: "cholesky", or "iteration": the published Newton-type one on the kernel normalised by its row sums.
+      iterations: steps of "iteration".
+
+    Returns:
+      `[batch, queries, heads, v_dim]` in the dtype of q; zero for an example without keys. The arithmetic is float32
+      at least.
+
+    Raises:
+      ValueError: an option out of its range, or shapes that do not fit.
+    """
+    check_options(landmarks, ridge, inverse, iterations)
+    batch, queries, heads, head_dim = q.shape
+    keys = k.shape[1]
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    scaled_q = q.astype(dtype) * head_dim**-0.25
+    scaled_k = repeat_heads(k, heads, "k").astype(dtype) * head_dim**-0.25
+    v = repeat_heads(v, heads, "v").astype(dtype)
+    mask = key_mask(mask, batch, keys)
+    real = jnp.ones((batch, keys), bool) if mask is None else mask
+
+    draws = evaluation_keys(batch) if key is None else example_keys(key, batch)
+    tokens, valid = [], []
+    shares = [(scaled_q, landmarks // 2)] if queries == keys else []
+    for stream, (x, count) in enumerate([*shares, (scaled_k, landmarks - sum(count for _, count in shares))]):
+        position, found = sample_tokens(fold(draws, stream), real, count)
+        tokens.append(jnp.take_along_axis(x, position[:, :, None, None], axis=1))
+        valid.append(found)
+    z, valid = jnp.concatenate(tokens, axis=1), jnp.concatenate(valid, axis=1)
+
+    v = jnp.where(real[:, :, None, None], v, 0)
+    seen = valid[:, None, :, None]
+    core = jnp.where(seen & seen.mT, gaussian(z, z), 0) + jnp.where(seen, ridge, 1 + ridge) * jnp.eye(z.shape[1], dtype=dtype)
+    sums = jnp.where(seen, jnp.einsum("bhmn,bnhd->bhmd", gaussian(z, scaled_k), v), 0)
+    out = jnp.einsum("bhnm,bhmd->bnhd", gaussian(scaled_q, z), core_solve(core, sums, inverse, iterations))
+    return out.astype(q.dtype)
+
+
+def gaussian(x: jax.Array, y: jax.Array) -> jax.Array:
+    """exp(−‖x_i − y_j‖² / 2), `[batch, heads, rows, columns]`, from `[batch, rows or columns, heads, head_dim]`."""
+    x_norm, y_norm = (jnp.square(z).sum(-1).mT / 2 for z in (x, y))
+    return jnp.exp(jnp.einsum("bnhd,bmhd->bhnm", x, y) - x_norm[..., :, None] - y_norm[..., None, :])
+
+
+def core_solve(core: jax.Array, sums: jax.Array, inverse: str, iterations: int) -> jax.Array:
+    """core⁻¹ sums, `[batch, heads, landmarks, v_dim]`."""
+    if inverse == "cholesky":
+        return spd_solve(core, sums)
+    # Normalised by its row sums the core has its spectrum in (0, 1], with 1 in it (their Lemma 3).
+    d = jax.lax.rsqrt(core.sum(-1, keepdims=True))
+    return d * (newton_inverse(d * core * d.mT, iterations)[0] @ (d * sums))
+
+
+def check_options(landmarks: int, ridge: float, inverse: str, iterations: int) -> None:
+    """Raises ValueError, one line, for the first option that is out of its range."""
+    if landmarks < 2:
+        raise ValueError(f"landmarks is {landmarks}: skyformer needs at least 2, one query and one key")
+    if not ridge > 0:
+        raise ValueError(f"ridge is {ridge}: it must be above 0, or landmarks that coincide make the kernel singular")
+    if inverse not in ("cholesky", "iteration"):
+        raise ValueError(f"inverse is {inverse!r}: it must be 'cholesky' or 'iteration'")
+    if iterations < 1:
+        raise ValueError(f"iterations is {iterations}: it must be at least 1")
+
+
+class Skyformer(MultiHead):
+    """Multi-head Skyformer attention; options as `skyformer`, the other arguments as `MultiHead`.
+
+    Raises:
+      ValueError: `causal=True`, or an option out of its range.
+    """
+
+    def __init__(
+        self, features: int, *,
+        landmarks: int = 128, ridge: float = 0.1, inverse: str = "cholesky", iterations: int = 6, **common,
+    ):  # fmt: skip
+        check_options(landmarks, ridge, inverse, iterations)
+        if common.get("causal"):
+            raise ValueError("skyformer cannot be causal: its landmarks see the whole sequence; use kernelized")
+        super().__init__(features, **common)
+        self.options = {"landmarks": landmarks, "ridge": ridge, "inverse": inverse, "iterations": iterations}
+
+    def attend(self, q, k, v, *, mask, key):
+        return skyformer(q, k, v, mask=mask, key=key, **self.options)
