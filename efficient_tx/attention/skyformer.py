@@ -67,7 +67,8 @@ def skyformer(
 
     v = jnp.where(real[:, :, None, None], v, 0)
     seen = valid[:, None, :, None]
-    core = jnp.where(seen & seen.mT, gaussian(z, z), 0) + jnp.where(seen, ridge, 1 + ridge) * jnp.eye(z.shape[1], dtype=dtype)
+    eye = jnp.eye(z.shape[1], dtype=dtype)
+    core = jnp.where(seen & seen.mT, gaussian(z, z), eye) + ridge * eye
     sums = jnp.where(seen, jnp.einsum("bhmn,bnhd->bhmd", gaussian(z, scaled_k), v), 0)
     out = jnp.einsum("bhnm,bhmd->bnhd", gaussian(scaled_q, z), core_solve(core, sums, inverse, iterations))
     return out.astype(q.dtype)
@@ -115,7 +116,10 @@ class Skyformer(MultiHead):
         if common.get("causal"):
             raise ValueError("skyformer cannot be causal: its landmarks see the whole sequence; use kernelized")
         super().__init__(features, **common)
-        self.options = {"landmarks": landmarks, "ridge": ridge, "inverse": inverse, "iterations": iterations}
+        self.landmarks, self.ridge, self.inverse, self.iterations = landmarks, ridge, inverse, iterations
 
     def attend(self, q, k, v, *, mask, key):
-        return skyformer(q, k, v, mask=mask, key=key, **self.options)
+        return skyformer(
+            q, k, v, mask=mask, key=key,
+            landmarks=self.landmarks, ridge=self.ridge, inverse=self.inverse, iterations=self.iterations,
+        )  # fmt: skip

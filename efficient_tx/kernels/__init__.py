@@ -1,0 +1,3 @@
+"""Operations with several implementations each: the plain formula, blockwise XLA, and kernels for accelerators."""
+
+from efficient_tx.kernels.flash_attention import flash_attention as flash_attention
