@@ -1,0 +1,58 @@
+"""Attention variants: each a pure function and a token mixer. Adding one is a file and a row of `ATTENTION`."""
+
+from collections.abc import Callable
+
+import jax
+
+from efficient_tx.attention.adapter import adapt
+from efficient_tx.attention.fourier import Fourier, fourier
+from efficient_tx.attention.kernelized import Kernelized, kernelized
+from efficient_tx.attention.linformer import Linformer, linformer
+from efficient_tx.attention.mixer import Mixer
+from efficient_tx.attention.multihead import MultiHead
+from efficient_tx.attention.skyformer import Skyformer, skyformer
+from efficient_tx.attention.softmax import Softmax, softmax
+
+ATTENTION: dict[str, type[Mixer]] = {
+    "softmax": Softmax,
+    "kernelized": Kernelized,
+    "skyformer": Skyformer,
+    "linformer": Linformer,
+    "fourier": Fourier,
+}
+
+
+def as_attention_fn(name: str, **options) -> Callable[..., jax.Array]:
+    """The variant `name` with the signature that flax's attention modules call.
+
+    For `flax.linen.MultiHeadDotProductAttention(attention_fn=...)` and `flax.nnx.MultiHeadAttention(attention_fn=...)`:
+    query `[batch, q_length, heads, head_dim]`, key and value `[batch, length, groups, head_dim]`, mask
+    `[batch, 1, 1, length]` for any variant and a full `[batch, heads or 1, q_length, length]` for the dense ones.
+
+    Args:
+      name: a key of `ATTENTION`.
+      **options: of the variant's function (`landmarks=64`), arrays of parameters included (linformer's `e` and `f`).
+
+    Raises:
+      ValueError: an unknown name or option; later, when called: a bias, attention dropout, a causal call of a variant
+        that has no causal form, a full mask in a variant that takes key masks only.
+    """
+    return adapt(ATTENTION, name, **options)
+
+
+__all__ = [
+    "ATTENTION",
+    "Fourier",
+    "Kernelized",
+    "Linformer",
+    "Mixer",
+    "MultiHead",
+    "Skyformer",
+    "Softmax",
+    "as_attention_fn",
+    "fourier",
+    "kernelized",
+    "linformer",
+    "skyformer",
+    "softmax",
+]

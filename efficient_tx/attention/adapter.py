@@ -1,0 +1,61 @@
+"""as_attention_fn: a variant inside flax's own attention modules."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from efficient_tx.attention.mixer import Mixer
+
+
+def adapt(variants: Mapping[str, type[Mixer]], name: str, **options) -> Callable[..., jax.Array]:
+    """`variants[name]` as an `attention_fn`; see `efficient_tx.attention.as_attention_fn`."""
+    if name not in variants:
+        near = difflib.get_close_matches(name, variants, 1, 0.0)[0]
+        raise ValueError(f"attention is {name!r}: choose one of {', '.join(variants)} (nearest: {near!r})")
+    function = variants[name].function
+    if function is None:
+        raise ValueError(f"{name} is no function of queries, keys and values: use the module {variants[name].__name__}")
+    known = inspect.signature(function).parameters
+    unknown = set(options) - set(known)
+    if unknown:
+        raise ValueError(f"{name} has no option {min(unknown)!r}: it has {', '.join(list(known)[3:])}")
+    missing = [p for p in known if known[p].default is known[p].empty and p not in ("q", "k", "v", *options)]
+    if missing:
+        raise ValueError(f"{name} has parameters of its own ({', '.join(missing)}): pass them as options")
+
+    # flax.linen passes only what the signature names, flax.nnx passes everything by keyword: so all is spelled out.
+    def attention_fn(
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        bias: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        broadcast_dropout: bool = True,
+        dropout_rng: jax.Array | None = None,
+        dropout_rate: float = 0.0,
+        deterministic: bool = True,
+        dtype: jnp.dtype | None = None,
+        precision: jax.lax.PrecisionLike = None,
+        module: object = None,
+        is_causal: bool = False,
+    ) -> jax.Array:
+        del broadcast_dropout, precision, module
+        if bias is not None:
+            raise ValueError(f"{name} takes no bias: leave it None")
+        if dropout_rate > 0 and not deterministic:
+            raise ValueError(f"{name} has no attention dropout: set dropout_rate=0 and drop the output instead")
+        arguments = dict(options)
+        if is_causal:
+            if "causal" not in known:
+                raise ValueError(f"{name} has no causal form: set is_causal=False, or choose another variant")
+            arguments["causal"] = True
+        if "key" in known:
+            arguments.setdefault("key", dropout_rng)
+        if dtype is not None:
+            query, key, value = (x.astype(dtype) for x in (query, key, value))
+        return function(query, key, value, mask=mask, **arguments)
+
+    return attention_fn

@@ -1,0 +1,174 @@
+"""Classifier: tokens in, the logits of one label per sequence out; TokenClassifier: of one label per token."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_tx.models.embedding import TokenEmbedding
+from efficient_tx.models.transformer import Encoder
+from efficient_tx.numerics.random import dropout, example_keys, fold
+
+POOLS = ("mean", "cls", "last")
+
+
+def pool_tokens(x: jax.Array, mask: jax.Array | None, pool: str) -> jax.Array:
+    """One vector per sequence, `[batch, length, features]` -> `[batch, features]`, in float32 at least.
+
+    "mean" is over the real tokens (zero without any), "cls" takes the first token, "last" the last real one.
+    """
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    if pool == "cls":
+        return x[:, 0]
+    if mask is None:
+        return x.mean(axis=1) if pool == "mean" else x[:, -1]
+    if pool == "mean":
+        return jnp.where(mask[..., None], x, 0).sum(axis=1) / jnp.maximum(mask.sum(axis=1), 1)[:, None]
+    last = jnp.max(jnp.where(mask, jnp.arange(mask.shape[1]), 0), axis=1)
+    return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+
+
+class TokenEncoder(nnx.Module):
+    """Embedding, dropout and the stack of blocks: how both classifiers read tokens.
+
+    Args:
+      vocab_size: token ids are in [0, vocab_size).
+      max_len: the longest sequence.
+      mixers: factories of token mixers, called with (features, heads=, head_dim=, causal=, positions=, max_len=,
+        dropout=, dtype=, rngs=) and repeated to depth.
+      linear: factory of the MLP's linear layers, with the signature of `nnx.Linear`.
+      features: width of the tokens.
+      layers: number of blocks.
+      heads: of each mixer.
+      head_dim: width of a head; None is features // heads.
+      mlp_features: width inside the MLPs, and of the classifier's head.
+      dropout: rate on the embeddings and on the output of every mixer and MLP.
+      positions: "learned", "sinusoidal", "rope", "rope2d" or "none".
+      norm: "layer" or "rms".
+      mlp: "gelu" or "swiglu".
+      causal: token i sees tokens j ≤ i only.
+      prefix: number of learnt tokens in front of the sequence.
+      remat: recompute blocks in the backward pass.
+      dtype: of the computation; parameters are float32.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        max_len: int,
+        mixers: Sequence[Callable[..., nnx.Module]],
+        linear: Callable = nnx.Linear,
+        features: int = 64,
+        layers: int = 2,
+        heads: int = 2,
+        head_dim: int | None = None,
+        mlp_features: int = 128,
+        dropout: float = 0.1,
+        positions: str = "learned",
+        norm: str = "layer",
+        mlp: str = "gelu",
+        causal: bool = False,
+        prefix: int = 0,
+        remat: bool = False,
+        dtype: jnp.dtype | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.embedding = TokenEmbedding(
+            vocab_size, features, max_len=max_len, positions=positions, dtype=dtype, rngs=rngs
+        )
+        self.prefix = nnx.Param(jax.random.normal(rngs.params(), (prefix, features))) if prefix else None
+        sizes = {
+            "heads": heads,
+            "head_dim": head_dim,
+            "causal": causal,
+            "positions": positions if positions.startswith("rope") else None,
+            "max_len": max_len + prefix,
+        }
+        self.encoder = Encoder(
+            features,
+            layers=layers,
+            mixers=[partial(mixer, **sizes) for mixer in mixers],
+            mlp_features=mlp_features,
+            linear=linear,
+            mlp=mlp,
+            norm=norm,
+            dropout=dropout,
+            remat=remat,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.dropout = dropout
+
+    def encode(
+        self, inputs: jax.Array, mask: jax.Array | None, key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """int `[batch, length]` -> `[batch, prefix + length, features]`, and the mask of that length (or None)."""
+        x = self.embedding(inputs, mask=mask)
+        if self.prefix is not None:
+            count = self.prefix.shape[0]
+            prefix = jnp.broadcast_to(self.prefix[...].astype(x.dtype), (x.shape[0], count, x.shape[2]))
+            x = jnp.concatenate([prefix, x], axis=1)
+            mask = None if mask is None else jnp.pad(mask, ((0, 0), (count, 0)), constant_values=True)
+        keys = example_keys(key, x.shape[0])
+        x = dropout(x, self.dropout, fold(keys, 0))
+        return self.encoder(x, mask=mask, key=fold(keys, 1)), mask
+
+
+class Classifier(TokenEncoder):
+    """A transformer that gives a sequence of tokens one label.
+
+    Args:
+      num_classes: labels are in [0, num_classes).
+      pool: how a sequence becomes one vector: "mean" over the real tokens, "cls" (a learnt token in front of the
+        sequence) or "last" real token.
+      **encoder: see `TokenEncoder`.
+
+    Raises:
+      ValueError: a name or a size that does not fit; `pool="cls"` in a causal model, where that token sees nothing.
+    """
+
+    def __init__(self, *, num_classes: int, pool: str = "mean", **encoder):
+        if pool not in POOLS:
+            raise ValueError(f"pool is {pool!r}: choose one of {', '.join(POOLS)}")
+        if pool == "cls" and encoder.get("causal"):
+            raise ValueError("pool is 'cls' in a causal model, where the first token sees no other: use 'last'")
+        super().__init__(prefix=1 if pool == "cls" else 0, **encoder)
+        self.pool = pool
+        features, hidden = self.encoder.features, self.encoder.mlp_features
+        self.head = nnx.Sequential(
+            nnx.Linear(features, hidden, rngs=encoder["rngs"]),
+            nnx.relu,
+            nnx.Linear(hidden, num_classes, rngs=encoder["rngs"]),
+        )
+
+    def __call__(self, inputs: jax.Array, *, mask: jax.Array | None = None, key: jax.Array | None = None) -> jax.Array:
+        """Logits, float32 `[batch, num_classes]`.
+
+        Args:
+          inputs: token ids, int `[batch, length]`.
+          mask: bool `[batch, length]`, True for real tokens; None means all are.
+          key: None at evaluation; in training one key per example `[batch]`, or one key, folded per row.
+        """
+        x, mask = self.encode(inputs, mask, key)
+        return self.head(pool_tokens(x, mask, self.pool))
+
+
+class TokenClassifier(TokenEncoder):
+    """A transformer that gives every token a label.
+
+    Args:
+      num_classes: labels are in [0, num_classes).
+      **encoder: see `TokenEncoder`.
+    """
+
+    def __init__(self, *, num_classes: int, **encoder):
+        super().__init__(**encoder)
+        self.head = nnx.Linear(self.encoder.features, num_classes, rngs=encoder["rngs"])
+
+    def __call__(self, inputs: jax.Array, *, mask: jax.Array | None = None, key: jax.Array | None = None) -> jax.Array:
+        """Logits, float32 `[batch, length, num_classes]`; arguments as in `Classifier`."""
+        x, _ = self.encode(inputs, mask, key)
+        return self.head(x.astype(jnp.promote_types(x.dtype, jnp.float32)))

@@ -1,0 +1,69 @@
+"""Token embeddings with absolute positions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from efficient_tx.attention.shapes import token_ranks
+
+POSITIONS = ("learned", "sinusoidal", "rope", "rope2d", "none")
+
+
+def sinusoids(length: int, features: int) -> np.ndarray:
+    """Sines, then cosines of the position (Vaswani et al. 2017, arXiv 1706.03762), float32 `[length, features]`."""
+    half = -(-features // 2)
+    angle = np.arange(length)[:, None] * 10000.0 ** (-np.arange(half) / half)
+    return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)[:, :features].astype(np.float32)
+
+
+class TokenEmbedding(nnx.Module):
+    """Token ids to vectors, plus their positions if these are absolute (the rotary ones belong to the mixers).
+
+    A token's position is its rank among the real tokens, so padding anywhere changes nothing.
+
+    Args:
+      vocab_size: ids are in [0, vocab_size).
+      features: width of the vectors.
+      max_len: the longest sequence; longer input raises under "learned" and "sinusoidal".
+      positions: "learned", "sinusoidal", or one that adds nothing here ("rope", "rope2d", "none").
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        features: int,
+        *,
+        max_len: int,
+        positions: str = "learned",
+        dtype: jnp.dtype | None = None,
+        rngs: nnx.Rngs,
+    ):
+        if positions not in POSITIONS:
+            raise ValueError(f"positions is {positions!r}: choose one of {', '.join(POSITIONS)}")
+        self.tokens = nnx.Param(jax.random.normal(rngs.params(), (vocab_size, features)) * 1.0)
+        self.learned = (
+            nnx.Param(jax.random.normal(rngs.params(), (max_len, features)) * 1.0) if positions == "learned" else None
+        )
+        self.positions = positions
+        self.max_len = max_len
+        self.dtype = dtype
+
+    def __call__(self, inputs: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """`inputs` int `[batch, length]`, `mask` bool `[batch, length]` or None -> `[batch, length, features]`.
+
+        Raises:
+          ValueError: longer input than max_len, where positions are tied to it.
+        """
+        dtype = self.dtype or self.tokens[...].dtype
+        x = jnp.take(self.tokens[...].astype(dtype), inputs, axis=0)
+        if self.positions not in ("learned", "sinusoidal"):
+            return x
+        batch, length = inputs.shape
+        if length > self.max_len:
+            raise ValueError(
+                f"length is {length}, but {self.positions} positions were built for max_len={self.max_len}"
+            )
+        table = self.learned[...] if self.positions == "learned" else sinusoids(length, x.shape[-1])
+        table = jnp.asarray(table[:length], dtype)
+        return x + (table if mask is None else jnp.take(table, token_ranks(mask, batch, length), axis=0))

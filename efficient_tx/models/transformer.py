@@ -1,0 +1,149 @@
+"""The shared transformer: Mlp, Block and Encoder. Mixers and linear layers come in as factories, never as names."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_tx.numerics.random import dropout, example_keys, fold
+
+NORMS: dict[str, Callable] = {"layer": nnx.LayerNorm, "rms": nnx.RMSNorm}
+
+
+def make_norm(name: str, features: int, *, dtype: jnp.dtype | None, rngs: nnx.Rngs) -> nnx.Module:
+    """LayerNorm ("layer") or RMSNorm ("rms") over the last axis; statistics are float32."""
+    if name not in NORMS:
+        raise ValueError(f"norm is {name!r}: choose one of {', '.join(NORMS)}")
+    return NORMS[name](features, dtype=dtype, rngs=rngs)
+
+
+class Mlp(nnx.Module):
+    """The token-wise network of a block: `[..., features]` -> the same.
+
+    Args:
+      features: width, in and out.
+      hidden: width inside, of the GELU network.
+      kind: "gelu", W₂ gelu(W₁ x), or "swiglu", W₃ (silu(W₁ x) ⊙ W₂ x) (Shazeer 2020, arXiv 2002.05202), whose inner
+        width is ⌊2/3 hidden⌉, so that both have equal parameters.
+      linear: factory with the signature of `nnx.Linear`.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        hidden: int,
+        *,
+        kind: str = "gelu",
+        linear: Callable = nnx.Linear,
+        dtype: jnp.dtype | None = None,
+        rngs: nnx.Rngs,
+    ):
+        if kind not in ("gelu", "swiglu"):
+            raise ValueError(f"mlp is {kind!r}: choose one of gelu, swiglu")
+        inner = hidden if kind == "gelu" else round(2 * hidden / 3)
+        self.up = linear(features, inner, dtype=dtype, rngs=rngs)
+        self.gate = linear(features, inner, dtype=dtype, rngs=rngs) if kind == "swiglu" else None
+        self.down = linear(inner, features, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        hidden = nnx.gelu(self.up(x)) if self.gate is None else nnx.silu(self.gate(x)) * self.up(x)
+        return self.down(hidden)
+
+
+class Block(nnx.Module):
+    """A pre-norm residual block: x + mixer(norm x), then x + mlp(norm x).
+
+    Args:
+      features: width of the tokens.
+      mixer: factory of the token mixer, called with (features, dropout=, dtype=, rngs=).
+      mlp_features: width inside the MLP.
+      linear: factory of the MLP's layers, with the signature of `nnx.Linear`.
+      mlp: "gelu" or "swiglu".
+      norm: "layer" or "rms".
+      dropout: rate on the output of mixer and MLP.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        mixer: Callable[..., nnx.Module],
+        mlp_features: int,
+        linear: Callable = nnx.Linear,
+        mlp: str = "gelu",
+        norm: str = "layer",
+        dropout: float = 0.0,
+        dtype: jnp.dtype | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.mixer_norm = make_norm(norm, features, dtype=dtype, rngs=rngs)
+        self.mixer = mixer(features, dropout=dropout, dtype=dtype, rngs=rngs)
+        self.mlp_norm = make_norm(norm, features, dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(features, mlp_features, kind=mlp, linear=linear, dtype=dtype, rngs=rngs)
+        self.dropout = dropout
+
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None, key: jax.Array | None = None) -> jax.Array:
+        """`x` `[batch, length, features]`, `mask` bool `[batch, length]`, `key` `[batch]` or None -> the shape of x."""
+        x = x + self.mixer(self.mixer_norm(x), mask=mask, key=fold(key, 0))
+        return x + dropout(self.mlp(self.mlp_norm(x)), self.dropout, fold(key, 1))
+
+
+class Encoder(nnx.Module):
+    """A stack of blocks and a final norm.
+
+    Args:
+      features: width of the tokens.
+      layers: number of blocks.
+      mixers: mixer factories, repeated to depth: block i gets mixers[i mod len(mixers)].
+      mlp_features: width inside the MLPs.
+      remat: recompute each block in the backward pass instead of keeping its activations.
+      **block: the remaining arguments of `Block`.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        layers: int,
+        mixers: Sequence[Callable[..., nnx.Module]],
+        mlp_features: int,
+        remat: bool = False,
+        norm: str = "layer",
+        dtype: jnp.dtype | None = None,
+        rngs: nnx.Rngs,
+        **block,
+    ):
+        if layers < 1:
+            raise ValueError(f"layers is {layers}: it must be at least 1")
+        self.blocks = nnx.List(
+            Block(
+                features,
+                mixer=mixers[i % len(mixers)],
+                mlp_features=mlp_features,
+                norm=norm,
+                dtype=dtype,
+                rngs=rngs,
+                **block,
+            )
+            for i in range(layers)
+        )
+        self.norm = make_norm(norm, features, dtype=dtype, rngs=rngs)
+        self.features = features
+        self.mlp_features = mlp_features
+        self.remat = remat
+
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None, key: jax.Array | None = None) -> jax.Array:
+        """`x` `[batch, length, features]` -> the same shape, normalised.
+
+        `mask` is bool `[batch, length]`; `key` is None at evaluation, in training one key per example or a single one.
+        """
+        keys = example_keys(key, x.shape[0])
+        for i, block in enumerate(self.blocks):
+            graphdef, params = nnx.split(block)
+
+            def run(params, x, mask, key, graphdef=graphdef):
+                return nnx.merge(graphdef, params)(x, mask=mask, key=key)
+
+            x = (jax.checkpoint(run) if self.remat else run)(params, x, mask, fold(keys, i))
+        return self.norm(x)
