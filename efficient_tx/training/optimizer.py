@@ -18,7 +18,7 @@ def _warm(step, warmup):
 
 
 def cosine(learning_rate: float, *, steps: int, warmup: int) -> Schedule:
-    """base · min(1, s/w) · ½(1 + cos π·max(0, s − w)/steps), the cosine of Long Range Arena (Tay et al., 2020,
+    """base · min(1, s/w) · ½(1 + cos π·max(0, s − w)/steps), the cosine of Long Range Arena (Tay et al., 2020, arXiv
     2011.04006): the arc is `steps` long and starts after the warm-up, so it ends at s = steps + w."""
 
     def schedule(step):
@@ -29,14 +29,14 @@ def cosine(learning_rate: float, *, steps: int, warmup: int) -> Schedule:
 
 
 def rsqrt(learning_rate: float, *, steps: int, warmup: int) -> Schedule:
-    """base · min(1, s/w) / √max(s, w), Long Range Arena's (Tay et al., 2020, 2011.04006); its peak is base / √w."""
+    """base · min(1, s/w) / √max(s, w), Long Range Arena's (Tay et al., 2020, arXiv 2011.04006); its peak is base / √w."""
     return lambda step: learning_rate * _warm(step, warmup) / jnp.sqrt(jnp.maximum(step, max(warmup, 1)))
 
 
 def one_cycle(learning_rate: float, *, steps: int, warmup: int) -> Schedule:
     """Two lines: base/25 at s = 0 up to base at s = w − 1, down to base/250,000 at s = steps − 1.
 
-    The 1cycle policy (Smith and Topin, 2018, 1708.07120) as torch's OneCycleLR(max_lr=base, total_steps=steps,
+    The 1cycle policy (Smith and Topin, 2018, arXiv 1708.07120) as torch's OneCycleLR(max_lr=base, total_steps=steps,
     pct_start=w/steps, anneal_strategy="linear") counts it. By default torch's also moves Adam's b1 from 0.95 down to
     0.85 and back, whatever b1 the optimizer was given; here `b1` is what the config says.
     """
@@ -77,36 +77,29 @@ def muon(
 ) -> optax.GradientTransformation:
     """Muon (Jordan et al., 2024) for the matrices between input and output, adamw for everything else.
 
-    A matrix is a two-dimensional parameter called `kernel`, as in `nnx.Linear`, unless its path contains "head": the
-    output layer, embeddings, learnt positions, vectors and blocks of structured weights are adamw's. Updates have
-    adamw's root mean square (factor 0.2, Liu et al., 2025, 2502.16982), so both share one learning rate.
+    A matrix is a two-dimensional parameter called `kernel`, as `nnx.Linear`'s, unless a module called `logits` holds
+    it: the output layer, embeddings, positions, vectors and the factors of structured weights are adamw's. Updates
+    are scaled to adamw's root mean square (0.2, Liu et al., 2025, arXiv 2502.16982), so both share one learning rate.
     """
 
-    def dimension_numbers(params):
-        def one(path, param):
-            names = [str(getattr(entry, "key", "")) for entry in path]
-            matrix = param.ndim == 2 and "kernel" in names and "head" not in names
-            return optax.contrib.MuonDimensionNumbers() if matrix else None
+    def label(path, param):
+        names = [getattr(entry, "key", None) for entry in path]
+        return "muon" if param.ndim == 2 and "kernel" in names and "logits" not in names else "adamw"
 
-        return jax.tree_util.tree_map_with_path(one, params)
-
-    return optax.contrib.muon(
-        learning_rate,
-        beta=b1,
-        eps=eps,
-        weight_decay=weight_decay,
-        adam_b1=b1,
-        adam_b2=b2,
-        adam_weight_decay=weight_decay,
-        muon_weight_dimension_numbers=dimension_numbers,
-        consistent_rms=0.2,
+    matrices = optax.contrib.muon(learning_rate, beta=b1, eps=eps, weight_decay=weight_decay, consistent_rms=0.2)
+    rest = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    return optax.partition(
+        {"muon": matrices, "adamw": rest}, lambda params: jax.tree_util.tree_map_with_path(label, params)
     )
 
 
 def prodigy(
     learning_rate: Schedule, *, b1: float, b2: float, eps: float, weight_decay: float
 ) -> optax.GradientTransformation:
-    """Prodigy (Mishchenko and Defazio, 2023, 2306.06101): finds the step size itself; learning_rate=1 is its choice."""
+    """Prodigy (Mishchenko and Defazio, 2023, arXiv 2306.06101) finds the step size itself: the usual learning_rate is 1.
+
+    Its safeguard keeps the learning rate out of the estimate's denominator, which a warm-up from 0 would make 0/0.
+    """
     return optax.contrib.prodigy(
         learning_rate, betas=(b1, b2), eps=eps, weight_decay=weight_decay, safeguard_warmup=True
     )
@@ -157,9 +150,18 @@ def make_optimizer(
     Raises:
       ValueError: an unknown name, or an option that the chosen optimizer has no use for.
     """
-    _check("name", name, OPTIMIZERS)
-    _check("schedule", schedule, SCHEDULES)
-    _check("clip_by", clip_by, ("norm", "value"))
+    _check_name("name", name, OPTIMIZERS)
+    _check_name("schedule", schedule, SCHEDULES)
+    _check_name("clip_by", clip_by, ("norm", "value"))
+    sizes = {"learning_rate": learning_rate, "warmup": warmup, "weight_decay": weight_decay, "clip": clip, "eps": eps}
+    for option, value in sizes.items():
+        if not value >= 0:
+            raise ValueError(f"optimizer.{option}={value}: use 0 or more")
+    for option, value in {"b1": b1, "b2": b2}.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"optimizer.{option}={value}: use a number in [0, 1)")
+    if name == "schedule_free_adamw" and b1 == 0:
+        raise ValueError("optimizer.b1=0: schedule_free_adamw interpolates with weight b1, use a number in (0, 1)")
     options = {"weight_decay": weight_decay, "b1": b1, "b2": b2, "eps": eps}
     known = inspect.signature(OPTIMIZERS[name]).parameters
     defaults = inspect.signature(make_optimizer).parameters
@@ -179,7 +181,7 @@ def make_optimizer(
 
 def evaluation_params(optimizer_state: optax.OptState, params: optax.Params) -> optax.Params:
     """The parameters to evaluate: `params` themselves, or their average where a schedule-free optimizer keeps one
-    (Defazio et al., 2024, 2405.15682). Call it right before evaluating; training goes on from `params`."""
+    (Defazio et al., 2024, arXiv 2405.15682). Call it right before evaluating; training goes on from `params`."""
     schedule_free = lambda node: isinstance(node, optax.contrib.ScheduleFreeState)  # noqa: E731
     for node in jax.tree.leaves(optimizer_state, is_leaf=schedule_free):
         if schedule_free(node):
@@ -187,7 +189,7 @@ def evaluation_params(optimizer_state: optax.OptState, params: optax.Params) -> 
     return params
 
 
-def _check(key: str, value: str, choices: Mapping | tuple) -> None:
+def _check_name(key: str, value: str, choices: Mapping | tuple) -> None:
     if value not in choices:
         near = difflib.get_close_matches(str(value), choices, 1, 0.0)[0]
         raise ValueError(f"optimizer.{key} is {value!r}: choose one of {', '.join(choices)} (nearest: {near!r})")

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from efficient_tx.task import Batch
 from efficient_tx.training import metrics
@@ -45,18 +46,24 @@ def init_state(model: nnx.Module, optimizer: optax.GradientTransformation) -> St
     """The state before the first step. It owns its arrays: the step donates them and `model` stays usable."""
     params = nnx.split(model)[1]
     state = State(
-        step=np.int32(0),
+        step=jnp.int32(0),
         params=params,
         optimizer=optimizer.init(params),
         window=metrics.zeros("loss", "accuracy", "grad_norm"),
-        bad_step=np.int32(-1),
+        bad_step=jnp.int32(-1),
     )
     return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
 
 
 def clear_window(state: State) -> State:
-    """The same state with an empty window."""
-    return state._replace(window=metrics.zeros(*state.window))
+    """The same state with an empty window, on the same devices."""
+    return state._replace(window=jax.tree.map(jnp.zeros_like, state.window))
+
+
+def replicate(tree, devices: Sequence[jax.Device] | None = None):
+    """A copy of every array on each of the local `devices` (None = all): where the steps want and leave their state."""
+    devices = jax.local_devices() if devices is None else devices
+    return jax.device_put(tree, NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec()))
 
 
 def split_batch(batch: Batch, devices: Sequence[jax.Device]) -> Batch:
@@ -86,14 +93,13 @@ def check_batch_size(batch_size: int, *, devices: int, grad_accum: int) -> None:
 def score(model: nnx.Module, batch: Batch, keys: jax.Array | None) -> Metrics:
     """Sums over the rows of one micro-batch: cross-entropy (nats) and right answers, each with the sum of weights.
 
-    The model gets every entry of the batch but `label`, `weight` and `row`, by name, and one key per example (None at
-    evaluation); it returns logits `[B, classes]`, or `[B, L, classes]` where label and weight are `[B, L]`.
+    The model gets every entry of the batch but `label`, `weight`, `row` and `seed`, by name, and one key per example
+    (None at evaluation); it returns logits `[B, classes]`, or `[B, L, classes]` where label and weight are `[B, L]`.
     """
-    features = {name: array for name, array in batch.items() if name not in ("label", "weight", "row")}
-    logits = model(**features, key=keys)
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    weight = batch["weight"]
-    # Rows of weight 0 only fill up the batch: their labels mean nothing and must not be able to make a NaN.
+    features = {name: array for name, array in batch.items() if name not in ("label", "weight", "row", "seed")}
+    logits = model(**features, key=keys).astype(jnp.float32)
+    weight = batch["weight"].astype(jnp.float32)
+    # Rows of weight 0 only fill up the batch: neither their labels nor their logits may be able to make a NaN.
     label = jnp.where(weight > 0, batch["label"], 0)
     loss = jnp.where(weight > 0, optax.softmax_cross_entropy_with_integer_labels(logits, label), 0.0)
     right = jnp.argmax(logits, -1) == label
@@ -107,36 +113,36 @@ def train_step(
     *,
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
-    seed: int,
     grad_accum: int,
 ) -> State:
-    """One update, on one device's rows `[b, ...]`; `row` `[b]` says which rows of the global batch they are."""
-    step_key = jax.random.fold_in(jax.random.key(seed), state.step)
+    """One update from one device's rows `[b, ...]`; `row` and `seed`, both `[b]`, say which keys are theirs."""
+
+    def example_key(seed, row):
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), row)
 
     def loss_sum(params, batch):
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, batch["row"])
+        keys = jax.vmap(example_key)(batch["seed"], batch["row"])
         sums = score(nnx.merge(graphdef, params), batch, keys)
         return sums["loss"][0], sums
 
-    def gradients(batch):
+    def sums_and_gradients(batch):
         (_, sums), grads = jax.value_and_grad(loss_sum, has_aux=True)(state.params, batch)
-        return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), (sums, grads))
+        return sums, jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
 
     if grad_accum == 1:
-        sums, grads = gradients(batch)
+        sums, grads = sums_and_gradients(batch)
     else:
         micro = jax.tree.map(lambda x: x.reshape(grad_accum, x.shape[0] // grad_accum, *x.shape[1:]), batch)
-        nothing = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], micro))
-        )
+        shapes = jax.eval_shape(sums_and_gradients, jax.tree.map(lambda x: x[0], micro))
         (sums, grads), _ = jax.lax.scan(
-            lambda total, batch: (jax.tree.map(jnp.add, total, gradients(batch)), None), nothing, micro
+            lambda total, batch: (jax.tree.map(jnp.add, total, sums_and_gradients(batch)), None),
+            jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
+            micro,
         )
     sums, grads = jax.lax.psum((sums, grads), AXIS)
 
     loss, weight = sums["loss"]
-    weight = jnp.where(weight > 0, weight, 1.0)
-    grads = jax.tree.map(lambda grad, param: (grad / weight).astype(param.dtype), grads, state.params)
+    grads = jax.tree.map(lambda grad: grad / jnp.where(weight > 0, weight, 1.0), grads)
     norm = optax.tree.norm(grads)
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
     step = state.step + 1
@@ -167,32 +173,54 @@ def make_train_step(
 ) -> Callable[[State, Batch], State]:
     """The training step of all devices: (state, batch from `split_batch`) -> state; the old state is donated.
 
-    Keys come from `seed`, the step and the global row, so neither `devices` nor the processes nor `grad_accum` (how
-    many micro-batches a device's rows are cut into) changes a draw. The loss is the weighted mean over the global
-    batch. `step.lower(state, batch)` compiles ahead of time.
+    The loss is the weighted mean over the global batch. Keys come from `seed`, the step and the global row, so neither
+    `devices` (this process's; None = all) nor the processes nor `grad_accum` (how many micro-batches each device's
+    rows are cut into) changes a draw. Seed and rows travel with the batch: all seeds and processes run one program.
+    `step.lower(state, batch)` is pmap's.
 
     Raises:
-      ValueError: at the first call, when the batch cannot be shared out over devices and micro-batches.
+      ValueError: `devices` does not fit; at a call, the batch cannot be shared out over devices and micro-batches.
     """
-    step = partial(train_step, graphdef=graphdef, optimizer=optimizer, seed=seed, grad_accum=grad_accum)
-    mapped = jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0, devices=devices)
+    devices, mesh_devices = _devices(devices)
+    step = partial(train_step, graphdef=graphdef, optimizer=optimizer, grad_accum=grad_accum)
+    mapped = jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0, devices=mesh_devices)
+    home = replicate(np.int32(0), devices).sharding
 
-    def with_rows(batch):
+    def prepare(state: State, batch: Batch) -> tuple[State, Batch]:
         count, rows = batch["label"].shape[:2]
+        if count != len(devices):
+            raise ValueError(f"the batch is split over {count} devices, the step runs on {len(devices)}")
         check_batch_size(count * rows * process_count, devices=count * process_count, grad_accum=grad_accum)
-        row = process_index + process_count * np.arange(count * rows, dtype=np.int32)
-        return {**batch, "row": row.reshape(count, rows)}
+        row = process_index + process_count * np.arange(count * rows, dtype=np.int32).reshape(count, rows)
+        # A state that lies elsewhere (new, or from a checkpoint) would be compiled for a second time.
+        if getattr(state.step, "sharding", None) != home:
+            state = replicate(state, devices)
+        return state, {**batch, "row": row, "seed": np.full((count, rows), seed, np.uint32)}
 
     def run(state: State, batch: Batch) -> State:
-        return mapped(state, with_rows(batch))
+        return mapped(*prepare(state, batch))
 
-    run.lower = lambda state, batch: mapped.lower(state, with_rows(batch))
+    run.lower = lambda state, batch: mapped.lower(*prepare(state, batch))
     return run
 
 
 def make_eval_step(
     graphdef: nnx.GraphDef, *, devices: Sequence[jax.Device] | None = None
 ) -> Callable[[nnx.State, Batch], Metrics]:
-    """The evaluation step of all devices: (params, batch from `split_batch`) -> sums over devices and processes."""
+    """The evaluation step of all devices: (params, batch from `split_batch`) -> sums over devices and processes.
+
+    Parameters that are not yet on the `devices` are copied at every call: `replicate` them first.
+    """
     step = partial(eval_step, graphdef=graphdef)
-    return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=devices)
+    return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=_devices(devices)[1])
+
+
+def _devices(devices: Sequence[jax.Device] | None) -> tuple[list[jax.Device], list[jax.Device] | None]:
+    """This process's devices, and what `pmap` has to be told; over several processes it takes all there are."""
+    local = jax.local_devices()
+    devices = local if devices is None else list(devices)
+    if jax.process_count() == 1:
+        return devices, devices
+    if devices != local:
+        raise ValueError(f"devices={devices} of several processes: every process uses all of its own, {local}")
+    return devices, None
