@@ -1,6 +1,8 @@
 """Task and Batch: the only types that the data packages and the trainer share."""
 
 import dataclasses
+import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
@@ -50,3 +52,8 @@ class Task:
     name: str
     source: str
     baselines: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+def data_directory(path: str | os.PathLike | None = None) -> pathlib.Path:
+    """Where data live: `path` when given, else $EFFICIENT_TX_DATA, else ~/.cache/efficient_tx. Not created here."""
+    return pathlib.Path(path or os.environ.get("EFFICIENT_TX_DATA") or "~/.cache/efficient_tx").expanduser()

@@ -1,0 +1,1 @@
+"""From a Task's sources to batches; vision and synthetic tasks."""

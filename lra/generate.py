@@ -1,0 +1,208 @@
+"""Data made on first use: chunks in parallel processes, stored once, safe against kills and concurrent runs."""
+
+import contextlib
+import errno
+import fcntl
+import importlib
+import itertools
+import os
+import pathlib
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import uuid
+import zipfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+_FILE = "data.npz"
+_TEMPORARY = ".writing-"
+_MOST_WORKERS = 16
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+def chunks(function: str, settings: dict[str, Any], workers: int | None = None) -> Iterator[Any]:
+    """Yields f(0, **settings), f(1, **settings), ... without end, in this order, whatever the number of workers.
+
+    The workers are fresh interpreters that import f's module and nothing of the caller: no fork of a process with
+    threads (jax), no second run of a script without a `__main__` guard. They end with the generator, and also when
+    the caller is killed. Chunk 0 is computed here, so that a small data set starts no process.
+
+    Args:
+      function: "module:name" of f; its module should be light to import. f's results must pickle.
+      settings: keyword arguments of f.
+      workers: number of processes, default one per available core; 1 starts none.
+
+    Raises:
+      RuntimeError: a worker ended by itself; what it said is on stderr.
+    """
+    workers = min(available_cores(), _MOST_WORKERS) if workers is None else workers
+    f = _resolve(function)
+    yield f(0, **settings)
+    if workers == 1:
+        for index in itertools.count(1):
+            yield f(index, **settings)
+    processes = []
+    try:
+        for first in range(1, 1 + workers):
+            processes.append(_start(function, settings, range(first, sys.maxsize, workers)))
+        for process in itertools.cycle(processes):
+            try:
+                yield pickle.load(process.stdout)
+            except (EOFError, pickle.UnpicklingError):
+                raise RuntimeError(f"a process computing {function} ended with exit code {process.wait()}") from None
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.wait()
+            process.stdout.close()
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _resolve(function: str) -> Callable[..., Any]:
+    module, name = function.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _start(function: str, settings: dict[str, Any], indices: range) -> subprocess.Popen:
+    path = os.pathsep.join(map(os.path.abspath, sys.path))
+    environment = os.environ | {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", "from lra.generate import _work; _work()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+    )
+    with contextlib.suppress(BrokenPipeError), process.stdin as pipe:  # a worker that died is reported when it is read
+        pickle.dump((function, settings, indices), pipe)
+    return process
+
+
+def _work() -> None:
+    """What a worker runs: writes its chunks to stdout; a full pipe makes it wait, a closed one ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the workers
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    function, settings, indices = pickle.load(sys.stdin.buffer)
+    with os.fdopen(os.dup(1), "wb") as pipe:
+        os.dup2(2, 1)  # nothing that f prints may get between the pickles
+        f = _resolve(function)
+        for index in indices:
+            pickle.dump(f(index, **settings), pipe, protocol=pickle.HIGHEST_PROTOCOL)
+            pipe.flush()
+
+
+def stored(directory: pathlib.Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The arrays kept in `directory`/data.npz; made and written there when they are missing or damaged.
+
+    The file appears complete or not at all, and its checksums are verified on every load. One process makes the
+    data while others that want the same wait for it; what a killed one left behind is removed.
+
+    Raises:
+      OSError: the directory cannot be read or written; the message names it and what to set.
+    """
+    path = directory / _FILE
+    try:
+        if (arrays := _load(path)) is not None:
+            return arrays
+        directory.mkdir(parents=True, exist_ok=True)
+        with _locked(directory) as alone:
+            if (arrays := _load(path)) is not None:
+                return arrays
+            if path.exists():
+                print(f"{path} is damaged: generating it again", file=sys.stderr)
+            if alone:
+                for left_behind in directory.glob(f"{_TEMPORARY}*"):
+                    left_behind.unlink(missing_ok=True)
+            arrays = make()
+            _save(path, arrays)
+            return arrays
+    except OSError as error:
+        reason = error.strerror or str(error)
+        hint = "set config.task.data_dir or $EFFICIENT_TX_DATA to a directory that can be written and has room"
+        raise OSError(
+            error.errno or errno.EIO, f"no data at {path} and none can be stored there ({reason}): {hint}"
+        ) from None
+
+
+def _load(path: pathlib.Path) -> dict[str, np.ndarray] | None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                return None
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except OSError as error:
+        if error.errno in (None, errno.ENOENT, errno.EINVAL):
+            return None
+        raise
+    except Exception:  # a flipped bit can make the readers of zip and npy raise almost anything
+        return None
+
+
+def _save(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+    temporary = path.with_name(_TEMPORARY + uuid.uuid4().hex)
+    try:
+        with open(temporary, "xb") as file:
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(directory: pathlib.Path) -> Iterator[bool]:
+    """Holds the directory's lock, waiting for it; the kernel frees it however the holder ends.
+
+    Yields False on a file system without locks: then concurrent runs all make the data, and the last one's stay.
+    """
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that generates {directory}", file=sys.stderr)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            yield False
+            return
+        yield True
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Gives a function to call with the count reached: a bar on a terminal, plain lines on stderr otherwise."""
+    if not sys.stderr.isatty():
+        start = said = time.monotonic()
+        print(f"{title}: {total} to make", file=sys.stderr, flush=True)
+
+        def advance(count: int) -> None:
+            nonlocal said
+            if time.monotonic() - said > _SECONDS_BETWEEN_LINES:
+                said = time.monotonic()
+                print(f"{title}: {count} of {total}", file=sys.stderr, flush=True)
+
+        yield advance
+        print(f"{title}: done in {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+        return
+    import rich.console
+    import rich.progress
+
+    columns = (*rich.progress.Progress.get_default_columns(), rich.progress.MofNCompleteColumn())
+    with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda count: bar.update(task, completed=min(count, total))

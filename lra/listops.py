@@ -1,0 +1,350 @@
+"""ListOps: the value, 0 to 9, of a nested expression such as `[MAX 4 3 [MIN 2 3 ] 1 [MED 1 5 8 9 2 ] ]`.
+
+Nangia and Bowman 2018 (arXiv:1804.06028); long version: Long Range Arena, Tay et al. 2020 (arXiv:2011.04006). The
+grammar, its probabilities and the length filter are those of the arena's generator. The ids are constants here: the
+original code numbered the tokens anew in every process, so that its reloaded checkpoints score like a constant answer.
+"""
+
+import hashlib
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from efficient_tx.task import Task, data_directory
+from lra import generate
+
+VOCABULARY = ("<pad>", *"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]")  # a token's id is its index
+_DIGIT, _OPERATOR, _CLOSER = VOCABULARY.index("0"), VOCABULARY.index("[MIN"), VOCABULARY.index("]")
+
+_MAX_DEPTH = 10  # the root has depth 1; at depth 10 there are only digits
+_MAX_ARGS = 10
+_P_OPERATOR = 0.25
+
+_GENERATOR = "v1"  # part of the stored data's name: raise it with any change of what is generated
+_MOST_TOKENS_PER_CHUNK = 2**24  # bounds roots x max_len, and with it a worker's memory (about 150 MB)
+_DRAWS_PER_TRIAL = 2**20
+_LEAST_GAIN_PER_TRIAL = 0.01
+
+
+def get_task(
+    *,
+    data_dir: str | None = None,
+    source: str = "generated",
+    train_size: int = 96000,
+    val_size: int = 2000,
+    test_size: int = 2000,
+    min_len: int = 500,
+    max_len: int = 2000,
+    drop_brackets: bool = False,
+    seed: int = 0,
+) -> Task:
+    """The ListOps task: expressions with min_len < length < max_len tokens, labelled with their value.
+
+    A token is a digit, an operator with its opening bracket, or a closing bracket. No expression occurs twice, within
+    a split or across splits. Batches are padded to `max_len`, so the longest expression leaves one position free.
+
+    Args:
+      data_dir: where generated data are kept, default $EFFICIENT_TX_DATA or ~/.cache/efficient_tx.
+      source: "generated", or the path of an `lra_release` directory, which holds `listops-1000/basic_train.tsv`,
+        `basic_val.tsv` and `basic_test.tsv`. Of these the first `train_size`, `val_size` and `test_size` expressions
+        within the length bounds are taken, or as many as there are; `Task.source` says how many.
+      train_size, val_size, test_size: number of expressions.
+      min_len, max_len: both excluded; always lengths with brackets.
+      drop_brackets: leave out the closing brackets; the operators keep their ids. Same information as the arena's
+        tokenizer before 2021-06-10 (alphanumeric runs only: `MAX 4 3 MIN 2 3 1`), which the Skyformer paper's
+        pipeline kept. The expression can no longer be parsed, so these numbers do not compare with others.
+      seed: of the generator; not used for files.
+
+    Raises:
+      ValueError: a setting is out of range, too few expressions fit the length bounds, or a file is damaged.
+      FileNotFoundError: `source` is no directory, or a file in it is missing.
+      OSError: generated data cannot be stored.
+    """
+    sizes = {"train": train_size, "val": val_size, "test": test_size}
+    _check(sizes, min_len, max_len, seed)
+    if source == "generated":
+        name = f"{train_size}-{val_size}-{test_size}_len{min_len}-{max_len}_seed{seed}_{_GENERATOR}"
+        directory = data_directory(data_dir) / "listops" / name
+        arrays = generate.stored(directory, lambda: _generate(sum(sizes.values()), min_len, max_len, seed))
+        everything = Expressions(**arrays)
+        ends = np.cumsum(list(sizes.values()))
+        splits = [everything.part(end - size, end) for size, end in zip(sizes.values(), ends)]
+        described = f"generated, seed {seed}"
+    else:
+        directory = _release(source)
+        splits = [_read(directory / f"basic_{split}.tsv", size, min_len, max_len) for split, size in sizes.items()]
+        described = f"{directory}, the first {'/'.join(str(len(split)) for split in splits)} expressions"
+    baselines = _baselines(splits[0], splits[2])
+    if drop_brackets:
+        splits = [split.without_closers() for split in splits]
+    return Task(
+        *splits,
+        kind="tokens",
+        num_classes=10,
+        vocab_size=len(VOCABULARY),
+        max_len=max_len,
+        name="listops-no-brackets" if drop_brackets else "listops",
+        source=described,
+        baselines=baselines,
+    )
+
+
+class Expressions:
+    """Ragged token sequences with labels, a random-access source; item i is a view, nothing is copied.
+
+    Attributes:
+      tokens: uint8, all sequences one after the other.
+      offsets: int64 `[n + 1]`; sequence i is tokens[offsets[i]:offsets[i + 1]].
+      labels: uint8 `[n]`, values 0 to 9.
+    """
+
+    def __init__(self, tokens: np.ndarray, offsets: np.ndarray, labels: np.ndarray):
+        self.tokens, self.offsets, self.labels = tokens, offsets, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray | int]:
+        """{"inputs": uint8 `[length]`, "label": int}. Raises IndexError outside [0, len)."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"expression {index} of {len(self)}")
+        return {"inputs": self.tokens[self.offsets[index] : self.offsets[index + 1]], "label": int(self.labels[index])}
+
+    def part(self, start: int, stop: int) -> "Expressions":
+        """Expressions start to stop (excluded)."""
+        return Expressions(self.tokens, self.offsets[start : stop + 1], self.labels[start:stop])
+
+    def without_closers(self) -> "Expressions":
+        """The same expressions without their closing brackets."""
+        tokens = self.tokens[self.offsets[0] : self.offsets[-1]]
+        offsets = self.offsets - self.offsets[0]
+        closers = np.flatnonzero(tokens == _CLOSER)
+        return Expressions(tokens[tokens != _CLOSER], offsets - np.searchsorted(closers, offsets), self.labels)
+
+    def roots(self) -> np.ndarray:
+        """The first token of each expression, `[n]`: its root operator (or the only digit)."""
+        return self.tokens[self.offsets[:-1]]
+
+
+def _offsets(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+def _check(sizes: dict[str, int], min_len: int, max_len: int, seed: int) -> None:
+    for split, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"task.{split}_size={size}: a split needs at least one expression")
+    if min_len < 0 or max_len - min_len < 2:
+        raise ValueError(
+            f"task.min_len={min_len}, task.max_len={max_len}: no length lies between them (both are excluded); "
+            "set 0 <= min_len and max_len >= min_len + 2"
+        )
+    if seed < 0:
+        raise ValueError(f"task.seed={seed}: must be 0 or more")
+
+
+def _baselines(train: Expressions, test: Expressions) -> dict[str, float]:
+    """Test accuracy of the best constant answer and of the best answer for each root operator, chosen on train."""
+    counts = np.zeros((len(VOCABULARY), 10), np.int64)
+    np.add.at(counts, (train.roots(), train.labels), 1)
+    constant = counts.sum(0).argmax()
+    by_root = np.where(counts.any(1), counts.argmax(1), constant)
+    return {
+        "constant": float(np.mean(test.labels == constant)),
+        "root operator": float(np.mean(test.labels == by_root[test.roots()])),
+    }
+
+
+def _generate(total: int, min_len: int, max_len: int, seed: int) -> dict[str, np.ndarray]:
+    """The first `total` distinct expressions of the seed's stream."""
+    settings = {"min_len": min_len, "max_len": max_len, "seed": seed}
+    seen: set[bytes] = set()
+    tokens, lengths, labels = [], [], []
+    draws, trial = 0, (0, 0)
+    with generate.progress("ListOps", total) as advance:
+        for chunk in generate.chunks("lra.listops:sample", settings):
+            draws += chunk["draws"]
+            ends = np.cumsum(chunk["lengths"])
+            for end, length, label in zip(ends.tolist(), chunk["lengths"].tolist(), chunk["labels"].tolist()):
+                expression = chunk["tokens"][end - length : end]
+                known = len(seen)
+                seen.add(hashlib.blake2b(expression, digest_size=16).digest())
+                if len(seen) == known:
+                    continue
+                tokens.append(expression)
+                lengths.append(length)
+                labels.append(label)
+                if len(seen) == total:
+                    break
+            advance(len(seen))
+            if len(seen) == total:
+                break
+            if draws - trial[0] >= _DRAWS_PER_TRIAL:
+                if len(seen) - trial[1] < _LEAST_GAIN_PER_TRIAL * (total - len(seen)):
+                    raise ValueError(
+                        f"task.min_len={min_len}, task.max_len={max_len}: only {len(seen)} of the {total} distinct "
+                        f"expressions wanted turned up in {draws} draws; widen the bounds or lower the sizes"
+                    )
+                trial = (draws, len(seen))
+    return {"tokens": np.concatenate(tokens), "offsets": _offsets(lengths), "labels": np.array(labels, np.uint8)}
+
+
+def sample(index: int, *, min_len: int, max_len: int, seed: int) -> dict[str, np.ndarray | int]:
+    """Chunk `index` of the seed's stream: many draws from the grammar, of which those of the right length are kept.
+
+    All trees of the chunk grow together, one level at a time. A tree that cannot end below `max_len` any more (each
+    pending node is at least one token) stops growing: it would be rejected whatever its other nodes are, so what is
+    kept has exactly the distribution of rejection sampling.
+
+    Returns:
+      draws: number of trees drawn; lengths int64 `[n]`, labels uint8 `[n]` and the tokens uint8 of those kept, one
+      after the other, in the order drawn.
+    """
+    rng = np.random.default_rng([seed, index])
+    draws = int(np.clip(_MOST_TOKENS_PER_CHUNK // max_len, 2**8, 2**17))
+    levels, lengths = _grow(rng, draws, max_len)
+    kept = (min_len < lengths) & (lengths < max_len)
+    levels = [_Level(*(column[kept[level.tree]] for column in level)) for level in levels]
+    lengths, labels = _measure(levels)
+    tokens = _write(levels, lengths)
+    return {"draws": draws, "lengths": lengths[0], "labels": labels, "tokens": tokens}
+
+
+class _Level(NamedTuple):
+    """The nodes of one depth, all trees side by side, in reading order; columns `[nodes]`.
+
+    The arguments of a level's operators, in order, are the nodes of the next level.
+    """
+
+    tree: np.ndarray  # int32, the tree of each node
+    token: np.ndarray  # uint8, its id
+    args: np.ndarray  # uint8, its number of arguments, 0 for a digit
+
+
+def _grow(rng: np.random.Generator, draws: int, max_len: int) -> tuple[list[_Level], np.ndarray]:
+    """Levels of `draws` trees and their lengths `[draws]`; those of `max_len` or more may be unfinished."""
+    levels = []
+    tree = np.arange(draws, dtype=np.int32)
+    lengths = np.zeros(draws, np.int64)
+    depth = 0
+    while len(tree):
+        depth += 1
+        # Only `random` is drawn: its stream is as stable over NumPy versions as the bit generator's.
+        is_operator = rng.random(len(tree)) <= (_P_OPERATOR if depth < _MAX_DEPTH else -1.0)
+        choice = rng.random(len(tree))
+        token = np.where(
+            is_operator, (4 * choice).astype(np.uint8) + _OPERATOR, (10 * choice).astype(np.uint8) + _DIGIT
+        )
+        args = np.zeros(len(tree), np.uint8)
+        args[is_operator] = 2 + (_MAX_ARGS - 1) * rng.random(np.count_nonzero(is_operator))
+        lengths += _sum(np.where(is_operator, 2, 1), tree, draws)
+        hopeless = lengths + _sum(args, tree, draws) >= max_len
+        lengths[hopeless] = max_len
+        args[hopeless[tree]] = 0
+        levels.append(_Level(tree, token.astype(np.uint8), args))
+        tree = np.repeat(tree, args)
+    return levels, lengths
+
+
+def _sum(values: np.ndarray, groups: np.ndarray, count: int) -> np.ndarray:
+    return np.bincount(groups, values, count).astype(np.int64)
+
+
+def _measure(levels: list[_Level]) -> tuple[list[np.ndarray], np.ndarray]:
+    """Number of tokens of each node's subtree, level by level, and the values `[trees]` of the roots."""
+    lengths, values = [], np.zeros(0, np.int64)
+    for level in reversed(levels):
+        length, value = np.ones(len(level.token), np.int64), level.token.astype(np.int64) - _DIGIT
+        is_operator = level.args > 0
+        if is_operator.any():
+            args = level.args[is_operator].astype(np.int64)
+            starts = np.cumsum(args) - args
+            length[is_operator] = 2 + np.add.reduceat(lengths[-1], starts)
+            # Sorted within each operator: digits are below 10, so 10 x (rank of the operator) keeps the groups apart.
+            ordered = np.sort(10 * np.repeat(np.arange(len(args)), args) + values) % 10
+            results = {
+                "[MIN": ordered[starts],
+                "[MAX": ordered[starts + args - 1],
+                "[MED": (ordered[starts + (args - 1) // 2] + ordered[starts + args // 2]) // 2,
+                "[SM": np.add.reduceat(values, starts) % 10,
+            }
+            which = level.token[is_operator]
+            value[is_operator] = np.select([which == VOCABULARY.index(name) for name in results], results.values())
+        lengths.append(length)
+        values = value
+    return lengths[::-1], values.astype(np.uint8)
+
+
+def _write(levels: list[_Level], lengths: list[np.ndarray]) -> np.ndarray:
+    """The tokens of all trees, one after the other, uint8."""
+    tokens = np.zeros(lengths[0].sum() if lengths else 0, np.uint8)
+    positions = np.cumsum(lengths[0]) - lengths[0]
+    for level, length, below in zip(levels, lengths, [*lengths[1:], None]):
+        tokens[positions] = level.token
+        is_operator = level.args > 0
+        if not is_operator.any():
+            break
+        tokens[(positions + length - 1)[is_operator]] = _CLOSER
+        args = level.args[is_operator].astype(np.int64)
+        starts = np.cumsum(args) - args
+        before = np.cumsum(below) - below  # tokens of the level's earlier nodes, to be counted from the first sibling
+        positions = before + np.repeat(positions[is_operator] + 1 - before[starts], args)
+    return tokens
+
+
+def _release(source: str) -> pathlib.Path:
+    """The directory with the three files under an unpacked archive, which holds them once or twice."""
+    root = pathlib.Path(source).expanduser()
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f'task.source={source!r}: neither "generated" nor a directory; pass the path of an unpacked lra_release, '
+            "which holds listops-1000/basic_train.tsv, basic_val.tsv and basic_test.tsv"
+        )
+    places = [root / "listops-1000", root / "lra_release" / "listops-1000", root]
+    for place in places:
+        if (place / "basic_train.tsv").is_file():
+            return place
+    raise FileNotFoundError(
+        f"task.source={source!r}: basic_train.tsv (beside basic_val.tsv and basic_test.tsv, first line "
+        f"Source<tab>Target) is in none of {', '.join(map(str, places))}"
+    )
+
+
+# In "( ( ( [MAX 4 ) 3 ) ] )" the second letter tells the operators apart; all else but digits and ] carries nothing.
+_LETTERS = {"I": "[MIN", "A": "[MAX", "E": "[MED", "S": "[SM"}
+_TABLE = bytearray(256)
+for _character in "0123456789]IAES":
+    _TABLE[ord(_character)] = VOCABULARY.index(_LETTERS.get(_character, _character))
+_IGNORED = b"()[MNXD "
+
+
+def _read(path: pathlib.Path, size: int, min_len: int, max_len: int) -> Expressions:
+    """The first `size` expressions of a file that are within the length bounds, or as many as there are."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file (ListOps needs it beside basic_train.tsv)")
+    tokens, labels, lines = [], bytearray(), []
+    with open(path, "rb") as file:
+        if file.readline().split() != [b"Source", b"Target"]:
+            raise ValueError(f"{path}, line 1: the header must be Source<tab>Target")
+        for number, line in enumerate(file, 2):
+            text, _, label = line.rstrip().rpartition(b"\t")
+            expression = text.translate(_TABLE, _IGNORED)
+            if not expression or 0 in expression or len(label) != 1 or not label.isdigit():
+                raise ValueError(f"{path}, line {number}: expected an expression, a tab and its value from 0 to 9")
+            if min_len < len(expression) < max_len:
+                tokens.append(expression)
+                labels += label
+                lines.append(number)
+                if len(lines) == size:
+                    break
+    if not lines:
+        raise ValueError(f"{path}: no expression longer than task.min_len={min_len} and shorter than {max_len=}")
+    offsets = _offsets([len(expression) for expression in tokens])
+    flat = np.frombuffer(b"".join(tokens), np.uint8)
+    step = (flat == _CLOSER).astype(np.int8) - ((flat >= _OPERATOR) & (flat < _CLOSER))
+    unbalanced = np.flatnonzero(np.add.reduceat(step, offsets[:-1], dtype=np.int64))
+    if len(unbalanced):
+        raise ValueError(f"{path}, line {lines[unbalanced[0]]}: as many operators as closing brackets expected")
+    return Expressions(flat, offsets, np.frombuffer(labels, np.uint8) - ord("0"))
