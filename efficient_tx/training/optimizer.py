@@ -18,8 +18,10 @@ def _warm(step, warmup):
 
 
 def cosine(learning_rate: float, *, steps: int, warmup: int) -> Schedule:
-    """base · min(1, s/w) · ½(1 + cos π·max(0, s − w)/steps), the cosine of Long Range Arena (Tay et al., 2020, arXiv
-    2011.04006): the arc is `steps` long and starts after the warm-up, so it ends at s = steps + w."""
+    """base · min(1, s/w) · ½(1 + cos π·max(0, s − w)/steps), as Long Range Arena (Tay et al., 2020, arXiv 2011.04006).
+
+    The arc is `steps` long and starts after the warm-up, so it would end at s = steps + w.
+    """
 
     def schedule(step):
         arc = jnp.clip((step - warmup) / steps, 0.0, 1.0)
@@ -29,7 +31,7 @@ def cosine(learning_rate: float, *, steps: int, warmup: int) -> Schedule:
 
 
 def rsqrt(learning_rate: float, *, steps: int, warmup: int) -> Schedule:
-    """base · min(1, s/w) / √max(s, w), Long Range Arena's (Tay et al., 2020, arXiv 2011.04006); its peak is base / √w."""
+    """base · min(1, s/w) / √max(s, w), Long Range Arena's (Tay et al., 2020, arXiv 2011.04006); the peak is base/√w."""
     return lambda step: learning_rate * _warm(step, warmup) / jnp.sqrt(jnp.maximum(step, max(warmup, 1)))
 
 
@@ -96,7 +98,7 @@ def muon(
 def prodigy(
     learning_rate: Schedule, *, b1: float, b2: float, eps: float, weight_decay: float
 ) -> optax.GradientTransformation:
-    """Prodigy (Mishchenko and Defazio, 2023, arXiv 2306.06101) finds the step size itself: the usual learning_rate is 1.
+    """Prodigy (Mishchenko and Defazio, 2023, arXiv 2306.06101) finds the step size itself: learning_rate is best 1.
 
     Its safeguard keeps the learning rate out of the estimate's denominator, which a warm-up from 0 would make 0/0.
     """
@@ -180,13 +182,16 @@ def make_optimizer(
 
 
 def evaluation_params(optimizer_state: optax.OptState, params: optax.Params) -> optax.Params:
-    """The parameters to evaluate: `params` themselves, or their average where a schedule-free optimizer keeps one
-    (Defazio et al., 2024, arXiv 2405.15682). Call it right before evaluating; training goes on from `params`."""
-    schedule_free = lambda node: isinstance(node, optax.contrib.ScheduleFreeState)  # noqa: E731
-    for node in jax.tree.leaves(optimizer_state, is_leaf=schedule_free):
-        if schedule_free(node):
-            return optax.contrib.schedule_free_eval_params(node, params)
-    return params
+    """The parameters to evaluate: `params` themselves, or their average where a schedule-free optimizer keeps one.
+
+    Training goes on from `params`. (Defazio et al., 2024, arXiv 2405.15682)
+    """
+
+    def keeps_average(node):
+        return isinstance(node, optax.contrib.ScheduleFreeState)
+
+    states = [node for node in jax.tree.leaves(optimizer_state, is_leaf=keeps_average) if keeps_average(node)]
+    return optax.contrib.schedule_free_eval_params(states[0], params) if states else params
 
 
 def _check_name(key: str, value: str, choices: Mapping | tuple) -> None:
