@@ -1,25 +1,133 @@
-"""flash_attention: softmax, sigmoid or Gaussian-kernel attention that never holds all query-key weights at once."""
+"""flash_attention: softmax, sigmoid or Gaussian-kernel attention without the matrix of all weights."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from efficient_tx.kernels.flash_attention import reference
+from efficient_tx.kernels.flash_attention import reference, xla
+from efficient_tx.kernels.flash_attention.options import SCORES, Options
+from efficient_tx.kernels.forward_mode import reverse_only
 
-SCORES = ("softmax", "sigmoid", "gaussian")
+# Best first. Each module has `unsupported` and `forward`, and all but the reference a `backward`.
+IMPLEMENTATIONS = {"xla": xla, "reference": reference}
 
 
 def flash_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, *,
-    score: str = "softmax", mask: jax.Array | None = None, causal: bool = False, scale: float | None = None,
-    bias: float = 0.0, return_lse: bool = False, implementation: str | None = None, interpret: bool = False,
-    precision: jax.lax.Precision | None = None,
-) -> jax.Array | tuple[jax.Array, jax.Array]:  # fmt: skip
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    heads, groups = q.shape[2], k.shape[2]
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    score: str = "softmax",
+    mask: jax.Array | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    bias: float = 0.0,
+    return_lse: bool = False,
+    implementation: str | None = None,
+    interpret: bool = False,
+    precision: jax.lax.PrecisionLike = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Attention with one of three scores; s_ij = scale · q_i·k_j + bias.
+
+    "softmax": out_i = Σ_j softmax_j(s_ij) v_j. "sigmoid": out_i = Σ_j σ(s_ij) v_j (Ramapuram et al. 2024, arXiv
+    2409.04431). "gaussian": out_i = Σ_j exp(bias − scale · ‖q_i − k_j‖² / 2) v_j, with the default scale the kernel of
+    Chen et al. 2021 (arXiv 2111.00035). Only softmax weights sum to one.
+
+    Args:
+      q: `[batch, queries, heads, head_dim]`, any floating dtype.
+      k: `[batch, keys, groups, head_dim]`; groups divides heads, query head h reads group h · groups // heads.
+      v: `[batch, keys, groups, v_dim]`.
+      score: "softmax", "sigmoid" or "gaussian".
+      mask: key mask, bool `[batch, keys]`, True for real keys.
+      causal: query i sees keys j ≤ i + keys − queries only: the last query is aligned with the last key.
+      scale: None means head_dim^-½, for every score.
+      bias: a number.
+      return_lse: return (output, log-sum-exp of s over the keys) as well; softmax only.
+      implementation: "reference" (the plain formula, memory queries × keys, differentiable in both modes), "xla"
+        (blockwise, memory linear in the lengths, reverse mode only), or None: the first that can do it.
+      interpret: run a Pallas kernel in interpret mode.
+      precision: of the products; None means full float32 (or float64), also where a device would round to less.
+
+    Returns:
+      `[batch, queries, heads, v_dim]` in the dtype of q, zero for a query without keys; with `return_lse` also
+      `[batch, queries, heads]`, −inf for a query without keys. All arithmetic is in promote_types(dtype, float32).
+
+    Raises:
+      ValueError: shapes that do not fit, or an implementation that cannot do it.
+      NotImplementedError: forward-mode differentiation, with an implementation other than "reference".
+    """
+    check_shapes(q, k, v, mask)
+    if score not in SCORES:
+        raise ValueError(f"score is {score!r}: choose one of {', '.join(SCORES)}")
+    if return_lse and score != "softmax":
+        raise ValueError(f"return_lse needs score='softmax': {score!r} weights are not normalised")
+    implementation = choose(implementation, interpret=interpret)
+    options = Options(
+        score=score,
+        causal=causal,
+        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+        bias=float(bias),
+        precision=jax.lax.Precision.HIGHEST if precision is None else precision,
+    )
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    k, v = (jnp.repeat(x, heads // groups, axis=2).astype(dtype) for x in (k, v))
-    out, lse = reference.attend(
-        q.astype(dtype), k, v, mask, score=score, causal=causal, scale=scale, bias=bias,
-        precision=precision or jax.lax.Precision.HIGHEST,
-    )  # fmt: skip
-    return (out.astype(q.dtype), lse) if return_lse else out.astype(q.dtype)
+    repeats = q.shape[2] // k.shape[2]
+    if mask is not None:
+        # A weight of zero does not stop a NaN or an infinity in the padding.
+        k, v = (jnp.where(mask[:, :, None, None], x, 0) for x in (k, v))
+    arrays = [q.astype(dtype), *(jnp.repeat(x.astype(dtype), repeats, axis=2) for x in (k, v))]
+    if implementation == "reference":
+        out, lse = reference.forward(*arrays, mask, options)
+    else:
+        out, lse = blockwise(implementation, options, *(reverse_only(x, "flash_attention") for x in arrays), mask)
+    out = out.astype(q.dtype)
+    return (out, lse) if return_lse else out
+
+
+def choose(implementation: str | None, **request) -> str:
+    """The implementation asked for; None picks the first that has no reason against the request.
+
+    Raises:
+      ValueError: there is none of that name, or it cannot do what is requested, with its reason.
+    """
+    reasons = {name: module.unsupported(**request) for name, module in IMPLEMENTATIONS.items()}
+    if implementation is None:
+        implementation = next((name for name, reason in reasons.items() if reason is None), next(iter(reasons)))
+    if implementation not in reasons:
+        raise ValueError(
+            f"flash_attention has no implementation {implementation!r}: choose one of {', '.join(reasons)}"
+        )
+    if reasons[implementation]:
+        raise ValueError(f"flash_attention cannot use implementation {implementation!r}: {reasons[implementation]}")
+    return implementation
+
+
+def check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> None:
+    """Raises ValueError, one line, for the first shape that does not fit."""
+    if any(x.ndim != 4 for x in (q, k, v)):
+        raise ValueError(f"q, k, v have shapes {q.shape}, {k.shape}, {v.shape}: pass [batch, length, heads, dim] each")
+    batch, keys, groups, head_dim = k.shape
+    if q.shape[0] != batch or q.shape[3] != head_dim or q.shape[2] % groups:
+        raise ValueError(f"q has shape {q.shape}, k {k.shape}: batch and head_dim must agree, heads be a multiple")
+    if v.shape[:3] != (batch, keys, groups):
+        raise ValueError(f"v has shape {v.shape}, k {k.shape}: batch, length and heads must agree")
+    if mask is not None and mask.shape != (batch, keys):
+        raise ValueError(f"mask has shape {mask.shape}: flash_attention takes the key mask, ({batch}, {keys})")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def blockwise(implementation, options, q, k, v, mask):
+    """Output and log-sum-exp of a blockwise implementation, differentiated by its own backward pass."""
+    return IMPLEMENTATIONS[implementation].forward(q, k, v, mask, options)
+
+
+def blockwise_forward(implementation, options, q, k, v, mask):
+    out, lse = blockwise(implementation, options, q, k, v, mask)
+    return (out, lse), (q, k, v, mask, out, lse)
+
+
+def blockwise_backward(implementation, options, residuals, cotangents):
+    return *IMPLEMENTATIONS[implementation].backward(*residuals, *cotangents, options), None
+
+
+blockwise.defvjp(blockwise_forward, blockwise_backward)

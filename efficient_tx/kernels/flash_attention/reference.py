@@ -3,21 +3,28 @@
 import jax
 import jax.numpy as jnp
 
+from efficient_tx.kernels.flash_attention.options import Options
 
-def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, *,
-    score: str, causal: bool, scale: float, bias: float, precision: jax.lax.Precision,
-) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
-    """Output `[batch, queries, heads, v_dim]`, and for softmax the log-sum-exp `[batch, queries, heads]`.
 
-    `q` `[batch, queries, heads, head_dim]`, `k` and `v` with as many heads, all of one dtype, float32 at least;
-    `mask` bool `[batch, keys]` or None.
+def unsupported(*, interpret: bool) -> str | None:
+    """Why this implementation cannot do what is asked, or None."""
+    return "interpret=True is for Pallas kernels, the plain formula has nothing to interpret" if interpret else None
+
+
+def forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, options: Options
+) -> tuple[jax.Array, jax.Array | None]:
+    """Output `[batch, queries, heads, v_dim]` and, for softmax, the log-sum-exp `[batch, queries, heads]` (else None).
+
+    `q` is `[batch, queries, heads, head_dim]`, `k` and `v` have as many heads, all have one dtype, float32 or float64;
+    `mask` is bool `[batch, keys]` or None.
     """
+    score, causal, scale, bias, precision = options
     queries, keys = q.shape[1], k.shape[1]
     logits = scale * jnp.einsum("bqhd,bkhd->bhqk", q, k, precision=precision) + bias
     if score == "gaussian":
-        q_norm, k_norm = jnp.square(q).sum(-1), jnp.square(k).sum(-1)
-        logits -= scale / 2 * (q_norm.mT[..., :, None] + k_norm.mT[..., None, :])
+        q_norm, k_norm = (jnp.square(x).sum(-1).mT for x in (q, k))
+        logits -= scale / 2 * (q_norm[..., :, None] + k_norm[..., None, :])
 
     keep = jnp.ones((1, 1, queries, keys), bool)
     if mask is not None:
