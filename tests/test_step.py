@@ -214,7 +214,7 @@ def test_one_program_for_all_steps(devices):
         state = step(jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf), jax.local_devices()[0]), state), batch)
         assert len(compilations) == 1
     finally:
-        jax.monitoring.clear_event_listeners()
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_new_state_is_compiled_once():
