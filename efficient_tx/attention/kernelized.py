@@ -33,5 +33,7 @@ def kernelized(
 class Kernelized(MultiHead):
     """Multi-head Gaussian-kernel attention; arguments as `MultiHead`."""
 
+    function = staticmethod(kernelized)
+
     def attend(self, q, k, v, *, mask, key):
         return kernelized(q, k, v, mask=mask, causal=self.causal)

@@ -37,10 +37,12 @@ class MultiHead(Mixer):
         rngs: nnx.Rngs,
     ):
         super().__init__(features, dropout=dropout, causal=causal, positions=positions, max_len=max_len)
+        if heads < 1 or (head_dim is not None and head_dim < 1):
+            raise ValueError(f"heads is {heads} and head_dim {head_dim}: both must be at least 1")
         if head_dim is None and features % heads:
             raise ValueError(f"{features} features do not divide into {heads} heads: give head_dim, or other sizes")
         self.heads = heads
-        self.head_dim = head_dim or features // heads
+        self.head_dim = features // heads if head_dim is None else head_dim
         inner = self.heads * self.head_dim
         for name in self.projections:
             setattr(self, name, linear(features, inner, dtype=dtype, rngs=rngs))

@@ -10,6 +10,8 @@ scale follows the real head size; the inverse is a Cholesky solve by default, an
 for, starts from each matrix's own norm instead of one maximum over the batch.
 """
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 
@@ -108,13 +110,14 @@ class Skyformer(MultiHead):
       ValueError: `causal=True`, or an option out of its range.
     """
 
+    function = staticmethod(skyformer)
+    can_be_causal: ClassVar[bool] = False  # the landmarks see the whole sequence
+
     def __init__(
         self, features: int, *,
         landmarks: int = 128, ridge: float = 0.1, inverse: str = "cholesky", iterations: int = 6, **common,
     ):  # fmt: skip
         check_options(landmarks, ridge, inverse, iterations)
-        if common.get("causal"):
-            raise ValueError("skyformer cannot be causal: its landmarks see the whole sequence; use kernelized")
         super().__init__(features, **common)
         self.landmarks, self.ridge, self.inverse, self.iterations = landmarks, ridge, inverse, iterations
 

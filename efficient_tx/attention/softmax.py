@@ -31,5 +31,7 @@ def softmax(
 class Softmax(MultiHead):
     """Multi-head softmax attention; arguments as `MultiHead`."""
 
+    function = staticmethod(softmax)
+
     def attend(self, q, k, v, *, mask, key):
         return softmax(q, k, v, mask=mask, causal=self.causal)

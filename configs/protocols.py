@@ -1,0 +1,100 @@
+"""Protocols: the settings under which published numbers were made, per task. Numbers of different ones don't compare.
+
+`lra` are the official settings of Long Range Arena (google-research/long-range-arena cd31e5c, `*/configs/base_*.py`),
+`skyformer` those of the Skyformer paper's code (pkuzengqi/Skyformer 1a677cb, `src/config.py`). `default` is what the
+config file says.
+"""
+
+from typing import Any
+
+# Adam with decoupled weight decay, as in flax.optim.
+LRA_ADAM = {"optimizer.name": "adamw", "optimizer.b1": 0.9, "optimizer.b2": 0.98, "optimizer.eps": 1e-9}
+
+SKYFORMER = {
+    "model.layers": 2,
+    "model.features": 64,
+    "model.heads": 2,
+    "model.head_dim": 32,
+    "model.mlp_features": 128,
+    "model.dropout": 0.1,
+    "model.positions": "learned",
+    "model.pool": "mean",
+    "model.norm": "layer",
+    "model.mlp": "gelu",
+    "steps": 50000,
+    "optimizer.name": "adamw",
+    "optimizer.b1": 0.9,
+    "optimizer.b2": 0.999,
+    "optimizer.eps": 1e-6,
+    "optimizer.weight_decay": 0.0,
+    "optimizer.schedule": "one_cycle",
+    "optimizer.clip": 1.0,
+    "optimizer.clip_by": "value",
+}
+
+PROTOCOLS: dict[str, dict[str, dict[str, Any]]] = {
+    "default": {},
+    "lra": {
+        "lra.listops": {
+            **LRA_ADAM,
+            "task.drop_brackets": False,
+            "model.layers": 4,
+            "model.heads": 8,
+            "model.head_dim": 64,
+            "model.features": 512,
+            "model.mlp_features": 1024,
+            "model.dropout": 0.1,
+            "model.positions": "sinusoidal",
+            "model.pool": "cls",
+            "model.norm": "layer",
+            "model.mlp": "gelu",
+            "steps": 5000,
+            "batch_size": 32,
+            "eval_every": 50,
+            "optimizer.learning_rate": 0.05,
+            "optimizer.schedule": "rsqrt",
+            "optimizer.warmup": 1000,
+            "optimizer.weight_decay": 0.1,
+            "optimizer.clip": 0.0,
+        }
+    },
+    "skyformer": {
+        "lra.listops": {
+            **SKYFORMER,
+            "task.drop_brackets": True,  # their pipeline is older than the fix of 2021-06-10
+            "batch_size": 32,
+            "eval_every": 500,
+            "optimizer.learning_rate": 1e-4,
+            "optimizer.warmup": 1000,
+        }
+    },
+}
+
+# How a run is carried out, not what it computes: no departure from a protocol.
+HOUSEKEEPING = {
+    "seed",
+    "grad_accum",
+    "remat",
+    "checkpoint_every",
+    "log_every",
+    "keep",
+    "loggers",
+    "debug_nans",
+    "task.data_dir",
+}
+
+
+def settings(protocol: str, task: str) -> dict[str, Any]:
+    """Key -> value of a protocol on a task.
+
+    Raises:
+      ValueError: no such protocol, or it says nothing about this task.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"config.protocol is {protocol!r}: choose one of {', '.join(PROTOCOLS)}")
+    if protocol == "default":
+        return {}
+    if task not in PROTOCOLS[protocol]:
+        known = ", ".join(PROTOCOLS[protocol])
+        raise ValueError(f"config.protocol is {protocol!r}, which has settings for {known} but not for {task}")
+    return PROTOCOLS[protocol][task]

@@ -1,0 +1,22 @@
+"""Quickstart: Skyformer learns a small ListOps (the same grammar, fewer than 128 tokens) on a laptop's CPU.
+
+Command:   python train.py --config=configs/quickstart.py --workdir=runs/quickstart
+Hardware:  2 CPU cores, DURATION
+Expected:  EXPECTED
+"""
+
+from configs.base import make_config
+
+
+def get_config(argument=""):
+    return make_config(
+        "lra.listops",
+        argument or "skyformer",
+        steps=1500,
+        batch_size=64,
+        eval_every=250,
+        checkpoint_every=250,
+        log_every=50,
+        task={"train_size": 20000, "val_size": 1000, "test_size": 2000, "min_len": 8, "max_len": 128},
+        optimizer={"learning_rate": 1e-3, "warmup": 100},
+    )

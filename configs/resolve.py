@@ -1,0 +1,175 @@
+"""From flags to one resolved config, and every mistake to one line.
+
+Precedence: base < protocol < the argument after the colon < what was typed as --config.KEY=VALUE, in any order.
+"""
+
+import ast
+import copy
+import difflib
+import importlib.util
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from configs import protocols
+from efficient_tx.build import check, complete
+
+
+def refuse(message: object) -> NoReturn:
+    """Prints one line on standard error and exits with 2."""
+    print(" ".join(str(message).split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def load(path: str) -> ConfigDict:
+    """The config of "FILE.py:ARGUMENT", before flags.
+
+    Raises:
+      ValueError: no such file, one without get_config, or an argument that it refuses.
+    """
+    file, _, argument = path.partition(":")
+    if not Path(file).is_file():
+        here = sorted(str(p) for p in Path("configs").glob("*.py") if "def get_config(" in p.read_text())
+        near = difflib.get_close_matches(file, here, 1, 0.0)
+        raise ValueError(f"--config={path}: there is no file {file}" + (f"; the nearest is {near[0]}" if near else ""))
+    spec = importlib.util.spec_from_file_location("config_file", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"--config={path}: {file} has no get_config")
+    try:
+        return module.get_config(argument) if argument else module.get_config()
+    except ValueError as error:
+        raise ValueError(f"--config={path}: {error}") from None
+
+
+def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value, over all sections."""
+    flat = {}
+    for key, value in config.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def section_of(config: ConfigDict, key: str, origin: str) -> ConfigDict:
+    """The section that holds the dotted key.
+
+    Raises:
+      ValueError: there is no such key; the nearest is named.
+    """
+    flat = flatten(config)
+    if key not in flat:
+        near = difflib.get_close_matches(key, flat, 1, 0.0)[0]
+        hint = f"the nearest is {near}"
+        if key.startswith("attention."):
+            hint += f"; the mixers here are {config.mixers}, to be chosen as --config=FILE.py:MIXERS"
+        raise ValueError(f"{origin}: there is no key {key}; {hint}")
+    for name in key.split(".")[:-1]:
+        config = config[name]
+    return config
+
+
+def assign(config: ConfigDict, key: str, value: Any, origin: str) -> None:
+    """config.key = value, in place.
+
+    Raises:
+      ValueError: there is no such key, or it holds another type.
+    """
+    section, last = section_of(config, key, origin), key.rpartition(".")[2]
+    try:
+        section[last] = value
+    except (TypeError, ValueError):
+        kind = section.get_type(last).__name__
+        raise ValueError(f"{origin}: {key} takes a value of type {kind}, not {value!r}") from None
+
+
+def resolve(config: ConfigDict, typed: Mapping[str, Any]) -> ConfigDict:
+    """The config with the protocol's settings under the typed ones.
+
+    Raises:
+      ValueError: an unknown protocol or key.
+    """
+    config = copy.deepcopy(config)
+    for key in ("mixers", "protocol", "linear.mlp.name", "linear.projections.name"):
+        if key in typed:
+            assign(config, key, typed[key], f"--config.{key}={typed[key]}")
+    config = complete(config)
+    for key, value in protocols.settings(config.protocol, config.task.name).items():
+        assign(config, key, value, f"protocol {config.protocol}")
+    for key, value in typed.items():
+        assign(config, key, value, f"--config.{key}={value}")
+    return config
+
+
+def apply_settings(config: ConfigDict, settings: Mapping[str, str]) -> ConfigDict:
+    """A copy of a run's config with eval.py's `--set KEY=VALUE`; names of mixers and structures come first.
+
+    Raises:
+      ValueError: an unknown key or a value of another type.
+    """
+    typed = {}
+    for key, text in settings.items():
+        try:
+            typed[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            typed[key] = text
+    config = copy.deepcopy(config)
+    names = ("mixers", "linear.mlp.name", "linear.projections.name")
+    for key, value in typed.items():
+        if key in names:
+            assign(config, key, value, f"--set {key}={value}")
+    config = complete(config)
+    for key, value in typed.items():
+        assign(config, key, value, f"--set {key}={value}")
+    return config
+
+
+def departures(config: ConfigDict, path: str) -> list[str]:
+    """The keys of a resolved config that differ from the protocol it names, for the config file at `path`."""
+    plain = load(path)
+    plain.protocol = config.protocol
+    plain = flatten(resolve(plain, {}))
+    mine = flatten(config)
+    return sorted(key for key in mine if key not in protocols.HOUSEKEEPING and mine[key] != plain.get(key))
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """The `flags_parser` of `absl.app.run`: whatever is wrong with the flags ends in one line and exit code 2."""
+    argv = list(argv)
+    if any(re.fullmatch(r"--?(help|helpshort|helpfull|h|\?)", arg) for arg in argv):
+        return flags.FLAGS(argv)
+    try:
+        place = next((i for i, arg in enumerate(argv) if re.match(r"--?config(=|$)", arg)), None)
+        if place is None:
+            raise ValueError("--config is missing: give a config file, as --config=configs/quickstart.py")
+        # ml_collections reads overrides of a config that it already has, so --config goes first.
+        length = 1 if "=" in argv[place] else 2
+        head = argv[place : place + length]
+        argv = [argv[0], *head, *argv[1:place], *argv[place + length :]]
+        config = load(head[-1].partition("=")[2] if length == 1 else head[-1])
+        for arg in argv:
+            if key := re.match(r"--?(?:no)?config\.([^=]+)", arg):
+                section_of(config, key[1], arg)
+        sys.argv = argv
+        rest = flags.FLAGS(argv)
+        check(run_config())
+        return rest
+    except flags.Error as error:
+        wrong = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error))
+        if not wrong:
+            refuse(error)
+        kind = section_of(config, wrong[1], "").get_type(wrong[1].rpartition(".")[2]).__name__
+        refuse(f"--config.{wrong[1]}={wrong[2]}: {wrong[1]} takes a value of type {kind}, not {wrong[2]!r}")
+    except ValueError as error:
+        refuse(error)
+
+
+def run_config() -> ConfigDict:
+    """The resolved config of this process's flags."""
+    flag = flags.FLAGS["config"]
+    return resolve(load(config_flags.get_config_filename(flag)), config_flags.get_override_values(flag))

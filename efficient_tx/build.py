@@ -1,0 +1,225 @@
+"""Names to objects: the one place that looks keys of a config up in the tables."""
+
+import contextlib
+import copy
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from types import NoneType
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from efficient_tx.attention import ATTENTION
+from efficient_tx.linear import LINEAR
+from efficient_tx.models import Classifier, TokenClassifier
+from efficient_tx.task import Task
+from efficient_tx.training.optimizer import make_optimizer
+
+MODELS: dict[str, type[nnx.Module]] = {"tokens": Classifier, "token_labels": TokenClassifier}
+DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
+
+# What build.py passes to a class by itself, and so is no option of its config section.
+GIVEN = {
+    "model": {"linear", "prefix", "remat", "dtype"},
+    "mixer": {"heads", "head_dim", "linear", "dropout", "causal", "positions", "max_len", "dtype", "rngs"},
+    "linear": {"use_bias", "dtype", "param_dtype"},
+}
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """The choice that is most like `name`."""
+    return difflib.get_close_matches(str(name), list(choices), 1, 0.0)[0]
+
+
+def lookup(table: dict[str, Any], name: str, where: str) -> Any:
+    """table[name]; ValueError names the choices and the nearest one."""
+    if name not in table:
+        raise ValueError(f"{where} is {name!r}: choose one of {', '.join(table)} (nearest: {nearest(name, table)!r})")
+    return table[name]
+
+
+@contextlib.contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Puts `where` in front of what a ValueError says, unless it names a place in the config already."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(error if str(error).startswith("config.") else f"{where}: {error}") from None
+
+
+def options(function: Callable | type, given: set[str] = frozenset()) -> ConfigDict:
+    """A config section: the keyword arguments with defaults of a function, or of a class and its bases.
+
+    An argument whose default is None becomes a placeholder of its annotated type. `given` are left out.
+    """
+    calls = [function]
+    if inspect.isclass(function):
+        ours = [base for base in inspect.getmro(function) if base not in inspect.getmro(nnx.Linear)]
+        calls = [base.__init__ for base in ours if "__init__" in vars(base)]
+    section = ConfigDict()
+    for call in calls:
+        for name, parameter in inspect.signature(call).parameters.items():
+            if parameter.default is parameter.empty or name in given or name in section:
+                continue
+            if parameter.default is None:
+                kinds = [kind for kind in get_args(parameter.annotation) if kind is not NoneType]
+                section[name] = placeholder(kinds[0])
+            else:
+                section[name] = parameter.default
+    return section
+
+
+def parse_mixers(pattern: str) -> list[str]:
+    """The layers of a mixer pattern: "gla*3,softmax" -> ["gla", "gla", "gla", "softmax"].
+
+    Raises:
+      ValueError: a name that is no key of ATTENTION, or a part that is neither NAME nor NAME*COUNT.
+    """
+    layers = []
+    for part in pattern.split(","):
+        match = re.fullmatch(r"(\w+)(?:\*([1-9]\d*))?", part.strip())
+        if not match:
+            raise ValueError(f"config.mixers is {pattern!r}: {part!r} is no NAME or NAME*COUNT, as in 'gla*3,softmax'")
+        lookup(ATTENTION, match[1], "config.mixers")
+        layers += [match[1]] * int(match[2] or 1)
+    return layers
+
+
+def complete(config: ConfigDict) -> ConfigDict:
+    """A copy whose sections attention.* and linear.* fit the names in it: missing ones appear with their defaults.
+
+    Sections of variants that the pattern does not name are dropped.
+    """
+    config = copy.deepcopy(config)
+    with config.unlocked():
+        attention = config.get("attention", ConfigDict())
+        config.attention = ConfigDict(
+            {
+                name: attention.get(name, options(ATTENTION[name], GIVEN["mixer"]))
+                for name in dict.fromkeys(parse_mixers(config.mixers))
+            }
+        )
+        for place in ("mlp", "projections"):
+            chosen = config.linear[place]
+            fresh = options(lookup(LINEAR, chosen.name, f"config.linear.{place}.name"), GIVEN["linear"])
+            fresh.name = chosen.name
+            fresh.update({key: chosen[key] for key in fresh if key in chosen})
+            config.linear[place] = fresh
+    config.lock()
+    return config
+
+
+def task_options(name: str) -> ConfigDict:
+    """The section `task`: the module's name and the keyword arguments of its `get_task`.
+
+    Raises:
+      ValueError: there is no such module, or it makes no task.
+    """
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(
+            f"config.task.name is {name!r}: {error}; give a module with get_task, as 'lra.listops'"
+        ) from None
+    if not hasattr(module, "get_task"):
+        raise ValueError(f"config.task.name is {name!r}: that module has no get_task")
+    section = ConfigDict({"name": name})
+    section.update(options(module.get_task))
+    return section
+
+
+def build_task(config: ConfigDict) -> Task:
+    """The task of `config.task`; generates its data on first use.
+
+    Raises:
+      ValueError: settings that no data can meet, or data that the user must bring and that are not there.
+    """
+    arguments = dict(config.task)
+    with naming("config.task"):
+        return importlib.import_module(arguments.pop("name")).get_task(**arguments)
+
+
+def build_linear(section: ConfigDict, where: str) -> Callable[..., nnx.Module]:
+    """A factory of linear layers with the signature of `nnx.Linear`, from {name, options}."""
+    arguments = dict(section)
+    return partial(lookup(LINEAR, arguments.pop("name"), f"{where}.name"), **arguments)
+
+
+def build_mixer(name: str, section: ConfigDict, linear: Callable[..., nnx.Module]) -> Callable[..., nnx.Module]:
+    """A factory of one token mixer, which names its config section in the errors of its constructor."""
+
+    def make(features, **sizes):
+        with naming(f"config.attention.{name}"):
+            return ATTENTION[name](features, linear=linear, **sizes, **section)
+
+    return make
+
+
+def build_model(config: ConfigDict, *, kind: str, num_classes: int, vocab_size: int | None, max_len: int) -> nnx.Module:
+    """The model of a config for a task of these sizes, initialised from `config.seed`.
+
+    Raises:
+      ValueError: a name, a size or a combination that no model has.
+    """
+    model = config.model
+    if model.head_dim is None and model.features % model.heads:
+        raise ValueError(
+            f"config.model.heads is {model.heads}: {model.features} features do not divide into it; set head_dim too"
+        )
+    projections = build_linear(config.linear.projections, "config.linear.projections")
+    mixers = [build_mixer(name, config.attention[name], projections) for name in parse_mixers(config.mixers)]
+    with naming("config.model"):
+        return lookup(MODELS, kind, "task.kind")(
+            num_classes=num_classes,
+            vocab_size=vocab_size,
+            max_len=max_len,
+            mixers=mixers,
+            linear=build_linear(config.linear.mlp, "config.linear.mlp"),
+            remat=config.remat,
+            dtype=lookup(DTYPES, config.dtype, "config.dtype"),
+            rngs=nnx.Rngs(config.seed),
+            **model,
+        )
+
+
+def build_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, Callable]:
+    """The optimizer of `config.optimizer` and its schedule, step -> learning rate."""
+    try:
+        return make_optimizer(steps=config.steps, **config.optimizer)
+    except ValueError as error:
+        raise ValueError(f"config.{error}") from None
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ValueError, one line, for whatever in `config` cannot work; touches neither disk nor data.
+
+    The model is built and called on abstract values, so that its own refusals come out here.
+    """
+    for key in ("steps", "batch_size", "grad_accum", "eval_every", "checkpoint_every", "log_every", "keep"):
+        if config[key] < 1:
+            raise ValueError(f"config.{key} is {config[key]}: it must be at least 1")
+    for key in ("features", "layers", "heads", "mlp_features"):
+        if config.model[key] < 1:
+            raise ValueError(f"config.model.{key} is {config.model[key]}: it must be at least 1")
+    if config.batch_size % config.grad_accum:
+        raise ValueError(f"config.grad_accum is {config.grad_accum}: it must divide batch_size {config.batch_size}")
+    for name in config.loggers:
+        lookup({"tensorboard": None, "wandb": None}, name, "config.loggers")
+    build_optimizer(config)
+    kind, max_len = config.get("kind", "tokens"), config.task.get("max_len", 256)
+
+    def forward():
+        model = build_model(config, kind=kind, num_classes=2, vocab_size=2, max_len=max_len)
+        tokens = jnp.zeros((1, max_len), jnp.int32)
+        return model(tokens, mask=tokens == 0, key=jax.random.key(0))
+
+    jax.eval_shape(forward)
