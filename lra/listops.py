@@ -5,6 +5,7 @@ grammar, its probabilities and the length filter are those of the arena's genera
 original code numbered the tokens anew in every process, so that its reloaded checkpoints score like a constant answer.
 """
 
+import contextlib
 import hashlib
 import pathlib
 from collections.abc import Sequence
@@ -163,8 +164,9 @@ def _generate(total: int, min_len: int, max_len: int, seed: int) -> dict[str, np
     seen: set[bytes] = set()
     tokens, lengths, labels = [], [], []
     draws, trial = 0, (0, 0)
-    with generate.progress("ListOps", total) as advance:
-        for chunk in generate.chunks("lra.listops:sample", settings):
+    chunks = contextlib.closing(generate.chunks("lra.listops:sample", settings))
+    with generate.progress("ListOps", total) as advance, chunks as stream:
+        for chunk in stream:
             draws += chunk["draws"]
             ends = np.cumsum(chunk["lengths"])
             for end, length, label in zip(ends.tolist(), chunk["lengths"].tolist(), chunk["labels"].tolist()):
