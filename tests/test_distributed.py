@@ -16,6 +16,8 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
+from efficient_tx.attention import ATTENTION
+from efficient_tx.models import Classifier
 from efficient_tx.numerics.random import dropout, evaluation_keys, fold, sample_tokens
 from efficient_tx.training import metrics
 from efficient_tx.training.optimizer import make_optimizer
@@ -147,6 +149,24 @@ def same(run, reference):
 @pytest.mark.parametrize(("devices", "grad_accum"), [(4, 1), (1, 4), (2, 2)])
 def test_devices_and_micro_batches_change_nothing(devices, grad_accum):
     same(train(devices, grad_accum), train(1))
+
+
+def skyformer():
+    return Classifier(
+        num_classes=CLASSES,
+        vocab_size=VOCAB,
+        max_len=LENGTH,
+        mixers=[functools.partial(ATTENTION["skyformer"], landmarks=4)],
+        features=16,
+        mlp_features=32,
+        dropout=0.2,
+        rngs=nnx.Rngs(0),
+    )
+
+
+def test_a_real_model_does_not_notice_either():
+    """Dropout everywhere and landmarks drawn anew at each step."""
+    same(train(4, 2, model=skyformer), train(1, model=skyformer))
 
 
 def test_draws_matter_in_these_runs():

@@ -62,8 +62,7 @@ def clear_window(state: State) -> State:
 
 def replicate(tree, devices: Sequence[jax.Device] | None = None):
     """A copy of every array on each of the local `devices` (None = all): where the steps want and leave their state."""
-    devices = jax.local_devices() if devices is None else devices
-    return jax.device_put(tree, NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec()))
+    return jax.device_put(tree, _everywhere(jax.local_devices() if devices is None else devices))
 
 
 def split_batch(batch: Batch, devices: Sequence[jax.Device]) -> Batch:
@@ -184,7 +183,7 @@ def make_train_step(
     devices, mesh_devices = _devices(devices)
     step = partial(train_step, graphdef=graphdef, optimizer=optimizer, grad_accum=grad_accum)
     mapped = jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0, devices=mesh_devices)
-    home = replicate(np.int32(0), devices).sharding
+    home = _everywhere(devices)
 
     def prepare(state: State, batch: Batch) -> tuple[State, Batch]:
         count, rows = batch["label"].shape[:2]
@@ -213,6 +212,10 @@ def make_eval_step(
     """
     step = partial(eval_step, graphdef=graphdef)
     return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=_devices(devices)[1])
+
+
+def _everywhere(devices: Sequence[jax.Device]) -> NamedSharding:
+    return NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec())
 
 
 def _devices(devices: Sequence[jax.Device] | None) -> tuple[list[jax.Device], list[jax.Device] | None]:
