@@ -24,7 +24,7 @@ def run_settings() -> ConfigDict:
             "log_every": 50,  # steps between lines of training metrics
             "keep": 2,  # newest checkpoints that stay on disk, the best one aside
             "dtype": "float32",  # of the computation: float32 or bfloat16; parameters are float32
-            "remat": False,  # recompute each block in the backward pass instead of keeping its activations
+            "remat": False,  # recompute each block in the backward pass to save memory (XLA on CPU undoes it: grad_accum)
             "init_from": placeholder(str),  # workdir of a finished run whose best parameters this one starts from
             "loggers": ("tensorboard",),  # beside metrics.jsonl: tensorboard, wandb
             "debug_nans": False,  # stop inside the step at the first NaN (slow)

@@ -1,0 +1,89 @@
+"""Imports point one way, modules meant for reuse bring nothing along, and files stay small."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# What each part may import of this project, beside itself. `task` and `numerics` stand at the bottom.
+ALLOWED = {
+    "efficient_tx.task": set(),
+    "efficient_tx.numerics": set(),
+    "efficient_tx.kernels": {"efficient_tx.numerics"},
+    "efficient_tx.linear": {"efficient_tx.numerics", "efficient_tx.kernels"},
+    "efficient_tx.attention": {"efficient_tx.numerics", "efficient_tx.kernels", "efficient_tx.linear"},
+    "efficient_tx.models": {
+        "efficient_tx.numerics",
+        "efficient_tx.kernels",
+        "efficient_tx.linear",
+        "efficient_tx.attention",
+    },
+    "efficient_tx.data": {"efficient_tx.task"},
+    "efficient_tx.training": {"efficient_tx.task", "efficient_tx.numerics"},
+    "lra": {"efficient_tx.task"},
+}
+
+
+def part_of(module):
+    """The part that a module belongs to: "efficient_tx.attention.mixer" -> "efficient_tx.attention"."""
+    names = module.split(".")
+    return names[0] if names[0] in ("lra", "configs") else ".".join(names[:2])
+
+
+def project_imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield node.module
+
+
+def sources(*folders):
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", sources("efficient_tx", "lra"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    part = part_of(module)
+    ours = {part_of(name) for name in project_imports(path) if name.split(".")[0] in ("efficient_tx", "lra", "configs")}
+    if part == "efficient_tx.build":
+        assert not {name for name in ours if name in ("lra", "configs")}
+    elif part != "efficient_tx":
+        assert ours - {part} <= ALLOWED[part]
+
+
+@pytest.mark.parametrize("name", ["attention", "linear", "kernels", "numerics"])
+def test_reusable_parts_bring_nothing_along(name):
+    """Importing one loads no module that `import flax.nnx` has not loaded, this project's own aside."""
+    program = (
+        "import sys, flax.nnx; before = set(sys.modules); "
+        f"import efficient_tx.{name}; new = set(sys.modules) - before; "
+        "print(sorted(m for m in new if not m.startswith('efficient_tx')))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_nothing_imports_tensorflow():
+    program = (
+        "import sys; import efficient_tx.build, efficient_tx.data.batching, lra.listops, configs.resolve; "
+        "print('tensorflow' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "False"
+
+
+def test_private_jax_modules_are_not_imported():
+    for path in sources("efficient_tx", "lra", "configs", "benchmarks"):
+        assert not [name for name in project_imports(path) if name.startswith("jax._src")], path
+
+
+def test_files_stay_small():
+    files = [*sources("efficient_tx", "lra", "configs", "benchmarks", "tests"), ROOT / "train.py", ROOT / "eval.py"]
+    assert {str(f): n for f in files if (n := len(f.read_text().splitlines())) > 410} == {}

@@ -1,0 +1,197 @@
+"""The shared transformer: embeddings, positions, pooling, blocks, patterns over layers."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from efficient_tx.attention import ATTENTION, Kernelized, Softmax
+from efficient_tx.linear import LINEAR, Monarch
+from efficient_tx.models import Block, Classifier, Encoder, Mlp, TokenClassifier
+from efficient_tx.models.classifier import pool_tokens
+from efficient_tx.models.embedding import TokenEmbedding, sinusoids
+
+LENGTHS = np.array([12, 5, 0])
+
+
+def classifier(cls=Classifier, mixers=(Softmax,), **options):
+    defaults = {"num_classes": 3, "vocab_size": 7, "max_len": 20, "features": 8, "mlp_features": 16}
+    return cls(mixers=list(mixers), rngs=nnx.Rngs(0), **defaults | options)
+
+
+def batch(length=12, seed=0):
+    rng = np.random.default_rng(seed)
+    mask = np.arange(length) < LENGTHS[:, None]
+    return np.where(mask, rng.integers(1, 7, (3, length)), 0), mask
+
+
+def run(model, inputs, mask, key=None):
+    graphdef, params = nnx.split(model)
+    return np.asarray(
+        jax.jit(lambda p, *a: nnx.merge(graphdef, p)(a[0], mask=a[1], key=a[2]))(params, inputs, mask, key)
+    )
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls", "last"])
+@pytest.mark.parametrize("positions", ["learned", "sinusoidal", "rope", "none"])
+def test_logits_do_not_depend_on_padding(pool, positions):
+    model = classifier(pool=pool, positions=positions)
+    inputs, mask = batch()
+    logits = run(model, inputs, mask)
+    assert logits.shape == (3, 3)
+    assert np.isfinite(logits).all()
+    padded = np.pad(inputs, ((0, 0), (0, 8)), constant_values=5)
+    more = run(model, padded, np.pad(mask, ((0, 0), (0, 8))))
+    np.testing.assert_allclose(more, logits, rtol=1e-5, atol=1e-5)  # float32: other groupings of sums
+    left = np.stack([np.roll(row, 12 - n) for row, n in zip(inputs, LENGTHS)])
+    left_mask = np.stack([np.roll(row, 12 - n) for row, n in zip(mask, LENGTHS)])
+    np.testing.assert_allclose(run(model, left, left_mask), logits, rtol=1e-5, atol=1e-5)
+
+
+def test_pooling_by_hand():
+    x = np.random.default_rng(0).normal(size=(3, 12, 4)).astype(np.float32)
+    mask = np.arange(12) < LENGTHS[:, None]
+    mean, last = (np.asarray(pool_tokens(jnp.asarray(x), jnp.asarray(mask), pool)) for pool in ("mean", "last"))
+    np.testing.assert_allclose(mean[0], x[0].mean(0), atol=1e-6)
+    np.testing.assert_allclose(mean[1], x[1, :5].mean(0), atol=1e-6)
+    assert (mean[2] == 0).all()
+    np.testing.assert_array_equal(last[:2], [x[0, 11], x[1, 4]])
+    np.testing.assert_array_equal(pool_tokens(jnp.asarray(x), None, "last"), x[:, -1])
+    np.testing.assert_array_equal(pool_tokens(jnp.asarray(x), None, "cls"), x[:, 0])
+
+
+def test_a_causal_model_that_reads_the_last_token_sees_all():
+    model = classifier(causal=True, pool="last")
+    inputs, mask = batch()
+    changed = inputs.copy()
+    changed[0, 0] = 1 + changed[0, 0] % 6
+    assert np.abs(run(model, inputs, mask)[0] - run(model, changed, mask)[0]).max() > 1e-5
+    with pytest.raises(ValueError, match="use 'last'"):
+        classifier(causal=True, pool="cls")
+
+
+def test_token_labels_of_a_causal_model_do_not_look_ahead():
+    model = classifier(TokenClassifier, causal=True)
+    inputs, mask = batch()
+    logits = run(model, inputs, mask)
+    assert logits.shape == (3, 12, 3)
+    changed = inputs.copy()
+    changed[0, 8] = 1 + changed[0, 8] % 6
+    after = run(model, changed, mask)
+    np.testing.assert_array_equal(after[0, :8], logits[0, :8])
+    assert np.abs(after[0, 8:] - logits[0, 8:]).max() > 1e-5
+
+
+def test_a_block_is_its_formula():
+    """Pre-norm residuals around a mixer and a GELU network, in numpy, with the mixer taken as given."""
+    block = Block(8, mixer=partial(Softmax, heads=2), mlp_features=16, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(size=(2, 5, 8)).astype(np.float32)
+
+    def norm(x):
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+
+    middle = x + np.asarray(block.mixer(norm(x)))
+    hidden = norm(middle) @ block.mlp.up.kernel[...] + block.mlp.up.bias[...]
+    expected = middle + np.asarray(jax.nn.gelu(hidden)) @ block.mlp.down.kernel[...] + block.mlp.down.bias[...]
+    np.testing.assert_allclose(block(x), expected, atol=1e-5)  # float32
+
+
+def test_swiglu_and_gelu_have_equal_parameters():
+    gelu, swiglu = (
+        sum(leaf.size for leaf in jax.tree.leaves(nnx.state(Mlp(64, 192, kind=kind, rngs=nnx.Rngs(0)))))
+        for kind in ("gelu", "swiglu")
+    )
+    assert swiglu == pytest.approx(gelu, rel=0.01)  # the biases differ
+    mlp = Mlp(4, 6, kind="swiglu", rngs=nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    gate, up = (x @ np.asarray(layer.kernel[...]) for layer in (mlp.gate, mlp.up))
+    expected = (gate / (1 + np.exp(-gate)) * up) @ np.asarray(mlp.down.kernel[...])
+    np.testing.assert_allclose(mlp(x), expected, atol=1e-5)  # float32
+
+
+def test_sinusoids_by_their_formula():
+    table = sinusoids(9, 6)
+    for position in range(9):
+        for c in range(3):
+            angle = position / 10000 ** (c / 3)
+            assert table[position, c] == pytest.approx(np.sin(angle), abs=1e-6)
+            assert table[position, 3 + c] == pytest.approx(np.cos(angle), abs=1e-6)
+
+
+@pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
+def test_absolute_positions_refuse_longer_input(positions):
+    embedding = TokenEmbedding(7, 4, max_len=5, positions=positions, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"length is 6, .* max_len=5"):
+        embedding(np.zeros((1, 6), np.int32))
+
+
+def test_patterns_of_mixers_and_structures_go_where_they_belong():
+    model = classifier(
+        mixers=[partial(Softmax, linear=Monarch), Kernelized], linear=LINEAR["low_rank"], layers=3, norm="rms"
+    )
+    blocks = model.encoder.blocks
+    assert [type(block.mixer) for block in blocks] == [Softmax, Kernelized, Softmax]
+    assert type(blocks[0].mixer.q) is Monarch
+    assert type(blocks[1].mixer.q) is nnx.Linear
+    assert all(type(block.mlp.up) is LINEAR["low_rank"] for block in blocks)
+    assert all(type(block.mlp_norm) is nnx.RMSNorm for block in blocks)
+
+
+def test_remat_changes_memory_not_numbers():
+    inputs, mask = batch()
+    plain, remat = (classifier(remat=flag, layers=4) for flag in (False, True))
+    np.testing.assert_allclose(run(remat, inputs, mask), run(plain, inputs, mask), atol=1e-6)
+
+    def saved_bytes(model):
+        """What the forward pass keeps for the backward pass (XLA on CPU merges both again: its memory says nothing)."""
+        graphdef, params = nnx.split(model)
+        pullback = jax.vjp(lambda params: nnx.merge(graphdef, params)(inputs, mask=mask), params)[1]
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(pullback))
+
+    assert saved_bytes(remat) < 0.5 * saved_bytes(plain)
+
+
+def test_training_draws_belong_to_the_example():
+    model = classifier(dropout=0.5)
+    inputs, mask = batch()
+    keys = jax.random.split(jax.random.key(0), 3)
+    once = run(model, inputs, mask, keys)
+    flipped = run(model, inputs[::-1], mask[::-1], keys[::-1])
+    np.testing.assert_allclose(flipped[::-1], once, rtol=1e-5, atol=1e-6)
+    assert np.abs(once - run(model, inputs, mask)).max() > 1e-3
+
+
+def test_bfloat16_computes_near_float32_with_float32_parameters_and_logits():
+    inputs, mask = batch()
+    half = classifier(dtype=jnp.bfloat16)
+    logits = run(half, inputs, mask)
+    assert logits.dtype == np.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(half))} == {jnp.dtype(jnp.float32)}
+    np.testing.assert_allclose(logits, run(classifier(), inputs, mask), atol=0.05)  # 8 bits of mantissa, 2 blocks
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pool": "max"}, "pool is 'max'"),
+        ({"positions": "learnt"}, "positions is 'learnt'"),
+        ({"norm": "batch"}, "norm is 'batch'"),
+        ({"mlp": "relu"}, "mlp is 'relu'"),
+        ({"layers": 0}, "layers is 0"),
+        ({"heads": 3}, "8 features do not divide into 3 heads"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        classifier(**options)
+
+
+def test_encoder_ends_with_its_norm():
+    encoder = Encoder(8, layers=1, mixers=[partial(Softmax, heads=2)], mlp_features=16, rngs=nnx.Rngs(0))
+    out = np.asarray(encoder(np.random.default_rng(0).normal(size=(2, 5, 8)).astype(np.float32)))
+    np.testing.assert_allclose(out.mean(-1), 0, atol=1e-5)
+    np.testing.assert_allclose(out.std(-1), 1, atol=1e-3)
