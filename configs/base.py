@@ -5,7 +5,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from efficient_tx.build import GIVEN, MODELS, complete, options, task_options
+from efficient_tx.build import GIVEN, MODELS, complete, options, task_module, task_options
 from efficient_tx.training.optimizer import make_optimizer
 
 
@@ -24,7 +24,7 @@ def run_settings() -> ConfigDict:
             "log_every": 50,  # steps between lines of training metrics
             "keep": 2,  # newest checkpoints that stay on disk, the best one aside
             "dtype": "float32",  # of the computation: float32 or bfloat16; parameters are float32
-            "remat": False,  # recompute each block in the backward pass to save memory (XLA on CPU undoes it: grad_accum)
+            "remat": False,  # recompute each block in the backward pass, to save memory (XLA undoes it on CPU)
             "init_from": placeholder(str),  # workdir of a finished run whose best parameters this one starts from
             "loggers": ("tensorboard",),  # beside metrics.jsonl: tensorboard, wandb
             "debug_nans": False,  # stop inside the step at the first NaN (slow)
@@ -32,14 +32,13 @@ def run_settings() -> ConfigDict:
     )
 
 
-def make_config(module: str, argument: str = "", /, *, kind: str = "tokens", **settings: Any) -> ConfigDict:
+def make_config(module: str, argument: str = "", /, **settings: Any) -> ConfigDict:
     """A config for one task.
 
     Args:
       module: of the task, "lra.listops".
       argument: "MIXERS+LINEAR+PROJECTIONS", what follows the colon in --config=FILE.py:ARGUMENT: a mixer pattern, the
         weight structure of the MLPs, and that of the mixers' projections; "softmax+dense+dense" where left out.
-      kind: the task's kind, which decides the model.
       **settings: what this task sets otherwise, by section: `steps=100, model={"layers": 4}`.
 
     Raises:
@@ -54,7 +53,7 @@ def make_config(module: str, argument: str = "", /, *, kind: str = "tokens", **s
     config = run_settings()
     config.mixers = mixers
     config.task = task_options(module)
-    config.model = options(MODELS[kind], GIVEN["model"])
+    config.model = options(MODELS[task_module(module).KIND], GIVEN["model"])
     config.linear = ConfigDict({"mlp": {"name": mlp}, "projections": {"name": projections}})
     config.optimizer = options(make_optimizer)
     config = complete(config)

@@ -8,7 +8,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from types import NoneType
+from types import ModuleType, NoneType
 from typing import Any, get_args
 
 import jax
@@ -118,8 +118,8 @@ def complete(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def task_options(name: str) -> ConfigDict:
-    """The section `task`: the module's name and the keyword arguments of its `get_task`.
+def task_module(name: str) -> ModuleType:
+    """The module that makes a task: it has `get_task` and says with `KIND` what its examples look like.
 
     Raises:
       ValueError: there is no such module, or it makes no task.
@@ -132,8 +132,13 @@ def task_options(name: str) -> ConfigDict:
         ) from None
     if not hasattr(module, "get_task"):
         raise ValueError(f"config.task.name is {name!r}: that module has no get_task")
+    return module
+
+
+def task_options(name: str) -> ConfigDict:
+    """The section `task`: the module's name and the keyword arguments of its `get_task`."""
     section = ConfigDict({"name": name})
-    section.update(options(module.get_task))
+    section.update(options(task_module(name).get_task))
     return section
 
 
@@ -145,7 +150,7 @@ def build_task(config: ConfigDict) -> Task:
     """
     arguments = dict(config.task)
     with naming("config.task"):
-        return importlib.import_module(arguments.pop("name")).get_task(**arguments)
+        return task_module(arguments.pop("name")).get_task(**arguments)
 
 
 def build_linear(section: ConfigDict, where: str) -> Callable[..., nnx.Module]:
@@ -164,8 +169,8 @@ def build_mixer(name: str, section: ConfigDict, linear: Callable[..., nnx.Module
     return make
 
 
-def build_model(config: ConfigDict, *, kind: str, num_classes: int, vocab_size: int | None, max_len: int) -> nnx.Module:
-    """The model of a config for a task of these sizes, initialised from `config.seed`.
+def build_model(config: ConfigDict, task: Task) -> nnx.Module:
+    """The model of a config for a task's kind and sizes, initialised from `config.seed`.
 
     Raises:
       ValueError: a name, a size or a combination that no model has.
@@ -178,10 +183,10 @@ def build_model(config: ConfigDict, *, kind: str, num_classes: int, vocab_size: 
     projections = build_linear(config.linear.projections, "config.linear.projections")
     mixers = [build_mixer(name, config.attention[name], projections) for name in parse_mixers(config.mixers)]
     with naming("config.model"):
-        return lookup(MODELS, kind, "task.kind")(
-            num_classes=num_classes,
-            vocab_size=vocab_size,
-            max_len=max_len,
+        return lookup(MODELS, task.kind, "task.kind")(
+            num_classes=task.num_classes,
+            vocab_size=task.vocab_size,
+            max_len=task.max_len,
             mixers=mixers,
             linear=build_linear(config.linear.mlp, "config.linear.mlp"),
             remat=config.remat,
@@ -215,11 +220,18 @@ def check(config: ConfigDict) -> None:
     for name in config.loggers:
         lookup({"tensorboard": None, "wandb": None}, name, "config.loggers")
     build_optimizer(config)
-    kind, max_len = config.get("kind", "tokens"), config.task.get("max_len", 256)
+    shape = Task(
+        *((),) * 3,
+        kind=task_module(config.task.name).KIND,
+        num_classes=2,
+        vocab_size=2,
+        max_len=config.task.get("max_len", 256),
+        name="",
+        source="",
+    )
 
     def forward():
-        model = build_model(config, kind=kind, num_classes=2, vocab_size=2, max_len=max_len)
-        tokens = jnp.zeros((1, max_len), jnp.int32)
-        return model(tokens, mask=tokens == 0, key=jax.random.key(0))
+        tokens = jnp.zeros((1, shape.max_len), jnp.int32)
+        return build_model(config, shape)(tokens, mask=tokens == 0, key=jax.random.key(0))
 
     jax.eval_shape(forward)

@@ -16,6 +16,7 @@ import numpy as np
 from efficient_tx.task import Task, data_directory
 from lra import generate
 
+KIND = "tokens"
 VOCABULARY = ("<pad>", *"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]")  # a token's id is its index
 _DIGIT, _OPERATOR, _CLOSER = VOCABULARY.index("0"), VOCABULARY.index("[MIN"), VOCABULARY.index("]")
 
@@ -82,7 +83,7 @@ def get_task(
         splits = [split.without_closers() for split in splits]
     return Task(
         *splits,
-        kind="tokens",
+        kind=KIND,
         num_classes=10,
         vocab_size=len(VOCABULARY),
         max_len=max_len,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from efficient_tx.attention import ATTENTION, Kernelized, Softmax
+from efficient_tx.attention import Kernelized, Softmax
 from efficient_tx.linear import LINEAR, Monarch
 from efficient_tx.models import Block, Classifier, Encoder, Mlp, TokenClassifier
 from efficient_tx.models.classifier import pool_tokens
