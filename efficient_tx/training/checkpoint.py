@@ -1,0 +1,193 @@
+"""Checkpoints: trees of arrays on disk, each array with a CRC-32. The one module that knows Orbax.
+
+Orbax writes a checkpoint under a temporary name and renames it when it is complete, so that a killed process leaves
+the older ones as they were. What it does not do is notice a flipped bit; the CRCs do.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from orbax.checkpoint import v1 as ocp
+
+from efficient_tx.training.errors import Refused
+from efficient_tx.training.workdir import writing
+
+
+class Unusable(Exception):
+    """Why a checkpoint cannot be used: the rest of a line that begins with its name."""
+
+
+class Damaged(Unusable):
+    """A checkpoint does not open, or an array is not what was saved."""
+
+
+class Mismatch(Unusable):
+    """A checkpoint is whole, but its arrays are not those of the tree asked for."""
+
+
+class Checkpoints:
+    """The checkpoints of a run: `directory/<step>`.
+
+    Args:
+      directory: the folder; it need not exist.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = Path(directory)
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending; whether they are whole only `load` tells."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(entry.name) for entry in self.directory.iterdir() if re.fullmatch(r"\d+", entry.name))
+
+    def save(self, step: int, tree: Any) -> None:
+        """Writes `tree`, replacing a checkpoint of the same step. Over several processes, all of them call this.
+
+        Raises:
+          RunError: it cannot be written; the others are as they were.
+        """
+        arrays = {name: np.asarray(array) for name, array in _named(jax.device_get(tree)).items() if array.size}
+        path = self.directory / str(step)
+        with writing(path), _quiet():
+            try:
+                ocp.save(path, arrays, overwrite=True, custom_metadata={"crc32": _checksums(arrays)})
+            except ValueError as error:
+                # tensorstore reports the operating system's errors as text.
+                number = re.search(r"os_error_code='(\d+)'", str(error))
+                if number is None:
+                    raise
+                raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+    def load(self, step: int, like: Any) -> Any:
+        """The tree saved at `step`, verified, in the structure of `like` (arrays or `jax.ShapeDtypeStruct`).
+
+        It does not matter on how many devices it was saved.
+
+        Raises:
+          Unusable: see its subclasses.
+        """
+        return _fit(_read(self.directory / str(step)), like)
+
+    def first_usable(
+        self, steps: list[int], like: Any, warn: Callable[[str], None], passing: type[Unusable] = Unusable
+    ) -> tuple[int, Any] | tuple[None, None]:
+        """The first of `steps` that loads, and its tree; (None, None) if `steps` is empty.
+
+        Each one that cannot be used for the reason `passing` gets one line through `warn`, and the next is tried.
+
+        Raises:
+          Refused: none of them loads, or one cannot be used for another reason.
+        """
+        for step, following in zip(steps, [*steps[1:], None]):
+            try:
+                return step, self.load(step, like)
+            except Unusable as error:
+                line = f"checkpoint {self.directory / str(step)} {error}"
+                if not isinstance(error, passing):
+                    raise Refused(line) from None
+                if following is None:
+                    raise Refused(f"{line}; no other is left") from None
+                warn(f"{line}; using {following} instead")
+        return None, None
+
+    def prune(self, keep: int, *, newest: int, best: int | None) -> None:
+        """Deletes all but the `keep` newest up to step `newest`, and `best`.
+
+        What is newer than `newest` was passed over as unusable when the run went on from an older one.
+        """
+        steps = self.steps()
+        kept = {step for step in steps if step <= newest}
+        kept = set(sorted(kept)[-max(keep, 1) :]) | {best}
+        for step in steps:
+            if step not in kept:
+                # Renamed first: a checkpoint is either there or not, also for a process killed here.
+                deleted = self.directory / f"{step}.deleted"
+                with writing(deleted):
+                    os.replace(self.directory / str(step), deleted)
+        self.clean()
+
+    def clean(self) -> None:
+        """Removes what killed processes left half written or half deleted."""
+        if self.directory.is_dir():
+            for entry in self.directory.iterdir():
+                if re.fullmatch(r"\d+\..*(tmp.*|deleted)", entry.name):
+                    shutil.rmtree(entry, ignore_errors=True)
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with _quiet():
+            checksums = ocp.metadata(path).custom_metadata["crc32"]
+            arrays = ocp.load(path)
+    # Orbax and tensorstore raise whatever the damage happened to lead to.
+    except Exception as error:
+        reason = re.split(r"\n|\[|https?:", str(error))[0].strip()
+        raise Damaged(f"does not open ({type(error).__name__}: {reason[:200]})") from error
+    actual = _checksums(arrays)
+    wrong = [name for name in sorted(checksums.keys() | actual.keys()) if checksums.get(name) != actual.get(name)]
+    if wrong:
+        more = f", nor in {len(wrong) - 1} others" if wrong[1:] else ""
+        raise Damaged(f"is damaged: the bytes of {wrong[0]} are not those that were saved (CRC-32 differs){more}")
+    return arrays
+
+
+def _fit(arrays: dict[str, np.ndarray], like: Any) -> Any:
+    """`arrays` in the structure of `like`, or Mismatch naming the first differences."""
+    wanted = {name: leaf for name, leaf in _named(like).items() if leaf.size}
+    problems = []
+    for name in [*wanted, *(arrays.keys() - wanted.keys())]:
+        if name not in arrays:
+            problems.append(f"it has no {name}")
+        elif name not in wanted:
+            problems.append(f"it has {name}, which is not asked for")
+        elif (arrays[name].shape, arrays[name].dtype) != (wanted[name].shape, wanted[name].dtype):
+            problems.append(f"{name} is {_describe(arrays[name])} in it and {_describe(wanted[name])} here")
+    if problems:
+        more = f"; and {len(problems) - 3} more" if problems[3:] else ""
+        raise Mismatch(f"does not fit: {'; '.join(problems[:3])}{more}")
+    leaves = [arrays[name] if leaf.size else np.zeros(leaf.shape, leaf.dtype) for name, leaf in _named(like).items()]
+    return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(leaf) for leaf in leaves])
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """Leaves by their dotted path in the tree, "params.blocks.0.norm.scale"."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+    named = {
+        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf for path, leaf in paths
+    }
+    if len(named) != len(paths):
+        raise ValueError("two arrays of the tree have the same dotted path")
+    return named
+
+
+def _describe(array: Any) -> str:
+    return f"{array.dtype}{list(array.shape)}"
+
+
+def _checksums(arrays: dict[str, np.ndarray]) -> dict[str, int]:
+    return {name: zlib.crc32(np.ascontiguousarray(array).tobytes()) for name, array in arrays.items()}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences what Orbax logs beside raising: the caller says it in one line."""
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)
+    # Its coroutines that a failed save abandons complain when they are collected, which may be much later.
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)

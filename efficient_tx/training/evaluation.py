@@ -1,0 +1,111 @@
+"""Evaluation of one set of parameters on one split, and the parameters that a finished run is worth."""
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import grain
+import jax
+import optax
+from flax import nnx
+
+from efficient_tx.task import Batch
+from efficient_tx.training import metrics
+from efficient_tx.training.checkpoint import Checkpoints, Damaged
+from efficient_tx.training.errors import Refused
+from efficient_tx.training.history import History
+from efficient_tx.training.optimizer import evaluation_params
+from efficient_tx.training.step import init_state, make_eval_step, replicate, split_batch
+
+
+class Scores(NamedTuple):
+    """What a model scores on a split.
+
+    Attributes:
+      loss: cross-entropy, nats, mean over items.
+      accuracy: share of right answers.
+      count: items (labels, where there is one per token) that were counted.
+      examples_per_second: rows of batches over wall time, without the first batch, which compiles; None if alone.
+    """
+
+    loss: float
+    accuracy: float
+    count: int
+    examples_per_second: float | None
+
+
+def prefetch(batches: grain.MapDataset, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+    """Batches start..stop, split over the local devices, a few of them prepared ahead in threads."""
+    split = partial(split_batch, devices=jax.local_devices())
+    return iter(
+        batches[start:stop].map(split).to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
+    )
+
+
+def make_evaluate(graphdef: nnx.GraphDef) -> Callable[..., Scores]:
+    """evaluate(params, batches, check=None) -> Scores over all devices and processes, each item counted once.
+
+    `check` is called before each batch; what it raises ends the evaluation.
+    """
+    step = make_eval_step(graphdef)
+
+    def evaluate(params: nnx.State, batches: grain.MapDataset, check: Callable[[], None] | None = None) -> Scores:
+        params = replicate(params)
+        sums, pending, rows, started = metrics.zeros("loss", "accuracy"), None, 0, None
+        for batch in prefetch(batches):
+            if check is not None:
+                check()
+            part = step(params, batch)
+            # One batch behind, so that the device need not wait for the host; Python's floats add up exactly.
+            if pending is not None:
+                sums = metrics.add(sums, metrics.fetch(pending))
+            pending = part
+            if started is None:
+                jax.block_until_ready(part)
+                started = time.perf_counter()
+            else:
+                rows += batch["label"].shape[0] * batch["label"].shape[1] * jax.process_count()
+        sums = metrics.add(sums, metrics.fetch(pending))
+        means = metrics.means(sums)
+        speed = rows / (time.perf_counter() - started) if rows else None
+        return Scores(means["loss"], means["accuracy"], round(sums["loss"][1]), speed)
+
+    return evaluate
+
+
+def trained_parameters(
+    path: str,
+    which: str,
+    model: nnx.Module,
+    optimizer: optax.GradientTransformation,
+    warn: Callable[[str], None],
+) -> tuple[int, nnx.State]:
+    """(step, parameters to evaluate) of a checkpoint of the run in the workdir `path`.
+
+    Args:
+      which: "best" (highest validation accuracy), "last", or a step. Of a damaged best or last one `warn` gets a
+        line, and the next best or next older one is used.
+      model: has the structure of the parameters; its values are not looked at.
+      optimizer: the run's own, since some keep the parameters to evaluate.
+
+    Raises:
+      Refused: there is no such checkpoint, none that opens, or its parameters do not fit the model.
+    """
+    checkpoints = Checkpoints(Path(path) / "checkpoints")
+    steps = checkpoints.steps()
+    if not steps:
+        raise Refused(f"{path} has no checkpoint yet: train first, python train.py --workdir={path} ...")
+    if which == "last":
+        wanted = steps[::-1]
+    elif which == "best":
+        ranked = History(Path(path) / "metrics.jsonl", writer=False).ranked()
+        wanted = [step for step in ranked if step in steps] or steps[::-1]
+    elif which.isdigit() and int(which) in steps:
+        wanted = [int(which)]
+    else:
+        raise Refused(f"--checkpoint={which}: {path} has best, last and the steps {', '.join(map(str, steps))}")
+    like = jax.eval_shape(lambda: init_state(model, optimizer))
+    step, state = checkpoints.first_usable(wanted, like, warn, passing=Damaged)
+    return step, evaluation_params(state.optimizer, state.params)

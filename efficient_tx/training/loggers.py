@@ -1,0 +1,79 @@
+"""Loggers: where the lines of metrics.jsonl go besides."""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from efficient_tx.training.workdir import writing
+
+
+class TensorBoard:
+    """Scalars `train/loss`, `validation/accuracy` ... in an event file in the workdir.
+
+    Args:
+      path: the workdir.
+      step: the run goes on after this step; TensorBoard hides what an earlier process wrote beyond it.
+    """
+
+    def __init__(self, path: Path, step: int, config: Mapping[str, Any]):
+        # The plain writer: tensorboardX.SummaryWriter writes from a thread, and waits for ever once the disk is full.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
+
+        self._path, self._event, self._scalar = path, Event, scalar
+        with writing(path):
+            self._writer = EventsWriter(str(path / "events"), f".{os.getpid()}")
+            if step:
+                start = SessionLog(status=SessionLog.START)
+                self._writer.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Writes and flushes one line of metrics.jsonl."""
+        with writing(self._path):
+            for name, value in line.items():
+                if name not in ("step", "split") and value is not None:
+                    summary = self._scalar(f"{line['split']}/{name}", value)
+                    self._writer.write_event(self._event(wall_time=time.time(), step=line["step"], summary=summary))
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Closes the event file."""
+        with writing(self._path):
+            self._writer.close()
+
+
+class Wandb:
+    """The same scalars as a run of Weights & Biases, which goes on when the workdir's run does.
+
+    Raises:
+      ImportError: wandb is not installed.
+    """
+
+    def __init__(self, path: Path, step: int, config: Mapping[str, Any]):
+        import wandb
+
+        place = path.resolve()
+        self._run = wandb.init(
+            project="efficient_tx",
+            name=place.name,
+            id=hashlib.sha256(str(place).encode()).hexdigest()[:16],
+            resume="allow",
+            dir=place,
+            config=dict(config),
+        )
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Sends one line of metrics.jsonl."""
+        values = {f"{line['split']}/{name}": value for name, value in line.items() if name not in ("step", "split")}
+        self._run.log(values, step=line["step"])
+
+    def close(self) -> None:
+        """Ends the upload."""
+        self._run.finish()
+
+
+LOGGERS: dict[str, Callable[[Path, int, Mapping[str, Any]], Any]] = {"tensorboard": TensorBoard, "wandb": Wandb}

@@ -1,0 +1,262 @@
+"""The loop: steps, lines, checkpoints and evaluations of one run, from wherever an earlier process left it."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+
+import grain
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from efficient_tx.task import Batch
+from efficient_tx.training import metrics
+from efficient_tx.training.checkpoint import Checkpoints
+from efficient_tx.training.errors import Interrupted, NonFinite
+from efficient_tx.training.evaluation import Scores, make_evaluate, prefetch
+from efficient_tx.training.history import History
+from efficient_tx.training.optimizer import evaluation_params
+from efficient_tx.training.report import Report
+from efficient_tx.training.signals import StopSignals
+from efficient_tx.training.step import State, clear_window, init_state, make_train_step, replicate
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How long a run is and when it does what, in steps; the last step does all of it.
+
+    Attributes:
+      steps: updates of the run.
+      batch_size: examples of a step, over all devices and processes.
+      log_every: between train lines.
+      eval_every: between evaluations, each with a checkpoint.
+      checkpoint_every: between further checkpoints.
+      keep: newest checkpoints that stay, the best one aside.
+    """
+
+    steps: int
+    batch_size: int
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+    keep: int
+
+    def logs(self, step: int) -> bool:
+        """Whether a train line follows `step`."""
+        return step % self.log_every == 0 or step == self.steps
+
+    def validates(self, step: int) -> bool:
+        """Whether an evaluation follows `step`."""
+        return step % self.eval_every == 0 or step == self.steps
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint follows `step`."""
+        return step % self.checkpoint_every == 0 or self.validates(step)
+
+
+class Stopwatch:
+    """Wall time of training since the last train line: without compilation, evaluation and saving."""
+
+    def __init__(self):
+        self._started = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets the time so far."""
+        self.steps, self.seconds, self.data_seconds = 0, 0.0, 0.0
+
+    def start(self) -> None:
+        """Training begins, or goes on; nothing if it is running."""
+        if self._started is None:
+            self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        """Training pauses; nothing if it is not running."""
+        if self._started is not None:
+            self.seconds += time.perf_counter() - self._started
+            self._started = None
+
+
+class Loop:
+    """One run.
+
+    After a step, in this order: a train line, a checkpoint, a validation line, each when it is due. The checkpoint
+    holds the open window of training sums, and a resumed run first drops the lines after its step, and evaluates where
+    the line is missing: so wherever a process is killed, the next one writes the same lines.
+
+    Args:
+      model: its parameters are where the run starts.
+      optimizer, schedule: from `make_optimizer`; schedule(updates done before) is the learning rate.
+      batches: element i is this process's rows of step i's batch.
+      validation: batches that hold every item of the validation split once.
+      plan: when to do what.
+      checkpoints, history, report: of the workdir, which this process owns.
+      seed: of dropout and sampling.
+      grad_accum: parts that each device cuts its rows into.
+    """
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        optimizer: optax.GradientTransformation,
+        schedule: Callable,
+        *,
+        batches: grain.MapDataset,
+        validation: grain.MapDataset,
+        plan: Plan,
+        checkpoints: Checkpoints,
+        history: History,
+        report: Report,
+        seed: int,
+        grad_accum: int = 1,
+    ):
+        graphdef = nnx.split(model)[0]
+        self._model, self._optimizer, self._schedule = model, optimizer, schedule
+        self._batches, self._validation, self._plan = batches, validation, plan
+        self._checkpoints, self._history, self._report = checkpoints, history, report
+        self._writer = jax.process_index() == 0
+        self._train_step = make_train_step(
+            graphdef,
+            optimizer,
+            seed=seed,
+            grad_accum=grad_accum,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        self._watch = Stopwatch()
+        self.evaluate: Callable[..., Scores] = make_evaluate(graphdef)
+        self.compile_seconds = 0.0
+
+    def run(self) -> State:
+        """Trains up to the last step and returns the state there.
+
+        `compile_seconds` is then what the first step of this process took: tracing, compilation (or the compiled
+        program's way out of the cache) and the step itself.
+
+        Raises:
+          Interrupted: by a signal; the state is saved.
+          NonFinite: the loss, a gradient or a parameter is not finite; such a state is never saved.
+          RunError: something cannot be written; Refused: there are checkpoints, but none can be used.
+        """
+        step, state = self._restore()
+        self._report.start(step)
+        try:
+            with StopSignals() as signals:
+                if step and self._plan.validates(step) and not self._history.validated(step):
+                    self._validate(state, step, signals)
+                batches = prefetch(self._batches, step, self._plan.steps)
+                while step < self._plan.steps:
+                    state = self._advance(state, batches)
+                    step += 1
+                    self._report.progress(step)
+                    signal = signals.after(step)
+                    if self._plan.logs(step):
+                        state = self._log(state, step)
+                    if signal or self._plan.saves(step):
+                        self._save(state, step)
+                    if signal:
+                        raise Interrupted(signal, f"step {step} of {self._plan.steps} is saved")
+                    if self._plan.validates(step):
+                        self._validate(state, step, signals)
+        finally:
+            self._report.close()
+        return state
+
+    def _restore(self) -> tuple[int, State]:
+        """The newest state there is."""
+        state = init_state(self._model, self._optimizer)
+        if self._writer:
+            self._checkpoints.clean()
+        step, saved = self._checkpoints.first_usable(self._checkpoints.steps()[::-1], state, self._report.say)
+        if step is None:
+            step, saved = 0, state
+        else:
+            self._report.say(f"resuming from step {step} of {self._plan.steps}")
+        self._history.rewind(step)
+        return step, replicate(saved)
+
+    def _advance(self, state: State, batches: Iterator[Batch]) -> State:
+        """One step. The host waits for a batch, never for the device, but for the first step, which compiles."""
+        compiled = self.compile_seconds > 0
+        if compiled:
+            self._watch.start()
+        asked = time.perf_counter()
+        batch = next(batches)
+        arrived = time.perf_counter()
+        state = self._train_step(state, batch)
+        if compiled:
+            self._watch.steps += 1
+            self._watch.data_seconds += arrived - asked
+        else:
+            jax.block_until_ready(state)
+            self.compile_seconds = time.perf_counter() - arrived
+            self._report.say(f"first step: {self.compile_seconds:.1f} s with compilation")
+        return state
+
+    def _log(self, state: State, step: int) -> State:
+        """Writes the train line; returns the state with an empty window."""
+        self._settle(state)
+        watch = self._watch
+        means = metrics.means(state.window)
+        self._report.add(
+            {
+                "step": step,
+                "split": "train",
+                "loss": means["loss"],
+                "accuracy": means["accuracy"],
+                "learning_rate": float(self._schedule(step - 1)),
+                "grad_norm": means["grad_norm"],
+                "examples_per_second": self._plan.batch_size * watch.steps / watch.seconds if watch.steps else None,
+                "seconds": watch.seconds,
+                "data_seconds": watch.data_seconds,
+            }
+        )
+        watch.clear()
+        return clear_window(state)
+
+    def _save(self, state: State, step: int) -> None:
+        """Writes the checkpoint of `step`."""
+        self._settle(state)
+        if not _all_finite(state.params):
+            raise NonFinite(f"the update of step {step} left parameters that are not finite. {self._advice()}")
+        self._checkpoints.save(step, state)
+        self._prune(step)
+
+    def _validate(self, state: State, step: int, signals: StopSignals) -> None:
+        """Writes the validation line of `step`, whose checkpoint there is; a signal ends it between two batches."""
+
+        def check():
+            if signals.received and jax.process_count() == 1:
+                raise Interrupted(signals.received, f"step {step} of {self._plan.steps} is saved")
+
+        params = evaluation_params(state.optimizer, state.params)
+        scores = self.evaluate(params, self._validation, check)
+        self._report.add({"step": step, "split": "validation", "loss": scores.loss, "accuracy": scores.accuracy})
+        self._report.draw()
+        self._prune(step)
+
+    def _prune(self, step: int) -> None:
+        if self._writer:
+            best = next(iter(self._history.ranked()), None)
+            self._checkpoints.prune(self._plan.keep, newest=step, best=best)
+
+    def _settle(self, state: State) -> None:
+        """Waits for the device, stops the watch, and looks whether a step went wrong."""
+        jax.block_until_ready(state.step)
+        self._watch.stop()
+        bad = int(state.bad_step)
+        if bad >= 0:
+            raise NonFinite(f"the loss or the gradient of step {bad} is not finite. {self._advice()}")
+
+    def _advice(self) -> str:
+        steps = self._checkpoints.steps()
+        saved = f"The newest checkpoint is that of step {steps[-1]}" if steps else "No checkpoint was written yet"
+        return (
+            f"{saved}; a smaller optimizer.learning_rate, a longer warmup or a smaller clip may help, in a new workdir"
+        )
+
+
+@jax.jit
+def _all_finite(tree: nnx.State) -> jax.Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()

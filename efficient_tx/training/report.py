@@ -1,0 +1,115 @@
+"""Report: what a run shows while it goes on: a progress bar or plain lines, the loggers, the learning curve."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from efficient_tx.training import curve
+from efficient_tx.training.history import History, Line
+from efficient_tx.training.loggers import LOGGERS
+
+# Drawing takes a few tenths of a second: a run that evaluates every second should not spend its time on pictures.
+SECONDS_BETWEEN_PICTURES = 10.0
+
+
+class Report:
+    """Shows the lines of a run to people.
+
+    Args:
+      path: the workdir.
+      history: its metrics.jsonl.
+      steps: length of the run.
+      batch_size: examples of a step.
+      config: what loggers store beside the lines.
+      loggers: keys of LOGGERS; one that is not installed is named in a line and left out.
+      title: of the picture.
+      baselines: accuracies to beat, by name.
+      active: False where another process does the talking.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        history: History,
+        *,
+        steps: int,
+        batch_size: int,
+        config: Mapping[str, Any],
+        loggers: Sequence[str] = (),
+        title: str = "",
+        baselines: Mapping[str, float] | None = None,
+        active: bool = True,
+    ):
+        self._path, self._history, self._steps, self._batch_size = path, history, steps, batch_size
+        self._config, self._names, self._title, self._baselines = config, loggers, title, baselines or {}
+        self._active, self._loggers, self._pictured = active, [], -SECONDS_BETWEEN_PICTURES
+        self.console = Console(highlight=False, quiet=not active, soft_wrap=True)
+        self._bar = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(),
+            TextColumn("{task.fields[latest]}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]} left"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = None
+
+    def start(self, step: int) -> None:
+        """Opens loggers and progress bar; the run goes on after `step`."""
+        for name in self._names if self._active else ():
+            try:
+                self._loggers.append(LOGGERS[name](self._path, step, self._config))
+            except ImportError:
+                self.say(f"config.loggers has {name!r}, which is not installed (pip install {name}): going on without")
+        self._bar.start()
+        self._task = self._bar.add_task("", total=self._steps, completed=step, latest="compiling", left="-:--:--")
+
+    def say(self, line: str) -> None:
+        """Prints one line, above the bar."""
+        self.console.print(Text(line))
+
+    def progress(self, step: int) -> None:
+        """Moves the bar."""
+        self._bar.update(self._task, completed=step)
+
+    def add(self, line: Line) -> None:
+        """Records a line of metrics.jsonl and shows it."""
+        self._history.append(line)
+        for logger in self._loggers:
+            logger.write(line)
+        scores = f"loss {line['loss']:.4f}  accuracy {line['accuracy']:.4f}"
+        if line["split"] == "validation":
+            self.say(f"step {line['step']}/{self._steps}  validation  {scores}")
+            return
+        speed = line["examples_per_second"]
+        latest = scores + (f"  {speed:.0f} examples/s" if speed else "")
+        left = self._left(line)
+        self._bar.update(self._task, latest=latest, left=left)
+        if not self.console.is_terminal:
+            self.say(f"step {line['step']}/{self._steps}  train  {latest}  {left} left")
+
+    def draw(self, *, last: bool = False) -> None:
+        """Draws curve.png anew, unless the last picture is only seconds old (and this is not the `last`)."""
+        if self._active and (last or time.monotonic() - self._pictured > SECONDS_BETWEEN_PICTURES):
+            curve.draw(self._path / "curve.png", self._history.lines, title=self._title, baselines=self._baselines)
+            self._pictured = time.monotonic()
+
+    def close(self) -> None:
+        """Takes the bar off the screen and closes the loggers."""
+        self._bar.stop()
+        while self._loggers:
+            self._loggers.pop().close()
+
+    def _left(self, line: Line) -> str:
+        """Time until the last step at the speed of `line`, evaluations not counted."""
+        if not line["examples_per_second"]:
+            return "-:--:--"
+        remaining = (self._steps - line["step"]) * self._batch_size / line["examples_per_second"]
+        minutes, seconds = divmod(round(remaining), 60)
+        return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"

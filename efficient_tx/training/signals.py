@@ -1,0 +1,40 @@
+"""Signals: SIGTERM and Ctrl-C become a question that the loop asks after every step."""
+
+import signal
+from types import FrameType
+
+import jax
+from jax.experimental import multihost_utils
+
+
+class StopSignals:
+    """While open, SIGTERM and SIGINT are noted instead of ending the process; a second one raises KeyboardInterrupt.
+
+    Over several processes, jax's preemption service spreads a SIGTERM that any of them gets, so that all of them stop
+    after the same step.
+    """
+
+    def __init__(self):
+        self.received: int | None = None
+        self._previous = {}
+
+    def __enter__(self) -> "StopSignals":
+        # jax's service, where there is one, listens to SIGTERM itself.
+        listened = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
+        self._previous = {number: signal.signal(number, self._note) for number in listened}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def after(self, step: int) -> int | None:
+        """The signal that asks the run to stop after `step`, or None; every process gets the same answer."""
+        if jax.process_count() > 1:
+            return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
+        return self.received
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None or jax.process_count() > 1:
+            raise KeyboardInterrupt
+        self.received = number

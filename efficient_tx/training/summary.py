@@ -1,0 +1,67 @@
+"""Summary: what a finished run is worth, in one file and a few lines."""
+
+import importlib.metadata
+import platform
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from efficient_tx.training.history import Line
+
+
+def steps_per_second(lines: list[Line], batch_size: int) -> float | None:
+    """Training speed over all processes of a run, from its train lines; None where no step was timed."""
+    timed = [line for line in lines if line["split"] == "train" and line["examples_per_second"]]
+    seconds = sum(line["seconds"] for line in timed)
+    return (
+        sum(line["examples_per_second"] * line["seconds"] for line in timed) / seconds / batch_size if timed else None
+    )
+
+
+def parameter_count(model: nnx.Module) -> int:
+    """How many numbers the model learns."""
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def peak_memory() -> dict[str, int | str]:
+    """`peak_memory_bytes`, the most that was in use; `peak_memory_of`: "device" if devices count, else "process"."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    if all(peaks):
+        return {"peak_memory_bytes": max(peaks), "peak_memory_of": "device"}
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"peak_memory_bytes": peak, "peak_memory_of": "process"}
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that decide the numbers."""
+    packages = ("efficient-tx", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+
+
+def device() -> dict[str, Any]:
+    """What the run ran on."""
+    kind = jax.devices()[0]
+    return {
+        "platform": kind.platform,
+        "kind": kind.device_kind,
+        "count": jax.device_count(),
+        "processes": jax.process_count(),
+    }
+
+
+def sentences(summary: Mapping[str, Any], path: Path) -> list[str]:
+    """What the end of a run tells a person, line by line."""
+    baselines = ", ".join(f"{name} {accuracy:.4f}" for name, accuracy in summary["baselines"].items())
+    return [
+        f"test accuracy {summary['test_accuracy']:.4f} (checkpoint of step {summary['best_step']}, best on validation)"
+        + (f"; to beat: {baselines}" if baselines else ""),
+        f"summary: {path / 'summary.json'}   learning curve: {path / 'curve.png'}",
+        f"evaluate it: python eval.py --workdir={path}",
+    ]

@@ -1,0 +1,179 @@
+"""Workdir: the folder of one run, which belongs to one config and to one live process at a time."""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from efficient_tx.training.errors import Refused, RunError
+
+# Where the data lie, how often a line is written, where it goes, and how many checkpoints stay: none changes a result.
+FREE_KEYS = ("task.data_dir", "log_every", "keep", "loggers")
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an operating-system error (full disk, read-only folder) into one line that names `path`.
+
+    Raises:
+      RunError: the block raised OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path}: {error.strerror or error}. What is saved stays; "
+            "with that mended the same command goes on from the newest checkpoint"
+        ) from error
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file that is, at any moment and whatever kills the process, either the old one or the new one."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_bytes` of indented JSON."""
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings to one, with dotted keys: {"task": {"name": 1}} -> {"task.name": 1}."""
+    flat = {}
+    for key, value in config.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+class Workdir:
+    """The folder of one run.
+
+    `claim` refuses what must not run and writes nothing into a folder that does not exist; `begin` makes the folder
+    and its config.json. Over several processes only the `writer` holds the lock and writes.
+
+    Attributes:
+      path: the folder; it holds config.json, metrics.jsonl, checkpoints/, event files, curve.png and summary.json.
+      config: what identifies the run, plain JSON values.
+      writer: whether this process writes.
+    """
+
+    def __init__(self, path: str | os.PathLike, config: Mapping[str, Any], *, writer: bool = True):
+        self.path = Path(path)
+        self.config = json.loads(json.dumps(config))
+        self.writer = writer
+        self._lock = None
+
+    def claim(self) -> None:
+        """Locks the folder if there is one.
+
+        Raises:
+          Refused: it belongs to another config or to a live run.
+          RunError: it cannot be written.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise Refused(f"--workdir={self.path} is a file: name a folder")
+        if not self.path.exists():
+            return
+        self._check_config()
+        self._take_lock()
+        # Between the first look and the lock another run may have begun here.
+        self._check_config()
+
+    def begin(self) -> None:
+        """Makes and locks the folder, and writes config.json.
+
+        Raises:
+          Refused, RunError: as `claim`.
+        """
+        if not self.writer:
+            return
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        self.claim()
+        if self._stored_config() != self.config:
+            write_json(self.path / "config.json", self.config)
+
+    def release(self) -> None:
+        """Lets another process have the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def summary(self) -> dict[str, Any] | None:
+        """summary.json of a finished run, else None."""
+        path = self.path / "summary.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def _stored_config(self) -> dict[str, Any] | None:
+        path = self.path / "config.json"
+        return read_config(self.path) if path.exists() else None
+
+    def _check_config(self) -> None:
+        stored = self._stored_config()
+        if stored is None:
+            return
+        old, new = flatten(stored), flatten(self.config)
+        differing = [
+            f"{key} is {old.get(key, 'absent')!r} there and {new.get(key, 'absent')!r} here"
+            for key in sorted(old.keys() | new.keys())
+            if key not in FREE_KEYS and old.get(key, "absent") != new.get(key, "absent")
+        ]
+        if differing:
+            more = f"; and {len(differing) - 8} more keys" if len(differing) > 8 else ""
+            raise Refused(
+                f"--workdir={self.path} belongs to a run with another config: {'; '.join(differing[:8])}{more}. "
+                "Use a new --workdir, or that run's values"
+            )
+
+    def _take_lock(self) -> None:
+        if not self.writer or self._lock is not None:
+            return
+        path = self.path / "lock"
+        with writing(path):
+            lock = open(path, "a+")  # noqa: SIM115 (the lock lives as long as the open file)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            owner = lock.read().strip() or "unknown"
+            lock.close()
+            raise Refused(
+                f"--workdir={self.path} is in use by a live run (process {owner}): wait for it, stop it, or use another"
+            ) from None
+        with writing(path):
+            lock.truncate(0)
+            lock.write(f"{os.getpid()}\n")
+            lock.flush()
+        self._lock = lock
+
+
+def read_config(path: str | os.PathLike) -> dict[str, Any]:
+    """config.json of the run in the folder `path`.
+
+    Raises:
+      Refused: there is none, or it is no JSON object.
+    """
+    file = Path(path) / "config.json"
+    try:
+        config = json.loads(file.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise Refused(f"{path} is not the workdir of a run: there is no {file}") from None
+    except (ValueError, IsADirectoryError) as error:
+        raise Refused(f"{file} is damaged ({error}): restore it, or use a new --workdir") from None
+    if not isinstance(config, dict):
+        raise Refused(f"{file} is damaged (no JSON object): restore it, or use a new --workdir")
+    return config

@@ -1,0 +1,150 @@
+"""Evaluates runs: python eval.py --workdir=runs/a [--workdir=runs/b ...] [--checkpoint=best|last|STEP] [--split=test]
+
+Needs nothing but the workdirs, on any number of devices; prints one table for each protocol and writes what it found
+into each workdir. `--set KEY=VALUE` evaluates the same parameters under another mixer, budget or length that they fit.
+"""
+
+import os
+
+# Before jax is imported: its CPU solvers run in OpenBLAS, whose threads collide with XLA's.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
+import argparse
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from configs import resolve
+from efficient_tx import build
+from efficient_tx.data.batching import evaluation_batches
+from efficient_tx.task import data_directory
+from efficient_tx.training import summary
+from efficient_tx.training.compilation import keep_programs
+from efficient_tx.training.errors import RunError, refusing
+from efficient_tx.training.evaluation import make_evaluate, trained_parameters
+from efficient_tx.training.workdir import FREE_KEYS, read_config, write_json
+
+
+def warn(line: str) -> None:
+    """One line on standard error."""
+    print(line, file=sys.stderr)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line; what is wrong with it ends in one line and exit status 2."""
+
+    def setting(text: str) -> tuple[str, str]:
+        key, equals, value = text.partition("=")
+        if not (key and equals):
+            raise argparse.ArgumentTypeError(f"{text!r} is no KEY=VALUE, as attention.skyformer.landmarks=32")
+        return key, value
+
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.error = resolve.refuse
+    parser.add_argument("--workdir", action="append", required=True, help="a run's folder; may be repeated")
+    parser.add_argument("--checkpoint", default="best", help="best (on validation), last, or a step")
+    parser.add_argument("--split", default="test", choices=("train", "validation", "test"))
+    parser.add_argument("--batch_size", type=int, help="default: that of the training run")
+    parser.add_argument("--set", action="append", default=[], type=setting, metavar="KEY=VALUE", dest="settings")
+    options = parser.parse_args(arguments)
+    if options.batch_size is not None and options.batch_size < 1:
+        parser.error(f"--batch_size={options.batch_size}: must be at least 1")
+    options.settings = dict(options.settings)
+    return options
+
+
+def evaluate(path: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What the run in `path` scores under the command line's options."""
+    with refusing(path):
+        config = resolve.apply_settings(ConfigDict(read_config(path)), options.settings)
+        build.check(config)
+        task = build.build_task(config)
+        model = build.build_model(config, task)
+        optimizer, _ = build.build_optimizer(config)
+    step, parameters = trained_parameters(path, options.checkpoint, model, optimizer, warn)
+    # Every device gets the same number of rows; what fills up the last batch does not count.
+    devices = jax.device_count()
+    batch_size = -(-(options.batch_size or config.batch_size) // devices) * devices
+    batches = evaluation_batches(getattr(task, options.split), task, batch_size=batch_size)
+    scores = make_evaluate(nnx.split(model)[0])(parameters, batches)
+    return {
+        "task": task.name,
+        "source": task.source,
+        "protocol": config.protocol,
+        "split": options.split,
+        "checkpoint": options.checkpoint,
+        "step": step,
+        "set": {key: value for key, value in options.settings.items() if key not in FREE_KEYS},
+        **scores._asdict(),
+        "parameters": summary.parameter_count(model),
+        "batch_size": batch_size,
+        "versions": summary.versions(),
+        "device": summary.device(),
+    }
+
+
+def settings_of(row: Mapping[str, Any]) -> str:
+    """ "key=value,key=value" of what `--set` changed."""
+    return ",".join(f"{key}={value}" for key, value in row["set"].items())
+
+
+def file_name(row: Mapping[str, Any]) -> str:
+    """eval_<split>_<checkpoint>[_<set>].json"""
+    parts = ["eval", row["split"], row["checkpoint"], *filter(None, [settings_of(row)])]
+    return re.sub(r"[^\w.=,*+-]", "-", "_".join(parts)) + ".json"
+
+
+def table(protocol: str, rows: list[tuple[str, Mapping[str, Any]]]) -> Table:
+    """One line for each (workdir, result) of a protocol."""
+    head = rows[0][1]
+    result = Table(title=f"{head['split']} split, {head['checkpoint']} checkpoint, protocol {protocol}")
+    for name in ("task", "run", "step", "accuracy", "loss", "count", "parameters", "examples/s"):
+        result.add_column(name, justify="left" if name in ("task", "run") else "right", no_wrap=True)
+    for path, row in rows:
+        speed = row["examples_per_second"]
+        result.add_row(
+            row["task"],
+            " ".join([path, *filter(None, [settings_of(row)])]),
+            str(row["step"]),
+            f"{row['accuracy']:.4f}",
+            f"{row['loss']:.4f}",
+            str(row["count"]),
+            f"{row['parameters']:,}",
+            f"{speed:.0f}" if speed else "-",
+        )
+    return result
+
+
+def main(arguments: list[str]) -> int:
+    """Evaluates every workdir; those that cannot be get a line, and then the exit status is 2 (1: a full disk)."""
+    options = parse(arguments)
+    keep_programs(data_directory() / "compilation")
+    rows, status = [], 0
+    for path in options.workdir:
+        try:
+            row = evaluate(path, options)
+            rows.append((path, row))
+            write_json(Path(path) / file_name(row), row)
+        except RunError as error:
+            warn(str(error))
+            status = error.status
+    # A table is as wide as its rows, also where standard output is no terminal.
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    for protocol in dict.fromkeys(row["protocol"] for _, row in rows):
+        console.print(table(protocol, [(path, row) for path, row in rows if row["protocol"] == protocol]))
+    return status
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,174 @@
+"""Trains a model: python train.py --config=FILE.py[:MIXERS+LINEAR] --workdir=FOLDER [--config.KEY=VALUE ...]
+
+The same command resumes a run that was stopped or killed. Exit status: 0 finished; 2 refused; 3 the loss, a gradient or
+a parameter is not finite; 143 or 130 stopped by SIGTERM or Ctrl-C; 1 something could not be written.
+"""
+
+import os
+
+# Before jax is imported: its CPU solvers run in OpenBLAS, whose threads collide with XLA's.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
+import shlex
+import signal
+import sys
+
+import jax
+from absl import app, flags
+from flax import nnx
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict, config_flags
+
+from configs import resolve
+from efficient_tx import build
+from efficient_tx.data.batching import evaluation_batches, train_batches
+from efficient_tx.task import data_directory
+from efficient_tx.training import summary
+from efficient_tx.training.checkpoint import Checkpoints
+from efficient_tx.training.compilation import keep_programs
+from efficient_tx.training.errors import Refused, RunError, refusing
+from efficient_tx.training.evaluation import trained_parameters
+from efficient_tx.training.history import History
+from efficient_tx.training.loop import Loop, Plan
+from efficient_tx.training.optimizer import evaluation_params
+from efficient_tx.training.report import Report
+from efficient_tx.training.step import check_batch_size
+from efficient_tx.training.workdir import Workdir, read_config, write_json
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file("config", None, "Config file and its argument, FILE.py:MIXERS+LINEAR+PROJECTIONS.")
+flags.DEFINE_string("workdir", None, "Folder of the run; the same command goes on in it.", required=True)
+flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, for a run over several processes.")
+flags.DEFINE_integer("num_processes", None, "How many processes the run has.")
+flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+
+
+def connect() -> None:
+    """Joins the other processes of the run, if there are any."""
+    given = [FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id]
+    if given == [None] * 3:
+        return
+    if None in given:
+        raise Refused("a run over several processes needs all of --coordinator_address, --num_processes, --process_id")
+    jax.distributed.initialize(*given)
+
+
+def train(config: ConfigDict, workdir: Workdir) -> None:
+    """Trains, from the newest checkpoint if there is one, and writes summary.json."""
+    with refusing():
+        check_batch_size(config.batch_size, devices=jax.device_count(), grad_accum=config.grad_accum)
+        task = build.build_task(config)
+        model = build.build_model(config, task)
+        optimizer, schedule = build.build_optimizer(config)
+    if config.init_from:
+        warm_start(model, config.init_from)
+    workdir.begin()
+
+    rows = {
+        "batch_size": config.batch_size,
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+    }
+    history = History(workdir.path / "metrics.jsonl", writer=workdir.writer)
+    report = Report(
+        workdir.path,
+        history,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        config=workdir.config,
+        loggers=config.loggers,
+        title=f"{workdir.path.name}: {task.name}, {config.mixers}",
+        baselines=task.baselines,
+        active=workdir.writer,
+    )
+    count = summary.parameter_count(model)
+    report.say(f"{task.name} ({task.source}): {len(task.train):,} training examples; model: {count:,} parameters")
+    loop = Loop(
+        model,
+        optimizer,
+        schedule,
+        batches=train_batches(task, seed=config.seed, **rows),
+        validation=evaluation_batches(task.validation, task, **rows),
+        plan=Plan(**{field: config[field] for field in Plan.__dataclass_fields__}),
+        checkpoints=Checkpoints(workdir.path / "checkpoints"),
+        history=history,
+        report=report,
+        seed=config.seed,
+        grad_accum=config.grad_accum,
+    )
+    state = loop.run()
+    # All processes wait until the last checkpoint and line are on disk.
+    multihost_utils.sync_global_devices("trained")
+
+    test = evaluation_batches(task.test, task, **rows)
+    last = loop.evaluate(evaluation_params(state.optimizer, state.params), test)
+    best_step, parameters = trained_parameters(workdir.path, "best", model, optimizer, report.say)
+    best = loop.evaluate(parameters, test)
+    result = {
+        "best_step": best_step,
+        "val_accuracy": next(line["accuracy"] for line in history.of("validation") if line["step"] == best_step),
+        "test_accuracy": best.accuracy,
+        "last_test_accuracy": last.accuracy,
+        "baselines": dict(task.baselines),
+        "parameters": count,
+        "steps_per_second": summary.steps_per_second(history.of("train"), config.batch_size),
+        "compile_seconds": loop.compile_seconds,
+        **summary.peak_memory(),
+        "protocol": config.protocol,
+        "protocol_departures": resolve.departures(config, FLAGS["config"].config_filename),
+        "versions": summary.versions(),
+        "device": summary.device(),
+    }
+    if workdir.writer:
+        report.draw(last=True)
+        write_json(workdir.path / "summary.json", result)
+    for line in summary.sentences(result, workdir.path):
+        report.say(line)
+
+
+def warm_start(model: nnx.Module, path: str) -> None:
+    """Gives `model` the parameters of the best checkpoint of another run."""
+    with refusing(f"config.init_from={path}"):
+        optimizer, _ = build.build_optimizer(ConfigDict(read_config(path)))
+    _, parameters = trained_parameters(path, "best", model, optimizer, print)
+    nnx.update(model, parameters)
+
+
+def run() -> None:
+    """Does what the flags say, unless it is done already."""
+    connect()
+    config = resolve.run_config()
+    keep_programs(data_directory() / "compilation")
+    jax.config.update("jax_debug_nans", config.debug_nans)
+    workdir = Workdir(FLAGS.workdir, config.to_dict(), writer=jax.process_index() == 0)
+    workdir.claim()
+    result = workdir.summary()
+    if result is None:
+        train(config, workdir)
+    elif workdir.writer:
+        print(f"{workdir.path} is finished: {config.steps} steps are done")
+        print("\n".join(summary.sentences(result, workdir.path)))
+
+
+def main(_: list[str]) -> int:
+    """Runs, and ends with one line and an exit status where a person, a signal or the disk is to blame."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    again = f"the same command goes on: {shlex.join(['python', *sys.argv])}"
+    try:
+        run()
+    except Refused as error:
+        print(error, file=sys.stderr)
+        return error.status
+    except RunError as error:
+        print(f"{error}; {again}", file=sys.stderr)
+        return error.status
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Outside the loop there is nothing to save: data, checkpoints and lines are written whole or not at all.
+        status = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
+        print(f"stopped by {signal.Signals(status - 128).name}; {again}", file=sys.stderr)
+        return status
+    return 0
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=resolve.parse_flags)
