@@ -46,7 +46,7 @@ def closed_form(weight_matrix, batch):
     label, weight = batch["label"].ravel(), batch["weight"].ravel().astype(np.float64)
     logits = x @ weight_matrix
     probability = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    onehot = np.eye(CLASSES)[np.maximum(label, 0)]
+    onehot = np.eye(CLASSES)[np.minimum(label, CLASSES - 1)]
     loss = -np.log((probability * onehot).sum(1))
     gradient = x.T @ ((probability - onehot) * weight[:, None]) / weight.sum()
     right = logits.argmax(1) == label
@@ -68,7 +68,7 @@ def test_loss_gradient_and_metrics_are_the_closed_form(shape, grad_accum):
     """Also: fractional weights, and labels out of range where the weight is 0."""
     weight = np.broadcast_to(WEIGHTS.reshape(8, *[1] * (len(shape) - 1)), shape).copy()
     batch = batch_of(shape, 1, weight)
-    batch["label"] = np.where(weight > 0, batch["label"], -1)
+    batch["label"] = np.where(weight > 0, batch["label"], 99)
     model, lr = Linear(), 0.5
     state, step = trainer(model, optax.sgd(lr), grad_accum=grad_accum)
     expected, seen = np.asarray(model.weight[...], np.float64), []
@@ -193,46 +193,29 @@ def test_donation_saves_the_memory_of_the_state():
 
 @pytest.mark.parametrize("devices", [1, 4])
 def test_one_program_for_all_steps(devices):
-    """New state, state after a step, cleared window, state in host memory (a checkpoint): no compilation but one."""
-    compilations = []
+    """New state, state after a step, cleared window, state in host memory or on one device (from a checkpoint)."""
+    programs = []
 
     def listen(event, duration, **_):
         if event.endswith("backend_compile_duration"):
-            compilations.append(event)
+            programs.append(event)
 
     state, step = trainer(Linear(), optax.adam(0.1), devices, grad_accum=2)
-    batch = batch_of((8,), 1)
-    state = step(state, batch)
-    state = clear_window(state)  # compiles the zeros
-    state = step(state, batch)
+    batch, device = batch_of((8,), 1), jax.local_devices()[0]
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        jax.jit(lambda x: x * 3.0)(1.0)
-        assert len(compilations) == 1  # the listener hears
+        for _ in range(3):
+            state = step(state, batch)
+        assert len(programs) == 1
+        state = step(clear_window(state), batch)
+        assert len(programs) <= 2  # the zeros, unless another test has compiled them
+        programs.clear()
         state = step(clear_window(step(state, batch)), batch)
         state = step(jax.tree.map(np.asarray, state), batch)
-        state = step(jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf), jax.local_devices()[0]), state), batch)
-        assert len(compilations) == 1
+        state = step(jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf), device), state), batch)
+        assert not programs
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-
-
-def test_new_state_is_compiled_once():
-    compilations = []
-    model, optimizer, devices = Linear(), optax.adam(0.1), jax.local_devices()
-
-    class Counting(nnx.Module):
-        def __init__(self):
-            self.inner = model
-
-        def __call__(self, inputs, *, mask, key=None):
-            compilations.append(1)  # at every trace
-            return self.inner(inputs, mask=mask, key=key)
-
-    state, step = trainer(Counting(), optimizer, len(devices))
-    for _ in range(3):
-        state = step(state, batch_of((8,), 1))
-    assert len(compilations) == 1
 
 
 def test_bfloat16_logits_get_a_float32_loss():
