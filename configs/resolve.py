@@ -34,7 +34,7 @@ def load(path: str) -> ConfigDict:
     """
     file, _, argument = path.partition(":")
     if not Path(file).is_file():
-        here = sorted(str(p) for p in Path("configs").glob("*.py") if "def get_config(" in p.read_text())
+        here = sorted(str(p) for p in Path("configs").glob("*.py") if "\ndef get_config(" in p.read_text())
         near = difflib.get_close_matches(file, here, 1, 0.0)
         raise ValueError(f"--config={path}: there is no file {file}" + (f"; the nearest is {near[0]}" if near else ""))
     spec = importlib.util.spec_from_file_location("config_file", file)

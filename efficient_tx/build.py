@@ -7,7 +7,6 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from types import ModuleType, NoneType
 from typing import Any, get_args
 
@@ -156,7 +155,13 @@ def build_task(config: ConfigDict) -> Task:
 def build_linear(section: ConfigDict, where: str) -> Callable[..., nnx.Module]:
     """A factory of linear layers with the signature of `nnx.Linear`, from {name, options}."""
     arguments = dict(section)
-    return partial(lookup(LINEAR, arguments.pop("name"), f"{where}.name"), **arguments)
+    structure = lookup(LINEAR, arguments.pop("name"), f"{where}.name")
+
+    def make(in_features, out_features, **given):
+        with naming(where):
+            return structure(in_features, out_features, **given, **arguments)
+
+    return make
 
 
 def build_mixer(name: str, section: ConfigDict, linear: Callable[..., nnx.Module]) -> Callable[..., nnx.Module]:

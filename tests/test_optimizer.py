@@ -120,7 +120,7 @@ class Parts(nnx.Module):
         self.positions = nnx.Param(jnp.ones((6, 4)))
         self.query = nnx.Linear(4, 6, rngs=rngs)
         self.blocks = nnx.Param(jnp.ones((2, 3, 3)))
-        self.logits = nnx.Linear(6, 3, rngs=rngs)
+        self.head = nnx.Linear(6, 3, rngs=rngs)
 
 
 def test_muon_orthogonalises_hidden_matrices_only():

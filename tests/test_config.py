@@ -1,0 +1,295 @@
+"""Configs: precedence, protocols, one line for every mistake, and no key that nothing reads."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from ml_collections import ConfigDict
+
+from configs import protocols, resolve
+from configs.base import make_config, run_settings
+from efficient_tx import build
+from efficient_tx.attention import ATTENTION
+from efficient_tx.data.batching import evaluation_batches, train_batches
+from efficient_tx.linear import LINEAR
+from efficient_tx.task import data_directory
+from efficient_tx.training.step import init_state, make_train_step, split_batch
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = sorted(path.name for path in (ROOT / "configs").glob("*.py") if "\ndef get_config(" in path.read_text())
+
+TINY = {
+    "batch_size": 8,
+    "steps": 3,
+    "task": {"train_size": 64, "val_size": 8, "test_size": 8, "min_len": 3, "max_len": 24},
+    "model": {"features": 8, "heads": 2, "mlp_features": 8, "layers": 1},
+}
+
+
+@pytest.fixture(autouse=True)
+def data(tmp_path_factory, monkeypatch):
+    """One data folder for the whole file, outside the user's own."""
+    monkeypatch.setenv("EFFICIENT_TX_DATA", str(tmp_path_factory.getbasetemp() / "data"))
+    monkeypatch.chdir(ROOT)
+
+
+@cache
+def parsed(*arguments):
+    """The resolved config that train.py would use for these arguments, in a process of its own, or its error."""
+    program = (
+        "import sys; from absl import app; from ml_collections import config_flags; from configs import resolve\n"
+        "config_flags.DEFINE_config_file('config')\n"
+        "app.run(lambda _: print(resolve.run_config().to_json()), flags_parser=resolve.parse_flags)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, cwd=ROOT)
+    return done.returncode, done.stdout, done.stderr
+
+
+LISTOPS = "--config=configs/lra_listops.py:skyformer"
+
+
+@pytest.mark.parametrize("protocol", [name for name in protocols.PROTOCOLS if name != "default"])
+def test_protocols_give_the_same_config_in_any_order_of_flags(protocol):
+    flag, override = f"--config.protocol={protocol}", "--config.model.layers=7"
+    orders = [(LISTOPS, flag, override), (override, flag, LISTOPS), (flag, LISTOPS, override)]
+    results = [parsed(*order) for order in orders]
+    assert {code for code, _, _ in results} == {0}
+    first, *others = (json.loads(out) for _, out, _ in results)
+    assert others == [first, first]
+    assert first["model"]["layers"] == 7
+    assert first["mixers"] == "skyformer"
+    flat = resolve.flatten(ConfigDict(first))
+    published = protocols.settings(protocol, "lra.listops")
+    assert {key: flat[key] for key in published if key != "model.layers"} == {
+        key: value for key, value in published.items() if key != "model.layers"
+    }
+
+
+def test_departures_name_what_differs_from_the_protocol():
+    path = "configs/lra_listops.py:skyformer"
+    typed = {"protocol": "lra", "optimizer.learning_rate": 0.1, "seed": 3, "grad_accum": 2}
+    assert resolve.departures(resolve.resolve(resolve.load(path), typed), path) == ["optimizer.learning_rate"]
+    assert resolve.departures(resolve.resolve(resolve.load(path), {"protocol": "lra"}), path) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config=configs/lra_listops.py:skyfromer"], ["'skyfromer'", "nearest: 'skyformer'"]),
+        ([], ["--config is missing"]),
+        (
+            [LISTOPS, "--config.optimizer.learning_rat=1"],
+            ["optimizer.learning_rat", "nearest is optimizer.learning_rate"],
+        ),
+        ([LISTOPS, "--config.steps=abc"], ["steps", "type int", "'abc'"]),
+        ([LISTOPS, "--config.model.head_dim=abc"], ["model.head_dim", "type int", "'abc'"]),
+        ([LISTOPS, "--config.model.heads=3"], ["config.model.heads is 3", "64 features"]),
+        ([LISTOPS, "--confg.steps=1"], ["confg.steps"]),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(arguments, words):
+    code, out, error = parsed(*arguments)
+    assert (code, out, error.count("\n")) == (2, "", 1)
+    for word in words:
+        assert word in error
+
+
+@pytest.mark.parametrize(
+    ("path", "typed", "words"),
+    [
+        ("configs/lra_listops.py:softmax+monrach", {}, ["'monrach'", "nearest: 'monarch'"]),
+        ("configs/lra_listops.py:softmax*0", {}, ["'softmax*0'", "NAME*COUNT"]),
+        ("configs/lra_listops.py:a+b+c+d", {}, ["at most three parts"]),
+        ("configs/lra_listop.py", {}, ["configs/lra_listop.py", "nearest is configs/lra_listops.py"]),
+        ("configs/base.py", {}, ["configs/base.py has no get_config"]),
+        ("skyformer", {"model.causal": True}, ["config.attention.skyformer", "causal"]),
+        ("fourier", {"model.positions": "rope"}, ["config.attention.fourier", "rope"]),
+        ("skyformer", {"protocol": "lar"}, ["'lar'", "choose one of default, lra, skyformer"]),
+        ("skyformer", {"optimizer.name": "adamm"}, ["config.optimizer.name is 'adamm'", "nearest: 'adam'"]),
+        ("skyformer", {"dtype": "float16"}, ["config.dtype is 'float16'", "bfloat16"]),
+        ("skyformer", {"grad_accum": 5}, ["config.grad_accum is 5", "batch_size 32"]),
+        ("skyformer", {"attention.softmax.x": 1}, ["attention.softmax.x", "mixers here are skyformer"]),
+        ("skyformer", {"loggers": ("wand",)}, ["'wand'", "nearest: 'wandb'"]),
+        ("skyformer", {"steps": 0}, ["config.steps is 0", "at least 1"]),
+        ("skyformer", {"model.features": 0}, ["config.model.features is 0", "at least 1"]),
+        ("skyformer", {"attention.skyformer.landmarks": 1}, ["config.attention.skyformer: landmarks is 1"]),
+        ("skyformer+monarch", {"linear.mlp.blocks": 0}, ["config.linear.mlp: blocks is 0"]),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_place(path, typed, words):
+    path = path if ".py" in path else f"configs/lra_listops.py:{path}"
+    with pytest.raises(ValueError) as caught:
+        build.check(resolve.resolve(resolve.load(path), typed))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_patterns_and_structures_of_the_argument():
+    config = make_config("lra.listops", "softmax*2,linformer+monarch+low_rank")
+    assert build.parse_mixers(config.mixers) == ["softmax", "softmax", "linformer"]
+    assert set(config.attention) == {"softmax", "linformer"}
+    assert config.linear.to_dict() == {
+        "mlp": {"name": "monarch", "blocks": 4},
+        "projections": {"name": "low_rank", "rank": None},
+    }
+    plain = make_config("lra.listops")
+    assert (plain.mixers, plain.linear.mlp.name, plain.linear.projections.name) == ("softmax", "dense", "dense")
+
+
+def test_settings_of_an_evaluation():
+    config = ConfigDict(json.loads(make_config("lra.listops", "skyformer").to_json()))
+    changed = resolve.apply_settings(config, {"attention.skyformer.landmarks": "32"})
+    assert changed.attention.skyformer.landmarks == 32
+    assert config.attention.skyformer.landmarks == 128
+    other = resolve.apply_settings(config, {"attention.linformer.rank": "4", "mixers": "linformer"})
+    assert other.attention.to_dict() == {"linformer": {"rank": 4}}
+    with pytest.raises(ValueError, match=r"nearest is attention\.skyformer\.landmarks"):
+        resolve.apply_settings(config, {"attention.skyformer.landmark": "32"})
+    with pytest.raises(ValueError, match="takes a value of type int, not 'many'"):
+        resolve.apply_settings(config, {"attention.skyformer.landmarks": "many"})
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_config_builds_under_each_of_its_protocols(name):
+    config = resolve.load(f"configs/{name}")
+    for protocol, tasks in protocols.PROTOCOLS.items():
+        if protocol == "default" or config.task.name in tasks:
+            build.check(resolve.resolve(config, {"protocol": protocol}))
+    text = (ROOT / "configs" / name).read_text()
+    assert all(word in text for word in ("Command:", "Hardware:", "Expected:"))
+
+
+# Another value for each key where doubling a number or flipping a switch is none.
+OTHER = {
+    "mixers": "linformer",
+    "dtype": "bfloat16",
+    "model.features": 16,
+    "model.heads": 4,
+    "model.head_dim": 8,
+    "model.dropout": 0.5,
+    "model.pool": "cls",
+    "model.positions": "none",
+    "model.norm": "rms",
+    "model.mlp": "swiglu",
+    "linear.mlp.name": "dense",
+    "linear.projections.name": "dense",
+    "linear.projections.rank": 1,
+    "attention.skyformer.inverse": "iteration",
+    "attention.skyformer.landmarks": 4,
+    "optimizer.name": "lion",
+    "optimizer.schedule": "rsqrt",
+    "optimizer.clip_by": "value",
+    "optimizer.b1": 0.5,
+    "optimizer.b2": 0.5,
+    "optimizer.weight_decay": 0.1,
+    "grad_accum": 2,
+    "batch_size": 4,
+}
+# Keys that act together with others only.
+CONTEXT = {
+    "attention.skyformer.iterations": {"attention.skyformer.inverse": "iteration"},
+    "model.causal": {"mixers": "softmax"},
+}
+# Keys whose effect is another output, not another step: tests/test_train.py and tests/test_listops.py look at these.
+OUTPUTS = {
+    "task.name",
+    "task.source",
+    "protocol",
+    "eval_every",
+    "checkpoint_every",
+    "log_every",
+    "keep",
+    "loggers",
+    "debug_nans",
+    "init_from",
+    "task.data_dir",
+}
+
+
+def alternative(key, value):
+    if key in OTHER:
+        return OTHER[key]
+    return (not value) if isinstance(value, bool) else 2 * value + 1
+
+
+def fingerprint(config):
+    """Of three training steps: the program, the parameters it starts from and what it is fed, test set included."""
+    build.check(config)
+    task = build.build_task(config)
+    model = build.build_model(config, task)
+    optimizer, _ = build.build_optimizer(config)
+    state = init_state(model, optimizer)
+    device = jax.local_devices()[:1]
+    step = make_train_step(
+        nnx.split(model)[0], optimizer, seed=config.seed, grad_accum=config.grad_accum, devices=device
+    )
+    batches = train_batches(task, batch_size=config.batch_size, seed=config.seed)
+    seen = hashlib.sha256(step.lower(state, split_batch(batches[0], device)).as_text().encode())
+    tests = evaluation_batches(task.test, task, batch_size=8)
+    validations = evaluation_batches(task.validation, task, batch_size=8)
+    fed = [batches[i] for i in range(3)] + [split[i] for split in (tests, validations) for i in range(len(split))]
+    for leaf in [*jax.tree.leaves(state.params), *jax.tree.leaves(fed)]:
+        seen.update(np.asarray(leaf).tobytes())
+    seen.update(str(config.seed).encode())  # travels with the batch into the step's random keys
+    return seen.hexdigest()
+
+
+def base_config(argument):
+    config = make_config("lra.listops", argument, **TINY)
+    config.attention.skyformer.landmarks = 8
+    return config
+
+
+@cache
+def base_fingerprint(argument, context=()):
+    return fingerprint(resolve.resolve(base_config(argument), dict(context)))
+
+
+KEYS = [key for key in resolve.flatten(base_config("skyformer+monarch+low_rank")) if key not in OUTPUTS]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_no_key_is_dead(key):
+    argument = "skyformer+monarch+low_rank"
+    value = alternative(key, resolve.flatten(base_config(argument))[key])
+    context = CONTEXT.get(key, {})
+    changed = resolve.resolve(base_config(argument), {**context, key: value})
+    assert fingerprint(changed) != base_fingerprint(argument, tuple(context.items()))
+
+
+def test_the_fingerprint_of_one_config_is_the_same_twice():
+    argument = "skyformer+monarch+low_rank"
+    assert fingerprint(base_config(argument)) == base_fingerprint(argument)
+
+
+def test_all_options_of_all_variants_are_covered():
+    """A new option of a mixer or a structure must get a fingerprint too."""
+    covered = {"attention.linformer.rank": 4}
+    for name, cls in ATTENTION.items():
+        for option, value in build.options(cls, build.GIVEN["mixer"]).items():
+            key = f"attention.{name}.{option}"
+            if key in KEYS:
+                continue
+            config = make_config("lra.listops", name, **TINY)
+            other = covered.get(key, alternative(key, value))
+            assert fingerprint(resolve.resolve(config, {key: other})) != fingerprint(config), key
+    structured = {f"linear.{place}.{o}" for place in ("mlp", "projections") for cls in LINEAR.values()
+                  for o in build.options(cls, build.GIVEN["linear"])}  # fmt: skip
+    assert {key.rpartition(".")[2] for key in structured} == {
+        key.rpartition(".")[2] for key in KEYS if key.startswith("linear.") and not key.endswith("name")
+    }
+
+
+def test_top_level_keys_are_those_of_the_design():
+    """`data_directory` aside, every key lives in the config: nothing is read from the environment but it."""
+    assert {"seed", "steps", "batch_size", "grad_accum", "eval_every", "checkpoint_every", "log_every", "keep"} < set(
+        run_settings()
+    )
+    assert data_directory("/x") == Path("/x")
