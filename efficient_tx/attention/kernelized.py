@@ -6,7 +6,7 @@ A Gaussian kernel in place of the softmax, and no normalisation over the keys: a
 import jax
 
 from efficient_tx.attention.multihead import MultiHead
-from efficient_tx.attention.shapes import key_mask
+from efficient_tx.attention.shapes import key_mask_or_pairs
 from efficient_tx.kernels import flash_attention
 
 
@@ -20,14 +20,15 @@ def kernelized(
       q: `[batch, queries, heads, head_dim]`.
       k: `[batch, keys, groups, head_dim]`; groups divides heads.
       v: `[batch, keys, groups, v_dim]`.
-      mask: key mask, bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens.
+      mask: key mask, bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens; or one of all pairs,
+        `[batch, heads or 1, queries, keys]`, at a memory quadratic in the length.
       key: unused, nothing is drawn.
       causal: query i sees keys j ≤ i + keys − queries only.
 
     Returns:
       `[batch, queries, heads, v_dim]` in the dtype of q; zero for a query without keys.
     """
-    return flash_attention(q, k, v, score="gaussian", mask=key_mask(mask, k.shape[0], k.shape[1]), causal=causal)
+    return flash_attention(q, k, v, score="gaussian", mask=key_mask_or_pairs(mask, q, k), causal=causal)
 
 
 class Kernelized(MultiHead):

@@ -22,6 +22,20 @@ def key_mask(mask: jax.Array | None, batch: int, length: int) -> jax.Array | Non
     return jnp.broadcast_to(mask.astype(bool), (batch, length))
 
 
+def key_mask_or_pairs(mask: jax.Array | None, q: jax.Array, k: jax.Array) -> jax.Array | None:
+    """What the dense methods take: a key mask as by `key_mask`, or one of all pairs.
+
+    The latter is bool `[batch or 1, heads or 1, queries, keys]`, as of `flax.nnx.make_attention_mask`; it costs memory
+    quadratic in the length.
+    """
+    full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    if mask is not None and mask.ndim == 4 and mask.shape[1:3] != (1, 1):
+        if all(size in (1, whole) for size, whole in zip(mask.shape, full)):
+            return mask.astype(bool)
+        raise ValueError(f"mask has shape {mask.shape}: pass [batch or 1, heads or 1, queries, keys], here {full}")
+    return key_mask(mask, k.shape[0], k.shape[1])
+
+
 def token_ranks(mask: jax.Array | None, batch: int, length: int) -> jax.Array:
     """Each token's rank among the real tokens of its example, int32 `[batch, length]`; 0 before the first one."""
     if mask is None:

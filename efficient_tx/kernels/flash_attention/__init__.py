@@ -39,7 +39,8 @@ def flash_attention(
       k: `[batch, keys, groups, head_dim]`; groups divides heads, query head h reads group h · groups // heads.
       v: `[batch, keys, groups, v_dim]`.
       score: "softmax", "sigmoid" or "gaussian".
-      mask: key mask, bool `[batch, keys]`, True for real keys.
+      mask: key mask, bool `[batch, keys]`, True for real keys; the reference also takes one of all pairs,
+        `[batch or 1, heads or 1, queries, keys]`.
       causal: query i sees keys j ≤ i + keys − queries only: the last query is aligned with the last key.
       scale: None means head_dim^-½, for every score.
       bias: a number.
@@ -62,7 +63,8 @@ def flash_attention(
         raise ValueError(f"score is {score!r}: choose one of {', '.join(SCORES)}")
     if return_lse and score != "softmax":
         raise ValueError(f"return_lse needs score='softmax': {score!r} weights are not normalised")
-    implementation = choose(implementation, interpret=interpret)
+    pairs = mask is not None and mask.ndim == 4
+    implementation = choose(implementation, interpret=interpret, mask_of_pairs=pairs)
     options = Options(
         score=score,
         causal=causal,
@@ -72,7 +74,7 @@ def flash_attention(
     )
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     repeats = q.shape[2] // k.shape[2]
-    if mask is not None:
+    if mask is not None and not pairs:
         # A weight of zero does not stop a NaN or an infinity in the padding.
         k, v = (jnp.where(mask[:, :, None, None], x, 0) for x in (k, v))
     arrays = [q.astype(dtype), *(jnp.repeat(x.astype(dtype), repeats, axis=2) for x in (k, v))]
@@ -111,7 +113,10 @@ def check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | Non
         raise ValueError(f"q has shape {q.shape}, k {k.shape}: batch and head_dim must agree, heads be a multiple")
     if v.shape[:3] != (batch, keys, groups):
         raise ValueError(f"v has shape {v.shape}, k {k.shape}: batch, length and heads must agree")
-    if mask is not None and mask.shape != (batch, keys):
+    pairs = (batch, q.shape[2], q.shape[1], keys)
+    if mask is None or mask.shape == (batch, keys):
+        return
+    if mask.ndim != 4 or any(size not in (1, full) for size, full in zip(mask.shape, pairs)):
         raise ValueError(f"mask has shape {mask.shape}: flash_attention takes the key mask, ({batch}, {keys})")
 
 

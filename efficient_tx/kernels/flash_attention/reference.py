@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from efficient_tx.kernels.flash_attention.options import Options
 
 
-def unsupported(*, interpret: bool) -> str | None:
+def unsupported(*, interpret: bool, mask_of_pairs: bool) -> str | None:
     """Why this implementation cannot do what is asked, or None."""
     return "interpret=True is for Pallas kernels, the plain formula has nothing to interpret" if interpret else None
 
@@ -17,7 +17,7 @@ def forward(
     """Output `[batch, queries, heads, v_dim]` and, for softmax, the log-sum-exp `[batch, queries, heads]` (else None).
 
     `q` is `[batch, queries, heads, head_dim]`, `k` and `v` have as many heads, all have one dtype, float32 or float64;
-    `mask` is bool `[batch, keys]` or None.
+    `mask` is bool `[batch, keys]`, or `[batch or 1, heads or 1, queries, keys]`, or None.
     """
     score, causal, scale, bias, precision = options
     queries, keys = q.shape[1], k.shape[1]
@@ -28,7 +28,7 @@ def forward(
 
     keep = jnp.ones((1, 1, queries, keys), bool)
     if mask is not None:
-        keep &= mask[:, None, None, :]
+        keep &= mask[:, None, None, :] if mask.ndim == 2 else mask
     if causal:
         keep &= jnp.arange(keys) <= jnp.arange(queries)[:, None] + (keys - queries)
     logits = jnp.where(keep, logits, -jnp.inf)

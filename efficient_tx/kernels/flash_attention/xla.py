@@ -20,8 +20,10 @@ from efficient_tx.kernels.flash_attention.options import Options
 LARGEST_BLOCK = 512
 
 
-def unsupported(*, interpret: bool) -> str | None:
+def unsupported(*, interpret: bool, mask_of_pairs: bool) -> str | None:
     """Why this implementation cannot do what is asked, or None."""
+    if mask_of_pairs:
+        return "it takes key masks [batch, keys] only, since one of all pairs is quadratic in the length"
     return "interpret=True is for Pallas kernels, this one has nothing to interpret" if interpret else None
 
 
