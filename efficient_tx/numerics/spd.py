@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import cho_solve
+from jax.lax.linalg import cholesky, triangular_solve
 
 
 @jax.custom_vjp
@@ -23,14 +23,19 @@ def spd_solve(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _forward(a, b):
-    factor = jnp.linalg.cholesky(a, symmetrize_input=False)
-    x = cho_solve((factor, True), b)
+    factor = cholesky(a, symmetrize_input=False)
+    x = _solve(factor, b)
     return x, (factor, x)
+
+
+def _solve(factor, b):
+    half = triangular_solve(factor, b, left_side=True, lower=True)
+    return triangular_solve(factor, half, left_side=True, lower=True, transpose_a=True)
 
 
 def _backward(residuals, x_bar):
     factor, x = residuals
-    b_bar = cho_solve((factor, True), x_bar)
+    b_bar = _solve(factor, x_bar)
     a_bar = -b_bar @ x.mT
     return (a_bar + a_bar.mT) / 2, b_bar
 
