@@ -14,7 +14,7 @@ import signal
 import sys
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from flax import nnx
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, config_flags
@@ -152,15 +152,15 @@ def run() -> None:
 
 def main(_: list[str]) -> int:
     """Runs, and ends with one line and an exit status where a person, a signal or the disk is to blame."""
+    if FLAGS.verbosity == logging.INFO:
+        # absl's default, at which jax tells which backends it looked for.
+        logging.set_verbosity(logging.WARNING)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     again = f"the same command goes on: {shlex.join(['python', *sys.argv])}"
     try:
         run()
-    except Refused as error:
-        print(error, file=sys.stderr)
-        return error.status
     except RunError as error:
-        print(f"{error}; {again}", file=sys.stderr)
+        print(f"{error}; {again}" if error.resumable else error, file=sys.stderr)
         return error.status
     except (KeyboardInterrupt, SystemExit) as stop:
         # Outside the loop there is nothing to save: data, checkpoints and lines are written whole or not at all.

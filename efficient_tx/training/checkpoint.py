@@ -5,9 +5,11 @@ the older ones as they were. What it does not do is notice a flipped bit; the CR
 """
 
 import contextlib
+import functools
 import os
 import re
 import shutil
+import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -182,12 +184,26 @@ def _checksums(arrays: dict[str, np.ndarray]) -> dict[str, int]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences what Orbax logs beside raising: the caller says it in one line."""
+    """Silences what Orbax says beside raising, where the caller says it in one line."""
     level = logging.get_verbosity()
     logging.set_verbosity(logging.FATAL)
-    # Its coroutines that a failed save abandons complain when they are collected, which may be much later.
-    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     try:
         yield
+    except Exception:
+        _ignore_abandoned()
+        raise
     finally:
         logging.set_verbosity(level)
+
+
+@functools.cache
+def _ignore_abandoned() -> None:
+    """Silences, for good, the coroutines and callbacks that a failed call of Orbax abandons: they complain later."""
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    report = sys.unraisablehook
+
+    def ignore_closed_loops(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            report(unraisable)
+
+    sys.unraisablehook = ignore_closed_loops

@@ -6,21 +6,29 @@ from collections.abc import Iterator
 
 
 class RunError(Exception):
-    """One line: what happened, where, and what would work. `status` is the exit status of the program."""
+    """One line: what happened, where, and what would work.
+
+    Attributes:
+      status: exit status of the program.
+      resumable: whether the same command, given again, goes on from where the run ended.
+    """
 
     status = 1
+    resumable = True
 
 
 class Refused(RunError):
     """What was asked for cannot be done; nothing was changed."""
 
     status = 2
+    resumable = False
 
 
 class NonFinite(RunError):
     """The loss, a gradient or a parameter became infinite or NaN."""
 
     status = 3
+    resumable = False
 
 
 class Interrupted(RunError):

@@ -64,11 +64,11 @@ class History:
 
 
 def read_lines(path: Path) -> list[Line]:
-    """The complete lines of metrics.jsonl, up to the first that is none; [] where there is no file."""
+    """The complete lines of metrics.jsonl, up to the first that is no JSON; [] where there is no file."""
     if not path.exists():
         return []
     lines = []
-    for text in path.read_bytes().split(b"\n"):
+    for text in path.read_bytes().split(b"\n")[:-1]:
         try:
             line = json.loads(text)
         except ValueError:

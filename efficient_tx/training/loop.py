@@ -252,9 +252,8 @@ class Loop:
     def _advice(self) -> str:
         steps = self._checkpoints.steps()
         saved = f"The newest checkpoint is that of step {steps[-1]}" if steps else "No checkpoint was written yet"
-        return (
-            f"{saved}; a smaller optimizer.learning_rate, a longer warmup or a smaller clip may help, in a new workdir"
-        )
+        remedies = "a smaller optimizer.learning_rate, a longer warmup or a smaller clip"
+        return f"{saved}. In a new workdir, {remedies} may help, and debug_nans=True names the operation"
 
 
 @jax.jit

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from efficient_tx.training import curve
@@ -53,7 +53,6 @@ class Report:
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(),
             TextColumn("{task.fields[latest]}"),
-            TimeElapsedColumn(),
             TextColumn("{task.fields[left]} left"),
             console=self.console,
             disable=not self.console.is_terminal,

@@ -24,10 +24,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(
-            f"cannot write {path}: {error.strerror or error}. What is saved stays; "
-            "with that mended the same command goes on from the newest checkpoint"
-        ) from error
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -81,12 +78,15 @@ class Workdir:
         """Locks the folder if there is one.
 
         Raises:
-          Refused: it belongs to another config or to a live run.
+          Refused: it belongs to another config or to a live run, or there is none and none can be made.
           RunError: it cannot be written.
         """
         if self.path.exists() and not self.path.is_dir():
             raise Refused(f"--workdir={self.path} is a file: name a folder")
         if not self.path.exists():
+            parent = next(parent for parent in self.path.absolute().parents if parent.exists())
+            if not os.access(parent, os.W_OK):
+                raise Refused(f"--workdir={self.path} cannot be made: {parent} cannot be written")
             return
         self._check_config()
         self._take_lock()

@@ -1,0 +1,166 @@
+"""The workdir belongs to one config and one live process; its text files are whole at any moment."""
+
+import errno
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from efficient_tx.training import workdir
+from efficient_tx.training.errors import Refused, RunError
+from efficient_tx.training.history import History
+from efficient_tx.training.workdir import Workdir, read_config, write_json
+
+CONFIG = {"steps": 10, "log_every": 5, "loggers": ("tensorboard",), "task": {"name": "toy", "data_dir": None}}
+
+
+def open_run(path, **changes):
+    run = Workdir(path, CONFIG | changes)
+    run.claim()
+    run.begin()
+    return run
+
+
+def test_claiming_a_new_folder_writes_nothing(tmp_path):
+    Workdir(tmp_path / "a" / "b", CONFIG).claim()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_config_is_stored_and_another_is_refused_by_key(tmp_path):
+    open_run(tmp_path / "run").release()
+    assert read_config(tmp_path / "run") == json.loads(json.dumps(CONFIG))
+    with pytest.raises(Refused, match=r"another config: steps is 10 there and 20 here\. Use"):
+        open_run(tmp_path / "run", steps=20)
+    with pytest.raises(Refused, match=r"extra is 'absent' there and 1 here; task\.name is 'toy' there and 'x' here"):
+        open_run(tmp_path / "run", task={"name": "x", "data_dir": None}, extra=1)
+    with pytest.raises(Refused, match="and 4 more keys"):
+        open_run(tmp_path / "run", **{f"key{index}": 1 for index in range(12)})
+    # Refusing has changed nothing, and left no lock.
+    open_run(tmp_path / "run").release()
+
+
+def test_some_keys_may_change_and_are_stored_anew(tmp_path):
+    open_run(tmp_path / "run").release()
+    changes = {"log_every": 1, "loggers": [], "task": {"name": "toy", "data_dir": "/elsewhere"}}
+    open_run(tmp_path / "run", **changes).release()
+    assert read_config(tmp_path / "run") == CONFIG | changes
+
+
+def test_a_live_run_keeps_others_out(tmp_path):
+    run = open_run(tmp_path / "run")
+    with pytest.raises(Refused, match=rf"in use by a live run \(process {os.getpid()}\)"):
+        open_run(tmp_path / "run")
+    # Processes of one run that do not write need no lock.
+    Workdir(tmp_path / "run", CONFIG, writer=False).claim()
+    run.release()
+    open_run(tmp_path / "run").release()
+
+
+def test_a_dead_process_leaves_no_lock(tmp_path):
+    program = (
+        "import os, sys; from efficient_tx.training.workdir import Workdir; "
+        "Workdir(sys.argv[1], {}).begin(); os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", program, tmp_path / "run"]).returncode == -9
+    assert (tmp_path / "run" / "lock").exists()
+    Workdir(tmp_path / "run", {}).claim()
+
+
+def test_what_is_no_workdir_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Refused, match="is a file"):
+        open_run(tmp_path / "file")
+    for missing in (tmp_path / "none", tmp_path / "file"):
+        with pytest.raises(Refused, match=f"{missing} is not the workdir of a run"):
+            read_config(missing)
+    (tmp_path / "run").mkdir()
+    for content in ('{"steps": 10', "3"):
+        (tmp_path / "run" / "config.json").write_text(content)
+        with pytest.raises(Refused, match=r"config\.json is damaged"):
+            open_run(tmp_path / "run")
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(workdir.os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(Refused, match=f"cannot be made: {tmp_path} cannot be written"):
+        Workdir(tmp_path / "a" / "b", CONFIG).claim()
+
+
+def test_an_error_of_the_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    write_json(tmp_path / "x.json", {"old": 1})
+
+    def fail(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, pytest.raises(RunError, match=r"x\.json: No space left on device"):
+        patch.setattr(workdir.os, "fsync", fail)
+        write_json(tmp_path / "x.json", {"new": 1})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"old": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def line(step, split="validation", accuracy=0.5):
+    return {"step": step, "split": split, "loss": 1.0, "accuracy": accuracy}
+
+
+def test_lines_survive_and_a_half_written_one_does_not_count(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    history = History(path)
+    history.rewind(0)
+    for step in (1, 2, 3, 3):
+        history.append(line(step, "validation" if step == 3 else "train"))
+    whole = path.read_bytes()
+    assert [json.loads(text) for text in whole.decode().splitlines()] == history.lines
+    for end in range(len(whole) - 1, len(whole) - 60, -7):
+        path.write_bytes(whole[:end])
+        again = History(path)
+        assert again.lines == history.lines[:3]
+        again.rewind(3)
+        assert path.read_bytes() == whole[: whole[:-1].rindex(b"\n") + 1]
+
+
+def test_rewinding_drops_what_comes_after(tmp_path):
+    history = History(tmp_path / "metrics.jsonl")
+    for step in (1, 2, 3):
+        history.append(line(step))
+    history.rewind(2)
+    assert history.lines == History(tmp_path / "metrics.jsonl").lines == [line(1), line(2)]
+    assert history.validated(2) and not history.validated(3)
+
+
+def test_who_does_not_write_follows_only(tmp_path):
+    history = History(tmp_path / "metrics.jsonl", writer=False)
+    history.append(line(1))
+    history.rewind(0)
+    assert list(tmp_path.iterdir()) == [] and history.lines == []
+
+
+def test_a_number_that_is_not_finite_is_null(tmp_path):
+    history = History(tmp_path / "metrics.jsonl")
+    history.append(line(1) | {"loss": float("nan"), "grad_norm": float("inf")})
+    assert history.lines[0] == json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert (history.lines[0]["loss"], history.lines[0]["grad_norm"]) == (None, None)
+
+
+def test_the_best_is_the_earliest_of_the_highest(tmp_path):
+    history = History(tmp_path / "metrics.jsonl")
+    for step, accuracy in [(1, 0.2), (2, 0.7), (3, 0.9), (4, 0.9), (5, 0.1)]:
+        history.append(line(step, accuracy=accuracy))
+        history.append(line(step, "train", accuracy=1.0))
+    assert history.ranked() == [3, 4, 2, 1, 5]
+
+
+def test_a_full_disk_names_the_file_and_keeps_its_lines(tmp_path):
+    history = History(tmp_path / "metrics.jsonl")
+    history.append(line(1))
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    try:
+        with pytest.raises(RunError, match=r"cannot write .*metrics\.jsonl: File too large"):
+            history.append(line(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert History(tmp_path / "metrics.jsonl").lines == [line(1)]
