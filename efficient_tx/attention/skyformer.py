@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from efficient_tx.attention.multihead import MultiHead
 from efficient_tx.attention.shapes import key_mask, repeat_heads
+from efficient_tx.kernels import flash_attention
 from efficient_tx.numerics.random import evaluation_keys, example_keys, fold, sample_tokens
 from efficient_tx.numerics.spd import newton_inverse, spd_solve
 
@@ -49,37 +50,40 @@ def skyformer(
       ValueError: an option out of its range, or shapes that do not fit.
     """
     check_options(landmarks, ridge, inverse, iterations)
-    batch, queries, heads, head_dim = q.shape
+    batch, queries, heads, _ = q.shape
     keys = k.shape[1]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    scaled_q = q.astype(dtype) * head_dim**-0.25
-    scaled_k = repeat_heads(k, heads, "k").astype(dtype) * head_dim**-0.25
-    v = repeat_heads(v, heads, "v").astype(dtype)
     mask = key_mask(mask, batch, keys)
-    real = jnp.ones((batch, keys), bool) if mask is None else mask
+    shared = repeat_heads(k, heads, "k")
 
     draws = evaluation_keys(batch) if key is None else example_keys(key, batch)
-    tokens, valid = [], []
-    shares = [(scaled_q, landmarks // 2)] if queries == keys else []
-    for stream, (x, count) in enumerate([*shares, (scaled_k, landmarks - sum(count for _, count in shares))]):
-        position, found = sample_tokens(fold(draws, stream), real, count)
-        tokens.append(jnp.take_along_axis(x, position[:, :, None, None], axis=1))
-        valid.append(found)
-    z, valid = jnp.concatenate(tokens, axis=1), jnp.concatenate(valid, axis=1)
+    real = jnp.ones((batch, keys), bool) if mask is None else mask
+    from_q = landmarks // 2 if queries == keys else 0
+    drawn = [draw(shared, real, fold(draws, 1), landmarks - from_q)]
+    if from_q:
+        drawn.append(draw(q, real, fold(draws, 0), from_q))
+    z, valid = (jnp.concatenate(parts, axis=1) for parts in zip(*drawn))
 
-    v = jnp.where(real[:, :, None, None], v, 0)
-    seen = valid[:, None, :, None]
+    sums = flash_attention(z.astype(dtype), k.astype(dtype), v.astype(dtype), score="gaussian", mask=mask)
+    valid = valid[:, None, :, None]
     eye = jnp.eye(z.shape[1], dtype=dtype)
-    core = jnp.where(seen & seen.mT, gaussian(z, z), eye) + ridge * eye
-    sums = jnp.where(seen, jnp.einsum("bhmn,bnhd->bhmd", gaussian(z, scaled_k), v), 0)
-    out = jnp.einsum("bhnm,bhmd->bnhd", gaussian(scaled_q, z), core_solve(core, sums, inverse, iterations))
-    return out.astype(q.dtype)
+    # A landmark that does not exist is a row of the identity with nothing on its right side: it adds zero.
+    core = jnp.where(valid & valid.mT, gaussian(z.astype(dtype)), eye) + ridge * eye
+    weights = core_solve(core, jnp.where(valid, sums.swapaxes(1, 2), 0), inverse, iterations)
+    return flash_attention(q, z, weights.swapaxes(1, 2), score="gaussian")
 
 
-def gaussian(x: jax.Array, y: jax.Array) -> jax.Array:
-    """exp(−‖x_i − y_j‖² / 2), `[batch, heads, rows, columns]`, from `[batch, rows or columns, heads, head_dim]`."""
-    x_norm, y_norm = (jnp.square(z).sum(-1).mT / 2 for z in (x, y))
-    return jnp.exp(jnp.einsum("bnhd,bmhd->bhnm", x, y) - x_norm[..., :, None] - y_norm[..., None, :])
+def draw(x: jax.Array, real: jax.Array, keys: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """`count` real tokens of each example of `x` `[batch, length, heads, dim]`, and which of them exist."""
+    position, valid = sample_tokens(keys, real, count)
+    return jax.vmap(lambda x, position: x.at[position].get(unique_indices=True))(x, position), valid
+
+
+def gaussian(z: jax.Array) -> jax.Array:
+    """exp(−‖z_i − z_j‖² / (2√K)), `[batch, heads, count, count]`, from `[batch, count, heads, K]`."""
+    norm = jnp.square(z).sum(-1).mT
+    dot = jnp.einsum("bnhd,bmhd->bhnm", z, z, precision=jax.lax.Precision.HIGHEST)
+    return jnp.exp((dot - norm[..., :, None] / 2 - norm[..., None, :] / 2) * z.shape[-1] ** -0.5)
 
 
 def core_solve(core: jax.Array, sums: jax.Array, inverse: str, iterations: int) -> jax.Array:

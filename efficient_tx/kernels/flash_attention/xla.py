@@ -4,8 +4,8 @@ One head of one example at a time, a block of queries against a block of keys, w
 online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867); the backward pass recomputes the weights of a block
 from the saved log-sum-exp (Dao et al. 2022, arXiv 2205.14135).
 
-No product has a block of weights as its transposed left factor: XLA's CPU backend runs that one at a quarter of the
-speed of the others. So the arrays of a head are `[dim, length]`.
+A block of weights is never the transposed left factor of a product: XLA's CPU backend runs that at a quarter of the
+speed. So the cotangents of keys and values are summed as `[dim, keys]`.
 """
 
 from typing import NamedTuple
@@ -15,9 +15,9 @@ import jax.numpy as jnp
 
 from efficient_tx.kernels.flash_attention.options import Options
 
-# The fastest of the sizes from 128 to 2048 tried on two AVX-512 cores with 1 MB of L2 each, head_dim 32, among those
+# 1 MB of float32 weights: the fastest of the sizes tried on two AVX-512 cores with 1 MB of L2 cache each, among those
 # that still skip most of what the mask or causality rules out.
-LARGEST_BLOCK = 512
+BLOCK_AREA = 512 * 512
 
 
 def unsupported(*, interpret: bool, mask_of_pairs: bool) -> str | None:
@@ -36,42 +36,47 @@ def forward(
     `mask` is bool `[batch, keys]` or None.
     """
     grid = Grid.of(q, k, options)
+    q, k, v, real = grid.pad_queries(q), grid.pad_keys(k), grid.pad_keys(v), grid.real_keys(k, mask)
 
-    def head(arrays):
-        q, offset, k, v, column, key_blocks = arrays
+    def head(n, results):
+        q_n, k_n, v_n = (head_of(x, n) for x in (q, k, v))
+        column, key_blocks = grid.columns(k_n, real, n)
 
         def block_of_queries(i):
-            q_i, offset_i = grid.query_slice(q, i), grid.query_slice(offset, i).T
+            q_i = grid.query_slice(q_n, i)
+            offset = grid.half_norms(q_i)
 
             def softmax(j, carry):
                 out, total, peak = carry
-                logits = grid.logits(q_i, k, column, i, j)
+                logits = grid.logits(q_i, k_n, column, i, j)
                 new_peak = jnp.maximum(peak, logits.max(-1, keepdims=True))
                 weights, fade = jnp.exp(logits - new_peak), jnp.exp(peak - new_peak)
-                out = out * fade + grid.dot(weights, grid.key_slice(v, j).T)
+                out = out * fade + grid.dot(weights, grid.key_slice(v_n, j))
                 return out, total * fade + weights.sum(-1, keepdims=True), new_peak
 
             def unnormalised(j, out):
-                weights = grid.weights(grid.logits(q_i, k, column, i, j), offset_i)
-                return out + grid.dot(weights, grid.key_slice(v, j).T)
+                weights = grid.weights(grid.logits(q_i, k_n, column, i, j), offset)
+                return out + grid.dot(weights, grid.key_slice(v_n, j))
 
-            count = grid.visible(i, key_blocks)
-            out = jnp.zeros((grid.query_block, v.shape[0]), v.dtype)
+            out = jnp.zeros((grid.query_block, v_n.shape[1]), v_n.dtype)
             if options.score != "softmax":
-                return jax.lax.fori_loop(0, count, unnormalised, out), None
-            total = jnp.zeros((grid.query_block, 1), v.dtype)
+                return (grid.for_keys(i, key_blocks, unnormalised, out),)
+            total = jnp.zeros((grid.query_block, 1), v_n.dtype)
             # Finite, so that a block without keys adds exp(−inf − peak) = 0 and not exp(−inf + inf).
-            peak = jnp.full_like(total, jnp.finfo(v.dtype).min / 2)
-            out, total, peak = jax.lax.fori_loop(0, count, softmax, (out, total, peak))
+            peak = jnp.full_like(total, jnp.finfo(v_n.dtype).min / 2)
+            out, total, peak = grid.for_keys(i, key_blocks, softmax, (out, total, peak))
             seen = total > 0
             total = jnp.where(seen, total, 1)
             return out / total, jnp.where(seen, jnp.log(total) + peak, -jnp.inf)
 
-        return jax.lax.map(block_of_queries, jnp.arange(grid.query_blocks))
+        found = jax.lax.map(block_of_queries, jnp.arange(grid.query_blocks))
+        return tuple(with_head(x, n, y.reshape(-1, y.shape[-1])) for x, y in zip(results, found))
 
-    by_query = (grid.split_queries(options.scale * q), grid.split_queries(offsets(q, None, options)))
-    out, lse = jax.lax.map(head, (*by_query, grid.split_keys(k), grid.split_keys(v), *grid.columns(k, mask)))
-    return grid.merge(out, grid.queries), None if lse is None else grid.merge(lse, grid.queries)[..., 0]
+    results = (jnp.zeros_like(q, shape=(*q.shape[:3], v.shape[3])),)
+    if options.score == "softmax":
+        results += (jnp.zeros_like(q, shape=(*q.shape[:3], 1)),)
+    out, *lse = jax.lax.fori_loop(0, q.shape[0] * q.shape[2], head, results)
+    return out[:, : grid.queries], lse[0][:, : grid.queries, :, 0] if lse else None
 
 
 def backward(
@@ -80,60 +85,68 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """Cotangents of q, k and v, from what `forward` took and gave and the cotangents of its results."""
     grid = Grid.of(q, k, options)
+    keys = k.shape[1]
+    real = grid.real_keys(k, mask)
+    # Softmax only. A query without keys has lse −inf and logits −inf: any finite offset gives it weights of zero.
+    lse = None if lse is None else grid.pad_queries(jnp.where(jnp.isfinite(lse), lse, 0)[..., None])
+    d_lse = None if d_lse is None else grid.pad_queries(d_lse[..., None])
+    q, out, d_out, k, v = *(grid.pad_queries(x) for x in (q, out, d_out)), grid.pad_keys(k), grid.pad_keys(v)
 
-    def head(arrays):
-        q, d_out, offset, delta, k, v, column, key_blocks = arrays
+    def head(n, results):
+        q_n, out_n, d_n, k_n, v_n = (head_of(x, n) for x in (q, out, d_out, k, v))
+        column, key_blocks = grid.columns(k_n, real, n)
+        row_sums = jnp.sum(out_n * d_n, axis=-1, keepdims=True)
+        offset_n = grid.half_norms(q_n) if lse is None else head_of(lse, n)
+        delta = row_sums - head_of(d_lse, n) if options.score == "softmax" else None
 
         def block_of_queries(carry, i):
-            q_i, d_i, offset_i, delta_i = (grid.query_slice(x, i) for x in (q, d_out, offset, delta))
+            q_i, d_i, offset = (grid.query_slice(x, i) for x in (q_n, d_n, offset_n))
 
             def block(j, carry):
                 d_q, d_k, d_v = carry
-                k_j, v_j = grid.key_slice(k, j), grid.key_slice(v, j)
-                weights = grid.weights(grid.logits(q_i, k, column, i, j), offset_i.T)
-                d_logits = weights * (grid.dot(d_i.T, v_j) - delta_i.T)
-                if options.score == "sigmoid":
-                    d_logits *= 1 - weights
+                weights = grid.weights(grid.logits(q_i, k_n, column, i, j), offset)
+                d_logits = grid.dot(d_i, grid.key_slice(v_n, j).T)
+                if options.score == "softmax":
+                    d_logits -= grid.query_slice(delta, i)
+                d_logits *= weights * (1 - weights) if options.score == "sigmoid" else weights
                 return (
-                    d_q + grid.dot(d_logits, k_j.T),
-                    grid.add_keys(d_k, j, grid.dot(q_i, d_logits)),
-                    grid.add_keys(d_v, j, grid.dot(d_i, weights)),
+                    d_q + grid.dot(d_logits, grid.key_slice(k_n, j)),
+                    grid.add_keys(d_k, j, grid.dot(q_i.T, d_logits)),
+                    grid.add_keys(d_v, j, grid.dot(d_i.T, weights)),
                 )
 
-            d_q = jnp.zeros((grid.query_block, q.shape[0]), q.dtype)
-            d_q, *carry = jax.lax.fori_loop(0, grid.visible(i, key_blocks), block, (d_q, *carry))
+            d_q, *carry = grid.for_keys(i, key_blocks, block, (jnp.zeros_like(q_i), *carry))
             return tuple(carry), d_q
 
-        (d_k, d_v), d_q = jax.lax.scan(
-            block_of_queries, (jnp.zeros_like(k), jnp.zeros_like(v)), jnp.arange(grid.query_blocks)
-        )
-        return d_q, d_k.T, d_v.T
+        carry = (jnp.zeros_like(k_n.T), jnp.zeros_like(v_n.T))
+        carry, d_q = jax.lax.scan(block_of_queries, carry, jnp.arange(grid.query_blocks))
+        # The barrier keeps XLA from folding the transposition into the slow product.
+        d_q, (d_k, d_v) = d_q.reshape(q_n.shape), (x.T for x in jax.lax.optimization_barrier(carry))
+        if options.score == "gaussian":
+            # The norms' part: d_logits sums to out·d_out over the keys and to v·d_v over the queries.
+            d_q -= q_n * row_sums
+            d_k -= k_n * jnp.sum(v_n * d_v, axis=-1, keepdims=True)
+        return tuple(with_head(x, n, y) for x, y in zip(results, (options.scale * d_q, options.scale * d_k, d_v)))
 
-    row_sums = jnp.sum(d_out * out, axis=-1, keepdims=True)
-    delta = row_sums - d_lse[..., None] if options.score == "softmax" else jnp.zeros_like(row_sums)
-    by_query = (grid.split_queries(x) for x in (options.scale * q, d_out, offsets(q, lse, options), delta))
-    d_q, d_k, d_v = jax.lax.map(head, (*by_query, grid.split_keys(k), grid.split_keys(v), *grid.columns(k, mask)))
-    d_q = options.scale * grid.merge(d_q, grid.queries)
-    d_k, d_v = grid.merge(d_k, grid.keys), grid.merge(d_v, grid.keys)
-    if options.score == "gaussian":
-        # The norms' part: the derivatives of the logits sum to out·d_out over the keys, v·d_v over the queries.
-        d_q -= options.scale * q * row_sums
-        d_k -= options.scale * k * jnp.sum(v * d_v, axis=-1, keepdims=True)
-    return d_q, d_k, d_v
+    d_q, d_k, d_v = jax.lax.fori_loop(0, q.shape[0] * q.shape[2], head, tuple(jnp.zeros_like(x) for x in (q, k, v)))
+    return d_q[:, : grid.queries], d_k[:, :keys], d_v[:, :keys]
 
 
-def offsets(q: jax.Array, lse: jax.Array | None, options: Options) -> jax.Array:
-    """What is subtracted from the logits of each query before `exp`, `[batch, queries, heads, 1]`."""
-    if options.score == "gaussian":
-        return options.scale / 2 * jnp.sum(q * q, axis=-1, keepdims=True)
-    # A query without keys has lse −inf and logits −inf: any finite offset gives it weights of zero.
-    return jnp.zeros_like(q[..., :1]) if lse is None else jnp.where(jnp.isfinite(lse), lse, 0)[..., None]
+def head_of(x: jax.Array, n: jax.Array) -> jax.Array:
+    """Head `n` of `[batch, length, heads, dim]`, counted through the batch: `[length, dim]`."""
+    _, length, heads, dim = x.shape
+    return jax.lax.dynamic_slice(x, (n // heads, 0, n % heads, 0), (1, length, 1, dim)).reshape(length, dim)
+
+
+def with_head(x: jax.Array, n: jax.Array, value: jax.Array) -> jax.Array:
+    """`x` with its head `n` replaced."""
+    _, length, heads, dim = x.shape
+    return jax.lax.dynamic_update_slice(x, value.reshape(1, length, 1, dim), (n // heads, 0, n % heads, 0))
 
 
 class Grid(NamedTuple):
-    """Queries and keys of every head cut into equal blocks; causality aligns the last query with the last key."""
+    """Queries and keys of a head cut into equal blocks; causality aligns the last query with the last key."""
 
-    batch: int
     queries: int
     keys: int
     query_block: int
@@ -142,67 +155,76 @@ class Grid(NamedTuple):
 
     @classmethod
     def of(cls, q: jax.Array, k: jax.Array, options: Options) -> "Grid":
-        def block(length):
-            count = -(-length // LARGEST_BLOCK)
+        def block(length, largest):
+            count = -(-length // largest)
             return 16 * -(-length // (16 * count))
 
-        batch, queries, _, _ = q.shape
-        return cls(batch, queries, k.shape[1], block(queries), block(k.shape[1]), options)
+        queries, keys = q.shape[1], k.shape[1]
+        side = round(BLOCK_AREA**0.5)
+        # Square blocks, unless one side is short: then the other is longer.
+        key_block = block(keys, max(side, BLOCK_AREA // block(queries, side)))
+        return cls(queries, keys, block(queries, max(side, BLOCK_AREA // key_block)), key_block, options)
 
     @property
     def query_blocks(self) -> int:
         return -(-self.queries // self.query_block)
 
     @property
-    def padded_keys(self) -> int:
-        return -(-self.keys // self.key_block) * self.key_block
+    def key_blocks(self) -> int:
+        return -(-self.keys // self.key_block)
 
-    def split_queries(self, x: jax.Array) -> jax.Array:
-        """`[batch, queries, heads, dim]` -> `[batch · heads, dim, whole blocks of queries]`, filled with zeros."""
-        return split(x, self.query_blocks * self.query_block)
+    def pad_queries(self, x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (0, self.query_blocks * self.query_block - x.shape[1]), (0, 0), (0, 0)))
 
-    def split_keys(self, x: jax.Array) -> jax.Array:
-        """`[batch, keys, heads, dim]` -> `[batch · heads, dim, whole blocks of keys]`, filled with zeros."""
-        return split(x, self.padded_keys)
+    def pad_keys(self, x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (0, self.key_blocks * self.key_block - x.shape[1]), (0, 0), (0, 0)))
 
-    def merge(self, x: jax.Array, length: int) -> jax.Array:
-        """`[batch · heads, length or blocks, ..., dim]` -> `[batch, length, heads, dim]`, without the filling."""
-        x = x.reshape(self.batch, x.shape[0] // self.batch, -1, x.shape[-1])
-        return x[:, :, :length].swapaxes(1, 2)
+    def real_keys(self, k: jax.Array, mask: jax.Array | None) -> jax.Array | None:
+        """The mask `[batch, padded keys, heads, 1]`, None if all are real."""
+        if mask is None and self.key_blocks * self.key_block == self.keys:
+            return None
+        mask = jnp.ones(k.shape[:2], bool) if mask is None else mask
+        return self.pad_keys(jnp.broadcast_to(mask[:, :, None, None], (*k.shape[:3], 1)))
 
-    def columns(self, k: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """What each key adds to its logits, `[batch · heads, 1, padded keys]`, and how many key blocks are needed."""
-        batch, keys, heads, _ = k.shape
-        real = jnp.ones((batch, keys), bool) if mask is None else mask
-        real = jnp.pad(real, ((0, 0), (0, self.padded_keys - keys)))
-        column = jnp.full((batch, keys, heads, 1), self.options.bias, k.dtype)
-        column -= offsets(k, None, self.options)
-        column = jnp.where(jnp.repeat(real, heads, axis=0)[:, None], self.split_keys(column), -jnp.inf)
-        needed = jnp.max(jnp.where(real, jnp.arange(self.padded_keys) // self.key_block + 1, 0), axis=1)
-        return column, jnp.repeat(needed, heads)
+    def columns(self, k_n, real, n):
+        """What each key of head `n` adds to its logits, `[1, padded keys]`, and how many blocks of keys it needs."""
+        column = (self.options.bias - self.half_norms(k_n)).T
+        if real is None:
+            return column, self.key_blocks
+        real = head_of(real, n).T
+        needed = jnp.max(jnp.where(real, jnp.arange(real.shape[1]) // self.key_block + 1, 0))
+        return jnp.where(real, column, -jnp.inf), needed
+
+    def half_norms(self, x):
+        """scale · ‖x‖² / 2 for the Gaussian, zeros for the others, `[length, 1]`."""
+        norms = jnp.sum(x * x, axis=-1, keepdims=True) if self.options.score == "gaussian" else jnp.zeros_like(x[:, :1])
+        return self.options.scale / 2 * norms
 
     def query_slice(self, x: jax.Array, i: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(x, i * self.query_block, self.query_block, axis=1)
+        return jax.lax.dynamic_slice_in_dim(x, i * self.query_block, self.query_block)
 
-    def key_slice(self, x: jax.Array, j: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(x, j * self.key_block, self.key_block, axis=1)
+    def key_slice(self, x: jax.Array, j: jax.Array, axis: int = 0) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(x, j * self.key_block, self.key_block, axis)
 
     def add_keys(self, x: jax.Array, j: jax.Array, update: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(x, self.key_slice(x, j) + update, j * self.key_block, axis=1)
+        """`x` `[dim, padded keys]` with `update` added to its block `j`."""
+        return jax.lax.dynamic_update_slice_in_dim(x, self.key_slice(x, j, 1) + update, j * self.key_block, 1)
 
-    def visible(self, i: jax.Array, key_blocks: jax.Array) -> jax.Array:
-        """How many of the first `key_blocks` blocks of keys the query block `i` needs."""
-        if not self.options.causal:
-            return key_blocks
-        last_key = (i + 1) * self.query_block - 1 + self.keys - self.queries
-        return jnp.clip(last_key // self.key_block + 1, 0, key_blocks)
+    def for_keys(self, i: jax.Array, key_blocks, body, carry):
+        """Runs `body(j, carry)` over those of the first `key_blocks` blocks of keys that query block `i` needs."""
+        if self.key_blocks == 1:
+            return body(0, carry)
+        if self.options.causal:
+            last_key = (i + 1) * self.query_block - 1 + self.keys - self.queries
+            key_blocks = jnp.clip(last_key // self.key_block + 1, 0, key_blocks)
+        return jax.lax.fori_loop(0, key_blocks, body, carry)
 
     def dot(self, x: jax.Array, y: jax.Array) -> jax.Array:
         return jnp.matmul(x, y, precision=self.options.precision)
 
     def logits(self, q_i: jax.Array, k: jax.Array, column: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
-        """Of query block `i`, `[dim, query_block]`, with key block `j`: `[query_block, key_block]`, −inf if unseen."""
-        logits = self.dot(q_i.T, self.key_slice(k, j)) + self.key_slice(column, j)
+        """Of query block `i` with key block `j`, `[query_block, key_block]`; −inf where unseen."""
+        logits = self.dot(self.options.scale * q_i, self.key_slice(k, j).T) + self.key_slice(column, j, 1)
         if not self.options.causal:
             return logits
         query = i * self.query_block + jnp.arange(self.query_block)[:, None] + self.keys - self.queries
@@ -210,10 +232,3 @@ class Grid(NamedTuple):
 
     def weights(self, logits: jax.Array, offset: jax.Array) -> jax.Array:
         return jax.nn.sigmoid(logits) if self.options.score == "sigmoid" else jnp.exp(logits - offset)
-
-
-def split(x: jax.Array, length: int) -> jax.Array:
-    """`[batch, tokens, heads, dim]` -> `[batch · heads, dim, length]`, filled with zeros."""
-    batch, tokens, heads, dim = x.shape
-    x = x.transpose(0, 2, 3, 1).reshape(batch * heads, dim, tokens)
-    return jnp.pad(x, ((0, 0), (0, 0), (0, length - tokens)))
