@@ -9,14 +9,17 @@ from configs.base import make_config
 
 
 def get_config(argument=""):
-    return make_config(
+    config = make_config(
         "lra.listops",
         argument or "skyformer",
         steps=1500,
         batch_size=64,
+        grad_accum=4,
         eval_every=250,
         checkpoint_every=250,
-        log_every=50,
-        task={"train_size": 20000, "val_size": 1000, "test_size": 2000, "min_len": 8, "max_len": 128},
-        optimizer={"learning_rate": 1e-3, "warmup": 100},
+        task={"train_size": 50000, "val_size": 1000, "test_size": 2000, "min_len": 8, "max_len": 128},
+        optimizer={"learning_rate": 3e-3, "warmup": 150},
     )
+    if "skyformer" in config.attention:
+        config.attention.skyformer.landmarks = 32
+    return config

@@ -7,23 +7,32 @@ import ast
 import copy
 import difflib
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from absl import flags
+from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from configs import protocols
+from efficient_tx.attention import ATTENTION
 from efficient_tx.build import check, complete
+from efficient_tx.linear import LINEAR
 
 
 def refuse(message: object) -> NoReturn:
     """Prints one line on standard error and exits with 2."""
     print(" ".join(str(message).split()), file=sys.stderr)
     raise SystemExit(2)
+
+
+def shipped() -> list[str]:
+    """The config files beside this one, as paths from the working directory."""
+    folder = Path(os.path.relpath(Path(__file__).parent))
+    return sorted(str(path) for path in folder.glob("*.py") if "\ndef get_config(" in path.read_text())
 
 
 def load(path: str) -> ConfigDict:
@@ -34,8 +43,7 @@ def load(path: str) -> ConfigDict:
     """
     file, _, argument = path.partition(":")
     if not Path(file).is_file():
-        here = sorted(str(p) for p in Path("configs").glob("*.py") if "\ndef get_config(" in p.read_text())
-        near = difflib.get_close_matches(file, here, 1, 0.0)
+        near = difflib.get_close_matches(file, shipped(), 1, 0.0)
         raise ValueError(f"--config={path}: there is no file {file}" + (f"; the nearest is {near[0]}" if near else ""))
     spec = importlib.util.spec_from_file_location("config_file", file)
     module = importlib.util.module_from_spec(spec)
@@ -141,10 +149,10 @@ def departures(config: ConfigDict, path: str) -> list[str]:
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """The `flags_parser` of `absl.app.run`: whatever is wrong with the flags ends in one line and exit code 2."""
     argv = list(argv)
-    if any(re.fullmatch(r"--?(help|helpshort|helpfull|h|\?)", arg) for arg in argv):
-        return flags.FLAGS(argv)
+    place = next((i for i, arg in enumerate(argv) if re.match(r"--?config(=|$)", arg)), None)
     try:
-        place = next((i for i, arg in enumerate(argv) if re.match(r"--?config(=|$)", arg)), None)
+        if any(re.fullmatch(r"--?(help|helpshort|h|\?)", arg) for arg in argv):
+            print_help(argv[place].partition("=")[2] if place else "")
         if place is None:
             raise ValueError("--config is missing: give a config file, as --config=configs/quickstart.py")
         # ml_collections reads overrides of a config that it already has, so --config goes first.
@@ -167,6 +175,21 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         refuse(f"--config.{wrong[1]}={wrong[2]}: {wrong[1]} takes a value of type {kind}, not {wrong[2]!r}")
     except ValueError as error:
         refuse(error)
+
+
+def print_help(path: str) -> NoReturn:
+    """Prints the flags and what there is to choose from; with a config's path, all of its keys; exits with 0."""
+    app.usage(shorthelp=True)
+    print(
+        f"Config files: {', '.join(shipped())}\nMixers: {', '.join(ATTENTION)}\nWeight structures: {', '.join(LINEAR)}"
+    )
+    print(f"Protocols: {', '.join(protocols.PROTOCOLS)}")
+    if path:
+        print(f"\nKeys of {path}, each set by --config.KEY=VALUE:")
+        print("\n".join(f"  {key} = {value!r}" for key, value in flatten(load(path)).items()))
+    else:
+        print("All keys of a config, with their values: --config=FILE.py:MIXERS --help")
+    raise SystemExit(0)
 
 
 def run_config() -> ConfigDict:

@@ -293,3 +293,10 @@ def test_top_level_keys_are_those_of_the_design():
         run_settings()
     )
     assert data_directory("/x") == Path("/x")
+
+
+def test_help_names_what_there_is_to_choose():
+    code, out, _ = parsed("--help", "--config=configs/quickstart.py")
+    assert code == 0
+    for words in ("configs/lra_listops.py", "skyformer, linformer", "monarch", "protocol", "optimizer.learning_rate = "):
+        assert words in out
