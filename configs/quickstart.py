@@ -18,7 +18,8 @@ def get_config(argument=""):
         eval_every=250,
         checkpoint_every=250,
         task={"train_size": 50000, "val_size": 1000, "test_size": 2000, "min_len": 8, "max_len": 128},
-        optimizer={"learning_rate": 3e-3, "warmup": 150},
+        model={"dropout": 0.0},
+        optimizer={"learning_rate": 2e-3, "warmup": 100},
     )
     if "skyformer" in config.attention:
         config.attention.skyformer.landmarks = 32

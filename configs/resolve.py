@@ -179,7 +179,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 def print_help(path: str) -> NoReturn:
     """Prints the flags and what there is to choose from; with a config's path, all of its keys; exits with 0."""
-    app.usage(shorthelp=True)
+    app.usage(writeto_stdout=True, shorthelp=True)
     print(
         f"Config files: {', '.join(shipped())}\nMixers: {', '.join(ATTENTION)}\nWeight structures: {', '.join(LINEAR)}"
     )
