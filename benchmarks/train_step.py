@@ -1,0 +1,252 @@
+"""Times one full training step of the Skyformer paper's ListOps model on this machine, mixer against mixer.
+
+    python benchmarks/train_step.py [--rounds 9] [--scaling] [--out FILE.json]
+
+The model is 2 pre-norm layers, 64 wide, 2 heads of 32, MLP 128, dropout 0.1, sequences of 2048 real tokens, batch 32,
+float32 (Chen et al. 2021, arXiv 2111.00035); the step is the one that train.py runs: forward, backward and AdamW, in
+16 micro-batches of 2, so that activations stay in the cache. PyTorch's scaled_dot_product_attention, forward and
+backward at the same sizes, is measured beside it. All of it runs in one process, in turns, and the table shows medians:
+on a shared machine compare the ratios, not the seconds.
+"""
+
+import os
+
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from efficient_tx.attention import ATTENTION, Mixer, MultiHead
+from efficient_tx.models.classifier import Classifier
+from efficient_tx.training.step import init_state, make_train_step, split_batch
+
+LAYERS, FEATURES, HEADS, MLP, VOCAB, CLASSES, LANDMARKS = 2, 64, 2, 128, 32, 10, 128
+HEAD_DIM = FEATURES // HEADS
+# Seconds between two measurements: PyTorch's threads spin for a while after their work is done.
+PAUSE = 0.2
+
+
+class Projections(MultiHead):
+    """Everything of a mixer but the attention: the four projections, around q + k + v."""
+
+    def attend(self, q, k, v, *, mask, key):
+        return q + k + v
+
+
+class Nothing(Mixer):
+    """x -> x, without a single parameter."""
+
+    def __init__(self, features: int, *, heads: int, head_dim: int | None = None, dtype=None, rngs=None, **common):
+        super().__init__(features, **common)
+
+    def mix(self, x, *, mask, key):
+        return x
+
+
+MIXERS = {"nothing": Nothing, "identity": Projections} | {
+    name: ATTENTION[name] for name in ("skyformer", "softmax", "kernelized")
+}
+
+
+class Size(NamedTuple):
+    length: int
+    batch: int
+    micro_batches: int
+
+
+class Case(NamedTuple):
+    """A thing to time; `temporaries` is in bytes, `flops` counts the matrix products."""
+
+    run: Callable[[], None]
+    temporaries: int | None
+    flops: float | None
+
+
+def product_flops(mixer: str, size: Size) -> float:
+    """Floating-point operations of the matrix products of one step: backward costs twice the forward pass.
+
+    Attention recomputes its weights in the backward pass: 2 products forward and 5 backward, each L × L × head_dim; for
+    Skyformer both κ(Q, Z) and κ(Z, K) at L × landmarks × head_dim. The solves are below a hundredth of that.
+    """
+    tokens = size.length * size.batch
+    projections = {"nothing": 0, "identity": 4}.get(mixer, 4) * FEATURES**2
+    linear = 3 * 2 * tokens * (2 * FEATURES * MLP + projections)
+    columns = {"nothing": 0, "identity": 0, "skyformer": 2 * LANDMARKS}.get(mixer, size.length)
+    return LAYERS * (linear + 7 * 2 * tokens * columns * FEATURES)
+
+
+def training_step(mixer: str, size: Size) -> Case:
+    model = Classifier(
+        num_classes=CLASSES, vocab_size=VOCAB, max_len=size.length, mixers=[MIXERS[mixer]], features=FEATURES,
+        layers=LAYERS, heads=HEADS, mlp_features=MLP, dropout=0.1, rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    optimizer = optax.adamw(1e-4, eps=1e-6, weight_decay=0.0)
+    step = make_train_step(nnx.split(model)[0], optimizer, seed=0, grad_accum=size.micro_batches)
+    r = np.random.default_rng(0)
+    batch = {
+        "inputs": r.integers(1, VOCAB, (size.batch, size.length), dtype=np.int32),
+        "mask": np.ones((size.batch, size.length), bool),
+        "label": r.integers(0, CLASSES, size.batch, dtype=np.int32),
+        "weight": np.ones(size.batch, np.float32),
+    }
+    batch, state = split_batch(batch, jax.local_devices()[:1]), init_state(model, optimizer)
+    temporaries = step.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
+
+    def run():
+        nonlocal state
+        state = jax.block_until_ready(step(state, batch))
+
+    return Case(run, temporaries, product_flops(mixer, size))
+
+
+def torch_attention(size: Size) -> Case | None:
+    """PyTorch's attention of one layer, forward and backward; None if torch is not installed."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    torch.set_num_threads(os.cpu_count())
+    shape = size.batch, HEADS, size.length, HEAD_DIM
+    q, k, v = (torch.randn(shape, requires_grad=True) for _ in range(3))
+    cotangent = torch.randn(shape)
+
+    def run():
+        torch.nn.functional.scaled_dot_product_attention(q, k, v).backward(cotangent)
+        q.grad = k.grad = v.grad = None
+
+    return Case(run, None, 7 * 2 * size.batch * size.length**2 * FEATURES)
+
+
+def matrix_product() -> Case:
+    """A float32 product of two 2048 × 2048 matrices: what the cores can do."""
+    x = jnp.ones((2048, 2048))
+    product = jax.jit(jnp.matmul)
+    return Case(lambda: jax.block_until_ready(product(x, x)), None, 2.0 * 2048**3)
+
+
+def in_turns(cases: dict[str, Case], rounds: int) -> dict[str, float]:
+    """Median seconds of each case over `rounds` turns, after one that does not count."""
+    seconds = {name: [] for name in cases}
+    for _ in range(rounds + 1):
+        for name, case in cases.items():
+            start = time.perf_counter()
+            case.run()
+            seconds[name].append(time.perf_counter() - start)
+            time.sleep(PAUSE)
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+
+
+def machine() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{model}, {os.cpu_count()} cores, jax {jax.__version__}, load average {os.getloadavg()[0]:.1f}"
+
+
+def compare(console: Console, size: Size, rounds: int) -> dict:
+    """The table of the mixers at one size, and its figures."""
+    cases = {"matrix product": matrix_product()}
+    with console.status("compiling"):
+        cases |= {name: training_step(name, size) for name in MIXERS}
+        if torch := torch_attention(size):
+            cases["torch attention"] = torch
+    with console.status("measuring"):
+        seconds = in_turns(cases, rounds)
+    rate = cases["matrix product"].flops / seconds["matrix product"]
+    identity = seconds["identity"]
+
+    table = Table(
+        title=f"One training step: length {size.length}, batch {size.batch} in {size.micro_batches} micro-batches"
+    )
+    for column in ("", "s", "steps/s", "× identity", "× nothing", "temp. MB", "matmul rate"):
+        table.add_column(column, justify="right" if column else "left")
+    figures = {}
+    for name, case in cases.items():
+        s = seconds[name]
+        figures[name] = {
+            "seconds": s,
+            "temporary_bytes": case.temporaries,
+            "matmul_share": case.flops / s / rate,
+        }
+        step = name in MIXERS
+        table.add_row(
+            name,
+            f"{s:.3f}",
+            f"{1 / s:.2f}" if step else "",
+            f"{s / identity:.2f}" if step else "",
+            f"{s / seconds['nothing']:.2f}" if step else "",
+            f"{case.temporaries / 1e6:.0f}" if step else "",
+            f"{case.flops / s / rate:.0%}",
+        )
+    console.print(table)
+    console.print(
+        "identity: the four projections around q + k + v; nothing: a mixer that returns its input; torch attention: "
+        f"one layer, forward and backward; matrix product: 2048³, {rate / 1e9:.0f} GFLOP/s"
+    )
+    if "torch attention" in seconds:
+        budget = identity + 1.5 * LAYERS * seconds["torch attention"]
+        console.print(f"softmax {seconds['softmax']:.3f} s; identity + 1.5 × PyTorch's attention: {budget:.3f} s")
+    else:
+        console.print("PyTorch is not installed: pip install -e '.\\[bench]' puts its attention beside ours")
+    return {"size": size._asdict(), "matmul_flops_per_second": rate, "figures": figures}
+
+
+def scaling(console: Console, rounds: int) -> dict:
+    """65,536 tokens a step at every length: Skyformer from 1k to 64k, softmax against it at 8k."""
+    lengths = [1024, 2048, 4096, 8192, 16384, 32768, 65536]
+    sizes = {length: Size(length, 65536 // length, 65536 // max(length, 4096)) for length in lengths}
+    figures = {}
+    table = Table(title="65,536 tokens a step, one example (or 4,096 tokens) at a time")
+    for column in ("length", "skyformer s", "µs a token", "temporaries MB", "softmax s", "softmax / skyformer"):
+        table.add_column(column, justify="right")
+    with console.status("compiling and measuring"):
+        for length, size in sizes.items():
+            names = ["skyformer", "softmax"] if length in (2048, 8192) else ["skyformer"]
+            cases = {name: training_step(name, size) for name in names}
+            seconds = in_turns(cases, rounds)
+            sky, softmax = seconds["skyformer"], seconds.get("softmax")
+            figures[length] = {"seconds": seconds, "temporary_bytes": cases["skyformer"].temporaries}
+            table.add_row(
+                f"{length}", f"{sky:.3f}", f"{sky / 65536 * 1e6:.2f}", f"{cases['skyformer'].temporaries / 1e6:.0f}",
+                *((f"{softmax:.3f}", f"{softmax / sky:.1f}") if softmax else ("", "")),
+            )  # fmt: skip
+    console.print(table)
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9, help="measurements of each, in turns (median shown)")
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--micro-batches", type=int, default=16)
+    parser.add_argument("--scaling", action="store_true", help="also lengths from 1k to 64k (minutes)")
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    args = parser.parse_args()
+    console = Console()
+    ran_on = machine()
+    console.print(ran_on)
+    size = Size(args.length, args.batch, args.micro_batches)
+    record = {"machine": ran_on, **compare(console, size, args.rounds)}
+    if args.scaling:
+        record["scaling"] = scaling(console, max(3, args.rounds // 3))
+    if args.out:
+        args.out.write_text(json.dumps(record, indent=2) + "\n")
+        console.print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()
