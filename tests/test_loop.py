@@ -201,7 +201,7 @@ def test_damaged_checkpoints_are_passed_over_and_the_lines_are_the_same(straight
     loop = toy.make_loop(tmp_path / "run")
     loop.run()
     shown = capsys.readouterr().out
-    assert "checkpoints/23 does not open" in shown and "resuming from step 20 of 23" in shown
+    assert "checkpoints/23 is damaged" in shown and "resuming from step 20 of 23" in shown
     assert toy.lines(tmp_path / "run") == toy.lines(straight[0]) and steps(tmp_path / "run") == [20, 23]
     for step in (20, 23):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step) / "state")

@@ -20,7 +20,7 @@ from flax import nnx
 from efficient_tx.data.batching import evaluation_batches, train_batches
 from efficient_tx.numerics.random import dropout
 from efficient_tx.task import Task
-from efficient_tx.training import checkpoint, history, workdir
+from efficient_tx.training import checkpoint, history
 from efficient_tx.training.checkpoint import Checkpoints
 from efficient_tx.training.history import TIMINGS, History
 from efficient_tx.training.loop import Loop, Plan
@@ -104,8 +104,8 @@ MOMENTS = {
     "step": (Loop, "_advance"),
     "line": (History, "append"),
     "save": (Checkpoints, "save"),
-    "commit": (os, "rename"),  # Orbax: the temporary folder becomes the checkpoint
-    "replace": (workdir.os, "replace"),  # an atomic file, or a checkpoint on its way out
+    "rename": (os, "rename"),  # Orbax has written everything
+    "replace": (os, "replace"),  # an atomic file, a checkpoint that is complete, or one on its way out
     "delete": (checkpoint.shutil, "rmtree"),
     "validate": (Loop, "_validate"),
 }

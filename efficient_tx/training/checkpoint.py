@@ -1,11 +1,13 @@
-"""Checkpoints: trees of arrays on disk, each array with a CRC-32. The one module that knows Orbax.
+"""Checkpoints: trees of arrays on disk, every array and every file with a CRC-32. The one module that knows Orbax.
 
-Orbax writes a checkpoint under a temporary name and renames it when it is complete, so that a killed process leaves
-the older ones as they were. What it does not do is notice a flipped bit; the CRCs do.
+A checkpoint is written under a temporary name and renamed when it is complete, so that a killed process leaves the
+older ones as they were. Orbax loads a flipped bit without a word; the CRCs notice it. (Those of the arrays say that
+what is loaded is what was saved; those of the files also cover the copies that Orbax makes and does not read.)
 """
 
 import contextlib
 import functools
+import json
 import os
 import re
 import shutil
@@ -23,7 +25,10 @@ from absl import logging
 from orbax.checkpoint import v1 as ocp
 
 from efficient_tx.training.errors import Refused
-from efficient_tx.training.workdir import writing
+from efficient_tx.training.workdir import write_json, writing
+
+# The CRC-32 of every other file of a checkpoint, by its path.
+FILES = "crc32.json"
 
 
 class Unusable(Exception):
@@ -62,15 +67,20 @@ class Checkpoints:
         """
         arrays = {name: np.asarray(array) for name, array in _named(jax.device_get(tree)).items() if array.size}
         path = self.directory / str(step)
+        part = self.directory / f"{step}.part"
         with writing(path), _quiet():
             try:
-                ocp.save(path, arrays, overwrite=True, custom_metadata={"crc32": _checksums(arrays)})
+                ocp.save(part, arrays, overwrite=True, custom_metadata={"crc32": _array_checksums(arrays)})
             except ValueError as error:
                 # tensorstore reports the operating system's errors as text.
                 number = re.search(r"os_error_code='(\d+)'", str(error))
                 if number is None:
                     raise
                 raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+            if jax.process_index() == 0:
+                write_json(part / FILES, _file_checksums(part))
+                self._delete(step)
+                os.replace(part, path)
 
     def load(self, step: int, like: Any) -> Any:
         """The tree saved at `step`, verified, in the structure of `like` (arrays or `jax.ShapeDtypeStruct`).
@@ -114,34 +124,43 @@ class Checkpoints:
         kept = set(sorted(kept)[-max(keep, 1) :]) | {best}
         for step in steps:
             if step not in kept:
-                # Renamed first: a checkpoint is either there or not, also for a process killed here.
-                deleted = self.directory / f"{step}.deleted"
-                with writing(deleted):
-                    os.replace(self.directory / str(step), deleted)
+                self._delete(step)
         self.clean()
 
     def clean(self) -> None:
         """Removes what killed processes left half written or half deleted."""
         if self.directory.is_dir():
             for entry in self.directory.iterdir():
-                if re.fullmatch(r"\d+\..*(tmp.*|deleted)", entry.name):
+                if re.fullmatch(r"\d+\..*", entry.name):
                     shutil.rmtree(entry, ignore_errors=True)
+
+    def _delete(self, step: int) -> None:
+        """Takes a checkpoint away in one go; `clean` frees the space."""
+        path = self.directory / str(step)
+        if path.exists():
+            with writing(path):
+                os.replace(path, self.directory / f"{step}.deleted")
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
     try:
         with _quiet():
+            files = json.loads((path / FILES).read_text())
+            changed = [name for name, checksum in files.items() if zlib.crc32((path / name).read_bytes()) != checksum]
+            if changed:
+                raise Damaged(f"is damaged: {changed[0]} is not the file that was written (CRC-32 differs)")
             checksums = ocp.metadata(path).custom_metadata["crc32"]
             arrays = ocp.load(path)
+    except Damaged:
+        raise
     # Orbax and tensorstore raise whatever the damage happened to lead to.
     except Exception as error:
-        reason = re.split(r"\n|\[|https?:", str(error))[0].strip()
-        raise Damaged(f"does not open ({type(error).__name__}: {reason[:200]})") from error
-    actual = _checksums(arrays)
+        reason = re.split(r"\n|\[tensorstore|https?:", str(error))[0].strip()
+        raise Damaged(f"does not open ({type(error).__name__}: {reason[:300]})") from error
+    actual = _array_checksums(arrays)
     wrong = [name for name in sorted(checksums.keys() | actual.keys()) if checksums.get(name) != actual.get(name)]
     if wrong:
-        more = f", nor in {len(wrong) - 1} others" if wrong[1:] else ""
-        raise Damaged(f"is damaged: the bytes of {wrong[0]} are not those that were saved (CRC-32 differs){more}")
+        raise Damaged(f"is damaged: the bytes of {wrong[0]} are not those that were saved (CRC-32 differs)")
     return arrays
 
 
@@ -178,8 +197,12 @@ def _describe(array: Any) -> str:
     return f"{array.dtype}{list(array.shape)}"
 
 
-def _checksums(arrays: dict[str, np.ndarray]) -> dict[str, int]:
+def _array_checksums(arrays: dict[str, np.ndarray]) -> dict[str, int]:
     return {name: zlib.crc32(np.ascontiguousarray(array).tobytes()) for name, array in arrays.items()}
+
+
+def _file_checksums(path: Path) -> dict[str, int]:
+    return {str(file.relative_to(path)): zlib.crc32(file.read_bytes()) for file in path.rglob("*") if file.is_file()}
 
 
 @contextlib.contextmanager

@@ -24,13 +24,18 @@ def keep_programs(directory: Path) -> None:
         print(f"compiled programs are not kept: {directory} cannot be written", file=sys.stderr)
         return
     jax.config.update("jax_compilation_cache_dir", str(directory))
+    # Also the dozens of small programs around the step: together they take seconds at every start.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     show = warnings.showwarning
 
     def mend(message, *args, **kwargs):
-        entry = re.match(r"Error reading persistent compilation cache entry for '(\w+)'", str(message))
-        if entry is None:
-            return show(message, *args, **kwargs)
-        for file in directory.glob(f"{entry[1]}-*"):
-            file.unlink(missing_ok=True)
+        problem = re.match(r"Error (reading|writing) persistent compilation cache entry for '(\w+)'", str(message))
+        if problem is None:
+            show(message, *args, **kwargs)
+        elif problem[1] == "reading":
+            for file in directory.glob(f"{problem[2]}-*"):
+                file.unlink(missing_ok=True)
+        else:
+            print(f"a compiled program is not kept: {directory} cannot be written", file=sys.stderr)
 
     warnings.showwarning = mend

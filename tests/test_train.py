@@ -1,0 +1,119 @@
+"""train.py: what a run leaves behind, what it refuses, and that nothing is written where it does."""
+
+import json
+import os
+
+import pytest
+import toy
+from command import TINY, finish, finished_run, start, train
+
+from efficient_tx.training.checkpoint import Checkpoints
+from efficient_tx.training.history import read_lines
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_a_run_leaves_what_it_promises():
+    path, out = finished_run()
+    names = {entry.name for entry in path.iterdir()}
+    assert {"config.json", "metrics.jsonl", "checkpoints", "curve.png", "summary.json"} <= names
+    assert any(name.startswith("events.out.tfevents.") for name in names)
+    assert (path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    config = read(path / "config.json")
+    assert (config["steps"], config["mixers"], config["model"]["features"]) == (40, "skyformer", 16)
+    due = [(step, "train") for step in (7, 14, 21, 28, 35, 40)] + [(step, "validation") for step in (10, 20, 30, 40)]
+    assert [(line["step"], line["split"]) for line in toy.lines(path)] == sorted(due)
+    assert "test accuracy" in out and f"evaluate it: python eval.py --workdir={path}" in out
+
+
+def test_the_summary_agrees_with_the_lines():
+    path, out = finished_run()
+    summary = read(path / "summary.json")
+    assert set(summary) == {
+        "best_step", "val_accuracy", "test_accuracy", "last_test_accuracy", "baselines", "parameters",
+        "steps_per_second", "compile_seconds", "peak_memory_bytes", "peak_memory_of", "protocol",
+        "protocol_departures", "versions", "device",
+    }  # fmt: skip
+    validation = {line["step"]: line["accuracy"] for line in toy.lines(path) if line["split"] == "validation"}
+    assert summary["val_accuracy"] == max(validation.values()) == validation[summary["best_step"]]
+    assert summary["best_step"] in Checkpoints(path / "checkpoints").steps()
+    assert set(summary["baselines"]) == {"constant", "root operator"}
+    for name, accuracy in summary["baselines"].items():
+        assert f"{name} {accuracy:.4f}" in out
+    assert f"test accuracy {summary['test_accuracy']:.4f}" in out
+    trained = [line for line in read_lines(path / "metrics.jsonl") if line["split"] == "train"]
+    # 39 steps are timed, the first one compiles.
+    assert summary["steps_per_second"] == pytest.approx(39 / sum(line["seconds"] for line in trained))
+    assert summary["compile_seconds"] > 0 and summary["peak_memory_bytes"] > 10**8
+    assert {"steps", "batch_size", "model.features", "task.train_size"} <= set(summary["protocol_departures"])
+    assert not {"seed", "log_every"} & set(summary["protocol_departures"])
+    assert summary["device"] == {"platform": "cpu", "kind": "cpu", "count": 1, "processes": 1}
+
+
+def test_a_finished_run_says_so_and_touches_nothing():
+    path, _ = finished_run()
+    before = {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.name != "lock"}
+    status, out, error = train(path)
+    assert (status, error) == (0, "")
+    assert out.startswith(f"{path} is finished: 40 steps are done\ntest accuracy ")
+    assert {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.name != "lock"} == before
+
+
+def test_what_cannot_be_is_refused_in_one_line_and_nothing_is_written(tmp_path):
+    path, _ = finished_run()
+    data = tmp_path / "data"
+    cases = [
+        (path, ["--config.steps=50"], {}, "steps is 40 there and 50 here"),
+        (tmp_path / "a", ["--config.task.source=/nowhere"], {"data": data}, "task.source='/nowhere'"),
+        (tmp_path / "b", [], {"devices": 3, "data": data}, "batch_size=8 cannot be shared out over devices=3"),
+        (tmp_path / "c", [f"--config.init_from={tmp_path}"], {}, f"{tmp_path} is not the workdir of a run"),
+        (tmp_path / "d", [f"--config.init_from={path}", "--config.model.mlp_features=48"], {}, "params.encoder.blocks"),
+        (tmp_path / "e", ["--num_processes=2"], {}, "needs all of --coordinator_address"),
+        (tmp_path / "f", ["--config.steps=abc"], {}, "steps"),
+    ]
+    before = {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.name != "lock"}
+    for first in range(0, len(cases), 2):
+        running = [
+            (start("train.py", *TINY, f"--workdir={workdir}", *options, **settings), wanted)
+            for workdir, options, settings, wanted in cases[first : first + 2]
+        ]
+        for process, wanted in running:
+            status, _, error = finish(process)
+            assert status == 2 and error.count("\n") == 1 and wanted in error, error
+    assert {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.name != "lock"} == before
+    assert [entry.name for entry in tmp_path.rglob("*") if "compilation" not in entry.parts] in ([], ["data"])
+
+
+def test_a_run_can_start_from_the_parameters_of_another(tmp_path):
+    """Nothing is learnt in between, so the accuracy is the other run's best, to the last item."""
+    path, _ = finished_run()
+    still = ["--config.optimizer.learning_rate=0.0", "--config.steps=1", f"--config.init_from={path}"]
+    status, _, error = train(tmp_path / "run", *still)
+    assert (status, error) == (0, "")
+    source, result = read(path / "summary.json"), read(tmp_path / "run" / "summary.json")
+    assert result["val_accuracy"] == source["val_accuracy"] and result["test_accuracy"] == source["test_accuracy"]
+
+
+# Asked to, jax tells of every program that it has to compile.
+TELL = {"JAX_EXPLAIN_CACHE_MISSES": "1"}
+
+
+def test_the_same_run_again_compiles_nothing_and_gets_the_same_numbers(tmp_path):
+    path, _ = finished_run()
+    status, _, error = train(tmp_path / "run", environment=TELL)
+    assert (status, error) == (0, "")
+    assert toy.lines(tmp_path / "run") == toy.lines(path)
+
+
+@pytest.mark.slow
+def test_damaged_programs_are_compiled_again_and_stored(tmp_path):
+    """As a process leaves them that is killed while it writes; one damaged program takes its namesakes with it."""
+    assert train(tmp_path / "first", data=tmp_path / "data")[0] == 0
+    for file in (tmp_path / "data" / "compilation").iterdir():
+        os.truncate(file, file.stat().st_size // 2)
+    for name in ("second", "third"):
+        assert train(tmp_path / name, data=tmp_path / "data")[::2] == (0, "")
+        assert toy.lines(tmp_path / name) == toy.lines(tmp_path / "first")
+    assert train(tmp_path / "fourth", data=tmp_path / "data", environment=TELL)[::2] == (0, "")
