@@ -18,9 +18,9 @@ ROOT = Path(__file__).parent.parent
 
 TINY = shlex.split(
     "--config=configs/quickstart.py --config.steps=40 --config.batch_size=8 --config.eval_every=10 "
-    "--config.log_every=7 --config.checkpoint_every=4 --config.task.train_size=300 --config.task.val_size=50 "
+    "--config.log_every=7 --config.checkpoint_every=15 --config.task.train_size=300 --config.task.val_size=50 "
     "--config.task.test_size=50 --config.task.min_len=4 --config.task.max_len=24 --config.model.features=16 "
-    "--config.model.mlp_features=32 --config.model.layers=2 --config.model.heads=2 "
+    "--config.model.mlp_features=32 --config.model.layers=1 --config.model.heads=2 "
     "--config.attention.skyformer.landmarks=8 --config.model.dropout=0.1"
 )
 

@@ -25,8 +25,8 @@ def test_killed_again_and_again(tmp_path):
         assert killed.returncode == -signal.SIGKILL
     toy.make_loop(tmp_path / "killed").run()
     assert toy.lines(tmp_path / "killed") == toy.lines(tmp_path / "straight")
-    names = [path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()]
-    assert sorted(names) == ["20", "23"]
+    left = [{entry.name for entry in (tmp_path / name / "checkpoints").iterdir()} for name in ("killed", "straight")]
+    assert left[0] == left[1]
 
 
 def test_train_killed_and_resumed_ends_with_the_same_lines(tmp_path):
@@ -83,14 +83,12 @@ def test_damaged_checkpoints_cost_a_line_each(tmp_path):
         assert status == 2 and error.count("\n") == 1 and "no other is left" in error
 
 
-def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path):
+def test_a_full_disk_is_one_line(tmp_path):
+    """Its end, with room again, is among the slow tests."""
     finished_run()  # Its compiled programs are stored by then: the limit does not hit those first.
     status, _, error = train(tmp_path / "run", file_limit=20_000)
     assert status == 1 and error.count("\n") == 1
     assert error.startswith(f"cannot write {tmp_path}/run/") and "File too large; the same command goes on" in error
-    status, _, error = train(tmp_path / "run")
-    assert (status, error) == (0, "")
-    assert toy.lines(tmp_path / "run") == toy.lines(finished_run()[0])
 
 
 @pytest.mark.slow

@@ -208,20 +208,18 @@ def _file_checksums(path: Path) -> dict[str, int]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silences what Orbax says beside raising, where the caller says it in one line."""
+    _ignore_abandoned()
     level = logging.get_verbosity()
     logging.set_verbosity(logging.FATAL)
     try:
         yield
-    except Exception:
-        _ignore_abandoned()
-        raise
     finally:
         logging.set_verbosity(level)
 
 
 @functools.cache
 def _ignore_abandoned() -> None:
-    """Silences, for good, the coroutines and callbacks that a failed call of Orbax abandons: they complain later."""
+    """Silences, for good, the coroutines and callbacks that a failing call of Orbax abandons: they complain later."""
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     report = sys.unraisablehook
 

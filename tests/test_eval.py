@@ -1,0 +1,128 @@
+"""eval.py: the numbers of the run, on any batch size and devices, other mixers under the same weights, one table."""
+
+import json
+import os
+import shutil
+
+import pytest
+import toy
+from command import evaluate, finish, finished_run, start
+
+from efficient_tx.training.checkpoint import Checkpoints
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A copy of the finished run."""
+    return shutil.copytree(finished_run()[0], tmp_path / "run")
+
+
+def rows(out):
+    """The cells of every row of every table in the output."""
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if line.startswith("│")]
+
+
+def damage(folder):
+    file = max(folder.rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def test_best_and_last_score_what_the_run_said(run):
+    summary, expected = read(run / "summary.json"), {}
+    processes = {which: start("eval.py", f"--workdir={run}", f"--checkpoint={which}") for which in ("best", "last")}
+    for which, process in processes.items():
+        status, out, error = finish(process)
+        assert (status, error) == (0, "")
+        result = read(run / f"eval_test_{which}.json")
+        expected = summary["test_accuracy" if which == "best" else "last_test_accuracy"]
+        assert result["accuracy"] == expected and result["count"] == 50
+        assert result["step"] == (summary["best_step"] if which == "best" else 40)
+        assert (result["task"], result["split"], result["checkpoint"]) == ("listops", "test", which)
+        assert result["parameters"] == summary["parameters"] and result["protocol"] == "default"
+        ((task, name, step, accuracy, loss, count, parameters, _),) = rows(out)
+        assert (task, name, step) == ("listops", str(run), str(result["step"]))
+        assert (accuracy, loss) == (f"{result['accuracy']:.4f}", f"{result['loss']:.4f}")
+        assert (count, parameters) == ("50", f"{summary['parameters']:,}")
+
+
+def test_batch_size_and_devices_change_nothing(run):
+    """Validation at a step, against the line that the run wrote there; every item counts once."""
+    options = [f"--workdir={run}", "--split=validation", "--checkpoint=40", "--batch_size=7"]
+    status, _, error = evaluate(*options, devices=3)
+    assert (status, error) == (0, "")
+    result, line = read(run / "eval_validation_40.json"), toy.lines(run)[-1]
+    assert (result["count"], result["batch_size"], result["device"]["count"]) == (50, 9, 3)
+    # Sums of float32 in another order.
+    assert result["accuracy"] == line["accuracy"] and result["loss"] == pytest.approx(line["loss"], rel=1e-5)
+
+
+def test_the_same_weights_under_other_settings(run):
+    """Another number of landmarks, and softmax, which has the same parameters."""
+    other = shutil.copytree(run, run.parent / "other")
+    (other / "config.json").write_text((run / "config.json").read_text().replace('"default"', '"lra"'))
+    both = [f"--workdir={run}", f"--workdir={other}", "--checkpoint=40"]
+    first = start("eval.py", *both, "--set", "attention.skyformer.landmarks=64")
+    second = start("eval.py", *both, "--set", "mixers=softmax")
+    status, out, error = finish(first)
+    assert (status, error) == (0, "")
+    # Numbers of two protocols never share a table.
+    assert [out.count(f"protocol {name}") for name in ("default", "lra")] == [1, 1] and out.count("┃ task") == 2
+    assert [row[1] for row in rows(out)] == [f"{path} attention.skyformer.landmarks=64" for path in (run, other)]
+    name = "eval_test_40_attention.skyformer.landmarks=64.json"
+    assert read(run / name)["set"] == {"attention.skyformer.landmarks": "64"}
+    assert read(run / name)["loss"] == read(other / name)["loss"]
+    status, out, error = finish(second)
+    assert (status, error) == (0, "")
+    softmax = read(run / "eval_test_40_mixers=softmax.json")
+    assert softmax["parameters"] == read(run / name)["parameters"] and softmax["loss"] != read(run / name)["loss"]
+
+
+def test_what_does_not_fit_is_named_and_the_others_are_evaluated(run):
+    """Linformer has parameters that skyformer lacks; a folder that is no run; a run without checkpoints."""
+    status, out, error = evaluate(f"--workdir={run}", "--set", "mixers=linformer")
+    assert status == 2 and error.count("\n") == 1 and rows(out) == []
+    assert "does not fit: it has no params.encoder.blocks.0.mixer." in error
+    bare = run.parent / "bare"
+    bare.mkdir()
+    shutil.copy(run / "config.json", bare)
+    status, out, error = evaluate(f"--workdir={run.parent}", f"--workdir={bare}", f"--workdir={run}")
+    assert status == 2 and len(rows(out)) == 1
+    assert error.splitlines() == [
+        f"{run.parent} is not the workdir of a run: there is no {run.parent}/config.json",
+        f"{bare} has no checkpoint yet: train first, python train.py --workdir={bare} ...",
+    ]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_next_stands_in(run):
+    steps = Checkpoints(run / "checkpoints").steps()
+    damage(run / "checkpoints" / str(steps[-1]))
+    status, out, error = evaluate(f"--workdir={run}", "--checkpoint=last")
+    assert status == 0 and error.count("\n") == 1 and rows(out)[0][2] == str(steps[-2])
+    assert f"checkpoints/{steps[-1]} is damaged" in error and f"using {steps[-2]} instead" in error
+    assert read(run / "eval_test_last.json")["step"] == steps[-2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--checkpoint=7"], "--checkpoint=7: RUN has best, last and the steps"),
+        (["--checkpoint=newest"], "--checkpoint=newest: RUN has best, last and the steps"),
+        (["--split=tests"], "argument --split: invalid choice: 'tests'"),
+        (["--set", "mixers"], "'mixers' is no KEY=VALUE"),
+        (["--set", "mixer=softmax"], "there is no key mixer; the nearest is mixers"),
+        (["--set", "mixers=skyfromer"], "config.mixers is 'skyfromer'"),
+        (["--set", "model.heads=3"], "config.model.heads is 3"),
+        (["--batch_size=0"], "--batch_size=0: must be at least 1"),
+        (["--work"], "unrecognized arguments: --work"),
+        (["--set", "task.source=/nowhere"], "task.source='/nowhere'"),
+    ],
+)
+def test_mistakes_are_one_line(run, arguments, reason):
+    status, out, error = evaluate(f"--workdir={run}", *arguments)
+    assert (status, out, error.count("\n")) == (2, "", 1)
+    assert reason.replace("RUN", str(run)) in error
