@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from efficient_tx.attention.multihead import MultiHead
-from efficient_tx.attention.shapes import key_mask, repeat_heads
+from efficient_tx.attention.shapes import key_mask, repeat_heads, without_padding
 from efficient_tx.kernels import flash_attention
 from efficient_tx.numerics.random import evaluation_keys, example_keys, fold, sample_tokens
 from efficient_tx.numerics.spd import newton_inverse, spd_solve
@@ -54,6 +54,7 @@ def skyformer(
     keys = k.shape[1]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     mask = key_mask(mask, batch, keys)
+    q, k, v = (without_padding(x, mask) for x in (q, k, v))
     shared = repeat_heads(k, heads, "k")
 
     draws = evaluation_keys(batch) if key is None else example_keys(key, batch)
@@ -74,9 +75,10 @@ def skyformer(
 
 
 def draw(x: jax.Array, real: jax.Array, keys: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """`count` real tokens of each example of `x` `[batch, length, heads, dim]`, and which of them exist."""
+    """`count` real tokens of each example of `x` `[batch, length, heads, dim]`, and which of them exist (else zero)."""
     position, valid = sample_tokens(keys, real, count)
-    return jax.vmap(lambda x, position: x.at[position].get(unique_indices=True))(x, position), valid
+    drawn = jax.vmap(lambda x, position: x.at[position].get(unique_indices=True))(x, position)
+    return jnp.where(valid[:, :, None, None], drawn, 0), valid
 
 
 def gaussian(z: jax.Array) -> jax.Array:
@@ -92,7 +94,8 @@ def core_solve(core: jax.Array, sums: jax.Array, inverse: str, iterations: int) 
         return spd_solve(core, sums)
     # Normalised by its row sums the core has its spectrum in (0, 1], with 1 in it (their Lemma 3).
     d = jax.lax.rsqrt(core.sum(-1, keepdims=True))
-    return d * (newton_inverse(d * core * d.mT, iterations)[0] @ (d * sums))
+    inverse, _ = newton_inverse(d * core * d.mT, iterations)
+    return d * jnp.matmul(inverse, d * sums, precision=jax.lax.Precision.HIGHEST)
 
 
 def check_options(landmarks: int, ridge: float, inverse: str, iterations: int) -> None:

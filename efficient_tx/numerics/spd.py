@@ -1,8 +1,13 @@
 """Symmetric positive definite systems: a Cholesky solve with closed-form gradient, and a Newton-type inverse."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.lax.linalg import cholesky, triangular_solve
+
+# Devices that round float32 factors by default would lose the inverse.
+_dot = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 @jax.custom_vjp
@@ -36,7 +41,7 @@ def _solve(factor, b):
 def _backward(residuals, x_bar):
     factor, x = residuals
     b_bar = _solve(factor, x_bar)
-    a_bar = -b_bar @ x.mT
+    a_bar = -_dot(b_bar, x.mT)
     return (a_bar + a_bar.mT) / 2, b_bar
 
 
@@ -62,6 +67,6 @@ def newton_inverse(a: jax.Array, iterations: int = 6) -> tuple[jax.Array, jax.Ar
     eye = jnp.eye(a.shape[-1], dtype=a.dtype)
     x = a.mT / jnp.abs(a).sum(-2).max(-1)[..., None, None]
     for _ in range(iterations):
-        ax = a @ x
-        x = 0.25 * x @ (13 * eye - ax @ (15 * eye - ax @ (7 * eye - ax)))
-    return x, jnp.abs(eye - a @ x).sum(-1).max(-1)
+        ax = _dot(a, x)
+        x = 0.25 * _dot(x, 13 * eye - _dot(ax, 15 * eye - _dot(ax, 7 * eye - ax)))
+    return x, jnp.abs(eye - _dot(a, x)).sum(-1).max(-1)
