@@ -46,6 +46,7 @@ def test_train_killed_and_resumed_ends_with_the_same_lines(tmp_path):
     ("number", "ending"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
 )
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number, ending):
+    finished_run()  # Its data are there by then.
     path = tmp_path / "run"
     run = start("train.py", *TINY, *ENDLESS, f"--workdir={path}")
     wait_for_step(path, 7)
@@ -124,6 +125,7 @@ def test_killed_while_data_are_generated(tmp_path):
 @pytest.mark.slow
 def test_a_really_full_disk(tmp_path):
     """A file system of 300 kB fills up during the run; with room again, the same command ends as it should."""
+    finished_run()  # Its data are there by then.
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", disk], capture_output=True).returncode:
@@ -146,7 +148,7 @@ def test_a_really_full_disk(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_stop_together_and_one_goes_on(tmp_path):
-    """SIGTERM to one of two processes saves the state of both; a single one resumes, with the same numbers."""
+    """SIGTERM to one of two processes stops both after the same step; undisturbed, they do what one does."""
     path = tmp_path / "run"
 
     def start_both(*options):
@@ -161,14 +163,18 @@ def test_two_processes_stop_together_and_one_goes_on(tmp_path):
             for index in range(2)
         ]  # fmt: skip
 
-    endless = ["--config.checkpoint_every=1000", "--config.eval_every=1000", "--config.steps=2000"]
-    runs = start_both(*endless)
+    finished_run()
+    long = ["--config.checkpoint_every=1000", "--config.eval_every=1000", "--config.steps=1000"]
+    runs = start_both(*long)
     wait_for_step(path, 14)
     runs[1].send_signal(signal.SIGTERM)
     results = [finish(run) for run in runs]
     assert [status for status, _, _ in results] == [143, 143], results
     saved = Checkpoints(path / "checkpoints").steps()[-1]
-    assert all(f"step {saved} of 2000 is saved" in error for _, _, error in results)
+    assert all(f"step {saved} of 1000 is saved" in error for _, _, error in results)
+    status, out, error = train(path, *long)
+    assert (status, error) == (0, "") and f"resuming from step {saved} of 1000" in out
+    assert [line["step"] for line in toy.lines(path) if line["split"] == "train"] == [*range(7, 1000, 7), 1000]
     shutil.rmtree(path)
 
     for run in start_both():

@@ -9,6 +9,7 @@ import threading
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
@@ -227,6 +228,18 @@ def test_what_is_not_finite_is_never_saved(tmp_path, learning_rate, reason):
     assert stop.value.status == 3
     assert steps(tmp_path) == [1] * (learning_rate == 1e30)
     assert toy.lines(tmp_path) == []
+
+
+def test_a_nan_is_found_by_its_line(tmp_path):
+    """What debug_nans does with the mapped step: jax runs it again, operation by operation."""
+
+    class Broken(toy.Model):
+        def __call__(self, inputs, **options):
+            return super().__call__(inputs, **options) + jnp.log(-1.0 - inputs[:, :1])
+
+    with jax.debug_nans(True), pytest.raises(FloatingPointError) as caught:
+        toy.make_loop(tmp_path, model=Broken(nnx.Rngs(0))).run()
+    assert any("jnp.log(-1.0 - inputs" in str(entry.statement) for entry in caught.traceback)
 
 
 def test_nothing_is_lost_where_a_line_cannot_be_written(straight, tmp_path, monkeypatch):

@@ -54,11 +54,11 @@ def test_the_summary_agrees_with_the_lines():
 
 def test_a_finished_run_says_so_and_touches_nothing():
     path, _ = finished_run()
-    before = {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.name != "lock"}
+    before = {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()}
     status, out, error = train(path)
     assert (status, error) == (0, "")
     assert out.startswith(f"{path} is finished: 40 steps are done\ntest accuracy ")
-    assert {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.name != "lock"} == before
+    assert {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()} == before
 
 
 def test_what_cannot_be_is_refused_in_one_line_and_nothing_is_written(tmp_path):
@@ -70,7 +70,7 @@ def test_what_cannot_be_is_refused_in_one_line_and_nothing_is_written(tmp_path):
         (tmp_path / "b", [], {"devices": 3, "data": data}, "batch_size=8 cannot be shared out over devices=3"),
         (tmp_path / "d", [f"--config.init_from={path}", "--config.model.mlp_features=48"], {}, "params.encoder.blocks"),
     ]
-    before = {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.name != "lock"}
+    before = {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()}
     for first in range(0, len(cases), 2):
         running = [
             (start("train.py", *TINY, f"--workdir={workdir}", *options, **settings), wanted)
@@ -79,7 +79,7 @@ def test_what_cannot_be_is_refused_in_one_line_and_nothing_is_written(tmp_path):
         for process, wanted in running:
             status, _, error = finish(process)
             assert status == 2 and error.count("\n") == 1 and wanted in error, error
-    assert {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.name != "lock"} == before
+    assert {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()} == before
     assert [entry.name for entry in tmp_path.rglob("*") if "compilation" not in entry.parts] in ([], ["data"])
 
 

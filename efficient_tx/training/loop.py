@@ -253,7 +253,7 @@ class Loop:
         steps = self._checkpoints.steps()
         saved = f"The newest checkpoint is that of step {steps[-1]}" if steps else "No checkpoint was written yet"
         remedies = "a smaller optimizer.learning_rate, a longer warmup or a smaller clip"
-        return f"{saved}. In a new workdir, {remedies} may help, and debug_nans=True names the operation"
+        return f"{saved}. In a new workdir, {remedies} may help; debug_nans=True shows the line where a NaN comes up"
 
 
 @jax.jit

@@ -75,7 +75,7 @@ class Workdir:
         self._lock = None
 
     def claim(self) -> None:
-        """Locks the folder if there is one.
+        """Locks the folder if there is one and its run is not finished.
 
         Raises:
           Refused: it belongs to another config or to a live run, or there is none and none can be made.
@@ -89,9 +89,11 @@ class Workdir:
                 raise Refused(f"--workdir={self.path} cannot be made: {parent} cannot be written")
             return
         self._check_config()
-        self._take_lock()
-        # Between the first look and the lock another run may have begun here.
-        self._check_config()
+        # Where a run is finished nothing will be written, and perhaps nothing can be.
+        if self.summary() is None:
+            self._take_lock()
+            # Between the first look and the lock another run may have begun here.
+            self._check_config()
 
     def begin(self) -> None:
         """Makes and locks the folder, and writes config.json.
