@@ -10,7 +10,20 @@ from typing import Any
 # Adam with decoupled weight decay, as in flax.optim.
 LRA_ADAM = {"optimizer.name": "adamw", "optimizer.b1": 0.9, "optimizer.b2": 0.98, "optimizer.eps": 1e-9}
 
+LISTOPS = {
+    "task.train_size": 96000,
+    "task.val_size": 2000,
+    "task.test_size": 2000,
+    "task.min_len": 500,
+    "task.max_len": 2000,
+}
+
+# Options of mixers count where a run has that mixer.
 SKYFORMER = {
+    "attention.skyformer.landmarks": 128,
+    "attention.skyformer.ridge": 0.1,
+    "attention.linformer.rank": 128,
+    "model.causal": False,
     "model.layers": 2,
     "model.features": 64,
     "model.heads": 2,
@@ -37,6 +50,8 @@ PROTOCOLS: dict[str, dict[str, dict[str, Any]]] = {
     "lra": {
         "lra.listops": {
             **LRA_ADAM,
+            **LISTOPS,
+            "model.causal": False,
             "task.drop_brackets": False,
             "model.layers": 4,
             "model.heads": 8,
@@ -61,6 +76,7 @@ PROTOCOLS: dict[str, dict[str, dict[str, Any]]] = {
     "skyformer": {
         "lra.listops": {
             **SKYFORMER,
+            **LISTOPS,
             "task.drop_brackets": True,  # their pipeline is older than the fix of 2021-06-10
             "batch_size": 32,
             "eval_every": 500,

@@ -3,7 +3,6 @@
 Precedence: base < protocol < the argument after the colon < what was typed as --config.KEY=VALUE, in any order.
 """
 
-import ast
 import copy
 import difflib
 import importlib.util
@@ -18,9 +17,15 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from configs import protocols
+from configs.base import make_config
 from efficient_tx.attention import ATTENTION
 from efficient_tx.build import check, complete
 from efficient_tx.linear import LINEAR
+
+# What the argument after the colon names.
+NAMES = ("mixers", "linear.mlp.name", "linear.projections.name")
+# Keys and sections that evaluation reads: what `--set` may change.
+EVALUATED = ("mixers", "attention", "linear", "model", "task", "dtype")
 
 
 def refuse(message: object) -> NoReturn:
@@ -42,9 +47,11 @@ def load(path: str) -> ConfigDict:
       ValueError: no such file, one without get_config, or an argument that it refuses.
     """
     file, _, argument = path.partition(":")
-    if not Path(file).is_file():
+    if not (file.endswith(".py") and Path(file).is_file()):
         near = difflib.get_close_matches(file, shipped(), 1, 0.0)
-        raise ValueError(f"--config={path}: there is no file {file}" + (f"; the nearest is {near[0]}" if near else ""))
+        raise ValueError(
+            f"--config={path}: there is no config file {file}" + (f"; the nearest is {near[0]}" if near else "")
+        )
     spec = importlib.util.spec_from_file_location("config_file", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -96,6 +103,16 @@ def assign(config: ConfigDict, key: str, value: Any, origin: str) -> None:
         raise ValueError(f"{origin}: {key} takes a value of type {kind}, not {value!r}") from None
 
 
+def protocol_settings(config: ConfigDict) -> dict[str, Any]:
+    """What the config's protocol says about its task, options of mixers that it does not have aside."""
+    settings = protocols.settings(config.protocol, config.task.name)
+    return {
+        key: x
+        for key, x in settings.items()
+        if key.split(".")[0] != "attention" or key.split(".")[1] in config.attention
+    }
+
+
 def resolve(config: ConfigDict, typed: Mapping[str, Any]) -> ConfigDict:
     """The config with the protocol's settings under the typed ones.
 
@@ -103,47 +120,87 @@ def resolve(config: ConfigDict, typed: Mapping[str, Any]) -> ConfigDict:
       ValueError: an unknown protocol or key.
     """
     config = copy.deepcopy(config)
-    for key in ("mixers", "protocol", "linear.mlp.name", "linear.projections.name"):
+    for key in ("protocol", *NAMES):
         if key in typed:
             assign(config, key, typed[key], f"--config.{key}={typed[key]}")
     config = complete(config)
-    for key, value in protocols.settings(config.protocol, config.task.name).items():
+    for key, value in protocol_settings(config).items():
         assign(config, key, value, f"protocol {config.protocol}")
     for key, value in typed.items():
         assign(config, key, value, f"--config.{key}={value}")
     return config
 
 
-def apply_settings(config: ConfigDict, settings: Mapping[str, str]) -> ConfigDict:
-    """A copy of a run's config with eval.py's `--set KEY=VALUE`; names of mixers and structures come first.
+def restore(stored: Mapping[str, Any]) -> ConfigDict:
+    """The config of a run from its config.json, with the types that JSON loses (tuples, and what may be None).
 
     Raises:
-      ValueError: an unknown key or a value of another type.
+      ValueError: a key is missing, or one that this version does not have.
     """
-    typed = {}
-    for key, text in settings.items():
-        try:
-            typed[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            typed[key] = text
-    config = copy.deepcopy(config)
-    names = ("mixers", "linear.mlp.name", "linear.projections.name")
-    for key, value in typed.items():
-        if key in names:
-            assign(config, key, value, f"--set {key}={value}")
-    config = complete(config)
-    for key, value in typed.items():
-        assign(config, key, value, f"--set {key}={value}")
+    flat = flatten(ConfigDict(stored))
+    missing = {"task.name", *NAMES} - set(flat)
+    if missing:
+        raise ValueError(f"config.json has no {min(missing)}: it is damaged, or of another version")
+    config = make_config(flat["task.name"], "+".join(flat[name] for name in NAMES))
+    for key, value in flat.items():
+        if value is not None:
+            assign(config, key, tuple(value) if isinstance(value, list) else value, f"config.json, {key}={value}")
+    return config
+
+
+def parse_value(config: ConfigDict, key: str, text: str, origin: str) -> Any:
+    """`text` as a value of the type that `config.key` has.
+
+    Raises:
+      ValueError: there is no such key, or `text` is no such value.
+    """
+    kind = section_of(config, key, origin).get_type(key.rpartition(".")[2])
+    parse = {bool: {"true": True, "false": False}.__getitem__, tuple: lambda text: tuple(text.split(","))}.get(
+        kind, kind
+    )
+    try:
+        return parse(text.lower() if kind is bool else text)
+    except (KeyError, ValueError):
+        raise ValueError(f"{origin}: {key} takes a value of type {kind.__name__}, not {text!r}") from None
+
+
+def apply_settings(stored: Mapping[str, Any], settings: Mapping[str, str]) -> ConfigDict:
+    """The config of a run's config.json with eval.py's `--set KEY=VALUE`; names of mixers and structures come first.
+
+    Raises:
+      ValueError: an unknown key, a value of another type, or a key that evaluation does not read.
+    """
+    config = restore(stored)
+    for key in sorted(settings, key=lambda key: key not in NAMES):
+        origin = f"--set {key}={settings[key]}"
+        value = parse_value(config, key, settings[key], origin)
+        if key.split(".")[0] not in EVALUATED:
+            raise ValueError(f"{origin}: evaluation does not depend on {key}; it does on {', '.join(EVALUATED)}")
+        assign(config, key, value, origin)
+        config = complete(config) if key in NAMES else config
     return config
 
 
 def departures(config: ConfigDict, path: str) -> list[str]:
-    """The keys of a resolved config that differ from the protocol it names, for the config file at `path`."""
-    plain = load(path)
-    plain.protocol = config.protocol
-    plain = flatten(resolve(plain, {}))
-    mine = flatten(config)
-    return sorted(key for key in mine if key not in protocols.HOUSEKEEPING and mine[key] != plain.get(key))
+    """The keys of a resolved config that differ from the protocol it names.
+
+    What a protocol leaves open is compared with the config file at `path`, for the same mixers and structures. Data of
+    our own making are a departure from any published protocol.
+    """
+    plain = load(with_names(path, {name: flatten(config)[name] for name in NAMES}))
+    mine, theirs = flatten(config), flatten(resolve(plain, {"protocol": config.protocol}))
+    different = {key for key in mine if key not in protocols.HOUSEKEEPING and mine[key] != theirs.get(key)}
+    if config.protocol != "default":
+        different = different - {"task.source"} | ({"task.source"} if config.task.source == "generated" else set())
+    return sorted(different)
+
+
+def with_names(path: str, names: Mapping[str, str]) -> str:
+    """The config path "FILE.py:ARGUMENT" with these mixers and structures in its argument."""
+    if not names:
+        return path
+    plain = flatten(load(path))
+    return f"{path.partition(':')[0]}:" + "+".join(names.get(name, plain[name]) for name in NAMES)
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -155,14 +212,20 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
             print_help(argv[place].partition("=")[2] if place else "")
         if place is None:
             raise ValueError("--config is missing: give a config file, as --config=configs/quickstart.py")
-        # ml_collections reads overrides of a config that it already has, so --config goes first.
         length = 1 if "=" in argv[place] else 2
-        head = argv[place : place + length]
-        argv = [argv[0], *head, *argv[1:place], *argv[place + length :]]
-        config = load(head[-1].partition("=")[2] if length == 1 else head[-1])
-        for arg in argv:
-            if key := re.match(r"--?(?:no)?config\.([^=]+)", arg):
-                section_of(config, key[1], arg)
+        head, rest = argv[place : place + length], argv[1:place] + argv[place + length :]
+        if any(re.match(r"--?config(=|$)", arg) for arg in rest):
+            raise ValueError("--config is given twice: give one config file")
+        overrides = [match for arg in rest if (match := re.match(r"--?(?:no)?config\.([^=]+)=?(.*)", arg))]
+        typed = {match[1]: match[2] for match in overrides}
+        # Typed names of mixers and structures bring their sections, as in the argument. ml_collections reads overrides
+        # of a config that it already has, so --config goes first.
+        path = re.sub(r"^--?config=", "", head[-1])
+        path = with_names(path, {name: typed[name] for name in NAMES if name in typed})
+        config = load(path)
+        argv = [argv[0], f"--config={path}", *rest]
+        for match in overrides:
+            section_of(config, match[1], match[0])
         sys.argv = argv
         rest = flags.FLAGS(argv)
         check(run_config())

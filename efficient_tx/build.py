@@ -20,11 +20,18 @@ from ml_collections.config_dict import placeholder
 from efficient_tx.attention import ATTENTION
 from efficient_tx.linear import LINEAR
 from efficient_tx.models import Classifier, TokenClassifier
+from efficient_tx.numerics.random import check_rate
 from efficient_tx.task import Task
 from efficient_tx.training.optimizer import make_optimizer
 
 MODELS: dict[str, type[nnx.Module]] = {"tokens": Classifier, "token_labels": TokenClassifier}
 DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
+
+# Sequences beyond this would not fit any machine; it is far above Path-X and the needle tasks.
+LONGEST = 2**24
+
+# Folded into the key of `config.seed` for the parameters: above every step number, which the training step folds in.
+PARAMETERS = 2**31
 
 # What build.py passes to a class by itself, and so is no option of its config section.
 GIVEN = {
@@ -125,12 +132,13 @@ def task_module(name: str) -> ModuleType:
     """
     try:
         module = importlib.import_module(name)
-    except ImportError as error:
+    except (ImportError, TypeError, ValueError) as error:
         raise ValueError(
             f"config.task.name is {name!r}: {error}; give a module with get_task, as 'lra.listops'"
         ) from None
-    if not hasattr(module, "get_task"):
-        raise ValueError(f"config.task.name is {name!r}: that module has no get_task")
+    for needed in ("get_task", "KIND"):
+        if not hasattr(module, needed):
+            raise ValueError(f"config.task.name is {name!r}: that module has no {needed}, so it makes no task")
     return module
 
 
@@ -196,7 +204,7 @@ def build_model(config: ConfigDict, task: Task) -> nnx.Module:
             linear=build_linear(config.linear.mlp, "config.linear.mlp"),
             remat=config.remat,
             dtype=lookup(DTYPES, config.dtype, "config.dtype"),
-            rngs=nnx.Rngs(config.seed),
+            rngs=nnx.Rngs(jax.random.fold_in(jax.random.key(config.seed), PARAMETERS)),
             **model,
         )
 
@@ -217,9 +225,15 @@ def check(config: ConfigDict) -> None:
     for key in ("steps", "batch_size", "grad_accum", "eval_every", "checkpoint_every", "log_every", "keep"):
         if config[key] < 1:
             raise ValueError(f"config.{key} is {config[key]}: it must be at least 1")
-    for key in ("features", "layers", "heads", "mlp_features"):
-        if config.model[key] < 1:
+    for key in ("features", "layers", "heads", "head_dim", "mlp_features"):
+        if config.model[key] is not None and config.model[key] < 1:
             raise ValueError(f"config.model.{key} is {config.model[key]}: it must be at least 1")
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"config.seed is {config.seed}: it must be in [0, 2^32)")
+    with naming("config.model"):
+        check_rate(config.model.dropout)
+    if config.task.get("max_len", 1) > LONGEST:
+        raise ValueError(f"config.task.max_len is {config.task.max_len}: it must be at most {LONGEST}")
     if config.batch_size % config.grad_accum:
         raise ValueError(f"config.grad_accum is {config.grad_accum}: it must divide batch_size {config.batch_size}")
     for name in config.loggers:
@@ -239,4 +253,5 @@ def check(config: ConfigDict) -> None:
         tokens = jnp.zeros((1, shape.max_len), jnp.int32)
         return build_model(config, shape)(tokens, mask=tokens == 0, key=jax.random.key(0))
 
-    jax.eval_shape(forward)
+    with naming("config.model"):
+        jax.eval_shape(forward)

@@ -16,6 +16,9 @@ LENGTHS = (24, 11, 0)  # real tokens of the three examples: full, padded, nothin
 # Budgets below SHORT, so that the methods approximate.
 SMALL = {"skyformer": {"landmarks": 8}, "linformer": {"rank": 8}}
 
+# Those that draw something besides dropout.
+SAMPLING = {"skyformer"}
+
 every = pytest.mark.parametrize("name", ATTENTION)
 causal_ones = pytest.mark.parametrize("name", [name for name in ATTENTION if ATTENTION[name].can_be_causal])
 
@@ -64,8 +67,9 @@ def test_padding_and_other_examples_change_nothing(name):
     assert (out[~mask] == 0).all()
     assert np.abs(out[mask]).max() > 1e-3
 
-    other_contents = np.where(mask[..., None], x, 100 * tokens(1, *x.shape))
-    assert_same(forward(params, other_contents, mask, None)[mask], out[mask])
+    for other in (100 * tokens(1, *x.shape), np.nan):
+        other_contents = np.where(mask[..., None], x, other).astype(np.float32)
+        assert_same(forward(params, other_contents, mask, None)[mask], out[mask])
 
     longer = np.concatenate([x, tokens(2, 3, LONG - SHORT, FEATURES)], axis=1)
     longer_mask = right_padded(LENGTHS, LONG)
@@ -109,6 +113,11 @@ def test_gradients_are_finite_even_for_nothing_but_padding(name):
         assert np.isfinite(by_x).all()
         assert (np.asarray(by_x)[~mask] == 0).all()
         assert np.abs(np.asarray(by_x)[mask]).max() > 1e-6
+        hostile = np.where(mask[..., None], x, np.nan)
+        for ours, theirs in zip(
+            *map(jax.tree.leaves, (grad(params, hostile, mask, np.ones_like(x)), (by_params, by_x)))
+        ):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
 @causal_ones
@@ -149,6 +158,12 @@ def test_what_is_tied_to_the_length_says_so(name):
 
 @every
 def test_randomness_is_an_argument_of_the_example(name):
+    params, forward = program(name)
+    x, mask = tokens(0, 3, SHORT, FEATURES), np.ones((3, SHORT), bool)
+    sampled = np.asarray(forward(params, x, mask, jax.random.key(1)))
+    drawn = not np.allclose(sampled, forward(params, x, mask, jax.random.key(2)), rtol=1e-3, atol=1e-5)
+    assert drawn == (name in SAMPLING)
+
     params, forward = program(name, dropout=0.5)
     x, mask = np.repeat(tokens(0, 1, SHORT, FEATURES), 3, axis=0), np.ones((3, SHORT), bool)
     evaluated = np.asarray(forward(params, x, mask, None))
@@ -222,13 +237,13 @@ def test_the_search_for_quadratic_arrays_finds_them():
 
 @pytest.mark.parametrize("name", [name for name in ATTENTION if ATTENTION[name].has_positions])
 def test_rotary_positions_and_other_head_widths(name):
-    """Turned queries and keys see the order; a head may be wider than features // heads."""
-    turned_params, turned = program(name, positions="rope", head_dim=16)
+    """The same weights give another output when queries and keys turn; a head may be wider than features // heads."""
+    params, plain = program(name, head_dim=16)
+    _, turned = program(name, positions="rope", head_dim=16)
     x = tokens(0, 3, SHORT, FEATURES)
-    out = turned(turned_params, x, None, None)
-    assert out.shape == x.shape
-    reversed_out = turned(turned_params, x[:, ::-1], None, None)[:, ::-1]
-    assert np.abs(np.asarray(out - reversed_out)).max() > 1e-3
+    outputs = [np.asarray(forward(params, x, None, None)) for forward in (plain, turned)]
+    assert outputs[0].shape == x.shape
+    assert np.abs(outputs[0] - outputs[1]).max() > 1e-3
 
 
 def test_rotation_keeps_norms_and_depends_on_distances_only():

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from functools import cache
@@ -67,16 +68,27 @@ def test_protocols_give_the_same_config_in_any_order_of_flags(protocol):
     assert first["mixers"] == "skyformer"
     flat = resolve.flatten(ConfigDict(first))
     published = protocols.settings(protocol, "lra.listops")
-    assert {key: flat[key] for key in published if key != "model.layers"} == {
-        key: value for key, value in published.items() if key != "model.layers"
-    }
+    # Options of mixers that the run does not have are nowhere.
+    mine = {key: flat[key] for key in published if key in flat and key != "model.layers"}
+    assert mine == {key: published[key] for key in mine}
+    assert {key for key in published if key not in mine} <= {"model.layers", "attention.linformer.rank"}
 
 
 def test_departures_name_what_differs_from_the_protocol():
     path = "configs/lra_listops.py:skyformer"
-    typed = {"protocol": "lra", "optimizer.learning_rate": 0.1, "seed": 3, "grad_accum": 2}
-    assert resolve.departures(resolve.resolve(resolve.load(path), typed), path) == ["optimizer.learning_rate"]
-    assert resolve.departures(resolve.resolve(resolve.load(path), {"protocol": "lra"}), path) == []
+
+    def departures(path, **typed):
+        typed = {key.replace("__", "."): value for key, value in typed.items()}
+        return resolve.departures(resolve.resolve(resolve.load(path), typed), path)
+
+    assert departures(path) == []
+    assert departures(path, optimizer__learning_rate=0.1, seed=3, grad_accum=2) == ["optimizer.learning_rate"]
+    # Published protocols are about the original files; ours are other expressions of the same distribution.
+    assert departures(path, protocol="lra", model__layers=1) == ["model.layers", "task.source"]
+    assert departures(path, protocol="skyformer", task__source="/data/lra_release") == []
+    # Another file, or another way to name the mixer, does not change what the protocol is.
+    assert departures("configs/quickstart.py", protocol="skyformer") == ["task.source"]
+    assert departures("configs/quickstart.py", protocol="skyformer", mixers="linformer") == ["task.source"]
 
 
 @pytest.mark.parametrize(
@@ -118,13 +130,19 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, words):
         ("skyformer", {"attention.softmax.x": 1}, ["attention.softmax.x", "mixers here are skyformer"]),
         ("skyformer", {"loggers": ("wand",)}, ["'wand'", "nearest: 'wandb'"]),
         ("skyformer", {"steps": 0}, ["config.steps is 0", "at least 1"]),
+        ("skyformer", {"seed": -1}, ["config.seed is -1"]),
+        ("skyformer", {"model.dropout": 0.999999}, ["config.model: dropout is 0.999999"]),
+        ("skyformer", {"model.head_dim": -4}, ["config.model.head_dim is -4"]),
+        ("skyformer", {"model.positions": "rope2d"}, ["config.model", "rope2d"]),
+        ("skyformer", {"task.max_len": 10**11}, ["config.task.max_len"]),
+        ("README.md", {}, ["no config file README.md"]),
         ("skyformer", {"model.features": 0}, ["config.model.features is 0", "at least 1"]),
         ("skyformer", {"attention.skyformer.landmarks": 1}, ["config.attention.skyformer: landmarks is 1"]),
         ("skyformer+monarch", {"linear.mlp.blocks": 0}, ["config.linear.mlp: blocks is 0"]),
     ],
 )
 def test_what_is_wrong_is_named_with_its_place(path, typed, words):
-    path = path if ".py" in path else f"configs/lra_listops.py:{path}"
+    path = path if "." in path else f"configs/lra_listops.py:{path}"
     with pytest.raises(ValueError) as caught:
         build.check(resolve.resolve(resolve.load(path), typed))
     for word in words:
@@ -144,16 +162,47 @@ def test_patterns_and_structures_of_the_argument():
 
 
 def test_settings_of_an_evaluation():
-    config = ConfigDict(json.loads(make_config("lra.listops", "skyformer").to_json()))
-    changed = resolve.apply_settings(config, {"attention.skyformer.landmarks": "32"})
+    made = make_config("lra.listops", "skyformer", seed=3, model={"head_dim": 16})
+    stored = json.loads(made.to_json())
+    assert resolve.restore(stored).to_json() == made.to_json()
+    changed = resolve.apply_settings(stored, {"attention.skyformer.landmarks": "32"})
     assert changed.attention.skyformer.landmarks == 32
-    assert config.attention.skyformer.landmarks == 128
-    other = resolve.apply_settings(config, {"attention.linformer.rank": "4", "mixers": "linformer"})
+    other = resolve.apply_settings(stored, {"attention.linformer.rank": "4", "mixers": "linformer"})
     assert other.attention.to_dict() == {"linformer": {"rank": 4}}
-    with pytest.raises(ValueError, match=r"nearest is attention\.skyformer\.landmarks"):
-        resolve.apply_settings(config, {"attention.skyformer.landmark": "32"})
-    with pytest.raises(ValueError, match="takes a value of type int, not 'many'"):
-        resolve.apply_settings(config, {"attention.skyformer.landmarks": "many"})
+    assert resolve.apply_settings(stored, {"task.data_dir": "5", "task.drop_brackets": "true"}).task.data_dir == "5"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("attention.skyformer.landmark", "32", "nearest is attention.skyformer.landmarks"),
+        ("attention.skyformer.landmarks", "many", "takes a value of type int, not 'many'"),
+        ("model.head_dim", "abc", "takes a value of type int, not 'abc'"),
+        ("mixers", "skyfromer", "nearest: 'skyformer'"),
+        ("protocol", "skyformer", "evaluation does not depend on protocol"),
+        ("optimizer.learning_rate", "1", "evaluation does not depend on optimizer.learning_rate"),
+    ],
+)
+def test_settings_that_an_evaluation_cannot_have_are_named(key, value, words):
+    stored = json.loads(make_config("lra.listops", "skyformer").to_json())
+    with pytest.raises(ValueError, match=re.escape(words)):
+        resolve.apply_settings(stored, {key: value})
+
+
+def test_a_damaged_config_is_named():
+    with pytest.raises(ValueError, match=r"config\.json has no .*damaged"):
+        resolve.restore({})
+
+
+def test_typed_names_bring_their_sections():
+    code, out, error = parsed(
+        "--config.linear.mlp.blocks=2", "--config.linear.mlp.name=monarch", "--config.attention.linformer.rank=8",
+        "--config.mixers=linformer", "--config", "configs/quickstart.py",
+    )  # fmt: skip
+    assert (code, error) == (0, "")
+    config = json.loads(out)
+    assert config["attention"] == {"linformer": {"rank": 8}}
+    assert config["linear"]["mlp"] == {"name": "monarch", "blocks": 2}
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -237,7 +286,6 @@ def fingerprint(config):
     fed = [batches[i] for i in range(3)] + [split[i] for split in (tests, validations) for i in range(len(split))]
     for leaf in [*jax.tree.leaves(state.params), *jax.tree.leaves(fed)]:
         seen.update(np.asarray(leaf).tobytes())
-    seen.update(str(config.seed).encode())  # travels with the batch into the step's random keys
     return seen.hexdigest()
 
 
@@ -298,5 +346,11 @@ def test_top_level_keys_are_those_of_the_design():
 def test_help_names_what_there_is_to_choose():
     code, out, _ = parsed("--help", "--config=configs/quickstart.py")
     assert code == 0
-    for words in ("configs/lra_listops.py", "skyformer, linformer", "monarch", "protocol", "optimizer.learning_rate = "):
+    for words in (
+        "configs/lra_listops.py",
+        "skyformer, linformer",
+        "monarch",
+        "protocol",
+        "optimizer.learning_rate = ",
+    ):
         assert words in out

@@ -29,6 +29,9 @@ def as_attention_fn(name: str, **options) -> Callable[..., jax.Array]:
     query `[batch, q_length, heads, head_dim]`, key and value `[batch, length, groups, head_dim]`, mask
     `[batch, 1, 1, length]` for any variant and a full `[batch, heads or 1, q_length, length]` for the dense ones.
 
+    Methods that sample do so with the module's `dropout_rng` where it passes one (flax's modules do so only while
+    their own dropout_rate is above 0, which is refused here), and with the fixed evaluation key otherwise.
+
     Args:
       name: a key of `ATTENTION`.
       **options: of the variant's function (`landmarks=64`), arrays of parameters included (linformer's `e` and `f`).

@@ -19,10 +19,13 @@ def adapt(variants: Mapping[str, type[Mixer]], name: str, **options) -> Callable
     if function is None:
         raise ValueError(f"{name} is no function of queries, keys and values: use the module {variants[name].__name__}")
     known = inspect.signature(function).parameters
-    unknown = set(options) - set(known)
+    choices = [option for option in known if option not in ("q", "k", "v", "mask", "key", "causal")]
+    unknown = set(options) - set(choices)
     if unknown:
-        raise ValueError(f"{name} has no option {min(unknown)!r}: it has {', '.join(list(known)[3:])}")
-    missing = [p for p in known if known[p].default is known[p].empty and p not in ("q", "k", "v", *options)]
+        raise ValueError(f"{name} has no option {min(unknown)!r}: it has {', '.join(choices) or 'none'}")
+    missing = [
+        option for option in choices if known[option].default is inspect.Parameter.empty and option not in options
+    ]
     if missing:
         raise ValueError(f"{name} has parameters of its own ({', '.join(missing)}): pass them as options")
 
@@ -42,18 +45,19 @@ def adapt(variants: Mapping[str, type[Mixer]], name: str, **options) -> Callable
         module: object = None,
         is_causal: bool = False,
     ) -> jax.Array:
-        del broadcast_dropout, precision, module
+        del broadcast_dropout, deterministic, precision, module
         if bias is not None:
             raise ValueError(f"{name} takes no bias: leave it None")
-        if dropout_rate > 0 and not deterministic:
+        if dropout_rate > 0:
             raise ValueError(f"{name} has no attention dropout: set dropout_rate=0 and drop the output instead")
         arguments = dict(options)
         if is_causal:
             if "causal" not in known:
                 raise ValueError(f"{name} has no causal form: set is_causal=False, or choose another variant")
             arguments["causal"] = True
-        if "key" in known:
-            arguments.setdefault("key", dropout_rng)
+        if "key" in known and dropout_rng is not None:
+            typed = jnp.issubdtype(dropout_rng.dtype, jax.dtypes.prng_key)
+            arguments["key"] = dropout_rng if typed else jax.random.wrap_key_data(dropout_rng)
         if dtype is not None:
             query, key, value = (x.astype(dtype) for x in (query, key, value))
         return function(query, key, value, mask=mask, **arguments)

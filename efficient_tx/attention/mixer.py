@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_tx.numerics.random import dropout, example_keys, fold
+from efficient_tx.numerics.random import check_rate, dropout, example_keys, fold
 
 
 class Mixer(nnx.Module):
@@ -45,8 +45,7 @@ class Mixer(nnx.Module):
         max_len: int | None = None,
     ):
         name = type(self).__name__
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout is {dropout}: it must be at least 0 and below 1")
+        check_rate(dropout)
         if positions not in (None, "rope", "rope2d"):
             raise ValueError(f"positions is {positions!r} in a mixer: it must be None, 'rope' or 'rope2d'")
         if causal and not self.can_be_causal:
@@ -73,11 +72,15 @@ class Mixer(nnx.Module):
           `[batch, length, features]`, zero at masked positions.
 
         Raises:
-          ValueError: the sequence is longer than `max_len` in a variant that is tied to it.
+          ValueError: the mask has another shape, or the sequence is longer than `max_len` in a variant tied to it.
         """
+        if mask is not None and mask.shape != x.shape[:2]:
+            raise ValueError(f"mask has shape {mask.shape}: a mixer takes [batch, length], here {x.shape[:2]}")
         if self.needs_max_len and x.shape[1] > self.max_len:
             raise ValueError(f"length is {x.shape[1]}, but {type(self).__name__} was built for max_len={self.max_len}")
         keys = example_keys(key, x.shape[0])
+        # Whatever stands at padded positions, NaN included, reaches neither an output nor a gradient.
+        x = x if mask is None else jnp.where(mask[..., None], x, 0)
         out = self.mix(x, mask=mask, key=fold(keys, 0))
         out = dropout(out, self.dropout, fold(keys, 1))
         return out if mask is None else jnp.where(mask[..., None], out, 0)

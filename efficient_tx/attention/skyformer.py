@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from efficient_tx.attention.multihead import MultiHead
-from efficient_tx.attention.shapes import key_mask, repeat_heads, without_padding
+from efficient_tx.attention.shapes import key_mask, repeat_heads
 from efficient_tx.kernels import flash_attention
 from efficient_tx.numerics.random import evaluation_keys, example_keys, fold, sample_tokens
 from efficient_tx.numerics.spd import newton_inverse, spd_solve
@@ -54,7 +54,6 @@ def skyformer(
     keys = k.shape[1]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     mask = key_mask(mask, batch, keys)
-    q, k, v = (without_padding(x, mask) for x in (q, k, v))
     shared = repeat_heads(k, heads, "k")
 
     draws = evaluation_keys(batch) if key is None else example_keys(key, batch)

@@ -1,4 +1,7 @@
-"""Structured weights: drop-in replacements of `nnx.Linear`. Adding one is a file and a row of `LINEAR`."""
+"""Structured weights, called and built like `nnx.Linear` with its sizes, `use_bias`, dtypes and `rngs`.
+
+Adding one is a file and a row of `LINEAR`.
+"""
 
 from efficient_tx.linear.dense import Dense
 from efficient_tx.linear.low_rank import LowRank

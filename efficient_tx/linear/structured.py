@@ -68,7 +68,8 @@ class Structured(nnx.Module):
         """The layer nearest to a dense one, deterministic.
 
         Args:
-          kernel: `[in_features, out_features]`.
+          kernel: `[in_features, out_features]`, of a floating dtype, which the factors take over unless `param_dtype`
+            says otherwise; the fit is float32 at least.
           bias: `[out_features]`, copied; None makes a layer without bias.
           **options: of the structure, as in its constructor.
 
@@ -79,7 +80,8 @@ class Structured(nnx.Module):
             raise ValueError(f"kernel has shape {kernel.shape}: from_dense takes a matrix [in_features, out_features]")
         options = {"param_dtype": kernel.dtype} | options
         layer = cls(*kernel.shape, use_bias=bias is not None, rngs=nnx.Rngs(0), **options)
-        for name, value in layer.fit(kernel).items():
+        wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+        for name, value in layer.fit(wide).items():
             getattr(layer, name)[...] = value.astype(layer.param_dtype)
         if bias is not None:
             layer.bias[...] = bias.astype(layer.param_dtype)

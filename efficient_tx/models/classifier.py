@@ -171,4 +171,5 @@ class TokenClassifier(TokenEncoder):
     def __call__(self, inputs: jax.Array, *, mask: jax.Array | None = None, key: jax.Array | None = None) -> jax.Array:
         """Logits, float32 `[batch, length, num_classes]`; arguments as in `Classifier`."""
         x, _ = self.encode(inputs, mask, key)
+        x = x[:, x.shape[1] - inputs.shape[1] :]
         return self.head(x.astype(jnp.promote_types(x.dtype, jnp.float32)))

@@ -35,12 +35,18 @@ def fold(keys: jax.Array | None, data: int) -> jax.Array | None:
     return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, data)
 
 
+def check_rate(rate: float) -> None:
+    """Raises ValueError unless `rate` is a share that dropout can leave out: at least 0, below 1 − 1/131072."""
+    if not 0 <= rate <= 1 or round(rate * 65536) == 65536:
+        raise ValueError(f"dropout is {rate}: it must be at least 0 and below 1")
+
+
 def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
     """Zeroes entries of `x` `[batch, length, ...]` with probability `rate` and scales the others by 1/(1 − rate).
 
-    `keys` are `[batch]`; None means evaluation and returns `x` itself. The generator makes 32 bits at a time and is most
-    of the cost, so an entry gets 16: the rate is rounded to a multiple of 1/65536, and the scale with it, so that the
-    mean stays exact.
+    `keys` are `[batch]`; None means evaluation and returns `x` itself. The generator makes 32 bits at a time and is
+    most of the cost, so an entry gets 16: the rate is rounded to a multiple of 1/65536, and the scale with it, so that
+    the mean stays exact.
     """
     if rate == 0.0 or keys is None:
         return x
