@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 from flax import nnx
-from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
@@ -64,7 +63,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def evaluate(path: str, options: argparse.Namespace) -> dict[str, Any]:
     """What the run in `path` scores under the command line's options."""
     with refusing(path):
-        config = resolve.apply_settings(ConfigDict(read_config(path)), options.settings)
+        config = resolve.apply_settings(read_config(path), options.settings)
         build.check(config)
         task = build.build_task(config)
         model = build.build_model(config, task)

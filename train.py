@@ -26,7 +26,7 @@ from efficient_tx.task import data_directory
 from efficient_tx.training import summary
 from efficient_tx.training.checkpoint import Checkpoints
 from efficient_tx.training.compilation import keep_programs
-from efficient_tx.training.errors import Refused, RunError, refusing
+from efficient_tx.training.errors import NonFinite, Refused, RunError, refusing
 from efficient_tx.training.evaluation import trained_parameters
 from efficient_tx.training.history import History
 from efficient_tx.training.loop import Loop, Plan
@@ -38,6 +38,7 @@ from efficient_tx.training.workdir import Workdir, read_config, write_json
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "Config file and its argument, FILE.py:MIXERS+LINEAR+PROJECTIONS.")
 flags.DEFINE_string("workdir", None, "Folder of the run; the same command goes on in it.", required=True)
+flags.register_validator("workdir", bool, "--workdir is empty: name a folder")
 flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, for a run over several processes.")
 flags.DEFINE_integer("num_processes", None, "How many processes the run has.")
 flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
@@ -60,7 +61,15 @@ def train(config: ConfigDict, workdir: Workdir) -> None:
         task = build.build_task(config)
         model = build.build_model(config, task)
         optimizer, schedule = build.build_optimizer(config)
-    if config.init_from:
+        # Before the run: the config file may be another one when it ends.
+        terms = {
+            "protocol": config.protocol,
+            "protocol_departures": resolve.departures(config, FLAGS["config"].config_filename),
+            "versions": summary.versions(),
+            "device": summary.device(),
+        }
+    checkpoints = Checkpoints(workdir.path / "checkpoints")
+    if config.init_from and not checkpoints.steps():
         warm_start(model, config.init_from)
     workdir.begin()
 
@@ -90,7 +99,7 @@ def train(config: ConfigDict, workdir: Workdir) -> None:
         batches=train_batches(task, seed=config.seed, **rows),
         validation=evaluation_batches(task.validation, task, **rows),
         plan=Plan(**{field: config[field] for field in Plan.__dataclass_fields__}),
-        checkpoints=Checkpoints(workdir.path / "checkpoints"),
+        checkpoints=checkpoints,
         history=history,
         report=report,
         seed=config.seed,
@@ -114,10 +123,7 @@ def train(config: ConfigDict, workdir: Workdir) -> None:
         "steps_per_second": summary.steps_per_second(history.of("train"), config.batch_size),
         "compile_seconds": loop.compile_seconds,
         **summary.peak_memory(),
-        "protocol": config.protocol,
-        "protocol_departures": resolve.departures(config, FLAGS["config"].config_filename),
-        "versions": summary.versions(),
-        "device": summary.device(),
+        **terms,
     }
     if workdir.writer:
         report.draw(last=True)
@@ -128,9 +134,12 @@ def train(config: ConfigDict, workdir: Workdir) -> None:
 
 def warm_start(model: nnx.Module, path: str) -> None:
     """Gives `model` the parameters of the best checkpoint of another run."""
-    with refusing(f"config.init_from={path}"):
-        optimizer, _ = build.build_optimizer(ConfigDict(read_config(path)))
-    _, parameters = trained_parameters(path, "best", model, optimizer, print)
+    try:
+        with refusing():
+            optimizer, _ = build.build_optimizer(resolve.restore(read_config(path)))
+        _, parameters = trained_parameters(path, "best", model, optimizer, print)
+    except Refused as error:
+        raise Refused(f"config.init_from={path}: {error}") from None
     nnx.update(model, parameters)
 
 
@@ -138,7 +147,7 @@ def run() -> None:
     """Does what the flags say, unless it is done already."""
     connect()
     config = resolve.run_config()
-    keep_programs(data_directory() / "compilation")
+    keep_programs(data_directory(config.task.data_dir) / "compilation")
     jax.config.update("jax_debug_nans", config.debug_nans)
     workdir = Workdir(FLAGS.workdir, config.to_dict(), writer=jax.process_index() == 0)
     workdir.claim()
@@ -162,6 +171,10 @@ def main(_: list[str]) -> int:
     except RunError as error:
         print(f"{error}; {again}" if error.resumable else error, file=sys.stderr)
         return error.status
+    except FloatingPointError as error:
+        # What jax raises under debug_nans.
+        print(f"not finite: {str(error).splitlines()[0]}", file=sys.stderr)
+        return NonFinite.status
     except (KeyboardInterrupt, SystemExit) as stop:
         # Outside the loop there is nothing to save: data, checkpoints and lines are written whole or not at all.
         status = 130 if isinstance(stop, KeyboardInterrupt) else stop.code

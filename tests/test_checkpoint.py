@@ -3,6 +3,7 @@
 import os
 import resource
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,14 @@ def flip(path, place=0.5, bit=2):
 def test_comes_back_bit_for_bit(tmp_path, tree):
     Checkpoints(tmp_path).save(3, tree)
     assert_same_bits(Checkpoints(tmp_path).load(3, tree), tree)
+
+
+def test_a_relative_folder_will_do(tmp_path, tree, monkeypatch):
+    """Orbax takes absolute paths only; `--workdir=runs/a` is none."""
+    monkeypatch.chdir(tmp_path)
+    checkpoints = Checkpoints(Path("runs/a"))
+    checkpoints.save(3, tree)
+    assert_same_bits(checkpoints.load(3, tree), tree)
 
 
 def test_training_state_goes_between_any_numbers_of_devices(tmp_path):

@@ -70,7 +70,7 @@ class Checkpoints:
         part = self.directory / f"{step}.part"
         with writing(path), _quiet():
             try:
-                ocp.save(part, arrays, overwrite=True, custom_metadata={"crc32": _array_checksums(arrays)})
+                ocp.save(part.absolute(), arrays, overwrite=True, custom_metadata={"crc32": _array_checksums(arrays)})
             except ValueError as error:
                 # tensorstore reports the operating system's errors as text.
                 number = re.search(r"os_error_code='(\d+)'", str(error))
@@ -149,8 +149,8 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             changed = [name for name, checksum in files.items() if zlib.crc32((path / name).read_bytes()) != checksum]
             if changed:
                 raise Damaged(f"is damaged: {changed[0]} is not the file that was written (CRC-32 differs)")
-            checksums = ocp.metadata(path).custom_metadata["crc32"]
-            arrays = ocp.load(path)
+            checksums = ocp.metadata(path.absolute()).custom_metadata["crc32"]
+            arrays = ocp.load(path.absolute())
     except Damaged:
         raise
     # Orbax and tensorstore raise whatever the damage happened to lead to.

@@ -116,9 +116,11 @@ class Workdir:
             self._lock = None
 
     def summary(self) -> dict[str, Any] | None:
-        """summary.json of a finished run, else None."""
-        path = self.path / "summary.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        """summary.json of a finished run, else None; also for a damaged one, which the last checkpoint makes again."""
+        try:
+            return json.loads((self.path / "summary.json").read_text())
+        except (FileNotFoundError, ValueError):
+            return None
 
     def _stored_config(self) -> dict[str, Any] | None:
         path = self.path / "config.json"
