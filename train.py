@@ -9,6 +9,7 @@ import os
 # Before jax is imported: its CPU solvers run in OpenBLAS, whose threads collide with XLA's.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
+import dataclasses
 import shlex
 import signal
 import sys
@@ -98,7 +99,7 @@ def train(config: ConfigDict, workdir: Workdir) -> None:
         schedule,
         batches=train_batches(task, seed=config.seed, **rows),
         validation=evaluation_batches(task.validation, task, **rows),
-        plan=Plan(**{field: config[field] for field in Plan.__dataclass_fields__}),
+        plan=Plan(**{field.name: config[field.name] for field in dataclasses.fields(Plan)}),
         checkpoints=checkpoints,
         history=history,
         report=report,

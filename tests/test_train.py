@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import toy
@@ -85,12 +86,19 @@ def test_what_cannot_be_is_refused_in_one_line_and_nothing_is_written(tmp_path):
 
 def test_a_run_can_start_from_the_parameters_of_another(tmp_path):
     """Nothing is learnt in between, so the accuracy is the other run's best, to the last item."""
-    path, _ = finished_run()
-    still = ["--config.optimizer.learning_rate=0.0", "--config.steps=1", f"--config.init_from={path}"]
+    other = shutil.copytree(finished_run()[0], tmp_path / "other")
+    source = read(other / "summary.json")
+    still = ["--config.optimizer.learning_rate=0.0", "--config.steps=1", f"--config.init_from={other}"]
     status, _, error = train(tmp_path / "run", *still)
     assert (status, error) == (0, "")
-    source, result = read(path / "summary.json"), read(tmp_path / "run" / "summary.json")
+    result = read(tmp_path / "run" / "summary.json")
     assert result["val_accuracy"] == source["val_accuracy"] and result["test_accuracy"] == source["test_accuracy"]
+    # Once it has a checkpoint of its own, it goes on without the other run.
+    shutil.rmtree(other)
+    (tmp_path / "run" / "summary.json").unlink()
+    status, out, error = train(tmp_path / "run", *still)
+    assert (status, error) == (0, "") and "resuming from step 1 of 1" in out
+    assert read(tmp_path / "run" / "summary.json")["test_accuracy"] == source["test_accuracy"]
 
 
 # Asked to, jax tells of every program that it has to compile.
