@@ -18,7 +18,7 @@ def run_settings() -> ConfigDict:
             "seed": 0,  # of parameters, batches, dropout and sampling; the task has a seed of its own
             "steps": 5000,  # updates of the parameters
             "batch_size": 32,  # examples of an update, over all devices and processes
-            "grad_accum": 1,  # parts that a batch is cut into, one after the other, to save memory
+            "grad_accum": 1,  # parts that a batch is cut into, one after the other: less memory, and in cache on a CPU
             "eval_every": 500,  # steps between evaluations on the validation split, each with a checkpoint
             "checkpoint_every": 500,  # steps between further checkpoints
             "log_every": 50,  # steps between lines of training metrics

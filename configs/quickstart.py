@@ -1,8 +1,9 @@
 """Quickstart: Skyformer learns a small ListOps (the same grammar, fewer than 128 tokens) on a laptop's CPU.
 
 Command:   python train.py --config=configs/quickstart.py --workdir=runs/quickstart
-Hardware:  2 CPU cores, DURATION
-Expected:  EXPECTED
+Hardware:  2 CPU cores, about 2 minutes
+Expected:  50 % test accuracy (50.8 % measured here, one seed); the best constant answer has 15 %, the best guess from
+           the root operator 33 %
 """
 
 from configs.base import make_config

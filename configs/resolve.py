@@ -21,6 +21,7 @@ from configs.base import make_config
 from efficient_tx.attention import ATTENTION
 from efficient_tx.build import check, complete
 from efficient_tx.linear import LINEAR
+from efficient_tx.training import workdir
 
 # What the argument after the colon names.
 NAMES = ("mixers", "linear.mlp.name", "linear.projections.name")
@@ -63,12 +64,9 @@ def load(path: str) -> ConfigDict:
         raise ValueError(f"--config={path}: {error}") from None
 
 
-def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+def flatten(config: ConfigDict) -> dict[str, Any]:
     """Dotted key -> value, over all sections."""
-    flat = {}
-    for key, value in config.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {f"{prefix}{key}": value}
-    return flat
+    return workdir.flatten(config.to_dict())
 
 
 def section_of(config: ConfigDict, key: str, origin: str) -> ConfigDict:

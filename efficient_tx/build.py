@@ -22,6 +22,7 @@ from efficient_tx.linear import LINEAR
 from efficient_tx.models import Classifier, TokenClassifier
 from efficient_tx.numerics.random import check_rate
 from efficient_tx.task import Task
+from efficient_tx.training.loggers import LOGGERS
 from efficient_tx.training.optimizer import make_optimizer
 
 MODELS: dict[str, type[nnx.Module]] = {"tokens": Classifier, "token_labels": TokenClassifier}
@@ -237,7 +238,7 @@ def check(config: ConfigDict) -> None:
     if config.batch_size % config.grad_accum:
         raise ValueError(f"config.grad_accum is {config.grad_accum}: it must divide batch_size {config.batch_size}")
     for name in config.loggers:
-        lookup({"tensorboard": None, "wandb": None}, name, "config.loggers")
+        lookup(LOGGERS, name, "config.loggers")
     build_optimizer(config)
     shape = Task(
         *((),) * 3,

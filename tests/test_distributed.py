@@ -170,9 +170,12 @@ def test_a_real_model_does_not_notice_either():
 
 
 def test_draws_matter_in_these_runs():
-    """Another seed moves every loss by far more than the tolerance, so equal losses mean equal draws."""
+    """Another seed moves the losses by far more than the tolerance, so equal losses mean equal draws.
+
+    By chance two seeds may come near each other in one of the four steps, not in most of them.
+    """
     losses, _ = train(1, seed=1)
-    assert np.abs(np.array(losses) / train(1)[0] - 1).min() > 1e-3
+    assert np.median(np.abs(np.array(losses) / train(1)[0] - 1)) > 1e-3
 
 
 def test_a_run_repeats_bit_for_bit():
