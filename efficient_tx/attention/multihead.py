@@ -49,13 +49,16 @@ class MultiHead(Mixer):
         self.out = linear(inner, features, dtype=dtype, rngs=rngs)
 
     def mix(self, x: jax.Array, *, mask: jax.Array | None, key: jax.Array | None) -> jax.Array:
-        split = (*x.shape[:2], self.heads, self.head_dim)
-        projected = {name: getattr(self, name)(x).reshape(split) for name in self.projections}
+        batch, length, features = x.shape
+        # As [batch · length, features]: XLA's CPU backend is slow at a leading axis of 1.
+        tokens = x.reshape(-1, features)
+        split = (batch, length, self.heads, self.head_dim)
+        projected = {name: getattr(self, name)(tokens).reshape(split) for name in self.projections}
         if self.positions:
             for name in self.rotated:
                 projected[name] = rotate(projected[name], mask, layout=self.positions)
         heads = self.attend(*projected.values(), mask=mask, key=key)
-        return self.out(heads.reshape(*x.shape[:2], -1))
+        return self.out(heads.reshape(batch * length, -1)).reshape(x.shape)
 
     def attend(self, *projected: jax.Array, mask: jax.Array | None, key: jax.Array | None) -> jax.Array:
         """The variant's formula: `[batch, length, heads, head_dim]` each -> the same shape.

@@ -18,6 +18,14 @@ def make_norm(name: str, features: int, *, dtype: jnp.dtype | None, rngs: nnx.Rn
     return NORMS[name](features, dtype=dtype, rngs=rngs)
 
 
+def token_wise(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """function of every token of `x` `[batch, length, features]`, as `[batch · length, features]`.
+
+    XLA's CPU backend shares out the leading axis over its threads, and is three times as slow at a leading axis of 1.
+    """
+    return function(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
 class Mlp(nnx.Module):
     """The token-wise network of a block: `[..., features]` -> the same.
 
@@ -85,8 +93,9 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None, key: jax.Array | None = None) -> jax.Array:
         """`x` `[batch, length, features]`, `mask` bool `[batch, length]`, `key` `[batch]` or None -> the shape of x."""
-        x = x + self.mixer(self.mixer_norm(x), mask=mask, key=fold(key, 0))
-        return x + dropout(self.mlp(self.mlp_norm(x)), self.dropout, fold(key, 1))
+        x = x + self.mixer(token_wise(self.mixer_norm, x), mask=mask, key=fold(key, 0))
+        hidden = token_wise(lambda tokens: self.mlp(self.mlp_norm(tokens)), x)
+        return x + dropout(hidden, self.dropout, fold(key, 1))
 
 
 class Encoder(nnx.Module):
@@ -146,4 +155,4 @@ class Encoder(nnx.Module):
                 return nnx.merge(graphdef, params)(x, mask=mask, key=key)
 
             x = (jax.checkpoint(run) if self.remat else run)(params, x, mask, fold(keys, i))
-        return self.norm(x)
+        return token_wise(self.norm, x)
