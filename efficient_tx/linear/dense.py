@@ -5,6 +5,8 @@ from typing import Self
 import jax
 from flax import nnx
 
+from efficient_tx.linear.structured import like_dense
+
 
 class Dense(nnx.Linear):
     """The plain linear layer, `W` `[in_features, out_features]`: what the structures are compared with."""
@@ -20,11 +22,6 @@ class Dense(nnx.Linear):
         Raises:
           ValueError: kernel is no matrix.
         """
-        if kernel.ndim != 2:
-            raise ValueError(f"kernel has shape {kernel.shape}: from_dense takes a matrix [in_features, out_features]")
-        options = {"param_dtype": kernel.dtype} | options
-        layer = cls(*kernel.shape, use_bias=bias is not None, rngs=nnx.Rngs(0), **options)
+        layer = like_dense(cls, kernel, bias, options)
         layer.kernel[...] = kernel.astype(layer.param_dtype)
-        if bias is not None:
-            layer.bias[...] = bias.astype(layer.param_dtype)
         return layer

@@ -1,10 +1,25 @@
 """Structured: what all structured weights share: the signature of `nnx.Linear`, the bias, to dense and back."""
 
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+
+def like_dense(cls: type, kernel: jax.Array, bias: jax.Array | None, options: dict[str, Any]) -> nnx.Module:
+    """A layer of this class with the sizes and dtype of `kernel` `[in_features, out_features]` and a copy of `bias`.
+
+    Raises:
+      ValueError: kernel is no matrix.
+    """
+    if kernel.ndim != 2:
+        raise ValueError(f"kernel has shape {kernel.shape}: from_dense takes a matrix [in_features, out_features]")
+    options = {"param_dtype": kernel.dtype} | options
+    layer = cls(*kernel.shape, use_bias=bias is not None, rngs=nnx.Rngs(0), **options)
+    if bias is not None:
+        layer.bias[...] = bias.astype(layer.param_dtype)
+    return layer
 
 
 class Structured(nnx.Module):
@@ -76,13 +91,8 @@ class Structured(nnx.Module):
         Raises:
           ValueError: kernel is no matrix.
         """
-        if kernel.ndim != 2:
-            raise ValueError(f"kernel has shape {kernel.shape}: from_dense takes a matrix [in_features, out_features]")
-        options = {"param_dtype": kernel.dtype} | options
-        layer = cls(*kernel.shape, use_bias=bias is not None, rngs=nnx.Rngs(0), **options)
+        layer = like_dense(cls, kernel, bias, options)
         wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
         for name, value in layer.fit(wide).items():
             getattr(layer, name)[...] = value.astype(layer.param_dtype)
-        if bias is not None:
-            layer.bias[...] = bias.astype(layer.param_dtype)
         return layer
