@@ -3,6 +3,10 @@
 `lra` are the official settings of Long Range Arena (google-research/long-range-arena cd31e5c, `*/configs/base_*.py`),
 `skyformer` those of the Skyformer paper's code (pkuzengqi/Skyformer 1a677cb, `src/config.py`). `default` is what the
 config file says.
+
+What these settings leave different from the original code: the Skyformer code cycles Adam's b1 with the learning rate,
+keeps the best checkpoint only after a fifth of the steps, averages over padded positions too, and drops attention weights
+where we drop the mixer's output at the same rate; it and Long Range Arena read files, not data generated here.
 """
 
 from typing import Any
