@@ -52,7 +52,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--checkpoint", default="best", help="best (on validation), last, or a step")
     parser.add_argument("--split", default="test", choices=("train", "validation", "test"))
     parser.add_argument("--batch_size", type=int, help="default: that of the training run")
-    parser.add_argument("--set", action="append", default=[], type=setting, metavar="KEY=VALUE", dest="settings")
+    parser.add_argument(
+        "--set", action="extend", nargs="+", default=[], type=setting, metavar="KEY=VALUE", dest="settings"
+    )
     options = parser.parse_args(arguments)
     if options.batch_size is not None and options.batch_size < 1:
         parser.error(f"--batch_size={options.batch_size}: must be at least 1")

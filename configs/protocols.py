@@ -5,8 +5,8 @@
 config file says.
 
 What these settings leave different from the original code: the Skyformer code cycles Adam's b1 with the learning rate,
-keeps the best checkpoint only after a fifth of the steps, averages over padded positions too, and drops attention weights
-where we drop the mixer's output at the same rate; it and Long Range Arena read files, not data generated here.
+keeps the best checkpoint only after a fifth of the steps, averages over padded positions too, and drops attention
+weights where we drop the mixer's output at the same rate; both read files, not data generated here.
 """
 
 from typing import Any
