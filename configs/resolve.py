@@ -4,7 +4,6 @@ Precedence: base < protocol < the argument after the colon < what was typed as -
 """
 
 import copy
-import difflib
 import importlib.util
 import os
 import re
@@ -19,7 +18,7 @@ from ml_collections import ConfigDict, config_flags
 from configs import protocols
 from configs.base import make_config
 from efficient_tx.attention import ATTENTION
-from efficient_tx.build import check, complete
+from efficient_tx.build import check, complete, nearest
 from efficient_tx.linear import LINEAR
 from efficient_tx.training import workdir
 
@@ -49,10 +48,7 @@ def load(path: str) -> ConfigDict:
     """
     file, _, argument = path.partition(":")
     if not (file.endswith(".py") and Path(file).is_file()):
-        near = difflib.get_close_matches(file, shipped(), 1, 0.0)
-        raise ValueError(
-            f"--config={path}: there is no config file {file}" + (f"; the nearest is {near[0]}" if near else "")
-        )
+        raise ValueError(f"--config={path}: there is no config file {file}; the nearest is {nearest(file, shipped())}")
     spec = importlib.util.spec_from_file_location("config_file", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -77,8 +73,7 @@ def section_of(config: ConfigDict, key: str, origin: str) -> ConfigDict:
     """
     flat = flatten(config)
     if key not in flat:
-        near = difflib.get_close_matches(key, flat, 1, 0.0)[0]
-        hint = f"the nearest is {near}"
+        hint = f"the nearest is {nearest(key, flat)}"
         if key.startswith("attention."):
             hint += f"; the mixers here are {config.mixers}, to be chosen as --config=FILE.py:MIXERS"
         raise ValueError(f"{origin}: there is no key {key}; {hint}")

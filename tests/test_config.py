@@ -20,7 +20,6 @@ from efficient_tx import build
 from efficient_tx.attention import ATTENTION
 from efficient_tx.data.batching import evaluation_batches, train_batches
 from efficient_tx.linear import LINEAR
-from efficient_tx.task import data_directory
 from efficient_tx.training.step import init_state, make_train_step, split_batch
 
 ROOT = Path(__file__).parent.parent
@@ -336,11 +335,9 @@ def test_all_options_of_all_variants_are_covered():
 
 
 def test_top_level_keys_are_those_of_the_design():
-    """`data_directory` aside, every key lives in the config: nothing is read from the environment but it."""
-    assert {"seed", "steps", "batch_size", "grad_accum", "eval_every", "checkpoint_every", "log_every", "keep"} < set(
-        run_settings()
-    )
-    assert data_directory("/x") == Path("/x")
+    """And `mixers`, which the design's argument and `--set mixers=` name."""
+    design = "seed steps batch_size grad_accum eval_every checkpoint_every log_every keep protocol dtype remat"
+    assert set(run_settings()) == {*design.split(), "init_from", "loggers", "debug_nans", "mixers"}
 
 
 def test_help_names_what_there_is_to_choose():

@@ -63,25 +63,32 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number, ending):
 
 
 def test_damaged_checkpoints_cost_a_line_each(tmp_path):
-    shutil.copytree(finished_run()[0], tmp_path / "run")
-    (tmp_path / "run" / "summary.json").unlink()
-    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
-    *_, older, newest = checkpoints.steps()
-    for step, keep_half in [(newest, False), (older, True)]:
-        folder = checkpoints.directory / str(step)
-        file = max(folder.rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
-        content = bytearray(file.read_bytes())
-        content[len(content) // 2] ^= 1
-        file.write_bytes(content[: len(content) // 2] if keep_half else content)
-    left = [step for step in checkpoints.steps() if step < older]
-    status, out, error = train(tmp_path / "run")
+    def damaged_copy(name, how):
+        """A copy of the finished run without its summary; `how` says per step whether a file is halved (else a bit)."""
+        path = tmp_path / name
+        shutil.copytree(finished_run()[0], path)
+        (path / "summary.json").unlink()
+        for step, keep_half in how.items():
+            folder = path / "checkpoints" / str(step)
+            file = max(folder.rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 1
+            file.write_bytes(content[: len(content) // 2] if keep_half else content)
+        return path
+
+    *oldest, older, newest = Checkpoints(finished_run()[0] / "checkpoints").steps()
+
+    path = damaged_copy("one", {newest: False})
+    status, out, error = train(path)
+    assert (status, error) == (0, "")
     assert f"checkpoints/{newest} is damaged" in out and f"using {older} instead" in out
-    if left:
-        assert (status, error) == (0, "")
-        assert f"checkpoints/{older} is damaged" in out and f"resuming from step {left[-1]} of 40" in out
-        assert toy.lines(tmp_path / "run") == toy.lines(finished_run()[0])
-    else:
-        assert status == 2 and error.count("\n") == 1 and "no other is left" in error
+    assert f"resuming from step {older} of 40" in out
+    assert toy.lines(path) == toy.lines(finished_run()[0])
+
+    path = damaged_copy("all", {newest: False, older: True} | dict.fromkeys(oldest, True))
+    status, out, error = train(path)
+    assert f"checkpoints/{newest} is damaged" in out and f"using {older} instead" in out
+    assert status == 2 and error.count("\n") == 1 and "is damaged" in error and "no other is left" in error
 
 
 def test_a_full_disk_is_one_line(tmp_path):
