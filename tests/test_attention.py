@@ -13,18 +13,14 @@ from efficient_tx.attention.rotary import rotate
 
 FEATURES, HEADS, SHORT, LONG = 16, 2, 24, 40
 LENGTHS = (24, 11, 0)  # real tokens of the three examples: full, padded, nothing but padding
-# Budgets below SHORT, so that the methods approximate.
-SMALL = {"skyformer": {"landmarks": 8}, "linformer": {"rank": 8}}
-
-# Those that draw something besides dropout.
-SAMPLING = {"skyformer"}
+BUDGET = 8  # below SHORT, so that the methods approximate
 
 every = pytest.mark.parametrize("name", ATTENTION)
 causal_ones = pytest.mark.parametrize("name", [name for name in ATTENTION if ATTENTION[name].can_be_causal])
 
 
 def mixer(name, *, features=FEATURES, max_len=LONG, **sizes):
-    options = {"heads": HEADS, "max_len": max_len, "rngs": nnx.Rngs(0)} | SMALL.get(name, {}) | sizes
+    options = {"heads": HEADS, "max_len": max_len, "rngs": nnx.Rngs(0)} | ATTENTION[name].within(BUDGET) | sizes
     return ATTENTION[name](features, **options)
 
 
@@ -162,7 +158,7 @@ def test_randomness_is_an_argument_of_the_example(name):
     x, mask = tokens(0, 3, SHORT, FEATURES), np.ones((3, SHORT), bool)
     sampled = np.asarray(forward(params, x, mask, jax.random.key(1)))
     drawn = not np.allclose(sampled, forward(params, x, mask, jax.random.key(2)), rtol=1e-3, atol=1e-5)
-    assert drawn == (name in SAMPLING)
+    assert drawn == ATTENTION[name].samples
 
     params, forward = program(name, dropout=0.5)
     x, mask = np.repeat(tokens(0, 1, SHORT, FEATURES), 3, axis=0), np.ones((3, SHORT), bool)

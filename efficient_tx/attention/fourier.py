@@ -73,6 +73,9 @@ class Fourier(Mixer):
     transform would drown the residual. It has no projections: heads, head_dim, linear and dtype mean nothing here.
     """
 
+    paper = "Lee-Thorp et al. 2021, arXiv 2105.03824"
+    computes = "the Fourier transform of the real tokens, no parameters"
+    cost = "n log n"
     can_be_causal: ClassVar[bool] = False
     has_positions: ClassVar[bool] = False
 

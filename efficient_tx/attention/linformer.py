@@ -63,9 +63,16 @@ class Linformer(MultiHead):
       rank: rows of E and F, the number of mixed positions that a query attends to.
     """
 
+    paper = "Wang et al. 2020, arXiv 2006.04768"
+    computes = "attention over m learnt mixtures of positions"
+    cost = "n·m"
     function = staticmethod(linformer)
     needs_max_len: ClassVar[bool] = True
     can_be_causal: ClassVar[bool] = False
+
+    @staticmethod
+    def within(budget):
+        return {"rank": budget}
 
     def __init__(self, features: int, *, rank: int = 128, rngs: nnx.Rngs, **common):
         super().__init__(features, rngs=rngs, **common)

@@ -24,16 +24,31 @@ class Mixer(nnx.Module):
       max_len: the longest sequence; variants with parameters tied to the length need it.
 
     Attributes:
-      function: the variant's pure function of (q, k, v), for `as_attention_fn`; None where there is none.
+      paper: authors, year and arXiv id, or where else it was published.
+      computes: what the variant does, in one line.
+      cost: time in the length n and the variant's own sizes.
+      function: the variant's pure function of its projected tokens; None where there is none.
+      exact: the function of the same arguments that `function` approximates; None where it approximates nothing.
       can_be_causal: whether `causal=True` has a meaning.
       has_positions: whether there are queries and keys to turn.
-      needs_max_len: whether parameters are tied to the length.
+      needs_max_len: whether parameters or constants are tied to the length.
+      samples: whether `function` draws with its `key`.
     """
 
+    paper: ClassVar[str]
+    computes: ClassVar[str]
+    cost: ClassVar[str]
     function: ClassVar[Callable | None] = None
+    exact: ClassVar[Callable | None] = None
     can_be_causal: ClassVar[bool] = True
     has_positions: ClassVar[bool] = True
     needs_max_len: ClassVar[bool] = False
+    samples: ClassVar[bool] = False
+
+    @staticmethod
+    def within(budget: int) -> dict[str, int]:
+        """Options under which a query meets about `budget` keys, landmarks or features; none where that is fixed."""
+        return {}
 
     def __init__(
         self,

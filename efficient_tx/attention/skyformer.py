@@ -15,6 +15,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from efficient_tx.attention.kernelized import kernelized
 from efficient_tx.attention.multihead import MultiHead
 from efficient_tx.attention.shapes import key_mask, repeat_heads
 from efficient_tx.kernels import flash_attention
@@ -116,8 +117,17 @@ class Skyformer(MultiHead):
       ValueError: `causal=True`, or an option out of its range.
     """
 
+    paper = "Chen et al. 2021, arXiv 2111.00035"
+    computes = "`kernelized` through the Nyström method with m landmarks"
+    cost = "n·m + m³"
     function = staticmethod(skyformer)
+    exact = staticmethod(kernelized)
     can_be_causal: ClassVar[bool] = False  # the landmarks see the whole sequence
+    samples: ClassVar[bool] = True
+
+    @staticmethod
+    def within(budget):
+        return {"landmarks": budget}
 
     def __init__(
         self, features: int, *,
