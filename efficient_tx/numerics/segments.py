@@ -1,0 +1,46 @@
+"""Means over consecutive segments of the real tokens: landmarks that need no draw and no parameter."""
+
+import jax
+import jax.numpy as jnp
+
+
+def segment_means(x: jax.Array, mask: jax.Array | None, count: int) -> tuple[jax.Array, jax.Array]:
+    """Cuts the n real tokens of each example into `count` segments of almost equal size, and averages each.
+
+    The real token of rank i is in segment ⌊i · count / n⌋, so padding, wherever it stands, changes nothing. With fewer
+    real tokens than segments each token is one of its own and the other segments are empty.
+
+    Args:
+      x: `[batch, length, ...]`, any floating dtype.
+      mask: bool `[batch, length]`, True for real tokens; None means all are.
+      count: how many segments, at least 1.
+
+    Returns:
+      Means `[batch, count, ...]`, at least float32, zero for an empty segment; and bool `[batch, count]`, False for
+      an empty one. Time and memory are linear in the length.
+    """
+    batch, length = x.shape[:2]
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    if mask is None:
+        mask = jnp.ones((batch, length), bool)
+
+    def one(x, mask):
+        starts = segment_starts(mask.sum(), count)
+        rank = jnp.maximum(jnp.cumsum(mask) - 1, 0)
+        # Padding joins the segment of the token before it, as a zero: so the indices are sorted.
+        segment = jnp.searchsorted(starts[1:-1], rank, side="right")
+        sums = jax.ops.segment_sum(jnp.where(mask[:, None], x, 0), segment, count, indices_are_sorted=True)
+        size = jnp.diff(starts)
+        return sums / jnp.maximum(size, 1)[:, None], size > 0
+
+    means, valid = jax.vmap(one)(x.reshape(batch, length, -1), mask)
+    return means.reshape(batch, count, *x.shape[2:]), valid
+
+
+def segment_starts(n: jax.Array, count: int) -> jax.Array:
+    """⌈s · n / count⌉ for s = 0 … count, int32 `[count + 1]`: where each segment of n tokens starts; the last is n.
+
+    `n` is a scalar and may be traced. No product of n and count is formed, which would overflow for long sequences.
+    """
+    s = jnp.arange(count + 1)
+    return s * (n // count) - (-(s * (n % count)) // count)
