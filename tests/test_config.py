@@ -232,6 +232,7 @@ OTHER = {
     "attention.skyformer.inverse": "iteration",
     "attention.skyformer.landmarks": 4,
     "attention.linformer.rank": 4,
+    "attention.sigmoid.layer_scale": 0.1,
     "optimizer.name": "lion",
     "optimizer.schedule": "rsqrt",
     "optimizer.clip_by": "value",

@@ -90,7 +90,8 @@ def flax_modules(attention_fn, **nnx_options):
 
 @pytest.mark.parametrize("name", [name for name in ATTENTION if ATTENTION[name].function])
 def test_inside_flax_modules_padding_changes_nothing(name):
-    options = {"linformer": {"e": jnp.ones((3, 6)), "f": jnp.ones((3, 6))}}.get(name, {})
+    given = {"linformer": {"e": jnp.ones((3, 6)), "f": jnp.ones((3, 6))}, "sigmoid": {"bias": -2.0}}
+    options = given.get(name, {})
     x = normal(0, 2, 6, 8).astype(np.float32)
     mask = np.arange(6) < np.array([6, 4])[:, None]
     other = np.where(mask[..., None], x, 9.0)

@@ -10,12 +10,14 @@ from efficient_tx.attention.kernelized import Kernelized, kernelized
 from efficient_tx.attention.linformer import Linformer, linformer
 from efficient_tx.attention.mixer import Mixer
 from efficient_tx.attention.multihead import MultiHead
+from efficient_tx.attention.sigmoid import Sigmoid, sigmoid
 from efficient_tx.attention.skyformer import Skyformer, skyformer
 from efficient_tx.attention.softmax import Softmax, softmax
 
 ATTENTION: dict[str, type[Mixer]] = {
     "softmax": Softmax,
     "kernelized": Kernelized,
+    "sigmoid": Sigmoid,
     "skyformer": Skyformer,
     "linformer": Linformer,
     "fourier": Fourier,
@@ -50,12 +52,14 @@ __all__ = [
     "Linformer",
     "Mixer",
     "MultiHead",
+    "Sigmoid",
     "Skyformer",
     "Softmax",
     "as_attention_fn",
     "fourier",
     "kernelized",
     "linformer",
+    "sigmoid",
     "skyformer",
     "softmax",
 ]
