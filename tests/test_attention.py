@@ -14,6 +14,7 @@ from efficient_tx.attention.rotary import rotate
 FEATURES, HEADS, SHORT, LONG = 16, 2, 24, 40
 LENGTHS = (24, 11, 0)  # real tokens of the three examples: full, padded, nothing but padding
 BUDGET = 8  # below SHORT, so that the methods approximate
+WINDOWED = {"pool"}  # a query sees the nearest tokens of its past, not all of them
 
 every = pytest.mark.parametrize("name", ATTENTION)
 causal_ones = pytest.mark.parametrize("name", [name for name in ATTENTION if ATTENTION[name].can_be_causal])
@@ -126,7 +127,8 @@ def test_causal_means_zero_jacobian_above_the_diagonal(name):
             cotangent[:, i] = 1 + tokens(i, 3, FEATURES)
             by_x = np.asarray(grad(params, x, mask, cotangent)[1])
             assert (by_x[:, i + 1 :] == 0).all()
-            assert np.abs(by_x[0, : i + 1]).max(axis=1).min() > 0
+            if name not in WINDOWED:
+                assert np.abs(by_x[0, : i + 1]).max(axis=1).min() > 0
 
 
 @causal_ones

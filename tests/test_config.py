@@ -233,6 +233,7 @@ OTHER = {
     "attention.skyformer.landmarks": 4,
     "attention.linformer.rank": 4,
     "attention.sigmoid.layer_scale": 0.1,
+    "attention.pool.kind": "max",
     "optimizer.name": "lion",
     "optimizer.schedule": "rsqrt",
     "optimizer.clip_by": "value",

@@ -10,9 +10,11 @@ from efficient_tx.attention.kernelized import Kernelized, kernelized
 from efficient_tx.attention.linformer import Linformer, linformer
 from efficient_tx.attention.mixer import Mixer
 from efficient_tx.attention.multihead import MultiHead
+from efficient_tx.attention.pool import Pool, pool
 from efficient_tx.attention.sigmoid import Sigmoid, sigmoid
 from efficient_tx.attention.skyformer import Skyformer, skyformer
 from efficient_tx.attention.softmax import Softmax, softmax
+from efficient_tx.attention.vmean import VMean, vmean
 
 ATTENTION: dict[str, type[Mixer]] = {
     "softmax": Softmax,
@@ -21,6 +23,8 @@ ATTENTION: dict[str, type[Mixer]] = {
     "skyformer": Skyformer,
     "linformer": Linformer,
     "fourier": Fourier,
+    "vmean": VMean,
+    "pool": Pool,
 }
 
 
@@ -52,14 +56,18 @@ __all__ = [
     "Linformer",
     "Mixer",
     "MultiHead",
+    "Pool",
     "Sigmoid",
     "Skyformer",
     "Softmax",
+    "VMean",
     "as_attention_fn",
     "fourier",
     "kernelized",
     "linformer",
+    "pool",
     "sigmoid",
     "skyformer",
     "softmax",
+    "vmean",
 ]
