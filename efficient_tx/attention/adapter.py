@@ -16,18 +16,8 @@ def adapt(variants: Mapping[str, type[Mixer]], name: str, **options) -> Callable
         near = difflib.get_close_matches(name, variants, 1, 0.0)[0]
         raise ValueError(f"attention is {name!r}: choose one of {', '.join(variants)} (nearest: {near!r})")
     function = variants[name].function
-    if function is None:
-        raise ValueError(f"{name} is no function of queries, keys and values: use the module {variants[name].__name__}")
+    check(variants[name], name, options)
     known = inspect.signature(function).parameters
-    choices = [option for option in known if option not in ("q", "k", "v", "mask", "key", "causal")]
-    unknown = set(options) - set(choices)
-    if unknown:
-        raise ValueError(f"{name} has no option {min(unknown)!r}: it has {', '.join(choices) or 'none'}")
-    missing = [
-        option for option in choices if known[option].default is inspect.Parameter.empty and option not in options
-    ]
-    if missing:
-        raise ValueError(f"{name} has parameters of its own ({', '.join(missing)}): pass them as options")
 
     # flax.linen passes only what the signature names, flax.nnx passes everything by keyword: so all is spelled out.
     def attention_fn(
@@ -45,7 +35,11 @@ def adapt(variants: Mapping[str, type[Mixer]], name: str, **options) -> Callable
         module: object = None,
         is_causal: bool = False,
     ) -> jax.Array:
-        del broadcast_dropout, deterministic, precision, module
+        del broadcast_dropout, deterministic, precision
+        if query.ndim != 4:
+            raise ValueError(f"query has shape {query.shape}: {name} takes one batch axis, [B, L, heads, head_dim]")
+        if module is not None:
+            raise ValueError(f"{name} has no attention weights to show: set sow_weights=False")
         if bias is not None:
             raise ValueError(f"{name} takes no bias: leave it None")
         if dropout_rate > 0:
@@ -63,3 +57,31 @@ def adapt(variants: Mapping[str, type[Mixer]], name: str, **options) -> Callable
         return function(query, key, value, mask=mask, **arguments)
 
     return attention_fn
+
+
+def check(variant: type[Mixer], name: str, options: Mapping[str, object]) -> None:
+    """Raises ValueError, one line, if flax's queries, keys and values and `options` do not make up the arguments."""
+    if variant.function is None:
+        raise ValueError(f"{name} is no function of queries, keys and values: use the module {variant.__name__}")
+    known = inspect.signature(variant.function).parameters
+    tokens = [argument for argument in known if known[argument].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    if tokens != ["q", "k", "v"]:
+        raise ValueError(
+            f"{name} is a function of {' and '.join(tokens)}, but flax's modules project q, k and v apart: "
+            f"use the module {variant.__name__}"
+        )
+    choices = [option for option in known if option not in ("q", "k", "v", "mask", "key", "causal")]
+    projected = [option for option in choices if option in getattr(variant, "projections", ())]
+    if projected:
+        raise ValueError(
+            f"{name} takes {' and '.join(projected)} of every token too, which flax's modules do not project: "
+            f"use the module {variant.__name__}"
+        )
+    unknown = set(options) - set(choices)
+    if unknown:
+        raise ValueError(f"{name} has no option {min(unknown)!r}: it has {', '.join(choices) or 'none'}")
+    missing = [
+        option for option in choices if known[option].default is inspect.Parameter.empty and option not in options
+    ]
+    if missing:
+        raise ValueError(f"{name} has parameters of its own ({', '.join(missing)}): pass them as options")

@@ -1,0 +1,233 @@
+"""The variants inside flax's own attention modules: padding, grouped heads, cross-attention, decoding, refusals."""
+
+import inspect
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+
+from efficient_tx.attention import ATTENTION, as_attention_fn
+
+BATCH, LENGTH, FEATURES, HEADS, BUDGET = 2, 6, 8, 2, 4
+MASK = np.arange(LENGTH) < np.array([LENGTH, 4])[:, None]
+
+# What functions take beside queries, keys and values, for sequences of LENGTH.
+GIVEN = {
+    "linformer": {key: np.linspace(-1, 1, 3 * LENGTH, dtype=np.float32).reshape(3, LENGTH) for key in "ef"},
+    "sigmoid": {"bias": -2.0},
+}
+# Variants that flax's modules cannot hold, and what they say.
+REFUSED = {
+    "fourier": "use the module Fourier",
+    "pool": "use the module Pool",
+}
+# Uses that have no meaning for a variant, and what it says; a variant without causal form refuses "causal" anyway.
+MEANINGLESS: dict[tuple[str, str], str] = {}
+
+held = [name for name in ATTENTION if name not in REFUSED]
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def options(name):
+    """Of the function: a budget below LENGTH, so that the methods approximate."""
+    known = inspect.signature(ATTENTION[name].function).parameters
+    budget = {key: value for key, value in ATTENTION[name].within(BUDGET).items() if key in known}
+    return budget | GIVEN.get(name, {})
+
+
+def nnx_module(name, *, groups=1, decode=False):
+    """Grouped heads: flax.nnx hands the groups of keys and values to the function as they are."""
+    return nnx.MultiHeadAttention(
+        num_heads=HEADS, num_kv_heads=groups, in_features=FEATURES, decode=decode,
+        attention_fn=as_attention_fn(name, **options(name)), rngs=nnx.Rngs(0),
+    )  # fmt: skip
+
+
+@cache
+def compiled(name):
+    """nnx's module with grouped heads, (inputs_q, inputs_kv, mask) -> out."""
+    graphdef, params = nnx.split(nnx_module(name))
+    return jax.jit(lambda q, kv, mask: nnx.merge(graphdef, params)(q, kv, mask=mask[:, None, None, :]))
+
+
+def refuses(name, use, call):
+    """Whether this use has no meaning for the variant; it must then say so in one line."""
+    expected = MEANINGLESS.get((name, use))
+    if expected is None:
+        return False
+    with pytest.raises(ValueError, match=expected) as raised:
+        call()
+    assert "\n" not in str(raised.value)
+    return True
+
+
+@pytest.mark.parametrize("name", held)
+def test_padding_and_grouped_heads(name):
+    """Contents of padding change nothing, the mask arrives, and nnx's grouped heads are linen's repeated ones."""
+    x = normal(0, BATCH, LENGTH, FEATURES)
+    other = np.where(MASK[..., None], x, 9.0)
+    grouped = compiled(name)
+    out = np.asarray(grouped(x, x, MASK))
+    np.testing.assert_allclose(grouped(other, other, MASK)[MASK], out[MASK], atol=1e-5)  # float32 rounding
+    whole = np.asarray(grouped(x, x, np.ones_like(MASK)))
+    np.testing.assert_allclose(whole[0], out[0], atol=1e-5)
+    assert np.abs(whole[1] - out[1])[MASK[1]].max() > 1e-4
+
+    layer = nnx_module(name)
+    params = {part: nnx.to_pure_dict(nnx.state(getattr(layer, part))) for part in ("query", "key", "value", "out")}
+    for part in ("key", "value"):
+        params[part] = jax.tree.map(lambda leaf: jnp.repeat(leaf, HEADS, axis=-2), params[part])
+    repeated = linen.MultiHeadDotProductAttention(num_heads=HEADS, attention_fn=as_attention_fn(name, **options(name)))
+    ours = jax.jit(lambda x, mask: repeated.apply({"params": params}, x, mask=mask[:, None, None, :]))(x, MASK)
+    np.testing.assert_allclose(np.asarray(ours)[MASK], out[MASK], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", held)
+def test_cross_attention(name):
+    """Three queries over six keys, padded."""
+    q, x = normal(0, BATCH, 3, FEATURES), normal(1, BATCH, LENGTH, FEATURES)
+    attend = compiled(name)
+    if refuses(name, "cross", lambda: attend(q, x, MASK)):
+        return
+    out = np.asarray(attend(q, x, MASK))
+    assert out.shape == q.shape
+    other = np.where(MASK[..., None], x, 9.0)
+    np.testing.assert_allclose(attend(q, other, MASK), out, atol=1e-5)  # float32 rounding
+    assert np.abs(attend(q, x, np.ones_like(MASK))[1] - out[1]).max() > 1e-4
+
+
+@pytest.mark.parametrize("name", held)
+def test_decoding_with_flaxs_cache(name):
+    """One token at a time: row t is the function of token t over the unpadded prefix, and the causal form's row t."""
+    cls, causal = ATTENTION[name], ATTENTION[name].can_be_causal
+    layer = nnx_module(name, decode=True)
+    layer.init_cache((BATCH, LENGTH, FEATURES))
+    graphdef, state = nnx.split(layer)
+
+    @jax.jit
+    def step(state, token):
+        layer = nnx.merge(graphdef, state)
+        return layer(token, is_causal=causal), nnx.state(layer)
+
+    x = normal(0, BATCH, LENGTH, FEATURES)
+    if refuses(name, "decode", lambda: step(state, x[:, :1])):
+        return
+    rows = []
+    for t in range(LENGTH):
+        row, state = step(state, x[:, t : t + 1])
+        rows.append(row)
+    rows = np.concatenate(rows, axis=1)
+
+    q, k, v = layer.query(x), layer.key(x), layer.value(x)
+    arguments = options(name) | ({"causal": True} if causal else {})
+    t = LENGTH - 2
+    prefix = jax.jit(lambda q, k, v: cls.function(q, k, v, **arguments))
+    expected = layer.out(prefix(q[:, t : t + 1], k[:, : t + 1], v[:, : t + 1]))
+    np.testing.assert_allclose(rows[:, t : t + 1], expected, atol=1e-5)  # float32 rounding
+    if causal and (name, "rows") not in MEANINGLESS:
+        np.testing.assert_allclose(rows, layer.out(prefix(q, k, v)), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in held if not ATTENTION[name].can_be_causal])
+def test_what_has_no_causal_form_refuses_a_causal_call(name):
+    q = jnp.ones((1, 4, 2, 8))
+    with pytest.raises(ValueError, match=f"{name} has no causal form"):
+        as_attention_fn(name, **options(name))(q, q, q, is_causal=True)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_flaxs_modules_cannot_hold_says_so(name):
+    with pytest.raises(ValueError, match=REFUSED[name]) as raised:
+        as_attention_fn(name)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("own", [linen, nnx], ids=["linen", "nnx"])
+def test_softmax_is_flaxs_own_attention(own):
+    """Through either module, with no mask, a key mask and a full one."""
+    x = normal(0, BATCH, LENGTH, FEATURES)
+    full = np.tril(np.ones((LENGTH, LENGTH), bool)) & MASK[:, None, None, :] & MASK[:, None, :, None]
+    outputs = []
+    for function in (as_attention_fn("softmax"), own.dot_product_attention):
+        if own is linen:
+            layer = linen.MultiHeadDotProductAttention(num_heads=HEADS, attention_fn=function)
+            attend = layer.bind(layer.init(jax.random.key(0), x))
+        else:
+            attend = nnx.MultiHeadAttention(
+                num_heads=HEADS, in_features=FEATURES, decode=False, attention_fn=function, rngs=nnx.Rngs(0)
+            )
+        outputs.append([np.asarray(attend(x, mask=mask))[MASK] for mask in (None, MASK[:, None, None, :], full)])
+    np.testing.assert_allclose(*outputs, atol=1e-5)  # float32 rounding
+
+
+def test_softmax_decodes_in_linen():
+    """linen says nothing of causality: the mask of its cache is all there is."""
+    x = normal(0, BATCH, LENGTH, FEATURES)
+    layer = linen.MultiHeadDotProductAttention(num_heads=HEADS, attention_fn=as_attention_fn("softmax"), decode=True)
+    variables = layer.init(jax.random.key(0), x)
+    params, cache = variables["params"], variables["cache"]
+    rows = []
+    for t in range(LENGTH):
+        row, updated = layer.apply({"params": params, "cache": cache}, x[:, t : t + 1], mutable=["cache"])
+        cache = updated["cache"]
+        rows.append(row)
+    causal = np.broadcast_to(np.tril(np.ones((LENGTH, LENGTH), bool)), (BATCH, 1, LENGTH, LENGTH))
+    whole = linen.MultiHeadDotProductAttention(num_heads=HEADS).apply({"params": params}, x, mask=causal)
+    np.testing.assert_allclose(np.concatenate(rows, axis=1), whole, atol=1e-5)  # float32 rounding
+
+
+def test_causal_reaches_the_variant():
+    q, k, v = (normal(seed, 1, 5, 2, 8) for seed in range(3))
+    ours = as_attention_fn("softmax")(q, k, v, is_causal=True)
+    np.testing.assert_allclose(ours, jax.nn.dot_product_attention(q, k, v, is_causal=True), atol=1e-6)
+
+
+Q = np.ones((1, 4, 2, 8), np.float32)
+FULL = np.ones((1, 1, 4, 4), bool)
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "message"),
+    [
+        ("skyformer", {"mask": FULL}, r"pass the key mask \[B, 1, 1, L\] instead of make_attention_mask"),
+        ("softmax", {"dropout_rate": 0.1, "deterministic": False}, "dropout_rate=0"),
+        ("softmax", {"bias": FULL}, "takes no bias"),
+        ("softmax", {"module": object()}, "sow_weights=False"),
+    ],
+)
+def test_calls_that_mean_nothing_are_refused(name, call, message):
+    with pytest.raises(ValueError, match=message):
+        as_attention_fn(name)(Q, Q, Q, **call)
+
+
+def test_more_batch_axes_are_refused():
+    with pytest.raises(ValueError, match=r"query has shape \(1, 1, 4, 2, 8\): softmax takes one batch axis"):
+        as_attention_fn("softmax")(Q[None], Q[None], Q[None])
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("skyfromer", {}, "nearest: 'skyformer'"),
+        ("skyformer", {"landmark": 3}, "no option 'landmark'"),
+        ("linformer", {}, r"parameters of its own \(e, f\)"),
+    ],
+)
+def test_names_and_options_that_do_not_exist(name, given, message):
+    with pytest.raises(ValueError, match=message):
+        as_attention_fn(name, **given)
+
+
+def test_sampling_follows_flaxs_key():
+    """A raw uint32 key, as linen still makes, and a typed one are the same draw."""
+    sample = as_attention_fn("skyformer", landmarks=2)
+    x = normal(0, 1, LENGTH, 2, 8)
+    first, second = (np.asarray(sample(x, x, x, dropout_rng=jax.random.key(seed))) for seed in (1, 2))
+    assert np.abs(first - second).max() > 1e-4
+    np.testing.assert_array_equal(sample(x, x, x, dropout_rng=jax.random.PRNGKey(1)), first)
