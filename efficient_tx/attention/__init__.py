@@ -43,8 +43,9 @@ def as_attention_fn(name: str, **options) -> Callable[..., jax.Array]:
       **options: of the variant's function (`landmarks=64`), arrays of parameters included (linformer's `e` and `f`).
 
     Raises:
-      ValueError: an unknown name or option; later, when called: a bias, attention dropout, a causal call of a variant
-        that has no causal form, a full mask in a variant that takes key masks only.
+      ValueError: an unknown name or option; a variant that needs more than queries, keys and values of its tokens;
+        later, when called: a bias, attention dropout, several batch axes, a causal call of a variant that has no causal
+        form, a full mask in a variant that takes key masks only.
     """
     return adapt(ATTENTION, name, **options)
 
