@@ -56,15 +56,38 @@ def test_nothing_is_differentiated_through_the_factorisation():
 
 
 def test_one_newton_step_maps_the_error_as_published():
-    """For a 1 × 1 matrix: E = 1 − A X becomes E³ (E + 3) / 4, from X₀ = A / |A| = 1."""
+    """For a 1 × 1 matrix: E = 1 − A X becomes E³ (E + 3) / 4, here from X₀ = 1."""
     with jax.enable_x64(True):
-        for a in (0.05, 0.4, 0.999, 1.0):
+        for a in (0.05, 0.4, 0.999, 1.0, 1.8):
             error = 1 - a
             for iterations in range(4):
-                x, residual = newton_inverse(jnp.full((1, 1), a), iterations)
+                x, residual = newton_inverse(jnp.full((1, 1), a), iterations, start=jnp.ones((1, 1)))
                 assert float(residual) == pytest.approx(abs(error), abs=1e-14)
                 assert float(1 - a * x[0, 0]) == pytest.approx(error, abs=1e-14)
                 error = error**3 * (error + 3) / 4
+
+
+def test_from_its_own_norms_any_matrix_converges_to_its_pseudo_inverse():
+    """The four conditions of Moore and Penrose, for wide, tall and asymmetric matrices with singular values ≥ 0.1."""
+    r = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        for rows, columns in ((8, 8), (5, 12), (12, 5)):
+            left, _ = np.linalg.qr(r.normal(size=(2, rows, min(rows, columns))))
+            right, _ = np.linalg.qr(r.normal(size=(2, columns, min(rows, columns))))
+            a = 7 * (left * np.geomspace(0.1, 1, min(rows, columns))) @ right.swapaxes(-1, -2)
+            x, residual = (np.asarray(y) for y in newton_inverse(jnp.asarray(a), 14))
+            for ours, expected in ((a @ x @ a, a), (x @ a @ x, x), (a @ x, (a @ x).mT), (x @ a, (x @ a).mT)):
+                np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-10)  # the condition 10, squared, × rounding
+            # Without a right inverse I − A X is a projection, which the report shows.
+            assert (residual < 1e-10).all() if rows <= columns else (residual >= 1).all()
+        zero, _ = newton_inverse(jnp.zeros((3, 3)))
+        assert (np.asarray(zero) == 0).all()
+
+
+def test_for_the_spectrum_of_a_normalised_kernel_the_identity_is_the_better_start():
+    a = spd(0, 16, smallest=1e-3).astype(np.float32)
+    residuals = [float(newton_inverse(a, 8, start=start)[1]) for start in (None, jnp.eye(16))]
+    assert residuals[1] < 1e-3 < 0.5 < residuals[0]
 
 
 def test_newton_inverse_converges_and_its_report_bounds_the_error():

@@ -7,7 +7,8 @@ positive semi-definite κ([Q; K], [Q; K]). With landmarks Z among the rows of [Q
 
 Unlike the published code: landmarks are drawn without replacement, so that all 2L of them are the exact limit; the
 scale follows the real head size; the inverse is a Cholesky solve by default, and the published iteration, where asked
-for, starts from each matrix's own norm instead of one maximum over the batch.
+for, starts from the identity instead of the matrix over one maximum of the batch: no example sees another, and the
+error of the start is I − P where it was about I − P² / max.
 """
 
 from typing import ClassVar
@@ -94,7 +95,8 @@ def core_solve(core: jax.Array, sums: jax.Array, inverse: str, iterations: int) 
         return spd_solve(core, sums)
     # Normalised by its row sums the core has its spectrum in (0, 1], with 1 in it (their Lemma 3).
     d = jax.lax.rsqrt(core.sum(-1, keepdims=True))
-    inverse, _ = newton_inverse(d * core * d.mT, iterations)
+    eye = jnp.broadcast_to(jnp.eye(core.shape[-1], dtype=core.dtype), core.shape)
+    inverse, _ = newton_inverse(d * core * d.mT, iterations, start=eye)
     return d * jnp.matmul(inverse, d * sums, precision=jax.lax.Precision.HIGHEST)
 
 
