@@ -234,6 +234,7 @@ OTHER = {
     "attention.linformer.rank": 4,
     "attention.sigmoid.layer_scale": 0.1,
     "attention.pool.kind": "max",
+    "attention.nystromformer.landmarks": 4,
     "optimizer.name": "lion",
     "optimizer.schedule": "rsqrt",
     "optimizer.clip_by": "value",

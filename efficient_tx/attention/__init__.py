@@ -10,6 +10,7 @@ from efficient_tx.attention.kernelized import Kernelized, kernelized
 from efficient_tx.attention.linformer import Linformer, linformer
 from efficient_tx.attention.mixer import Mixer
 from efficient_tx.attention.multihead import MultiHead
+from efficient_tx.attention.nystromformer import Nystromformer, nystromformer
 from efficient_tx.attention.pool import Pool, pool
 from efficient_tx.attention.sigmoid import Sigmoid, sigmoid
 from efficient_tx.attention.skyformer import Skyformer, skyformer
@@ -21,6 +22,7 @@ ATTENTION: dict[str, type[Mixer]] = {
     "kernelized": Kernelized,
     "sigmoid": Sigmoid,
     "skyformer": Skyformer,
+    "nystromformer": Nystromformer,
     "linformer": Linformer,
     "fourier": Fourier,
     "vmean": VMean,
@@ -57,6 +59,7 @@ __all__ = [
     "Linformer",
     "Mixer",
     "MultiHead",
+    "Nystromformer",
     "Pool",
     "Sigmoid",
     "Skyformer",
@@ -66,6 +69,7 @@ __all__ = [
     "fourier",
     "kernelized",
     "linformer",
+    "nystromformer",
     "pool",
     "sigmoid",
     "skyformer",
