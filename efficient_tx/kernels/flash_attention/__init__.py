@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from efficient_tx.kernels.flash_attention import reference, xla
 from efficient_tx.kernels.flash_attention.options import SCORES, Options
 from efficient_tx.kernels.forward_mode import reverse_only
+from efficient_tx.kernels.implementations import choose
 
 # Best first. Each module has `unsupported` and `forward`, and all but the reference a `backward`.
 IMPLEMENTATIONS = {"xla": xla, "reference": reference}
@@ -64,7 +65,9 @@ def flash_attention(
     if return_lse and score != "softmax":
         raise ValueError(f"return_lse needs score='softmax': {score!r} weights are not normalised")
     pairs = mask is not None and mask.ndim == 4
-    implementation = choose(implementation, interpret=interpret, mask_of_pairs=pairs)
+    implementation = choose(
+        "flash_attention", IMPLEMENTATIONS, implementation, interpret=interpret, mask_of_pairs=pairs
+    )
     options = Options(
         score=score,
         causal=causal,
@@ -84,24 +87,6 @@ def flash_attention(
         out, lse = blockwise(implementation, options, *(reverse_only(x, "flash_attention") for x in arrays), mask)
     out = out.astype(q.dtype)
     return (out, lse) if return_lse else out
-
-
-def choose(implementation: str | None, **request) -> str:
-    """The implementation asked for; None picks the first that has no reason against the request.
-
-    Raises:
-      ValueError: there is none of that name, or it cannot do what is requested, with its reason.
-    """
-    reasons = {name: module.unsupported(**request) for name, module in IMPLEMENTATIONS.items()}
-    if implementation is None:
-        implementation = next((name for name, reason in reasons.items() if reason is None), next(iter(reasons)))
-    if implementation not in reasons:
-        raise ValueError(
-            f"flash_attention has no implementation {implementation!r}: choose one of {', '.join(reasons)}"
-        )
-    if reasons[implementation]:
-        raise ValueError(f"flash_attention cannot use implementation {implementation!r}: {reasons[implementation]}")
-    return implementation
 
 
 def check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> None:

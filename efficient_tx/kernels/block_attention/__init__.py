@@ -1,0 +1,152 @@
+"""block_attention: softmax attention of blocks of queries to listed blocks of keys."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from efficient_tx.kernels.block_attention import reference, xla
+from efficient_tx.kernels.block_attention.options import Options
+from efficient_tx.kernels.forward_mode import reverse_only
+from efficient_tx.kernels.implementations import choose
+
+# Best first. Each module has `unsupported` and `forward`, and all but the reference a `backward`.
+IMPLEMENTATIONS = {"xla": xla, "reference": reference}
+
+
+def block_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    blocks: jax.Array,
+    block_size: int,
+    mask: jax.Array | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    bias: jax.Array | float | None = None,
+    visible: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+    interpret: bool = False,
+    precision: jax.lax.PrecisionLike = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Softmax attention in which a block of queries meets the blocks of keys listed for it, and no others.
+
+    out_i = Σ_j softmax_j(scale · q_i·k_j + bias) v_j over the keys j of the blocks listed for i's block. Block b of a
+    sequence is its positions b · block_size up to (b + 1) · block_size; the last block may be shorter.
+
+    Args:
+      q: `[batch, queries, heads, head_dim]`, any floating dtype.
+      k: `[batch, keys, groups, head_dim]`; groups divides heads, query head h reads group h · groups // heads.
+      v: `[batch, keys, groups, v_dim]`.
+      blocks: int32 `[batch or 1, heads or 1, ⌈queries / block_size⌉, n]`: the key blocks of each query block, in any
+        order; −1 for none. The values are not checked. A block listed twice counts twice, as a sample with replacement
+        would have it: that the entries differ is up to the caller.
+      block_size: of queries and of keys.
+      mask: key mask, bool `[batch, keys]`, True for real keys.
+      causal: query i sees keys j ≤ i + keys − queries only: the last query is aligned with the last key. Listed blocks
+        that are all future cost as much as others.
+      scale: None means head_dim^-½.
+      bias: added to the logits of a listed block, differentiable: anything that broadcasts to `[batch, heads,
+        ⌈queries / block_size⌉, n]`.
+      visible: a finer pattern within the listed blocks: `visible(query, key)` gets two broadcastable int32 arrays of
+        positions, counted from 0 in q and in k, and gives a bool array, True where they may meet. A hashable function
+        of nothing but its arguments.
+      return_lse: return (output, log-sum-exp of the logits over the keys) as well.
+      implementation: "reference" (the plain formula, memory queries × keys, differentiable in both modes), "xla"
+        (memory linear in the lengths, reverse mode only), or None: the first that can do it.
+      interpret: run a Pallas kernel in interpret mode.
+      precision: of the products; None means full float32 (or float64), also where a device would round to less.
+
+    Returns:
+      `[batch, queries, heads, v_dim]` in the dtype of q, zero for a query without keys; with `return_lse` also
+      `[batch, queries, heads]`, −inf for a query without keys. All arithmetic is in promote_types(dtype, float32).
+
+    Raises:
+      ValueError: shapes that do not fit, or an implementation that cannot do it.
+      NotImplementedError: forward-mode differentiation, with an implementation other than "reference".
+    """
+    check_shapes(q, k, v, mask, blocks, block_size)
+    implementation = choose("block_attention", IMPLEMENTATIONS, implementation, interpret=interpret)
+    batch, queries, heads, head_dim = q.shape
+    keys = k.shape[1]
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    blocks = jnp.broadcast_to(blocks, (batch, heads, *blocks.shape[2:])).astype(jnp.int32)
+    if bias is not None:
+        if jnp.broadcast_shapes(jnp.shape(bias), blocks.shape) != blocks.shape:
+            raise ValueError(
+                f"bias has shape {jnp.shape(bias)}: it must broadcast to the listed blocks, {blocks.shape}"
+            )
+        bias = jnp.broadcast_to(bias, blocks.shape).astype(dtype)
+    real = jnp.ones((batch, keys), bool) if mask is None else mask
+    if mask is not None:
+        # A weight of zero does not stop a NaN or an infinity in the padding.
+        k, v = (jnp.where(mask[:, :, None, None], x, 0) for x in (k, v))
+    arrays = [pad(x.astype(dtype), block_size) for x in (q, k, v)]
+    options = Options(
+        block_size=block_size,
+        queries=queries,
+        keys=keys,
+        causal=causal,
+        visible=visible,
+        scale=head_dim**-0.5 if scale is None else float(scale),
+        precision=jax.lax.Precision.HIGHEST if precision is None else precision,
+    )
+    if implementation == "reference":
+        out, lse = reference.forward(*arrays, pad(real, block_size), blocks, bias, options)
+    else:
+        arrays = [reverse_only(x, "block_attention") for x in arrays]
+        bias = None if bias is None else reverse_only(bias, "block_attention")
+        out, lse = blockwise(implementation, options, *arrays, pad(real, block_size), blocks, bias)
+    out = out[:, :queries].astype(q.dtype)
+    return (out, lse[:, :queries]) if return_lse else out
+
+
+def pad(x: jax.Array, size: int) -> jax.Array:
+    """`x` `[batch, length, ...]` filled up with zeros (False) to a multiple of `size`."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), *((0, 0),) * (x.ndim - 2)))
+
+
+def check_shapes(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, blocks: jax.Array, block_size: int
+) -> None:
+    """Raises ValueError, one line, for the first shape that does not fit."""
+    if any(x.ndim != 4 for x in (q, k, v)):
+        raise ValueError(f"q, k, v have shapes {q.shape}, {k.shape}, {v.shape}: pass [batch, length, heads, dim] each")
+    batch, keys, groups, head_dim = k.shape
+    if q.shape[0] != batch or q.shape[3] != head_dim or q.shape[2] % groups:
+        raise ValueError(f"q has shape {q.shape}, k {k.shape}: batch and head_dim must agree, heads be a multiple")
+    if v.shape[:3] != (batch, keys, groups):
+        raise ValueError(f"v has shape {v.shape}, k {k.shape}: batch, length and heads must agree")
+    if mask is not None and mask.shape != (batch, keys):
+        raise ValueError(f"mask has shape {mask.shape}: block_attention takes the key mask, ({batch}, {keys})")
+    if block_size < 1:
+        raise ValueError(f"block_size is {block_size}: it must be at least 1")
+    count = -(-q.shape[1] // block_size)
+    each = blocks.ndim == 4 and blocks.shape[0] in (1, batch) and blocks.shape[1] in (1, q.shape[2])
+    if not each or blocks.shape[2] != count or blocks.shape[3] < 1 or not jnp.issubdtype(blocks.dtype, jnp.integer):
+        raise ValueError(
+            f"blocks is {blocks.dtype} {blocks.shape}: pass integers [{batch} or 1, {q.shape[2]} or 1, {count}, n],"
+            f" for {q.shape[1]} queries in blocks of {block_size}"
+        )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def blockwise(implementation, options, q, k, v, real, blocks, bias):
+    """Output and log-sum-exp of a blockwise implementation, differentiated by its own backward pass."""
+    return IMPLEMENTATIONS[implementation].forward(q, k, v, real, blocks, bias, options)
+
+
+def blockwise_forward(implementation, options, q, k, v, real, blocks, bias):
+    out, lse = blockwise(implementation, options, q, k, v, real, blocks, bias)
+    return (out, lse), (q, k, v, real, blocks, bias, out, lse)
+
+
+def blockwise_backward(implementation, options, residuals, cotangents):
+    d_q, d_k, d_v, d_bias = IMPLEMENTATIONS[implementation].backward(*residuals, *cotangents, options)
+    return d_q, d_k, d_v, None, None, d_bias
+
+
+blockwise.defvjp(blockwise_forward, blockwise_backward)

@@ -1,0 +1,44 @@
+"""Block attention by its formula: all query-key weights at once. Differentiable in both modes."""
+
+import jax
+import jax.numpy as jnp
+
+from efficient_tx.kernels.block_attention.options import Options
+
+
+def unsupported(*, interpret: bool) -> str | None:
+    """Why this implementation cannot do what is asked, or None."""
+    return "interpret=True is for Pallas kernels, the plain formula has nothing to interpret" if interpret else None
+
+
+def forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, real: jax.Array, blocks: jax.Array, bias: jax.Array | None,
+    options: Options,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """Output `[batch, padded queries, heads, v_dim]` and log-sum-exp `[batch, padded queries, heads]`.
+
+    `q`, `k`, `v` have one dtype, float32 or float64, and lengths that are multiples of the block size; `real` is bool
+    `[batch, padded keys]`, `blocks` int32 and `bias` `[batch, heads, query blocks, n]`.
+    """
+    size, precision = options.block_size, options.precision
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    logits = options.scale * jnp.einsum("bqhd,bkhd->bhqk", q, k, precision=precision)
+
+    # A block that several entries list has the sum of their weights.
+    listed = blocks[..., None] == jnp.arange(k.shape[1] // size)
+    top = 0 if bias is None else jax.lax.stop_gradient(bias.max(initial=jnp.finfo(q.dtype).min))
+    weights = listed * (jnp.ones((), q.dtype) if bias is None else jnp.exp(bias - top)[..., None])
+    times = jnp.repeat(jnp.repeat(weights.sum(-2), size, axis=-2), size, axis=-1)
+    keep = (times > 0) & real[:, None, None, :]
+    seen = options.seen(jnp.arange(q.shape[1])[:, None], jnp.arange(k.shape[1]))
+    keep = keep if seen is None else keep & seen
+    logits = jnp.where(keep, logits + jnp.log(jnp.where(keep, times, 1)) + top, -jnp.inf)
+
+    peak = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    peak = jnp.where(jnp.isfinite(peak), peak, 0)
+    weights = jnp.exp(logits - peak)
+    total = weights.sum(-1, keepdims=True)
+    found = total > 0
+    total = jnp.where(found, total, 1)
+    lse = jnp.where(found, jnp.log(total) + peak, -jnp.inf)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights / total, v, precision=precision), lse[..., 0].mT
