@@ -1,0 +1,120 @@
+"""gated_linear_attention: linear attention with a decaying state, token by token or in chunks."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from efficient_tx.kernels.forward_mode import reverse_only
+from efficient_tx.kernels.gated_linear_attention import reference, xla
+from efficient_tx.kernels.implementations import choose
+
+# Best first. Each module has `unsupported` and `forward`, and all but the reference a `backward`.
+IMPLEMENTATIONS = {"xla": xla, "reference": reference}
+
+
+def gated_linear_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    log_decay: jax.Array | None = None,
+    initial_state: jax.Array | None = None,
+    scale: float | None = None,
+    mask: jax.Array | None = None,
+    implementation: str | None = None,
+    interpret: bool = False,
+    precision: jax.lax.PrecisionLike = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Linear attention through a state that decays: S_t = exp(log_decay_t) S_{t−1} + k_tᵀ v_t, out_t = scale · q_t S_t.
+
+    The recurrence of gated linear attention (Yang et al. 2024, arXiv 2312.06635); with a decay per head that of RetNet
+    and Mamba-2, without one causal linear attention, unnormalised. A sequence in pieces, each started from the state
+    that the last one left, gives what it gives in one; a piece may be a single token.
+
+    Args:
+      q: `[batch, length, heads, head_dim]`, any floating dtype.
+      k: `[batch, length, groups, head_dim]`; groups divides heads, query head h reads group h · groups // heads.
+      v: `[batch, length, groups, v_dim]`.
+      log_decay: at most 0, per channel `[batch, length, heads, head_dim]`, per head `[batch, length, heads]`, constant
+        `[heads]`, or None: no decay. Any strength is safe, −inf (the state is forgotten) included.
+      initial_state: `[batch, heads, head_dim, v_dim]`; None means zeros.
+      scale: None means head_dim^-½.
+      mask: bool `[batch, length]`, True for real tokens. The others leave the state as it is, and their output is zero.
+      implementation: "reference" (the recurrence, differentiable in both modes), "xla" (in chunks, memory linear in
+        the length, reverse mode only), or None: the first that can do it.
+      interpret: run a Pallas kernel in interpret mode.
+      precision: of the products; None means full float32 (or float64), also where a device would round to less.
+
+    Returns:
+      `[batch, length, heads, v_dim]` in the dtype of q, and the state after the last token
+      `[batch, heads, head_dim, v_dim]` in promote_types(dtype, float32), as all arithmetic.
+
+    Raises:
+      ValueError: shapes that do not fit, or an implementation that cannot do it.
+      NotImplementedError: forward-mode differentiation, with an implementation other than "reference".
+    """
+    check_shapes(q, k, v, log_decay, initial_state, mask)
+    implementation = choose("gated_linear_attention", IMPLEMENTATIONS, implementation, interpret=interpret)
+    batch, length, heads, head_dim = q.shape
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    precision = jax.lax.Precision.HIGHEST if precision is None else precision
+    if log_decay is not None and log_decay.ndim < 4:
+        log_decay = jnp.broadcast_to(log_decay, (batch, length, heads))[..., None]
+    if initial_state is None:
+        initial_state = jnp.zeros((batch, heads, head_dim, v.shape[-1]), dtype)
+
+    tokens = [None if x is None else x.astype(dtype) for x in (q, k, v, log_decay)]
+    if mask is not None:
+        # An identity step: nothing decays, nothing is added, nothing is read.
+        tokens = [None if x is None else jnp.where(mask[:, :, None, None], x, 0) for x in tokens]
+    tokens[0] *= head_dim**-0.5 if scale is None else scale
+    tokens[1:3] = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in tokens[1:3])
+    arrays = (*tokens, initial_state.astype(dtype))
+    if implementation == "reference":
+        out, state = reference.forward(*arrays, precision)
+    else:
+        arrays = (None if x is None else reverse_only(x, "gated_linear_attention") for x in arrays)
+        out, state = chunked(implementation, precision, *arrays)
+    return out.astype(q.dtype), state
+
+
+def check_shapes(
+    q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array | None, initial_state: jax.Array | None,
+    mask: jax.Array | None,
+) -> None:  # fmt: skip
+    """Raises ValueError, one line, for the first shape that does not fit."""
+    if any(x.ndim != 4 for x in (q, k, v)):
+        raise ValueError(f"q, k, v have shapes {q.shape}, {k.shape}, {v.shape}: pass [batch, length, heads, dim] each")
+    batch, length, heads, head_dim = q.shape
+    groups, v_dim = v.shape[2:]
+    if k.shape != (batch, length, groups, head_dim) or heads % groups:
+        raise ValueError(f"q has shape {q.shape}, k {k.shape}: only heads may differ, as a multiple")
+    if v.shape[:2] != (batch, length):
+        raise ValueError(f"v has shape {v.shape}, k {k.shape}: batch, length and heads must agree")
+    gates = (batch, length, heads, head_dim), (batch, length, heads), (heads,)
+    if log_decay is not None and log_decay.shape not in gates:
+        raise ValueError(f"log_decay has shape {log_decay.shape}: pass {', '.join(map(str, gates))} or None")
+    state = (batch, heads, head_dim, v_dim)
+    if initial_state is not None and initial_state.shape != state:
+        raise ValueError(f"initial_state has shape {initial_state.shape}: here it is {state}")
+    if mask is not None and mask.shape != (batch, length):
+        raise ValueError(f"mask has shape {mask.shape}: pass [batch, length], here {(batch, length)}")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def chunked(implementation, precision, q, k, v, log_decay, state):
+    """Output and final state of a chunked implementation, differentiated by its own backward pass."""
+    return IMPLEMENTATIONS[implementation].forward(q, k, v, log_decay, state, precision)[:2]
+
+
+def chunked_forward(implementation, precision, q, k, v, log_decay, state):
+    out, end, starts = IMPLEMENTATIONS[implementation].forward(q, k, v, log_decay, state, precision)
+    return (out, end), (q, k, v, log_decay, starts)
+
+
+def chunked_backward(implementation, precision, residuals, cotangents):
+    return IMPLEMENTATIONS[implementation].backward(*residuals, *cotangents, precision)
+
+
+chunked.defvjp(chunked_forward, chunked_backward)

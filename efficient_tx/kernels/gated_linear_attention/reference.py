@@ -1,0 +1,29 @@
+"""Gated linear attention by its recurrence, one token at a time. Differentiable in both modes."""
+
+import jax
+import jax.numpy as jnp
+
+
+def unsupported(*, interpret: bool) -> str | None:
+    """Why this implementation cannot do what is asked, or None."""
+    return "interpret=True is for Pallas kernels, the plain recurrence has nothing to interpret" if interpret else None
+
+
+def forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array | None, state: jax.Array,
+    precision: jax.lax.PrecisionLike,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """Output `[batch, length, heads, v_dim]` and the state after the last token.
+
+    `q` and `k` are `[batch, length, heads, head_dim]`, `v` has v_dim, `log_decay` head_dim or 1 in the last place or is
+    None, `state` is `[batch, heads, head_dim, v_dim]`; all have one dtype, float32 or float64.
+    """
+    log_decay = jnp.zeros_like(q[..., :1]) if log_decay is None else log_decay
+
+    def step(state, token):
+        q, k, v, log_decay = token
+        state = jnp.exp(log_decay)[..., None] * state + k[..., :, None] * v[..., None, :]
+        return state, jnp.einsum("bhk,bhkv->bhv", q, state, precision=precision)
+
+    state, out = jax.lax.scan(step, state, [x.swapaxes(0, 1) for x in (q, k, v, log_decay)])
+    return out.swapaxes(0, 1), state

@@ -1,0 +1,191 @@
+"""Chunked gated linear attention in XLA: memory linear in the length, forward and backward; written for CPUs.
+
+A scan over chunks of tokens carries the state. Within a chunk, D_ij = Σ_{j<t≤i} log_decay_t being at most 0,
+
+    out_i = (q_i ⊙ exp(D_i,start)) S_start + Σ_{j≤i} (Σ_c q_ic k_jc exp(D_ijc)) v_j,
+    S_end = exp(D_end,start) S_start + Σ_j (k_j ⊙ exp(D_end,j))ᵀ v_j.
+
+exp(D_ij) = exp(D_i,start) exp(−D_j,start) would overflow. Yang et al. 2024 (arXiv 2312.06635) cut chunks once more for
+that; here a chunk is halved down to single tokens. Tokens j < i part at the middle m of one block of this tree, where
+exp(D_ij) = exp(D_im) exp(D_mj) has no positive exponent, and each level of the tree is one masked product. All sums of
+decays are summed as such: a difference of two cumulative sums loses its digits behind a strong decay.
+
+The backward pass has the states at the chunks' starts and recomputes the rest. The cotangent of the decays follows
+from those of queries and keys, since q_i stands by exp(D_i·) everywhere and k_j by exp(D_·j): with S̄ that of S_end,
+
+    d log_decay_t = Σ_{i≥t} (q_i ⊙ q̄_i − k_i ⊙ k̄_i) + Σ_values S̄ ⊙ S_end.
+"""
+
+from typing import NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# The fastest powers of two on two AVX-512 cores: tokens of a chunk, and with a decay per channel.
+CHUNK, CHANNEL_CHUNK = 64, 32
+
+
+def unsupported(*, interpret: bool) -> str | None:
+    """Why this implementation cannot do what is asked, or None."""
+    return "interpret=True is for Pallas kernels, this one has nothing to interpret" if interpret else None
+
+
+def forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array | None, state: jax.Array,
+    precision: jax.lax.PrecisionLike,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """Output `[batch, length, heads, v_dim]`, the state after the last token, and those before every chunk.
+
+    `q` and `k` are `[batch, length, heads, head_dim]`, `v` has v_dim, `log_decay` head_dim or 1 in the last place or is
+    None, `state` is `[batch, heads, head_dim, v_dim]`; all have one dtype, float32 or float64.
+    """
+    chunks = Chunks.of(q, log_decay, precision)
+    q, k, v, log_decay = (chunks.pad(x) for x in (q, k, v, log_decay))
+
+    def chunk(start, n):
+        q_n, k_n, v_n, log_decay_n = (chunks.slice(x, n) for x in (q, k, v, log_decay))
+        decays = chunks.decays(log_decay_n)
+        out = chunks.dot(chunks.weights(q_n, k_n, decays), v_n) + chunks.dot(q_n * decays.from_start, start)
+        end = decays.whole * start + chunks.dot((k_n * decays.to_end).mT, v_n)
+        return end, (out.swapaxes(1, 2), start)
+
+    end, (out, starts) = jax.lax.scan(chunk, state, jnp.arange(chunks.count))
+    return chunks.join(out), end, starts
+
+
+def backward(
+    q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array | None, starts: jax.Array,
+    d_out: jax.Array, d_end: jax.Array, precision: jax.lax.PrecisionLike,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array]:  # fmt: skip
+    """Cotangents of q, k, v, log_decay and the initial state, from those of the output and the final state."""
+    chunks = Chunks.of(q, log_decay, precision)
+    per_head = log_decay is not None and log_decay.shape[-1] == 1
+    q, k, v, log_decay, d_out = (chunks.pad(x) for x in (q, k, v, log_decay, d_out))
+
+    def chunk(d_end, n_and_start):
+        n, start = n_and_start
+        q_n, k_n, v_n, log_decay_n, d_n = (chunks.slice(x, n) for x in (q, k, v, log_decay, d_out))
+        decays = chunks.decays(log_decay_n)
+        weights, pull = jax.vjp(lambda q, k: chunks.weights(q, k, decays), q_n, k_n)
+        d_q, d_k = pull(chunks.dot(d_n, v_n.mT))
+        d_q += chunks.dot(d_n, start.mT) * decays.from_start
+        d_k_end = chunks.dot(v_n, d_end.mT) * decays.to_end
+        d_k += d_k_end
+        d_v = chunks.dot(weights.mT, d_n) + chunks.dot(k_n * decays.to_end, d_end)
+        d_start = decays.whole * d_end + chunks.dot((q_n * decays.from_start).mT, d_n)
+        found = [d_q, d_k, d_v]
+        if log_decay is not None:
+            terms = q_n * d_q - k_n * d_k
+            by_end = (k_n * d_k_end).sum(-2) + (decays.whole * start * d_end).sum(-1)
+            if per_head:
+                terms, by_end = (x.sum(-1, keepdims=True) for x in (terms, by_end))
+            found.append(chunks.dot(np.triu(chunks.ones(terms.dtype)), terms) + by_end[..., None, :])
+        return d_start, [x.swapaxes(1, 2) for x in found]
+
+    d_start, found = jax.lax.scan(chunk, d_end, (jnp.arange(chunks.count), starts), reverse=True)
+    d_q, d_k, d_v, *d_log_decay = (chunks.join(x) for x in found)
+    return d_q, d_k, d_v, d_log_decay[0] if d_log_decay else None, d_start
+
+
+class Decays(NamedTuple):
+    """What becomes of tokens and states within a chunk; head_dim is 1 where the decay is per head.
+
+    Attributes:
+      from_start: `[batch, heads, tokens, head_dim]`, over the tokens up to this one.
+      to_end: the same shape, over the tokens after this one.
+      whole: `[batch, heads, head_dim, 1]`, over the chunk.
+      between: per head `[batch, heads, tokens, tokens]`, from token to token; per channel
+        `[batch, heads, levels, tokens, head_dim]`, between a token and the middle of its block of that level. None
+        without decay, and the others are 1.
+    """
+
+    from_start: jax.Array | float = 1.0
+    to_end: jax.Array | float = 1.0
+    whole: jax.Array | float = 1.0
+    between: jax.Array | None = None
+
+
+class Chunks(NamedTuple):
+    """The length cut into chunks of `size`, a power of two; what is behind the end counts as identity steps."""
+
+    length: int
+    size: int
+    precision: jax.lax.PrecisionLike
+
+    @classmethod
+    def of(cls, q: jax.Array, log_decay: jax.Array | None, precision: jax.lax.PrecisionLike) -> Self:
+        largest = CHUNK if log_decay is None or log_decay.shape[-1] == 1 else CHANNEL_CHUNK
+        length = q.shape[1]
+        return cls(length, min(largest, max(2, 1 << (length - 1).bit_length())), precision)
+
+    @property
+    def count(self) -> int:
+        return -(-self.length // self.size)
+
+    def pad(self, x: jax.Array | None) -> jax.Array | None:
+        if x is None:
+            return None
+        return jnp.pad(x, ((0, 0), (0, self.count * self.size - self.length), (0, 0), (0, 0)))
+
+    def slice(self, x: jax.Array | None, n: jax.Array) -> jax.Array | None:
+        """Chunk `n` of `[batch, padded length, heads, dim]`: `[batch, heads, tokens, dim]`."""
+        if x is None:
+            return None
+        return jax.lax.dynamic_slice_in_dim(x, n * self.size, self.size, axis=1).swapaxes(1, 2)
+
+    def join(self, x: jax.Array) -> jax.Array:
+        """Chunks `[count, batch, tokens, heads, dim]` side by side: `[batch, length, heads, dim]`."""
+        x = x.swapaxes(0, 1)
+        return x.reshape(x.shape[0], self.count * self.size, *x.shape[3:])[:, : self.length]
+
+    def dot(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.matmul(x, y, precision=self.precision)
+
+    def ones(self, dtype: jnp.dtype) -> np.ndarray:
+        return np.ones((self.size, self.size), dtype)
+
+    def levels(self) -> np.ndarray:
+        """Where query i (row) and key j part: at a block with 2^level tokens a half; −1 for j = i, −2 for j > i."""
+        i = np.arange(self.size)
+        _, bits = np.frexp(i[:, None] ^ i)
+        return np.where(i[:, None] >= i, bits - 1, -2)
+
+    def spans(self, dtype: jnp.dtype) -> np.ndarray:
+        """What to sum for each token (row): the tokens up to it, those after it, and for each level those between it
+        and the middle of its block. The middle is the first token of the second half, and itself between.
+        """
+        i = np.arange(self.size)
+        row, spans = i[:, None], [i <= i[:, None], i > i[:, None]]
+        for level in range(self.size.bit_length() - 1):
+            middle = (row >> level | 1) << level
+            spans.append(np.where(row >= middle, (middle <= i) & (i <= row), (row < i) & (i < middle)))
+        return np.concatenate(spans).astype(dtype)
+
+    def decays(self, log_decay: jax.Array | None) -> Decays:
+        """Of one chunk, from `[batch, heads, tokens, head_dim or 1]`."""
+        if log_decay is None:
+            return Decays()
+        # Finite, and so is every sum of them, so that −inf (forget everything) makes no NaN.
+        log_decay = jnp.maximum(log_decay, jnp.finfo(log_decay.dtype).min / (2 * self.size))
+        spans = self.spans(log_decay.dtype)
+        if log_decay.shape[-1] == 1:
+            spans = spans[: 2 * self.size]
+            pairs = self.dot(np.tril(self.ones(log_decay.dtype)), jnp.where(self.levels() >= 0, log_decay, 0))
+        sums = self.dot(spans, log_decay)
+        sums = jnp.exp(sums.reshape(*sums.shape[:2], -1, *log_decay.shape[-2:]))
+        between = jnp.exp(pairs) if log_decay.shape[-1] == 1 else sums[:, :, 2:]
+        return Decays(sums[:, :, 0], sums[:, :, 1], sums[:, :, 0, -1, :, None], between)
+
+    def weights(self, q: jax.Array, k: jax.Array, decays: Decays) -> jax.Array:
+        """Σ_c q_ic k_jc exp(D_ijc), `[batch, heads, tokens, tokens]`; zero for j > i."""
+        levels, between = self.levels(), decays.between
+        if between is None:
+            return jnp.where(levels > -2, self.dot(q, k.mT), 0)
+        if between.ndim == 4:
+            return jnp.where(levels > -2, self.dot(q, k.mT) * between, 0)
+        products = self.dot(q[:, :, None] * between, (k[:, :, None] * between).mT)
+        weights = jnp.where(levels == -1, (q * k).sum(-1, keepdims=True), 0)
+        for level in range(products.shape[2]):
+            weights += jnp.where(levels == level, products[:, :, level], 0)
+        return weights

@@ -1,0 +1,209 @@
+"""gated_linear_attention against the sum over all pairs in NumPy, its gradients, its states and its errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efficient_tx.kernels import gated_linear_attention as uncompiled
+
+gated_linear_attention = jax.jit(uncompiled, static_argnames=("scale", "implementation"))
+
+LENGTH = 75  # no multiple of a chunk: two chunks of 64, or three of 32
+GATES = {
+    "none": lambda r: None,
+    "constant": lambda r: -r.exponential(0.2, 4),
+    "head": lambda r: -r.exponential(0.3, (2, LENGTH, 4)),
+    "channel": lambda r: -r.exponential(0.3, (2, LENGTH, 4, 6)),
+}
+
+
+def arrays(seed, length=LENGTH, *, heads=4, groups=2, dim=6, v_dim=3, batch=2):
+    r = np.random.default_rng(seed)
+    shapes = (batch, length, heads, dim), (batch, length, groups, dim), (batch, length, groups, v_dim)
+    return [r.normal(size=shape) for shape in shapes]
+
+
+def formula(q, k, v, log_decay=None, state=None, mask=None, scale=None):
+    """Every pair of tokens by itself, in float64: the output, and the state after the last token."""
+    (batch, length, heads, dim), groups = q.shape, k.shape[2]
+    decay = np.zeros((batch, length, heads, dim))
+    if log_decay is not None:
+        decay[:] = log_decay.reshape(log_decay.shape + (1,) * (log_decay.ndim < 4))
+    real = np.ones((batch, length), bool) if mask is None else mask
+    decay[~real] = 0
+    out, end = np.zeros((batch, length, heads, v.shape[-1])), np.zeros((batch, heads, dim, v.shape[-1]))
+
+    def reaches(b, h, i):
+        """What of the start and of each token is left after token i."""
+        from_start = 0 if state is None else np.exp(decay[b, : i + 1, h].sum(0))[:, None] * state[b, h]
+        g = h // (heads // groups)
+        return from_start + sum(
+            np.outer(np.exp(decay[b, j + 1 : i + 1, h].sum(0)) * k[b, j, g], v[b, j, g])
+            for j in range(i + 1) if real[b, j]
+        )  # fmt: skip
+
+    for b, h in np.ndindex(batch, heads):
+        for i in range(length):
+            if real[b, i]:
+                out[b, i, h] = (dim**-0.5 if scale is None else scale) * q[b, i, h] @ reaches(b, h, i)
+        end[b, h] = reaches(b, h, length - 1)
+    return out, end
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_equals_the_sum_over_pairs_and_its_gradients(gate):
+    """Values against NumPy, gradients against automatic differentiation of the recurrence, both in float64."""
+    r = np.random.default_rng(1)
+    q, k, v = arrays(0)
+    mask = None if gate == "none" else r.random((2, LENGTH)) < 0.7
+    log_decay, start = GATES[gate](r), r.normal(size=(2, 4, 6, 3))
+    expected = formula(q, k, v, log_decay, start, mask, scale=0.7)
+    w = [r.normal(size=x.shape) for x in expected]
+
+    def loss(inputs, implementation):
+        q, k, v, log_decay, start = inputs
+        results = gated_linear_attention(
+            q, k, v, log_decay=log_decay, initial_state=start, mask=mask, scale=0.7, implementation=implementation
+        )
+        return sum(map(jnp.vdot, results, w)), results
+
+    with jax.enable_x64(True):
+        inputs = (q, k, v, log_decay, start)
+        run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+        (_, ours), gradients = run(inputs, "xla")
+        (_, plain), plain_gradients = run(inputs, "reference")
+    # Sums of at most 75 · 6 terms of order 1 in float64; the gradient of a constant decay sums 150 of those.
+    for result in (ours, plain):
+        np.testing.assert_allclose(result[0], expected[0], atol=1e-12)
+        np.testing.assert_allclose(result[1], expected[1], atol=1e-12)
+    for got, want in zip(*map(jax.tree.leaves, (gradients, plain_gradients))):
+        np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-11)
+
+
+def test_a_sequence_in_pieces_is_the_whole():
+    """The second piece is one token: what decoding does at every step."""
+    inputs = [*arrays(0), GATES["channel"](np.random.default_rng(1))]
+    with jax.enable_x64(True):
+
+        def run(piece, state):
+            q, k, v, log_decay = (x[:, piece] for x in inputs)
+            return gated_linear_attention(q, k, v, log_decay=log_decay, initial_state=state)
+
+        whole, end = run(slice(None), None)
+        parts, state = [], None
+        for piece in (slice(0, 37), slice(37, 38), slice(38, None)):
+            out, state = run(piece, state)
+            parts.append(out)
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=1e-13)  # float64 rounding
+    np.testing.assert_allclose(state, end, atol=1e-13)
+
+
+@pytest.mark.parametrize("gate", ["head", "channel"])
+def test_decays_of_any_strength_in_float32(gate):
+    """exp of a cumulative sum overflows here, and a difference of two cumulative sums has no digits left."""
+    q, k, v = (x.astype(np.float32) for x in arrays(0))
+    r = np.random.default_rng(2)
+    log_decay = GATES[gate](r)
+    # One example of −4 to −11 a token, −480 a chunk; one of mild decays and now and then a very strong one.
+    log_decay[0] = -r.uniform(4, 11, log_decay[0].shape)
+    hard = r.random(log_decay[1].shape) < 0.1
+    log_decay[1] = np.where(hard, r.choice([-300.0, -1e6, -np.inf], hard.shape), log_decay[1])
+    log_decay = log_decay.astype(np.float32)
+    expected, _ = formula(q, k, v, log_decay)
+    w = r.normal(size=expected.shape).astype(np.float32)
+
+    def loss(inputs, w, implementation):
+        q, k, v, log_decay = inputs
+        out, _ = gated_linear_attention(q, k, v, log_decay=log_decay, implementation=implementation)
+        return jnp.vdot(out, w), out
+
+    run = jax.jit(jax.grad(loss, has_aux=True), static_argnums=2)
+    inputs = (q, k, v, log_decay)
+    gradients, out = run(inputs, w, "xla")
+    with jax.enable_x64(True):
+        exact, _ = run([x.astype(np.float64) for x in inputs], w.astype(np.float64), "reference")
+    # Sums of at most 75 · 6 float32 products, which the decays only shorten.
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
+    for got, want in zip(gradients, exact):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+def test_without_decay_it_is_causal_linear_attention():
+    q, k, v = arrays(0, groups=4)
+    weights = np.tril(np.einsum("bihk,bjhk->bhij", q, k))
+    with jax.enable_x64(True):
+        out, state = gated_linear_attention(q, k, v, scale=1.0)
+    np.testing.assert_allclose(out, np.einsum("bhij,bjhv->bihv", weights, v), atol=1e-12)
+    np.testing.assert_allclose(state, np.einsum("bjhk,bjhv->bhkv", k, v), atol=1e-12)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_padding_is_an_identity_step_whatever_it_holds(implementation):
+    mask = np.arange(LENGTH) % 3 > 0
+    tokens = [x.astype(np.float32) for x in (*arrays(0), GATES["channel"](np.random.default_rng(1)))]
+    mask = np.broadcast_to(mask, (2, LENGTH)).copy()
+    mask[1] = False
+    hostile = [np.where(mask[..., None, None], x, np.nan) for x in tokens]
+
+    def loss(tokens):
+        q, k, v, log_decay = tokens
+        out, state = gated_linear_attention(q, k, v, log_decay=log_decay, mask=mask, implementation=implementation)
+        return out.sum() + state.sum(), (out, state)
+
+    gradients, (out, state) = jax.jit(jax.grad(loss, has_aux=True))(hostile)
+    q, k, v, log_decay = (x[:1, mask[0]] for x in tokens)
+    alone, alone_state = gated_linear_attention(q, k, v, log_decay=log_decay)
+    np.testing.assert_allclose(out[:1, mask[0]], alone, atol=1e-5)  # float32 sums in other groups
+    np.testing.assert_allclose(state[:1], alone_state, atol=1e-5)
+    assert (np.asarray(out)[~mask] == 0).all()
+    assert (state[1] == 0).all()
+    for gradient in gradients:
+        assert np.isfinite(gradient).all()
+        assert (np.asarray(gradient)[~mask] == 0).all()
+
+
+def test_bfloat16_inputs_are_computed_in_float32():
+    """Against the formula on the same rounded inputs: what is left is the rounding of the result, 2⁻⁹ relative."""
+    inputs = [jnp.asarray(x, jnp.bfloat16) for x in (*arrays(0), GATES["head"](np.random.default_rng(1)))]
+    expected, expected_state = formula(*(np.asarray(x, np.float64) for x in inputs))
+    out, state = gated_linear_attention(*inputs[:3], log_decay=inputs[3])
+    assert (out.dtype, state.dtype) == (jnp.bfloat16, jnp.float32)
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, rtol=2**-8, atol=1e-5)
+    np.testing.assert_allclose(state, expected_state, atol=1e-5)
+
+
+def test_the_reference_differentiates_forward_and_the_others_refuse():
+    q, k, v = arrays(0, 5)
+    with jax.enable_x64(True):
+
+        def run(q, implementation):
+            return uncompiled(q, k, v, implementation=implementation)[0]
+
+        _, tangent = jax.jvp(lambda q: run(q, "reference"), (q,), (q,))
+        np.testing.assert_allclose(tangent, run(q, "reference"), atol=1e-12)  # linear in q
+        with pytest.raises(NotImplementedError, match=r"gated_linear_attention: forward-mode.*'reference' only"):
+            jax.jvp(lambda q: run(q, "xla"), (q,), (q,))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"implementation": "triton"}, "gated_linear_attention has no implementation 'triton': choose one of xla, ref"),
+        ({"interpret": True}, "interpret=True is for Pallas kernels"),
+        ({"mask": np.ones((2, 8), bool)}, r"mask has shape \(2, 8\).*\(2, 7\)"),
+        ({"log_decay": np.zeros((2, 7))}, r"log_decay has shape \(2, 7\): pass \(2, 7, 4, 6\), \(2, 7, 4\), \(4,\) or"),
+        ({"initial_state": np.zeros((2, 4, 3, 6))}, r"initial_state has shape.*here it is \(2, 4, 6, 3\)"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(options, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        uncompiled(*arrays(0, 7), **options)
+    assert "\n" not in str(raised.value)
+
+
+def test_shapes_that_do_not_fit_are_named():
+    q, k, v = arrays(0, 7)
+    for wrong in ((q[:, :, :3], k, v), (q[..., :4], k, v), (q[:, :6], k, v), (q, k, v[:, :6]), (q[0], k[0], v[0])):
+        with pytest.raises(ValueError, match="shape"):
+            uncompiled(*wrong)
