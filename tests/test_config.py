@@ -235,6 +235,8 @@ OTHER = {
     "attention.sigmoid.layer_scale": 0.1,
     "attention.pool.kind": "max",
     "attention.nystromformer.landmarks": 4,
+    "attention.skeinformer.columns": 4,
+    "attention.skeinformer.pilots": 4,
     "optimizer.name": "lion",
     "optimizer.schedule": "rsqrt",
     "optimizer.clip_by": "value",

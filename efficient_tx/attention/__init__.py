@@ -13,6 +13,7 @@ from efficient_tx.attention.multihead import MultiHead
 from efficient_tx.attention.nystromformer import Nystromformer, nystromformer
 from efficient_tx.attention.pool import Pool, pool
 from efficient_tx.attention.sigmoid import Sigmoid, sigmoid
+from efficient_tx.attention.skeinformer import Skeinformer, skeinformer
 from efficient_tx.attention.skyformer import Skyformer, skyformer
 from efficient_tx.attention.softmax import Softmax, softmax
 from efficient_tx.attention.vmean import VMean, vmean
@@ -23,6 +24,7 @@ ATTENTION: dict[str, type[Mixer]] = {
     "sigmoid": Sigmoid,
     "skyformer": Skyformer,
     "nystromformer": Nystromformer,
+    "skeinformer": Skeinformer,
     "linformer": Linformer,
     "fourier": Fourier,
     "vmean": VMean,
@@ -62,6 +64,7 @@ __all__ = [
     "Nystromformer",
     "Pool",
     "Sigmoid",
+    "Skeinformer",
     "Skyformer",
     "Softmax",
     "VMean",
@@ -72,6 +75,7 @@ __all__ = [
     "nystromformer",
     "pool",
     "sigmoid",
+    "skeinformer",
     "skyformer",
     "softmax",
     "vmean",
