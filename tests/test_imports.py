@@ -22,6 +22,12 @@ ALLOWED = {
         "efficient_tx.linear",
         "efficient_tx.attention",
     },
+    "efficient_tx.compare": {
+        "efficient_tx.numerics",
+        "efficient_tx.kernels",
+        "efficient_tx.linear",
+        "efficient_tx.attention",
+    },
     "efficient_tx.data": {"efficient_tx.task"},
     "efficient_tx.training": {"efficient_tx.task", "efficient_tx.numerics"},
     "lra": {"efficient_tx.task"},

@@ -1,0 +1,1 @@
+"""Measures the variants side by side: `python -m efficient_tx.compare attention --help`."""

@@ -1,0 +1,96 @@
+"""How long a compiled program takes, how that grows with the length, and what is too slow to be tried."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+# Growth is taken to be at most that of attention over triples, and at least that of reading the input.
+SLOWEST_GROWTH, FASTEST_GROWTH = 1.0, 3.0
+
+PASSES = ("forward", "forward_backward")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One pass of one variant at one length.
+
+    Attributes:
+      seconds: median time of a call; None where `predicted` exceeded the limit, and nothing was run.
+      predicted: what was expected from the shorter lengths, None at the first one.
+      temporary_bytes: memory of the compiled program beside its inputs and outputs.
+    """
+
+    seconds: float | None
+    predicted: float | None = None
+    temporary_bytes: int | None = None
+
+
+def compile_pass(name: str, call: Callable, arrays: Any, *others: Any) -> tuple[Callable[[], Any], int | None]:
+    """One pass of `call(arrays, *others)`, compiled: something to run, and its temporary memory in bytes.
+
+    "forward_backward" returns the output and the gradients of all `arrays` under a random cotangent.
+    """
+    if name == "forward":
+        program, given = call, (arrays, *others)
+    else:
+        out = jax.eval_shape(call, arrays, *others)
+        cotangent = jax.random.normal(jax.random.key(1), out.shape, out.dtype)
+        given = (cotangent, arrays, *others)
+
+        def program(cotangent, arrays, *others):
+            out, pullback = jax.vjp(lambda arrays: call(arrays, *others), arrays)
+            return out, pullback(cotangent)
+
+    compiled = jax.jit(program).lower(*given).compile()
+    memory = compiled.memory_analysis()
+    return lambda: jax.block_until_ready(compiled(*given)), memory and memory.temp_size_in_bytes
+
+
+def in_turns(runs: Mapping[Hashable, Callable[[], Any]], rounds: int, max_seconds: float) -> dict[Hashable, float]:
+    """Median seconds of each run over up to `rounds` turns, so that a slow moment of the machine hits all alike.
+
+    The first call warms up. It counts only where another one would go beyond `max_seconds` in all; likewise for turns.
+    """
+    seconds = {name: [stopwatch(run)] for name, run in runs.items()}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            if sum(seconds[name]) + seconds[name][-1] <= max_seconds:
+                seconds[name].append(stopwatch(run))
+    return {name: statistics.median(times[1:] or times) for name, times in seconds.items()}
+
+
+def stopwatch(run: Callable[[], Any]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def predict(seconds: Mapping[int, float], length: int) -> float | None:
+    """Seconds at `length` from those at shorter ones: the growth between the last two goes on.
+
+    With one shorter length the growth is taken to be cubic, the steepest there is; with none the answer is None.
+    """
+    known = sorted(shorter for shorter in seconds if shorter < length)
+    if not known:
+        return None
+    last, growth = known[-1], FASTEST_GROWTH
+    if len(known) > 1:
+        before = known[-2]
+        observed = math.log(seconds[last] / seconds[before]) / math.log(last / before)
+        growth = min(max(observed, SLOWEST_GROWTH), FASTEST_GROWTH)
+    return seconds[last] * (length / last) ** growth
+
+
+def exponent(seconds: Mapping[int, float]) -> float | None:
+    """The p of the power law seconds ∝ length^p nearest to the measurements, by least squares of the logarithms."""
+    if len(seconds) < 2:
+        return None
+    slope, _ = np.polyfit(np.log(list(seconds)), np.log(list(seconds.values())), 1)
+    return float(slope)
