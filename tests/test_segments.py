@@ -1,11 +1,11 @@
-"""Segment means against a loop over tokens."""
+"""Means of segments and of the cells of a grid against loops over tokens."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_tx.numerics.segments import segment_means, segment_starts
+from efficient_tx.numerics.segments import grid_means, grid_sides, segment_means, segment_starts
 
 
 def by_loop(x, mask, count):
@@ -58,3 +58,26 @@ def test_starts_are_exact_where_the_product_overflows():
     n, count = 2**24 - 3, 1000
     expected = [-(-s * n // count) for s in range(count + 1)]
     np.testing.assert_array_equal(jax.jit(segment_starts, static_argnums=1)(n, count), expected)
+
+
+@pytest.mark.parametrize("count", (1, 3, 5))
+def test_means_of_cells_are_those_of_a_loop(count):
+    """The real tokens, 30, 11 or so and none, are images of side 6, 4, ⌈√n⌉ and nothing, the last row incomplete."""
+    x, mask = np.random.default_rng(0).normal(size=(4, 30, 3)), masks(30)
+    hostile = np.where(mask[..., None], x, np.nan)
+    with jax.enable_x64(True):
+        means, valid = jax.jit(grid_means, static_argnums=2)(hostile, mask, count)
+    for b in range(4):
+        real = x[b, mask[b]]
+        side = int(np.ceil(np.sqrt(len(real))))
+        places = [(i // side * count // side, i % side * count // side) for i in range(len(real))]
+        for cell in np.ndindex(count, count):
+            members = [token for token, place in zip(real, places) if place == cell]
+            at = cell[0] * count + cell[1]
+            assert valid[b, at] == bool(members)
+            np.testing.assert_allclose(means[b, at], np.mean(members, axis=0) if members else 0, atol=1e-14)
+
+
+def test_the_side_of_a_grid_is_the_root_rounded_up():
+    n = np.arange(1, 101)
+    np.testing.assert_array_equal(grid_sides(jnp.asarray(n), 100), np.ceil(np.sqrt(n)))

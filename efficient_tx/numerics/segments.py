@@ -1,4 +1,6 @@
-"""Means over consecutive segments of the real tokens: landmarks that need no draw and no parameter."""
+"""Means over segments of a sequence or cells of a grid: landmarks that need no draw and no parameter."""
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -44,3 +46,39 @@ def segment_starts(n: jax.Array, count: int) -> jax.Array:
     """
     s = jnp.arange(count + 1)
     return s * (n // count) - (-(s * (n % count)) // count)
+
+
+def grid_means(x: jax.Array, mask: jax.Array | None, count: int) -> tuple[jax.Array, jax.Array]:
+    """Cuts the n real tokens of each example, as a square image of side S = ⌈√n⌉, into `count` × `count` cells.
+
+    The real token of rank i stands in row ⌊i / S⌋ and column i mod S of the image; row r is in row ⌊r · count / S⌋ of
+    the cells, columns likewise.
+
+    Args:
+      x: `[batch, length, ...]`, any floating dtype.
+      mask: bool `[batch, length]`, True for real tokens; None means all are.
+      count: how many cells a side has, at least 1.
+
+    Returns:
+      Means `[batch, count², ...]`, at least float32, zero for an empty cell; and bool `[batch, count²]`, False for an
+      empty one.
+    """
+    batch, length, *rest = x.shape
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32)).reshape(batch, length, -1)
+    mask = jnp.ones((batch, length), bool) if mask is None else mask
+
+    def one(x, mask):
+        side = grid_sides(mask.sum(), length)
+        row, column = jnp.divmod(jnp.maximum(jnp.cumsum(mask) - 1, 0), side)
+        cell = (row * count // side) * count + column * count // side
+        sums, sizes = (jax.ops.segment_sum(y, cell, count**2) for y in (jnp.where(mask[:, None], x, 0), mask * 1))
+        return sums / jnp.maximum(sizes, 1)[:, None], sizes > 0
+
+    means, valid = jax.vmap(one)(x, mask)
+    return means.reshape(batch, count**2, *rest), valid
+
+
+def grid_sides(n: jax.Array, length: int) -> jax.Array:
+    """⌈√n⌉, at least 1, for integers n up to `length`."""
+    roots = jnp.arange(math.isqrt(max(length - 1, 0)) + 1)
+    return jnp.maximum((jnp.square(roots) < n[..., None]).sum(axis=-1), 1)

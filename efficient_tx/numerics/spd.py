@@ -79,3 +79,39 @@ def newton_inverse(a: jax.Array, iterations: int = 6, *, start: jax.Array | None
 
     x, _ = jax.lax.scan(step, start, length=iterations)
     return x, jnp.abs(eye - _dot(a, x)).sum(-1).max(-1)
+
+
+def newton_raphson_inverse(a: jax.Array, iterations: int = 20) -> tuple[jax.Array, jax.Array]:
+    """Inverse by the second-order iteration X ← X (2 I − A X) (Schulz 1933), with the gradient of the inverse.
+
+    As in SOFT (Lu et al. 2021, arXiv 2110.11945), X₀ = 1.8 A / ‖A‖_∞², with each matrix's own norm. One step maps the
+    error I − A X to its square, so an eigenvalue λ is resolved once 2^iterations λ² is above ‖A‖_∞².
+
+    The iterations are not differentiated: with X̄ the cotangent of X, that of A is −X X̄ X, symmetrised. This is the
+    gradient of the result as far as the iteration has converged, which the residual tells.
+
+    Args:
+      a: `[..., m, m]`, symmetric positive definite, float32 or float64.
+      iterations: how many steps, two matrix products each.
+
+    Returns:
+      The inverse `[..., m, m]`, and its residual ‖I − A X‖_∞ (largest absolute row sum) `[...]`, no function of `a`
+      to automatic differentiation: below 1 the relative error of X in this norm is at most the residual.
+    """
+    x = _newton_raphson(a, iterations)
+    eye = jnp.eye(a.shape[-1], dtype=a.dtype)
+    return x, jax.lax.stop_gradient(jnp.abs(eye - _dot(a, x)).sum(-1).max(-1))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _newton_raphson(a, iterations):
+    start = 1.8 * a / jnp.square(jnp.abs(a).sum(-1).max(-1))[..., None, None]
+    return jax.lax.fori_loop(0, iterations, lambda _, x: 2 * x - _dot(x, _dot(a, x)), start)
+
+
+def _newton_raphson_backward(iterations, x, x_bar):
+    a_bar = -_dot(x, _dot(x_bar, x))
+    return ((a_bar + a_bar.mT) / 2,)
+
+
+_newton_raphson.defvjp(lambda a, iterations: (_newton_raphson(a, iterations),) * 2, _newton_raphson_backward)
