@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_tx.attention.depthwise import check_size, depthwise
+from efficient_tx.attention.depthwise import depthwise, initial_weights
 from efficient_tx.attention.multihead import MultiHead
 from efficient_tx.attention.shapes import key_mask, repeat_heads
 from efficient_tx.attention.softmax import softmax
@@ -90,12 +90,6 @@ def check_options(landmarks: int, iterations: int) -> None:
         raise ValueError(f"iterations is {iterations}: it must be at least 1")
 
 
-def initial_conv(size: int, heads: int, rngs: nnx.Rngs) -> jax.Array:
-    """Weights `[size, heads]` as PyTorch starts the published layer: uniform within ± size^-½."""
-    check_size(size)
-    return jax.random.uniform(rngs.params(), (size, heads), jnp.float32, -(size**-0.5), size**-0.5)
-
-
 class Nystromformer(MultiHead):
     """Multi-head Nyströmformer attention; options as `nystromformer`, the other arguments as `MultiHead`.
 
@@ -125,7 +119,7 @@ class Nystromformer(MultiHead):
         check_options(landmarks, iterations)
         super().__init__(features, rngs=rngs, **common)
         self.landmarks, self.iterations = landmarks, iterations
-        self.conv = nnx.Param(initial_conv(value_conv, self.heads, rngs)) if value_conv else None
+        self.conv = nnx.Param(initial_weights((value_conv,), self.heads, rngs)) if value_conv else None
 
     def attend(self, q, k, v, *, mask, key):
         conv = None if self.conv is None else self.conv[...]
