@@ -237,6 +237,10 @@ OTHER = {
     "attention.nystromformer.landmarks": 4,
     "attention.skeinformer.columns": 4,
     "attention.skeinformer.pilots": 4,
+    "attention.soft.landmarks": 4,
+    "attention.soft.bottleneck": "convolution",
+    "attention.soft.inverse": "iteration",
+    "attention.soft.value_conv": 3,
     "optimizer.name": "lion",
     "optimizer.schedule": "rsqrt",
     "optimizer.clip_by": "value",
@@ -248,6 +252,7 @@ OTHER = {
 }
 # Keys that act together with others only.
 CONTEXT = {
+    "attention.soft.iterations": {"attention.soft.inverse": "iteration"},
     "attention.skyformer.iterations": {"attention.skyformer.inverse": "iteration"},
     "model.causal": {"mixers": "softmax"},
 }

@@ -23,6 +23,7 @@ GIVEN = {
 REFUSED = {
     "fourier": "use the module Fourier",
     "pool": "use the module Pool",
+    "soft": "soft is a function of q and v, .* use the module Soft",
 }
 # Uses that have no meaning for a variant, and what it says; a variant without causal form refuses "causal" anyway.
 MEANINGLESS: dict[tuple[str, str], str] = {}

@@ -15,6 +15,7 @@ from efficient_tx.attention.pool import Pool, pool
 from efficient_tx.attention.sigmoid import Sigmoid, sigmoid
 from efficient_tx.attention.skeinformer import Skeinformer, skeinformer
 from efficient_tx.attention.skyformer import Skyformer, skyformer
+from efficient_tx.attention.soft import Soft, soft
 from efficient_tx.attention.softmax import Softmax, softmax
 from efficient_tx.attention.vmean import VMean, vmean
 
@@ -23,6 +24,7 @@ ATTENTION: dict[str, type[Mixer]] = {
     "kernelized": Kernelized,
     "sigmoid": Sigmoid,
     "skyformer": Skyformer,
+    "soft": Soft,
     "nystromformer": Nystromformer,
     "skeinformer": Skeinformer,
     "linformer": Linformer,
@@ -66,6 +68,7 @@ __all__ = [
     "Sigmoid",
     "Skeinformer",
     "Skyformer",
+    "Soft",
     "Softmax",
     "VMean",
     "as_attention_fn",
@@ -77,6 +80,7 @@ __all__ = [
     "sigmoid",
     "skeinformer",
     "skyformer",
+    "soft",
     "softmax",
     "vmean",
 ]
