@@ -7,6 +7,7 @@ import jax
 from efficient_tx.attention.adapter import adapt
 from efficient_tx.attention.fourier import Fourier, fourier
 from efficient_tx.attention.kernelized import Kernelized, kernelized
+from efficient_tx.attention.linear import LinearAttention, linear
 from efficient_tx.attention.linformer import Linformer, linformer
 from efficient_tx.attention.mixer import Mixer
 from efficient_tx.attention.multihead import MultiHead
@@ -28,6 +29,7 @@ ATTENTION: dict[str, type[Mixer]] = {
     "nystromformer": Nystromformer,
     "skeinformer": Skeinformer,
     "linformer": Linformer,
+    "linear": LinearAttention,
     "fourier": Fourier,
     "vmean": VMean,
     "pool": Pool,
@@ -60,6 +62,7 @@ __all__ = [
     "ATTENTION",
     "Fourier",
     "Kernelized",
+    "LinearAttention",
     "Linformer",
     "Mixer",
     "MultiHead",
@@ -74,6 +77,7 @@ __all__ = [
     "as_attention_fn",
     "fourier",
     "kernelized",
+    "linear",
     "linformer",
     "nystromformer",
     "pool",
