@@ -89,7 +89,11 @@ def parser() -> tuple[Parser, dict[str, Parser]]:
     add("--heads", type=whole, default=default.heads)
     add("--head_dim", type=whole, default=default.head_dim)
     add("--rounds", type=whole, default=default.rounds, help="turns in which all are measured; medians are shown")
-    add("--error_length", type=whole, help="one of --lengths, where errors are measured; default: the shortest")
+    add(
+        "--error_length",
+        type=whole,
+        help="one of --lengths, where errors are measured, by exact attention too; default: the shortest",
+    )
     add("--out", type=Path, help="folder for attention.csv, attention.json, error_time.png and time_length.png")
 
     table = commands.add_parser("table", help="the README's table of variants, as Markdown", allow_abbrev=False)
@@ -150,9 +154,11 @@ def compare_attention(args: argparse.Namespace, console: Console) -> None:
     found = report.verdicts(rows, settings)
     for line, _ in found:
         console.print(line, highlight=False)
-    misses = [f"{line.partition(':')[0]} ({', '.join(missed)})" for line, missed in found if missed]
+    misses = {line.partition(":")[0]: missed for line, missed in found if missed}
     if found:
-        console.print(f"misses: {'; '.join(misses) or 'none'}", highlight=False)
+        console.print("misses:" if misses else "misses: none")
+    for name, missed in misses.items():
+        console.print(f"  {name}: {', '.join(missed)}", highlight=False)
     if args.out:
         write(args.out / "attention.csv", report.to_csv(rows))
         write(args.out / "attention.json", report.to_json(rows, settings, ran_on))

@@ -85,7 +85,6 @@ def speed(rows: Sequence[Row], settings: Settings) -> Table:
             table.add_column(f"{length if i == 0 else ''}\n{column}", justify="right", no_wrap=True)
     for row in rows:
         table.add_row(row.name + ("*" if row.timed == "module" else ""), *map(str, speed_cells(row, settings)))
-    table.caption = "* a module with all it does around the mixing; the others are pure functions"
     return table
 
 
