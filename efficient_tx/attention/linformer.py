@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_tx.attention.multihead import MultiHead
-from efficient_tx.attention.shapes import compact, key_mask, repeat_heads
+from efficient_tx.attention.shapes import compact, key_mask
+from efficient_tx.kernels import flash_attention
 
 
 def linformer(
@@ -50,10 +51,7 @@ def linformer(
     mask = key_mask(mask, batch, length)
     keys = jnp.einsum("rl,blgd->brgd", e[:, :length].astype(k.dtype), compact(k, mask))
     values = jnp.einsum("rl,blgd->brgd", f[:, :length].astype(v.dtype), compact(v, mask))
-    keys, values = (repeat_heads(x, q.shape[2], name) for x, name in ((keys, "k"), (values, "v")))
-    stats = jnp.promote_types(q.dtype, jnp.float32)
-    logits = jnp.einsum("blhd,brhd->bhlr", q, keys, preferred_element_type=stats) / q.shape[-1] ** 0.5
-    return jnp.einsum("bhlr,brhd->blhd", jax.nn.softmax(logits, axis=-1).astype(v.dtype), values)
+    return flash_attention(q, keys, values)
 
 
 class Linformer(MultiHead):
