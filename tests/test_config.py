@@ -237,6 +237,8 @@ OTHER = {
     "attention.nystromformer.landmarks": 4,
     "attention.skeinformer.columns": 4,
     "attention.skeinformer.pilots": 4,
+    "attention.s3.rows": 2,
+    "attention.s3.groups": 4,
     "attention.soft.landmarks": 4,
     "attention.soft.bottleneck": "convolution",
     "attention.soft.inverse": "iteration",

@@ -26,7 +26,10 @@ REFUSED = {
     "soft": "soft is a function of q and v, .* use the module Soft",
 }
 # Uses that have no meaning for a variant, and what it says; a variant without causal form refuses "causal" anyway.
-MEANINGLESS: dict[tuple[str, str], str] = {}
+MEANINGLESS: dict[tuple[str, str], str] = {
+    ("s3", "cross"): "rows need equal lengths",
+    ("s3", "decode"): "rows need equal lengths",
+}
 
 held = [name for name in ATTENTION if name not in REFUSED]
 

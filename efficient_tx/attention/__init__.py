@@ -13,6 +13,7 @@ from efficient_tx.attention.mixer import Mixer
 from efficient_tx.attention.multihead import MultiHead
 from efficient_tx.attention.nystromformer import Nystromformer, nystromformer
 from efficient_tx.attention.pool import Pool, pool
+from efficient_tx.attention.s3 import S3, s3
 from efficient_tx.attention.sigmoid import Sigmoid, sigmoid
 from efficient_tx.attention.skeinformer import Skeinformer, skeinformer
 from efficient_tx.attention.skyformer import Skyformer, skyformer
@@ -28,6 +29,7 @@ ATTENTION: dict[str, type[Mixer]] = {
     "soft": Soft,
     "nystromformer": Nystromformer,
     "skeinformer": Skeinformer,
+    "s3": S3,
     "linformer": Linformer,
     "linear": LinearAttention,
     "fourier": Fourier,
@@ -60,6 +62,7 @@ def as_attention_fn(name: str, **options) -> Callable[..., jax.Array]:
 
 __all__ = [
     "ATTENTION",
+    "S3",
     "Fourier",
     "Kernelized",
     "LinearAttention",
@@ -81,6 +84,7 @@ __all__ = [
     "linformer",
     "nystromformer",
     "pool",
+    "s3",
     "sigmoid",
     "skeinformer",
     "skyformer",
