@@ -231,6 +231,9 @@ OTHER = {
     "linear.projections.rank": 1,
     "attention.skyformer.inverse": "iteration",
     "attention.skyformer.landmarks": 4,
+    "attention.lev.budget": 4,
+    "attention.lev.attention": "polynomial",
+    "attention.lev.recent": 4,
     "attention.linformer.rank": 4,
     "attention.sigmoid.layer_scale": 0.1,
     "attention.pool.kind": "max",
@@ -256,6 +259,9 @@ OTHER = {
 CONTEXT = {
     "attention.soft.iterations": {"attention.soft.inverse": "iteration"},
     "attention.skyformer.iterations": {"attention.skyformer.inverse": "iteration"},
+    "attention.lev.recent": {"model.causal": True},
+    "attention.lev.ridge": {"model.causal": True},
+    "attention.lev.rescore": {"model.causal": True},
     "model.causal": {"mixers": "softmax"},
 }
 # Keys whose effect is another output, not another step: tests/test_train.py and tests/test_listops.py look at these.

@@ -7,6 +7,8 @@ import jax
 from efficient_tx.attention.adapter import adapt
 from efficient_tx.attention.fourier import Fourier, fourier
 from efficient_tx.attention.kernelized import Kernelized, kernelized
+from efficient_tx.attention.lev import Lev, lev
+from efficient_tx.attention.lev_stream import LevState, lev_init, lev_step
 from efficient_tx.attention.linear import LinearAttention, linear
 from efficient_tx.attention.linformer import Linformer, linformer
 from efficient_tx.attention.mixer import Mixer
@@ -32,6 +34,7 @@ ATTENTION: dict[str, type[Mixer]] = {
     "s3": S3,
     "linformer": Linformer,
     "linear": LinearAttention,
+    "lev": Lev,
     "fourier": Fourier,
     "vmean": VMean,
     "pool": Pool,
@@ -65,6 +68,8 @@ __all__ = [
     "S3",
     "Fourier",
     "Kernelized",
+    "Lev",
+    "LevState",
     "LinearAttention",
     "Linformer",
     "Mixer",
@@ -80,6 +85,9 @@ __all__ = [
     "as_attention_fn",
     "fourier",
     "kernelized",
+    "lev",
+    "lev_init",
+    "lev_step",
     "linear",
     "linformer",
     "nystromformer",
