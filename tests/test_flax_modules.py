@@ -12,7 +12,7 @@ from flax import linen, nnx
 from efficient_tx.attention import ATTENTION, as_attention_fn
 
 BATCH, LENGTH, FEATURES, HEADS, BUDGET = 2, 6, 8, 2, 4
-MASK = np.arange(LENGTH) < np.array([LENGTH, 4])[:, None]
+MASK = np.arange(LENGTH) < np.array([LENGTH, 3])[:, None]  # fewer than BUDGET, so that the mask changes any choice
 
 # What functions take beside queries, keys and values, for sequences of LENGTH.
 GIVEN = {
