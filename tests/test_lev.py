@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from efficient_tx.attention import as_attention_fn, lev_init, lev_step
 from efficient_tx.attention import lev as uncompiled
+from efficient_tx.attention import lev_init, lev_step
 from efficient_tx.attention.lev import Lev, universal_set
 
 OPTIONS = ("causal", "budget", "p", "attention", "recent", "ridge", "rescore")
@@ -298,19 +298,6 @@ def test_queries_at_the_end_of_the_keys():
         np.testing.assert_allclose(few, np.stack([x[end] for x, end in zip(whole, ends)]), atol=1e-12)
         none = np.asarray(lev(last, k, v, mask=np.zeros_like(mask), **options))
     assert (none == 0).all()
-
-
-def test_flax_decoding_gives_what_its_causal_call_gives():
-    x = np.random.default_rng(6).normal(size=(2, 12, 8)).astype(np.float32)
-    module = nnx.MultiHeadAttention(
-        num_heads=4, num_kv_heads=2, in_features=8, decode=False, rngs=nnx.Rngs(0),
-        attention_fn=as_attention_fn("lev", budget=6, recent=2),
-    )  # fmt: skip
-    call = nnx.jit(lambda module, x, decode: module(x, decode=decode, is_causal=True), static_argnums=2)
-    whole = np.asarray(call(module, x, False))
-    module.init_cache((2, 12, 8))
-    stepwise = [np.asarray(call(module, x[:, i : i + 1], True)) for i in range(12)]
-    np.testing.assert_allclose(np.concatenate(stepwise, axis=1), whole, atol=1e-5)  # float32
 
 
 @pytest.mark.parametrize(
