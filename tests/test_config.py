@@ -234,6 +234,7 @@ OTHER = {
     "attention.lev.budget": 4,
     "attention.lev.attention": "polynomial",
     "attention.lev.recent": 4,
+    "attention.skyformer.choice": "segments",
     "attention.linformer.rank": 4,
     "attention.sigmoid.layer_scale": 0.1,
     "attention.pool.kind": "max",

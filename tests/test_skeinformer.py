@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from efficient_tx.attention.skeinformer import Skeinformer, draw_columns
+from efficient_tx.attention.skeinformer import Skeinformer
 from efficient_tx.attention.skeinformer import skeinformer as uncompiled
 from efficient_tx.numerics.random import evaluation_keys, fold, sample_tokens
 
@@ -105,19 +105,6 @@ def test_rows_sum_to_one_whatever_the_logits():
     v = np.broadcast_to(np.arange(1.0, 6.0), (2, 24, 2, 5)).astype(np.float32)
     out = skeinformer((100 * q).astype(np.float32), (100 * k).astype(np.float32), v, columns=4, pilots=2)
     np.testing.assert_allclose(out, v, rtol=1e-5)  # float32 rounding
-
-
-def test_columns_are_drawn_without_replacement_by_their_probabilities():
-    """Of 4000 draws of two out of five: how often each is among them, against the sum over the two orders."""
-    p = np.array([0.4, 0.3, 0.15, 0.1, 0.05])
-    log_p = np.broadcast_to(np.log(np.insert(p, 2, 1.0)), (4000, 6))[..., None]  # padding at place 2, with a large p
-    mask = np.broadcast_to(np.arange(6) != 2, (4000, 6))
-    drawn = np.asarray(draw_columns(jax.random.split(jax.random.key(0), 4000), log_p.astype(np.float32), mask, 2))
-    assert (drawn[:, 0] != drawn[:, 1]).all()
-    share = np.bincount(drawn.ravel(), minlength=6) / 4000
-    expected = p + [sum(p[j] * p[i] / (1 - p[j]) for j in range(5) if j != i) for i in range(5)]
-    assert share[2] == 0
-    np.testing.assert_allclose(np.delete(share, 2), expected, atol=0.032)  # 4 standard deviations of a share
 
 
 KINDS = {

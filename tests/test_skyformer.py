@@ -7,10 +7,16 @@ import pytest
 from flax import nnx
 
 from efficient_tx.attention.kernelized import kernelized
-from efficient_tx.attention.skyformer import Skyformer
+from efficient_tx.attention.skyformer import Skyformer, draw_sketch, merge
 from efficient_tx.attention.skyformer import skyformer as uncompiled
 
-skyformer = jax.jit(uncompiled, static_argnames=("landmarks", "ridge", "inverse", "iterations"))
+skyformer = jax.jit(uncompiled, static_argnames=("landmarks", "ridge", "inverse", "iterations", "choice", "accumulate"))
+OTHER_LANDMARKS = {
+    "segments": {"choice": "segments"},
+    "leverage": {"choice": "leverage"},
+    "kmeans": {"choice": "kmeans"},
+    "sketch": {"accumulate": 2},
+}
 
 
 def gaussian(x, y):
@@ -137,6 +143,85 @@ def test_missing_landmarks_drop_out():
     np.testing.assert_allclose(ours[mask], exact(q, k, v, mask)[mask], rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", OTHER_LANDMARKS)
+def test_other_landmarks_have_the_same_exact_limit(name):
+    """All 2 · 24 points; in the second example all 2 · 11, scattered among padding; the third has none."""
+    q, k, v = inputs(0, 24, 24, batch=3, groups=1)
+    mask = np.zeros((3, 24), bool)
+    mask[0] = True
+    mask[1, np.random.default_rng(0).choice(24, 11, replace=False)] = True
+    with jax.enable_x64(True):
+        ours = np.asarray(skyformer(q, k, v, mask=mask, landmarks=48, ridge=1e-12, **OTHER_LANDMARKS[name]))
+    np.testing.assert_allclose(ours[mask], exact(q, k, v, mask)[mask], rtol=0, atol=1e-10)
+    assert (ours[2] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["kmeans", "sketch"])  # k-means starts from the leverage scores' draw
+def test_other_landmarks_ignore_padding_and_other_examples(name):
+    """Eleven tokens alone, in the middle of 24 other ones that are padding, and with more of it."""
+    tokens = [x.astype(np.float32) for x in inputs(0, 11, 11, batch=1)]
+    expected = np.asarray(skyformer(*tokens, landmarks=8, **OTHER_LANDMARKS[name]))[0]
+    places = np.sort(np.random.default_rng(0).choice(24, 11, replace=False))
+    batch = [x.astype(np.float32) for x in inputs(1, 24, 24)]
+    mask = np.ones((2, 24), bool)
+    mask[1] = np.isin(np.arange(24), places)
+    for x, y in zip(batch, tokens):
+        x[1] = np.nan
+        x[1, places] = y[0]
+    got = np.asarray(skyformer(*batch, mask=mask, landmarks=8, **OTHER_LANDMARKS[name]))
+    assert np.isfinite(got[0]).all()
+    np.testing.assert_allclose(got[1, places], expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", ["kmeans", "sketch"])
+def test_gradients_flow_through_means_and_signed_sums(name):
+    """Along one direction, against central differences; the choice itself is constant there. A row of padding too."""
+    x, step = inputs(0, 12, 12), 1e-6
+    direction, w = inputs(1, 12, 12), np.random.default_rng(2).normal(size=(2, 12, 2, 5))
+    mask = np.ones((2, 12), bool) & np.array([[True], [False]])
+
+    def loss(*x):
+        return jnp.vdot(uncompiled(*x, mask=mask, landmarks=6, **OTHER_LANDMARKS[name])[0], w[0])
+
+    with jax.enable_x64(True):
+        value_and_gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+        gradients = value_and_gradients(*x)[1]
+        assert all(np.isfinite(g).all() for g in gradients)
+        moved = [[a + s * d for a, d in zip(x, direction)] for s in (step, -step)]
+        ahead, behind = (float(value_and_gradients(*there)[0]) for there in moved)
+        slope = sum(np.vdot(g, d) for g, d in zip(gradients, direction))
+    assert slope == pytest.approx((ahead - behind) / (2 * step), rel=1e-6)
+
+
+def test_the_sketch_is_an_isometry_in_the_mean():
+    """E[S Sᵀ] = I after scaling by √(tokens / landmarks): over 4000 draws of 6 landmarks from 10 tokens, two each."""
+    x = np.broadcast_to(np.eye(10, dtype=np.float32), (4000, 10, 10))[:, :, None]
+    z, valid, signs = draw_sketch(x, np.ones((4000, 10), bool), jax.random.split(jax.random.key(0), 4000), 6, 2)
+    s = np.asarray(merge(np.asarray(z).swapaxes(1, 2), signs))[:, 0]
+    assert valid.sum(1).tolist() == [10] * 4000  # 12 wanted: the last two landmarks have one token
+    assert (np.abs(s[:, :4]) > 0).sum(-1).tolist() == [[2] * 4] * 4000
+    # Each token is in the sketch once, with weight ½, and any two are in the same landmark with a random sign.
+    np.testing.assert_allclose(np.mean(s.swapaxes(1, 2) @ s, 0), np.eye(10) / 2, atol=0.02)  # 4 standard deviations
+
+
+@pytest.mark.parametrize("name", ["leverage", "kmeans"])
+def test_on_imbalanced_inputs_leverage_and_kmeans_beat_uniform(name):
+    """One tight cluster of 96 %, four of 1 %: uniform landmarks fall on the large one. Mean of 8 draws."""
+    r = np.random.default_rng(0)
+    q, k = np.split(clusters(r, 512, 32, [0.96] + [0.01] * 4, 0.05), 2)
+    v = r.normal(size=(256, 8))
+    expected = gaussian(q, k) @ v
+    batch = [np.broadcast_to(x.astype(np.float32), (8, *x.shape))[:, :, None] for x in (q, k, v)]
+
+    def error(landmarks, choice):
+        outs = np.asarray(skyformer(*batch, key=jax.random.key(0), landmarks=landmarks, choice=choice))[:, :, 0]
+        return np.mean([np.linalg.norm(out - expected) / np.linalg.norm(expected) for out in outs])
+
+    ours, uniform = ([error(landmarks, choice) for landmarks in (16, 64)] for choice in (name, "uniform"))
+    assert ours[1] < ours[0]
+    assert ours[1] < uniform[1] / 2
+
+
 def test_gradients_equal_those_of_the_formula():
     """Against automatic differentiation through the Nyström formula with every point a landmark, in float64."""
     q, k, v = inputs(0, 6, 6, batch=1)
@@ -222,6 +307,9 @@ def test_no_array_is_quadratic_in_the_length():
         ({"ridge": 0.0}, "ridge is 0.0"),
         ({"inverse": "lu"}, "inverse is 'lu': it must be 'cholesky' or 'iteration'"),
         ({"iterations": 0}, "iterations is 0"),
+        ({"choice": "grid"}, "choice is 'grid': it must be one of uniform, segments, leverage, kmeans"),
+        ({"accumulate": 0}, "accumulate is 0"),
+        ({"accumulate": 2, "choice": "kmeans"}, "accumulate is 2: it needs choice='uniform', not 'kmeans'"),
         ({"causal": True}, "Skyformer has no causal form"),
     ],
 )

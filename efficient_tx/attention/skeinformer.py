@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 
 from efficient_tx.attention.multihead import MultiHead
-from efficient_tx.attention.shapes import key_mask, repeat_heads, token_ranks
+from efficient_tx.attention.shapes import key_mask, repeat_heads
 from efficient_tx.attention.softmax import softmax
 from efficient_tx.kernels import flash_attention
+from efficient_tx.numerics.landmarks import draw_by_weight, tokens_at
 from efficient_tx.numerics.random import evaluation_keys, example_keys, fold, sample_tokens
 
 
@@ -67,10 +68,10 @@ def skeinformer(
     pilot_out, pilot_lse = flash_attention(pilot_q, k, v, mask=mask, return_lse=True)
 
     log_p = column_log_probabilities(pilot_q, jnp.where(drawn[..., None], pilot_lse, jnp.inf), k, v)
-    chosen = draw_columns(fold(draws, 1), log_p, mask, columns)
+    chosen = draw_by_weight(fold(draws, 1), log_p, mask, columns)
     count = real.sum(1)
     valid = jnp.arange(chosen.shape[1]) < count[:, None]
-    k_chosen, v_chosen = (jnp.where(valid[..., None, None], per_head(x, chosen), 0) for x in (k, v))
+    k_chosen, v_chosen = (jnp.where(valid[..., None, None], tokens_at(x, chosen), 0) for x in (k, v))
 
     rest = count - valid.sum(1)
     near, lse = flash_attention(q, k_chosen, v_chosen, mask=valid, return_lse=True)
@@ -109,35 +110,6 @@ def column_log_probabilities(pilot_q: jax.Array, pilot_lse: jax.Array, k: jax.Ar
     smallest = jnp.finfo(jnp.float32).tiny
     norms = repeat_heads(jnp.square(v).sum(-1), heads, "v")
     return 0.5 * (jnp.log(jnp.maximum(squares, smallest)) + jnp.log(jnp.maximum(norms, smallest)))
-
-
-def draw_columns(draws: jax.Array, log_p: jax.Array, mask: jax.Array | None, count: int) -> jax.Array:
-    """Positions of `count` real keys for each head, drawn without replacement with probabilities ∝ exp(log_p).
-
-    The `count` largest of log_p plus Gumbel noise are such a draw. The noise belongs to a key's rank among the real
-    ones; real keys come before padding.
-
-    Args:
-      draws: one key per example, `[batch]`.
-      log_p: `[batch, keys, heads]`, finite at real keys.
-      mask: bool `[batch, keys]`, or None.
-
-    Returns:
-      int32 `[batch, min(count, keys), heads]`.
-    """
-    batch, keys, _ = log_p.shape
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, log_p.shape[1:], jnp.float32))(draws)
-    if mask is not None:
-        noise = jnp.take_along_axis(noise, token_ranks(mask, batch, keys)[..., None], axis=1)
-        log_p = jnp.where(mask[..., None], log_p, -jnp.inf)
-    return jax.lax.top_k((log_p + noise).swapaxes(1, 2), min(count, keys))[1].swapaxes(1, 2)
-
-
-def per_head(x: jax.Array, position: jax.Array) -> jax.Array:
-    """Tokens of `x` `[batch, length, groups, dim]` at the positions `[batch, count, heads]` of each head, for it."""
-    heads, groups = position.shape[2], x.shape[2]
-    group = jnp.arange(heads) // (heads // groups)
-    return jax.vmap(lambda x, i: x.at[i, group].get(unique_indices=heads == groups))(x, position)
 
 
 def check_options(columns: int, pilots: int) -> None:
