@@ -236,6 +236,7 @@ OTHER = {
     "attention.lev.recent": 4,
     "attention.skyformer.choice": "segments",
     "attention.linformer.rank": 4,
+    "attention.performer.random_features": 8,
     "attention.sigmoid.layer_scale": 0.1,
     "attention.pool.kind": "max",
     "attention.nystromformer.landmarks": 4,

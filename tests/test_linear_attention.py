@@ -56,6 +56,7 @@ def test_equals_the_dense_formula_and_its_gradients(causal):
         run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
         (_, ours), gradients = run(inputs, uncompiled)
         (_, expected), expected_gradients = run(inputs, dense)
+    ours, expected = np.asarray(ours), np.asarray(expected)
     np.testing.assert_allclose(ours[mask], expected[mask], atol=1e-12)  # means of at most 150 values
     for got, want in zip(gradients, expected_gradients):
         np.testing.assert_allclose(got, want, atol=1e-11)

@@ -14,6 +14,7 @@ from efficient_tx.attention.linformer import Linformer, linformer
 from efficient_tx.attention.mixer import Mixer
 from efficient_tx.attention.multihead import MultiHead
 from efficient_tx.attention.nystromformer import Nystromformer, nystromformer
+from efficient_tx.attention.performer import Performer, performer
 from efficient_tx.attention.pool import Pool, pool
 from efficient_tx.attention.s3 import S3, s3
 from efficient_tx.attention.sigmoid import Sigmoid, sigmoid
@@ -34,6 +35,7 @@ ATTENTION: dict[str, type[Mixer]] = {
     "s3": S3,
     "linformer": Linformer,
     "linear": LinearAttention,
+    "performer": Performer,
     "lev": Lev,
     "fourier": Fourier,
     "vmean": VMean,
@@ -75,6 +77,7 @@ __all__ = [
     "Mixer",
     "MultiHead",
     "Nystromformer",
+    "Performer",
     "Pool",
     "Sigmoid",
     "Skeinformer",
@@ -91,6 +94,7 @@ __all__ = [
     "linear",
     "linformer",
     "nystromformer",
+    "performer",
     "pool",
     "s3",
     "sigmoid",
