@@ -18,6 +18,7 @@ MASK = np.arange(LENGTH) < np.array([LENGTH, 3])[:, None]  # fewer than BUDGET, 
 GIVEN = {
     "linformer": {key: np.linspace(-1, 1, 3 * LENGTH, dtype=np.float32).reshape(3, LENGTH) for key in "ef"},
     "sigmoid": {"bias": -2.0},
+    "cosformer": {"max_len": LENGTH},
 }
 # Variants that flax's modules cannot hold, and what they say.
 REFUSED = {
@@ -27,6 +28,7 @@ REFUSED = {
 }
 # Uses that have no meaning for a variant, and what it says; a variant without causal form refuses "causal" anyway.
 MEANINGLESS: dict[tuple[str, str], str] = {
+    ("cosformer", "cross"): "it needs positions",
     ("s3", "cross"): "rows need equal lengths",
     ("s3", "decode"): "rows need equal lengths",
 }

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 
 from efficient_tx.attention.adapter import adapt
+from efficient_tx.attention.cosformer import Cosformer, cosformer
 from efficient_tx.attention.fourier import Fourier, fourier
 from efficient_tx.attention.kernelized import Kernelized, kernelized
 from efficient_tx.attention.lev import Lev, lev
@@ -36,6 +37,7 @@ ATTENTION: dict[str, type[Mixer]] = {
     "linformer": Linformer,
     "linear": LinearAttention,
     "performer": Performer,
+    "cosformer": Cosformer,
     "lev": Lev,
     "fourier": Fourier,
     "vmean": VMean,
@@ -68,6 +70,7 @@ def as_attention_fn(name: str, **options) -> Callable[..., jax.Array]:
 __all__ = [
     "ATTENTION",
     "S3",
+    "Cosformer",
     "Fourier",
     "Kernelized",
     "Lev",
@@ -86,6 +89,7 @@ __all__ = [
     "Softmax",
     "VMean",
     "as_attention_fn",
+    "cosformer",
     "fourier",
     "kernelized",
     "lev",
