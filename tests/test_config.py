@@ -237,6 +237,8 @@ OTHER = {
     "attention.skyformer.choice": "segments",
     "attention.linformer.rank": 4,
     "attention.performer.random_features": 8,
+    "attention.hyper.block": 4,
+    "attention.hyper.chunk": 8,
     "attention.sigmoid.layer_scale": 0.1,
     "attention.pool.kind": "max",
     "attention.nystromformer.landmarks": 4,
@@ -265,6 +267,10 @@ CONTEXT = {
     "attention.lev.ridge": {"model.causal": True},
     "attention.lev.rescore": {"model.causal": True},
     "model.causal": {"mixers": "softmax"},
+    # Sequences not longer than the block or, if causal, the chunk are attended to exactly.
+    "attention.hyper.samples": {"attention.hyper.block": 4},
+    "attention.hyper.bits": {"attention.hyper.block": 4},
+    "attention.hyper.chunk": {"attention.hyper.block": 4, "model.causal": True},
 }
 # Keys whose effect is another output, not another step: tests/test_train.py and tests/test_listops.py look at these.
 OUTPUTS = {

@@ -31,6 +31,7 @@ MEANINGLESS: dict[tuple[str, str], str] = {
     ("cosformer", "cross"): "it needs positions",
     ("s3", "cross"): "rows need equal lengths",
     ("s3", "decode"): "rows need equal lengths",
+    ("hyper", "rows"): "a single query sees all keys exactly, not a sample",
 }
 
 held = [name for name in ATTENTION if name not in REFUSED]

@@ -7,6 +7,7 @@ import jax
 from efficient_tx.attention.adapter import adapt
 from efficient_tx.attention.cosformer import Cosformer, cosformer
 from efficient_tx.attention.fourier import Fourier, fourier
+from efficient_tx.attention.hyper import Hyper, hyper
 from efficient_tx.attention.kernelized import Kernelized, kernelized
 from efficient_tx.attention.lev import Lev, lev
 from efficient_tx.attention.lev_stream import LevState, lev_init, lev_step
@@ -39,6 +40,7 @@ ATTENTION: dict[str, type[Mixer]] = {
     "performer": Performer,
     "cosformer": Cosformer,
     "lev": Lev,
+    "hyper": Hyper,
     "fourier": Fourier,
     "vmean": VMean,
     "pool": Pool,
@@ -72,6 +74,7 @@ __all__ = [
     "S3",
     "Cosformer",
     "Fourier",
+    "Hyper",
     "Kernelized",
     "Lev",
     "LevState",
@@ -91,6 +94,7 @@ __all__ = [
     "as_attention_fn",
     "cosformer",
     "fourier",
+    "hyper",
     "kernelized",
     "lev",
     "lev_init",
