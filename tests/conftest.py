@@ -5,5 +5,13 @@ import os
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 4)
+
+
+def pytest_collection_modifyitems(items):
+    """A file's tests run in one process, or where they run over a table those of one row: they share programs."""
+    for item in items:
+        row = getattr(item, "callspec", None) and item.callspec.params.get("name")
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {row}" if row else item.path.stem))
