@@ -237,6 +237,7 @@ OTHER = {
     "attention.skyformer.choice": "segments",
     "attention.linformer.rank": 4,
     "attention.performer.random_features": 8,
+    "attention.gla.clamp_min": -0.01,
     "attention.hyper.block": 4,
     "attention.hyper.chunk": 8,
     "attention.sigmoid.layer_scale": 0.1,

@@ -29,6 +29,7 @@ REFUSED = {
 # Uses that have no meaning for a variant, and what it says; a variant without causal form refuses "causal" anyway.
 MEANINGLESS: dict[tuple[str, str], str] = {
     ("cosformer", "cross"): "it needs positions",
+    ("gla", "cross"): "it needs positions",
     ("s3", "cross"): "rows need equal lengths",
     ("s3", "decode"): "rows need equal lengths",
     ("hyper", "rows"): "a single query sees all keys exactly, not a sample",

@@ -7,6 +7,7 @@ import jax
 from efficient_tx.attention.adapter import adapt
 from efficient_tx.attention.cosformer import Cosformer, cosformer
 from efficient_tx.attention.fourier import Fourier, fourier
+from efficient_tx.attention.gla import GLA, gla
 from efficient_tx.attention.hyper import Hyper, hyper
 from efficient_tx.attention.kernelized import Kernelized, kernelized
 from efficient_tx.attention.lev import Lev, lev
@@ -39,6 +40,7 @@ ATTENTION: dict[str, type[Mixer]] = {
     "linear": LinearAttention,
     "performer": Performer,
     "cosformer": Cosformer,
+    "gla": GLA,
     "lev": Lev,
     "hyper": Hyper,
     "fourier": Fourier,
@@ -71,6 +73,7 @@ def as_attention_fn(name: str, **options) -> Callable[..., jax.Array]:
 
 __all__ = [
     "ATTENTION",
+    "GLA",
     "S3",
     "Cosformer",
     "Fourier",
@@ -94,6 +97,7 @@ __all__ = [
     "as_attention_fn",
     "cosformer",
     "fourier",
+    "gla",
     "hyper",
     "kernelized",
     "lev",
