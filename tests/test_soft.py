@@ -142,6 +142,14 @@ def test_the_error_falls_with_the_budget_and_is_at_most_the_published_one():
     assert errors[1, list(KINDS).index("smooth")] < 0.02
 
 
+def test_bfloat16_inputs_are_computed_in_float32():
+    q, v = (normal(i, 2, 12, 2, 4).astype(jnp.bfloat16) for i in range(2))
+    out = soft(q, v, landmarks=8, inverse="iteration", symmetric_norm=True)
+    assert out.dtype == jnp.bfloat16
+    full = soft(q.astype(np.float32), v.astype(np.float32), landmarks=8, inverse="iteration", symmetric_norm=True)
+    np.testing.assert_allclose(out.astype(np.float32), full, rtol=2**-8, atol=1e-6)  # one rounding to 8 bits
+
+
 def test_an_example_ignores_the_others():
     """The published SOFT++ starts its iteration from one maximum over the batch."""
     q, v = (normal(i, 2, 12, 2, 4).astype(np.float32) for i in range(2))

@@ -57,16 +57,17 @@ def s3(
     if q.shape[1] != k.shape[1] or k.shape != v.shape:
         raise ValueError(f"q, k, v have shapes {q.shape}, {k.shape}, {v.shape}: rows need equal lengths and widths")
     mask = key_mask(mask, *k.shape[:2])
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
-    q, k, v = (x.astype(dtype) if mask is None else jnp.where(mask[:, :, None, None], x, 0).astype(dtype)
-               for x in (q, k, v))  # fmt: skip
+    given = q.dtype
+    q, k, v = (x.astype(jnp.promote_types(given, jnp.float32)) for x in (q, k, v))
+    if mask is not None:
+        q, k, v = (jnp.where(mask[:, :, None, None], x, 0) for x in (q, k, v))
     k, v = (repeat_heads(x, q.shape[2], name) for x, name in ((k, "k"), (v, "v")))
     parts = column_attention(q, k, v, mask, columns), row_attention(q, k, v, mask, rows)
     out = sum(
         normalise(part, None if gain is None else gain[i], None if shift is None else shift[i]) / 2
         for i, part in enumerate(parts)
     )
-    return (out if mask is None else jnp.where(mask[:, :, None, None], out, 0)).astype(q.dtype)
+    return (out if mask is None else jnp.where(mask[:, :, None, None], out, 0)).astype(given)
 
 
 def column_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, columns: int) -> jax.Array:
