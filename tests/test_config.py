@@ -240,6 +240,8 @@ OTHER = {
     "attention.gla.clamp_min": -0.01,
     "attention.hyper.block": 4,
     "attention.hyper.chunk": 8,
+    "attention.tensor.window": 4,
+    "attention.tensor.window2": 4,
     "attention.sigmoid.layer_scale": 0.1,
     "attention.pool.kind": "max",
     "attention.nystromformer.landmarks": 4,

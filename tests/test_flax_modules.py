@@ -25,6 +25,8 @@ REFUSED = {
     "fourier": "use the module Fourier",
     "pool": "use the module Pool",
     "soft": "soft is a function of q and v, .* use the module Soft",
+    "tensor": "tensor takes k2 and v2 of every token too, .* use the module Tensor",
+    "strassen": "strassen takes k2 and v2 of every token too, .* use the module Strassen",
 }
 # Uses that have no meaning for a variant, and what it says; a variant without causal form refuses "causal" anyway.
 MEANINGLESS: dict[tuple[str, str], str] = {

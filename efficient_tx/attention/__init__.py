@@ -25,6 +25,8 @@ from efficient_tx.attention.skeinformer import Skeinformer, skeinformer
 from efficient_tx.attention.skyformer import Skyformer, skyformer
 from efficient_tx.attention.soft import Soft, soft
 from efficient_tx.attention.softmax import Softmax, softmax
+from efficient_tx.attention.strassen import Strassen, strassen
+from efficient_tx.attention.tensor import Tensor, tensor
 from efficient_tx.attention.vmean import VMean, vmean
 
 ATTENTION: dict[str, type[Mixer]] = {
@@ -43,6 +45,8 @@ ATTENTION: dict[str, type[Mixer]] = {
     "gla": GLA,
     "lev": Lev,
     "hyper": Hyper,
+    "tensor": Tensor,
+    "strassen": Strassen,
     "fourier": Fourier,
     "vmean": VMean,
     "pool": Pool,
@@ -93,6 +97,8 @@ __all__ = [
     "Skyformer",
     "Soft",
     "Softmax",
+    "Strassen",
+    "Tensor",
     "VMean",
     "as_attention_fn",
     "cosformer",
@@ -114,5 +120,7 @@ __all__ = [
     "skyformer",
     "soft",
     "softmax",
+    "strassen",
+    "tensor",
     "vmean",
 ]
