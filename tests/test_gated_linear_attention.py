@@ -7,7 +7,7 @@ import pytest
 
 from efficient_tx.kernels import gated_linear_attention as uncompiled
 
-gated_linear_attention = jax.jit(uncompiled, static_argnames=("scale", "implementation"))
+gated_linear_attention = jax.jit(uncompiled, static_argnames=("scale", "reverse", "implementation"))
 
 LENGTH = 75  # no multiple of a chunk: two chunks of 64, or three of 32
 GATES = {
@@ -51,21 +51,28 @@ def formula(q, k, v, log_decay=None, state=None, mask=None, scale=None):
     return out, end
 
 
-@pytest.mark.parametrize("gate", GATES)
-def test_equals_the_sum_over_pairs_and_its_gradients(gate):
+@pytest.mark.parametrize(
+    ("gate", "reverse"), [("none", False), ("constant", False), ("head", True), ("channel", True), ("channel", False)]
+)
+def test_equals_the_sum_over_pairs_and_its_gradients(gate, reverse):
     """Values against NumPy, gradients against automatic differentiation of the recurrence, both in float64."""
     r = np.random.default_rng(1)
     q, k, v = arrays(0)
     mask = None if gate == "none" else r.random((2, LENGTH)) < 0.7
     log_decay, start = GATES[gate](r), r.normal(size=(2, 4, 6, 3))
-    expected = formula(q, k, v, log_decay, start, mask, scale=0.7)
+    tokens = [q, k, v, log_decay, mask]
+    if reverse:
+        tokens = [None if x is None else x[:, ::-1] for x in tokens]
+    expected, end = formula(*tokens[:4], start, tokens[4], scale=0.7)
+    expected = (expected[:, ::-1] if reverse else expected), end
     w = [r.normal(size=x.shape) for x in expected]
 
     def loss(inputs, implementation):
         q, k, v, log_decay, start = inputs
         results = gated_linear_attention(
-            q, k, v, log_decay=log_decay, initial_state=start, mask=mask, scale=0.7, implementation=implementation
-        )
+            q, k, v, log_decay=log_decay, initial_state=start, mask=mask, scale=0.7, reverse=reverse,
+            implementation=implementation,
+        )  # fmt: skip
         return sum(map(jnp.vdot, results, w)), results
 
     with jax.enable_x64(True):

@@ -53,16 +53,11 @@ def gla(
             raise ValueError(f"gla has {queries} queries and {keys} keys: it needs positions, so use causal=True")
         at = query_positions(jnp.ones((batch, keys), bool) if mask is None else mask, queries)
         return take(gated_linear_attention(place(q, at, keys), k, v, log_decay=log_decay, mask=mask)[0], at)
-    if causal:
-        return gated_linear_attention(q, k, v, log_decay=log_decay, mask=mask)[0]
-
-    def both_ways(x):
-        return x if x is None or x.ndim == 1 else jnp.concatenate([x, jnp.flip(x, axis=1)])
-
-    q, k, v, log_decay, mask = (both_ways(x) for x in (q, k, v, log_decay, mask))
     out, _ = gated_linear_attention(q, k, v, log_decay=log_decay, mask=mask)
-    forth, back = jnp.split(out, 2)
-    return (forth + jnp.flip(back, axis=1)) / 2
+    if causal:
+        return out
+    back, _ = gated_linear_attention(q, k, v, log_decay=log_decay, mask=mask, reverse=True)
+    return (out + back) / 2
 
 
 def gla_step(

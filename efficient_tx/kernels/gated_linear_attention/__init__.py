@@ -22,6 +22,7 @@ def gated_linear_attention(
     initial_state: jax.Array | None = None,
     scale: float | None = None,
     mask: jax.Array | None = None,
+    reverse: bool = False,
     implementation: str | None = None,
     interpret: bool = False,
     precision: jax.lax.PrecisionLike = None,
@@ -41,13 +42,15 @@ def gated_linear_attention(
       initial_state: `[batch, heads, head_dim, v_dim]`; None means zeros.
       scale: None means head_dim^-½.
       mask: bool `[batch, length]`, True for real tokens. The others leave the state as it is, and their output is zero.
+      reverse: run from the last token to the first: S_t = exp(log_decay_t) S_{t+1} + k_tᵀ v_t; the final state is that
+        at the first token.
       implementation: "reference" (the recurrence, differentiable in both modes), "xla" (in chunks, memory linear in
         the length, reverse mode only), or None: the first that can do it.
       interpret: run a Pallas kernel in interpret mode.
       precision: of the products; None means full float32 (or float64), also where a device would round to less.
 
     Returns:
-      `[batch, length, heads, v_dim]` in the dtype of q, and the state after the last token
+      `[batch, length, heads, v_dim]` in the dtype of q, and the state after the last step
       `[batch, heads, head_dim, v_dim]` in promote_types(dtype, float32), as all arithmetic.
 
     Raises:
@@ -72,10 +75,10 @@ def gated_linear_attention(
     tokens[1:3] = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in tokens[1:3])
     arrays = (*tokens, initial_state.astype(dtype))
     if implementation == "reference":
-        out, state = reference.forward(*arrays, precision)
+        out, state = reference.forward(*arrays, reverse, precision)
     else:
         arrays = (None if x is None else reverse_only(x, "gated_linear_attention") for x in arrays)
-        out, state = chunked(implementation, precision, *arrays)
+        out, state = chunked(implementation, (reverse, precision), *arrays)
     return out.astype(q.dtype), state
 
 
@@ -103,18 +106,18 @@ def check_shapes(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def chunked(implementation, precision, q, k, v, log_decay, state):
+def chunked(implementation, options, q, k, v, log_decay, state):
     """Output and final state of a chunked implementation, differentiated by its own backward pass."""
-    return IMPLEMENTATIONS[implementation].forward(q, k, v, log_decay, state, precision)[:2]
+    return IMPLEMENTATIONS[implementation].forward(q, k, v, log_decay, state, *options)[:2]
 
 
-def chunked_forward(implementation, precision, q, k, v, log_decay, state):
-    out, end, starts = IMPLEMENTATIONS[implementation].forward(q, k, v, log_decay, state, precision)
+def chunked_forward(implementation, options, q, k, v, log_decay, state):
+    out, end, starts = IMPLEMENTATIONS[implementation].forward(q, k, v, log_decay, state, *options)
     return (out, end), (q, k, v, log_decay, starts)
 
 
-def chunked_backward(implementation, precision, residuals, cotangents):
-    return IMPLEMENTATIONS[implementation].backward(*residuals, *cotangents, precision)
+def chunked_backward(implementation, options, residuals, cotangents):
+    return IMPLEMENTATIONS[implementation].backward(*residuals, *cotangents, *options)
 
 
 chunked.defvjp(chunked_forward, chunked_backward)

@@ -11,9 +11,9 @@ def unsupported(*, interpret: bool) -> str | None:
 
 def forward(
     q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array | None, state: jax.Array,
-    precision: jax.lax.PrecisionLike,
+    reverse: bool, precision: jax.lax.PrecisionLike,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """Output `[batch, length, heads, v_dim]` and the state after the last token.
+    """Output `[batch, length, heads, v_dim]` and the state after the last step.
 
     `q` and `k` are `[batch, length, heads, head_dim]`, `v` has v_dim, `log_decay` head_dim or 1 in the last place or is
     None, `state` is `[batch, heads, head_dim, v_dim]`; all have one dtype, float32 or float64.
@@ -25,5 +25,5 @@ def forward(
         state = jnp.exp(log_decay)[..., None] * state + k[..., :, None] * v[..., None, :]
         return state, jnp.einsum("bhk,bhkv->bhv", q, state, precision=precision)
 
-    state, out = jax.lax.scan(step, state, [x.swapaxes(0, 1) for x in (q, k, v, log_decay)])
+    state, out = jax.lax.scan(step, state, [x.swapaxes(0, 1) for x in (q, k, v, log_decay)], reverse=reverse)
     return out.swapaxes(0, 1), state

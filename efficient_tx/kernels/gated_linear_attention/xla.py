@@ -33,14 +33,14 @@ def unsupported(*, interpret: bool) -> str | None:
 
 def forward(
     q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array | None, state: jax.Array,
-    precision: jax.lax.PrecisionLike,
+    reverse: bool, precision: jax.lax.PrecisionLike,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """Output `[batch, length, heads, v_dim]`, the state after the last token, and those before every chunk.
+    """Output `[batch, length, heads, v_dim]`, the state after the last step, and those before every chunk.
 
     `q` and `k` are `[batch, length, heads, head_dim]`, `v` has v_dim, `log_decay` head_dim or 1 in the last place or is
     None, `state` is `[batch, heads, head_dim, v_dim]`; all have one dtype, float32 or float64.
     """
-    chunks = Chunks.of(q, log_decay, precision)
+    chunks = Chunks.of(q, log_decay, reverse, precision)
     q, k, v, log_decay = (chunks.pad(x) for x in (q, k, v, log_decay))
 
     def chunk(start, n):
@@ -48,18 +48,18 @@ def forward(
         decays = chunks.decays(log_decay_n)
         out = chunks.dot(chunks.weights(q_n, k_n, decays), v_n) + chunks.dot(q_n * decays.from_start, start)
         end = decays.whole * start + chunks.dot((k_n * decays.to_end).mT, v_n)
-        return end, (out.swapaxes(1, 2), start)
+        return end, (chunks.unslice(out), start)
 
-    end, (out, starts) = jax.lax.scan(chunk, state, jnp.arange(chunks.count))
+    end, (out, starts) = jax.lax.scan(chunk, state, jnp.arange(chunks.count), reverse=reverse)
     return chunks.join(out), end, starts
 
 
 def backward(
     q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array | None, starts: jax.Array,
-    d_out: jax.Array, d_end: jax.Array, precision: jax.lax.PrecisionLike,
+    d_out: jax.Array, d_end: jax.Array, reverse: bool, precision: jax.lax.PrecisionLike,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array]:  # fmt: skip
     """Cotangents of q, k, v, log_decay and the initial state, from those of the output and the final state."""
-    chunks = Chunks.of(q, log_decay, precision)
+    chunks = Chunks.of(q, log_decay, reverse, precision)
     per_head = log_decay is not None and log_decay.shape[-1] == 1
     q, k, v, log_decay, d_out = (chunks.pad(x) for x in (q, k, v, log_decay, d_out))
 
@@ -81,9 +81,9 @@ def backward(
             if per_head:
                 terms, by_end = (x.sum(-1, keepdims=True) for x in (terms, by_end))
             found.append(chunks.dot(np.triu(chunks.ones(terms.dtype)), terms) + by_end[..., None, :])
-        return d_start, [x.swapaxes(1, 2) for x in found]
+        return d_start, [chunks.unslice(x) for x in found]
 
-    d_start, found = jax.lax.scan(chunk, d_end, (jnp.arange(chunks.count), starts), reverse=True)
+    d_start, found = jax.lax.scan(chunk, d_end, (jnp.arange(chunks.count), starts), reverse=not reverse)
     d_q, d_k, d_v, *d_log_decay = (chunks.join(x) for x in found)
     return d_q, d_k, d_v, d_log_decay[0] if d_log_decay else None, d_start
 
@@ -111,13 +111,14 @@ class Chunks(NamedTuple):
 
     length: int
     size: int
+    reverse: bool
     precision: jax.lax.PrecisionLike
 
     @classmethod
-    def of(cls, q: jax.Array, log_decay: jax.Array | None, precision: jax.lax.PrecisionLike) -> Self:
+    def of(cls, q: jax.Array, log_decay: jax.Array | None, reverse: bool, precision: jax.lax.PrecisionLike) -> Self:
         largest = CHUNK if log_decay is None or log_decay.shape[-1] == 1 else CHANNEL_CHUNK
         length = q.shape[1]
-        return cls(length, min(largest, max(2, 1 << (length - 1).bit_length())), precision)
+        return cls(length, min(largest, max(2, 1 << (length - 1).bit_length())), reverse, precision)
 
     @property
     def count(self) -> int:
@@ -129,10 +130,16 @@ class Chunks(NamedTuple):
         return jnp.pad(x, ((0, 0), (0, self.count * self.size - self.length), (0, 0), (0, 0)))
 
     def slice(self, x: jax.Array | None, n: jax.Array) -> jax.Array | None:
-        """Chunk `n` of `[batch, padded length, heads, dim]`: `[batch, heads, tokens, dim]`."""
+        """Chunk `n` of `[batch, padded length, heads, dim]`: `[batch, heads, tokens, dim]`, in order of the steps."""
         if x is None:
             return None
-        return jax.lax.dynamic_slice_in_dim(x, n * self.size, self.size, axis=1).swapaxes(1, 2)
+        x = jax.lax.dynamic_slice_in_dim(x, n * self.size, self.size, axis=1)
+        return (jnp.flip(x, axis=1) if self.reverse else x).swapaxes(1, 2)
+
+    def unslice(self, x: jax.Array) -> jax.Array:
+        """A chunk `[batch, heads, tokens, dim]` as `[batch, tokens, heads, dim]`, in order of the tokens."""
+        x = x.swapaxes(1, 2)
+        return jnp.flip(x, axis=1) if self.reverse else x
 
     def join(self, x: jax.Array) -> jax.Array:
         """Chunks `[count, batch, tokens, heads, dim]` side by side: `[batch, length, heads, dim]`."""
