@@ -81,9 +81,6 @@ def block_attention(
             )
         bias = jnp.broadcast_to(bias, blocks.shape).astype(dtype)
     real = jnp.ones((batch, keys), bool) if mask is None else mask
-    if mask is not None:
-        # A weight of zero does not stop a NaN or an infinity in the padding.
-        k, v = (jnp.where(mask[:, :, None, None], x, 0) for x in (k, v))
     arrays = [pad(x.astype(dtype), block_size) for x in (q, k, v)]
     options = Options(
         block_size=block_size,

@@ -18,9 +18,11 @@ def forward(
     """Output `[batch, padded queries, heads, v_dim]` and log-sum-exp `[batch, padded queries, heads]`.
 
     `q`, `k`, `v` have one dtype, float32 or float64, and lengths that are multiples of the block size; `real` is bool
-    `[batch, padded keys]`, `blocks` int32 and `bias` `[batch, heads, query blocks, n]`.
+    `[batch, padded keys]`, `blocks` int32 and `bias` `[batch, heads or 1, query blocks, n]`.
     """
     size, precision = options.block_size, options.precision
+    # A weight of zero would not stop a NaN or an infinity in the padding.
+    k, v = (jnp.where(real[:, :, None, None], x, 0) for x in (k, v))
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     logits = options.scale * jnp.einsum("bqhd,bkhd->bhqk", q, k, precision=precision)
 

@@ -1,8 +1,9 @@
 """Block attention in XLA: memory linear in the lengths, forward and backward; written for CPUs.
 
-Every block of queries, of all heads and examples, is a row. Rows are independent, so a chunk of them at a time gathers
-its blocks of keys and is one batched product: small blocks cost no more than large ones. A row meets all its keys at
-once, which needs no running maximum; the backward pass recomputes the weights from the saved log-sum-exp.
+A row is one block of queries with all its heads. Rows are independent, so a chunk of them at a time gathers its blocks
+of keys and is one batched product: small blocks cost no more than large ones, and no array is transposed as a whole. A
+row meets all its keys at once, which needs no running maximum; the backward pass recomputes the weights from the saved
+log-sum-exp.
 
 A chunk of weights is never the transposed left factor of a product: XLA's CPU backend runs that at a quarter of the
 speed. So the cotangents of keys and values are summed as `[dim, block]`.
@@ -32,7 +33,7 @@ def forward(
     """Output `[batch, padded queries, heads, v_dim]` and log-sum-exp `[batch, padded queries, heads]`.
 
     `q`, `k`, `v` have one dtype, float32 or float64, and lengths that are multiples of the block size; `real` is bool
-    `[batch, padded keys]`, `blocks` int32 and `bias` `[batch, heads, query blocks, n]`.
+    `[batch, padded keys]`, `blocks` int32 `[batch, heads or 1, query blocks, n]`, `bias` of the same shape or None.
     """
     grid = Grid.of(q, k, v, real, blocks, options)
 
@@ -45,10 +46,10 @@ def forward(
         found = total > 0
         total = jnp.where(found, total, 1)
         out = grid.dot("rqk,rkd->rqd", weights, grid.gather(grid.v, row)) / total
-        return out, jnp.where(found, jnp.log(total) + peak, -jnp.inf)
+        return grid.tokens(out), grid.tokens(jnp.where(found, jnp.log(total) + peak, -jnp.inf))
 
     out, lse = jax.lax.map(chunk, grid.chunks(grid.rows(q, blocks, bias)))
-    return grid.tokens(out), grid.tokens(lse)[..., 0]
+    return grid.paste(out), grid.paste(lse)[..., 0]
 
 
 def backward(
@@ -57,41 +58,44 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:  # fmt: skip
     """Cotangents of q, k, v and bias, from what `forward` took and gave and the cotangents of its results."""
     grid = Grid.of(q, k, v, real, blocks, options)
-    delta = jnp.sum(out * d_out, axis=-1) - d_lse
     # A query without keys has logits −inf: any finite offset gives it weights of zero.
-    of_tokens = (d_out, delta[..., None], jnp.where(jnp.isfinite(lse), lse, 0)[..., None])
-    rows = grid.rows(q, blocks, bias), tuple(grid.cut(x, grid.query_blocks) for x in of_tokens)
+    of_tokens = (out, d_out, d_lse[..., None], jnp.where(jnp.isfinite(lse), lse, 0)[..., None])
+    rows = grid.rows(q, blocks, bias), tuple(grid.cut(x) for x in of_tokens)
 
     def chunk(carry, rows):
         d_k, d_v = carry
-        row, (d_out, delta, lse) = rows
+        row, of_tokens = rows
+        out, d_out, d_lse, lse = (grid.heads_first(x) for x in of_tokens)
         logits, keys = grid.logits(row)
         weights = jnp.exp(logits - lse)
+        delta = jnp.sum(out * d_out, axis=-1, keepdims=True) - d_lse
         d_logits = weights * (grid.dot("rqd,rkd->rqk", d_out, grid.gather(grid.v, row)) - delta)
         carry = (
-            grid.scatter_add(d_k, row, grid.dot("rqd,rqk->rdk", row.q, d_logits)),
+            grid.scatter_add(d_k, row, grid.dot("rqd,rqk->rdk", grid.heads_first(row.q), d_logits)),
             grid.scatter_add(d_v, row, grid.dot("rqd,rqk->rdk", d_out, weights)),
         )
         d_bias = None if bias is None else d_logits.sum(1).reshape(*row.bias.shape, -1).sum(-1)
-        return carry, (grid.dot("rqk,rkd->rqd", d_logits, keys), d_bias)
+        return carry, (grid.tokens(options.scale * grid.dot("rqk,rkd->rqd", d_logits, keys)), d_bias)
 
-    carry = tuple(jnp.zeros_like(x.mT) for x in (grid.k, grid.v))
+    carry = tuple(
+        jnp.zeros_like(x, shape=(len(x), k.shape[2], x.shape[-1], options.block_size)) for x in (grid.k, grid.v)
+    )
     carry, (d_q, d_bias) = jax.lax.scan(chunk, carry, grid.chunks(rows))
     # The barrier keeps XLA from folding the transposition into the slow product.
-    d_k, d_v = (grid.paste(x.mT, k.shape[2]) for x in jax.lax.optimization_barrier(carry))
-    d_bias = None if bias is None else d_bias.reshape(-1, d_bias.shape[-1])[: grid.count].reshape(bias.shape)
-    return options.scale * grid.tokens(d_q), options.scale * d_k, d_v, d_bias
+    d_k, d_v = (x.transpose(0, 3, 1, 2) for x in jax.lax.optimization_barrier(carry))
+    d_bias = None if bias is None else grid.paste(d_bias[:, :, None]).swapaxes(1, 2)
+    return grid.paste(d_q), options.scale * d_k.reshape(k.shape), d_v.reshape(v.shape), d_bias
 
 
 class Row(NamedTuple):
-    """One block of queries of one head, or a chunk of them along a leading axis.
+    """One block of queries of one example, or a chunk of them along a leading axis.
 
     Attributes:
-      q: `[block, head_dim]`.
-      block: its number among the blocks of its head.
-      first: the first block of the head's keys, among those of all heads.
-      listed: `[n]`, the head's blocks of keys that it meets, −1 for none.
-      bias: `[n]` or None.
+      q: `[block, heads, head_dim]`.
+      block: its number among the blocks of its example.
+      first: the example's first block of keys, among those of all examples.
+      listed: `[lists, n]`, the blocks of keys of the example that it meets, −1 for none.
+      bias: `[lists, n]` or None.
     """
 
     q: jax.Array
@@ -102,100 +106,131 @@ class Row(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """Keys and values of all heads in one list of blocks, `[blocks, block, dim]`, and where the rows find theirs."""
+    """Keys and values of all examples in one list of blocks, and where the rows find theirs.
+
+    Query heads that share a list and a group of keys are handled as so many more queries of one head: `lists` is the
+    number of such heads.
+
+    Attributes:
+      k, v: `[blocks, block, groups, dim]`.
+      real: `[blocks, block]`.
+    """
 
     k: jax.Array
     v: jax.Array
     real: jax.Array
-    batch: int
+    lists: int
+    listed: int
     heads: int
-    groups: int
+    batch: int
     query_blocks: int
     key_blocks: int
-    listed: int
     options: Options
 
     @classmethod
     def of(
         cls, q: jax.Array, k: jax.Array, v: jax.Array, real: jax.Array, blocks: jax.Array, options: Options
     ) -> "Grid":
-        batch, keys, groups, _ = k.shape
         size = options.block_size
-        real = jnp.broadcast_to(real[:, :, None, None], (batch, keys, groups, 1))
-        k, v, real = (cls.cut(x, keys // size) for x in (k, v, real))
-        return cls(
-            k, v, real[..., 0], batch, q.shape[2], groups, q.shape[1] // size, keys // size, blocks.shape[-1], options
-        )
+        k, v, real = (x.reshape(-1, size, *x.shape[2:]) for x in (k, v, real))
+        batch, queries, heads, _ = q.shape
+        lists = k.shape[2] if blocks.shape[1] == 1 else heads
+        return cls(k, v, real, lists, blocks.shape[3], heads, batch, queries // size, len(k) // batch, options)
 
-    @staticmethod
-    def cut(x: jax.Array, blocks: int) -> jax.Array:
-        """`[batch, length, heads, dim]` as `[batch · heads · blocks, block, dim]`."""
-        batch, length, heads, dim = x.shape
-        return x.swapaxes(1, 2).reshape(batch * heads * blocks, length // blocks, dim)
+    def cut(self, x: jax.Array) -> jax.Array:
+        """`[batch, padded queries, heads, dim]` as rows, `[rows, block, heads, dim]`."""
+        return x.reshape(-1, self.options.block_size, *x.shape[2:])
 
-    def paste(self, x: jax.Array, heads: int) -> jax.Array:
-        """The inverse of `cut`."""
-        return x.reshape(self.batch, heads, -1, x.shape[-1]).swapaxes(1, 2)
-
-    @property
-    def count(self) -> int:
-        return self.batch * self.heads * self.query_blocks
+    def paste(self, x: jax.Array) -> jax.Array:
+        """Results `[chunks, rows of one, block, heads, dim]` of the chunks as `[batch, blocks · block, heads, dim]`."""
+        x = x.reshape(-1, *x.shape[2:])[: self.batch * self.query_blocks]
+        return x.reshape(self.batch, -1, *x.shape[2:])
 
     def rows(self, q: jax.Array, blocks: jax.Array, bias: jax.Array | None) -> Row:
         """All rows."""
-        each = self.batch, self.heads, self.query_blocks
-        group = jnp.arange(self.heads) * self.groups // self.heads
-        head = jnp.arange(self.batch)[:, None] * self.groups + group
+        each = self.batch, self.query_blocks
+
+        def lists(x):
+            return x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3])
+
         return Row(
-            q=self.cut(q, self.query_blocks),
+            q=self.cut(q),
             block=jnp.broadcast_to(jnp.arange(self.query_blocks), each).reshape(-1),
-            first=jnp.broadcast_to(head[..., None] * self.key_blocks, each).reshape(-1),
-            listed=blocks.reshape(-1, self.listed),
-            bias=None if bias is None else bias.reshape(-1, self.listed),
+            first=jnp.broadcast_to(jnp.arange(self.batch)[:, None] * self.key_blocks, each).reshape(-1),
+            listed=lists(blocks),
+            bias=None if bias is None else lists(bias),
         )
 
     def chunks(self, rows):
         """The arrays of `rows`, `[rows, ...]`, as `[chunks, rows of one, ...]`, filled up with rows that list block 0.
 
-        Those have cotangents of zero and are dropped from the results. At least two in a chunk: XLA's CPU backend is
-        three times slower at a leading axis of 1.
+        Those have cotangents of zero and are dropped from the results.
         """
-        area = self.options.block_size**2 * self.listed
-        count = -(-self.count // min(self.count, max(2, CHUNK_AREA // area)))
-        size = -(-self.count // count)
+        area = self.options.block_size**2 * self.listed * self.heads
+        rows_in_all = self.batch * self.query_blocks
+        count = -(-rows_in_all // min(rows_in_all, max(1, CHUNK_AREA // area)))
+        size = -(-rows_in_all // count)
 
         def split(x):
-            x = jnp.pad(x, ((0, count * size - self.count), *((0, 0),) * (x.ndim - 1)))
+            x = jnp.pad(x, ((0, count * size - rows_in_all), *((0, 0),) * (x.ndim - 1)))
             return x.reshape(count, size, *x.shape[1:])
 
         return jax.tree.map(split, rows)
 
+    def heads_first(self, x: jax.Array) -> jax.Array:
+        """`[rows, block, heads, dim]` as `[rows · lists, queries, dim]`."""
+        rows, block, _, dim = x.shape
+        x = x.reshape(rows, block, self.lists, -1, dim).transpose(0, 2, 3, 1, 4)
+        return x.reshape(rows * self.lists, -1, dim)
+
     def tokens(self, x: jax.Array) -> jax.Array:
-        """Results of the chunks, `[chunks, rows of one, block, dim]`, as `[batch, padded queries, heads, dim]`."""
-        return self.paste(x.reshape(-1, *x.shape[2:])[: self.count], self.heads)
+        """The inverse of `heads_first`."""
+        block, dim = self.options.block_size, x.shape[-1]
+        x = x.reshape(-1, self.lists, self.heads // self.lists, block, dim).transpose(0, 3, 1, 2, 4)
+        return x.reshape(-1, block, self.heads, dim)
+
+    def places(self, row: Row) -> tuple[jax.Array, jax.Array]:
+        """Which blocks of which groups a chunk needs, `[rows, lists, n]` and `[lists, 1]`; block 0 for none."""
+        found = row.first[:, None, None] + jnp.maximum(row.listed, 0)
+        found = jnp.broadcast_to(found, (len(found), self.lists, self.listed))
+        return found, (jnp.arange(self.lists) * self.k.shape[2] // self.lists)[:, None]
 
     def gather(self, x: jax.Array, row: Row) -> jax.Array:
-        """The listed blocks of `x`, `[rows, n · block, ...]`; block 0 for none."""
-        found = x[row.first[:, None] + jnp.maximum(row.listed, 0)]
-        return found.reshape(found.shape[0], -1, *x.shape[2:])
+        """The listed blocks of `x` `[blocks, block, groups, dim]`, as `[rows · lists, n · block, dim]`; zero if masked.
+
+        A weight of zero would not stop a NaN or an infinity in the padding.
+        """
+        block, group = self.places(row)
+        found = jnp.where(self.listed_keys(row)[..., None], x[block, :, group], 0)
+        return found.reshape(len(block) * self.lists, -1, x.shape[-1])
+
+    def listed_keys(self, row: Row) -> jax.Array:
+        """Which keys of the listed blocks there are, bool `[rows, lists or 1, n, block]`."""
+        return self.real[row.first[:, None, None] + jnp.maximum(row.listed, 0)] & (row.listed >= 0)[..., None]
 
     def scatter_add(self, x: jax.Array, row: Row, update: jax.Array) -> jax.Array:
-        """`x` `[blocks, dim, block]` with `update` `[rows, dim, n · block]` added to the listed blocks."""
-        update = update.reshape(*update.shape[:2], self.listed, -1).swapaxes(1, 2)
-        return x.at[row.first[:, None] + jnp.maximum(row.listed, 0)].add(update)
+        """`x` `[blocks, groups, dim, block]` with `update` `[rows · lists, dim, n · block]` added to the listed."""
+        block, group = self.places(row)
+        update = update.reshape(*block.shape[:2], update.shape[1], self.listed, -1).swapaxes(2, 3)
+        return x.at[block, group].add(update)
 
     def dot(self, formula: str, x: jax.Array, y: jax.Array) -> jax.Array:
         return jnp.einsum(formula, x, y, precision=self.options.precision)
 
     def logits(self, row: Row) -> tuple[jax.Array, jax.Array]:
-        """Logits `[rows, block, n · block]`, −inf where unseen, and the keys `[rows, n · block, head_dim]`."""
+        """Logits `[rows · lists, queries, n · block]`, −inf where unseen, and keys `[rows · lists, n · block, dim]`."""
         size, keys = self.options.block_size, self.gather(self.k, row)
-        real = self.gather(self.real, row) & jnp.repeat(row.listed >= 0, size, axis=1)
-        bias = 0 if row.bias is None else jnp.repeat(row.bias, size, axis=1)
-        logits = self.dot("rqd,rkd->rqk", self.options.scale * row.q, keys)
-        logits += jnp.where(real, bias, -jnp.inf)[:, None].astype(logits.dtype)
-        inside = jnp.arange(size)
-        query = row.block[:, None] * size + inside
-        key = (row.listed[..., None] * size + inside).reshape(keys.shape[:2])
-        seen = self.options.seen(query[:, :, None], key[:, None])
-        return (logits if seen is None else jnp.where(seen, logits, -jnp.inf)), keys
+        logits = self.dot("rqd,rkd->rqk", self.options.scale * self.heads_first(row.q), keys)
+        flat, inside = logits.shape, jnp.arange(size)
+        # [rows, lists, query heads of a list, queries, n · block]
+        logits = logits.reshape(-1, self.lists, self.heads // self.lists, size, self.listed * size)
+
+        def of_keys(x):
+            return x.reshape(*x.shape[:2], 1, 1, self.listed * size)
+
+        bias = 0 if row.bias is None else row.bias[..., None]
+        logits += of_keys(jnp.where(self.listed_keys(row), bias, -jnp.inf)).astype(logits.dtype)
+        query = (row.block[:, None] * size + inside)[:, None, None, :, None]
+        seen = self.options.seen(query, of_keys(row.listed[..., None] * size + inside))
+        logits = logits if seen is None else jnp.where(seen, logits, -jnp.inf)
+        return logits.reshape(flat), keys
