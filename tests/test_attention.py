@@ -14,7 +14,8 @@ from efficient_tx.attention.rotary import rotate
 FEATURES, HEADS, SHORT, LONG = 16, 2, 24, 40
 LENGTHS = (24, 11, 0)  # real tokens of the three examples: full, padded, nothing but padding
 BUDGET = 8  # below SHORT, so that the methods approximate
-WINDOWED = {"pool", "lev", "hyper", "tensor"}  # a query sees some tokens of its past, not all of them
+# A query sees some tokens of its past, not all of them.
+WINDOWED = {"pool", "lev", "hyper", "tensor", "local", "longformer", "bigbird", "sparse"}
 
 every = pytest.mark.parametrize("name", ATTENTION)
 causal_ones = pytest.mark.parametrize("name", [name for name in ATTENTION if ATTENTION[name].can_be_causal])

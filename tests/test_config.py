@@ -253,6 +253,7 @@ OTHER = {
     "attention.soft.bottleneck": "convolution",
     "attention.soft.inverse": "iteration",
     "attention.soft.value_conv": 3,
+    "attention.sparse.pattern": "fixed",
     "optimizer.name": "lion",
     "optimizer.schedule": "rsqrt",
     "optimizer.clip_by": "value",
@@ -269,6 +270,7 @@ CONTEXT = {
     "attention.lev.recent": {"model.causal": True},
     "attention.lev.ridge": {"model.causal": True},
     "attention.lev.rescore": {"model.causal": True},
+    "attention.sparse.summary": {"attention.sparse.pattern": "fixed"},
     "model.causal": {"mixers": "softmax"},
     # Sequences not longer than the block or, if causal, the chunk are attended to exactly.
     "attention.hyper.samples": {"attention.hyper.block": 4},

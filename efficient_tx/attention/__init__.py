@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 
 from efficient_tx.attention.adapter import adapt
+from efficient_tx.attention.blocks import BigBird, Local, Longformer, Sparse, bigbird, local, longformer, sparse
 from efficient_tx.attention.cosformer import Cosformer, cosformer
 from efficient_tx.attention.fourier import Fourier, fourier
 from efficient_tx.attention.gla import GLA, gla
@@ -50,6 +51,10 @@ ATTENTION: dict[str, type[Mixer]] = {
     "fourier": Fourier,
     "vmean": VMean,
     "pool": Pool,
+    "local": Local,
+    "longformer": Longformer,
+    "bigbird": BigBird,
+    "sparse": Sparse,
 }
 
 
@@ -79,6 +84,7 @@ __all__ = [
     "ATTENTION",
     "GLA",
     "S3",
+    "BigBird",
     "Cosformer",
     "Fourier",
     "Hyper",
@@ -87,6 +93,8 @@ __all__ = [
     "LevState",
     "LinearAttention",
     "Linformer",
+    "Local",
+    "Longformer",
     "Mixer",
     "MultiHead",
     "Nystromformer",
@@ -97,10 +105,12 @@ __all__ = [
     "Skyformer",
     "Soft",
     "Softmax",
+    "Sparse",
     "Strassen",
     "Tensor",
     "VMean",
     "as_attention_fn",
+    "bigbird",
     "cosformer",
     "fourier",
     "gla",
@@ -111,6 +121,8 @@ __all__ = [
     "lev_step",
     "linear",
     "linformer",
+    "local",
+    "longformer",
     "nystromformer",
     "performer",
     "pool",
@@ -120,6 +132,7 @@ __all__ = [
     "skyformer",
     "soft",
     "softmax",
+    "sparse",
     "strassen",
     "tensor",
     "vmean",
