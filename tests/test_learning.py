@@ -1,8 +1,12 @@
-"""Every mixer learns: 30 steps on small ListOps through the real task, model and step, on one device and on four."""
+"""Every mixer learns in 30 steps on small ListOps, with the same losses on one device and on four; and a hybrid."""
+
+import json
 
 import jax
 import numpy as np
 import pytest
+import toy
+from command import TINY, evaluate, finish, start, wait_for_step
 from flax import nnx
 
 from configs.base import make_config
@@ -60,3 +64,28 @@ def test_thirty_steps_learn_and_four_devices_give_the_same_losses(name, data):
     # Sums in another order, 6e-8 a rounding, through 30 updates that feed it back.
     np.testing.assert_allclose(four, one, rtol=1e-3)
     np.testing.assert_allclose(four[:5], one[:5], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_hybrid_trains_is_killed_resumes_and_is_evaluated(tmp_path):
+    """Two mixers in turn, `:gla,softmax`: interrupted, it ends with the lines of one that was not."""
+    options = [option for option in TINY if "skyformer" not in option and not option.startswith("--config=")]
+    options += ["--config=configs/quickstart.py:gla,softmax", "--config.model.layers=2"]
+
+    def run(workdir):
+        return start("train.py", *options, f"--workdir={workdir}")
+
+    status, _, error = finish(run(tmp_path / "straight"))
+    assert status == 0, error
+    killed = run(tmp_path / "run")
+    wait_for_step(tmp_path / "run", 14)
+    killed.kill()
+    finish(killed)
+    status, out, error = finish(run(tmp_path / "run"))
+    assert (status, error) == (0, "") and "resuming from step" in out
+    assert toy.lines(tmp_path / "run") == toy.lines(tmp_path / "straight")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["mixers"] == "gla,softmax"
+    status, out, error = evaluate(f"--workdir={tmp_path / 'run'}")
+    assert (status, error) == (0, "")
+    test_accuracy = json.loads((tmp_path / "run" / "summary.json").read_text())["test_accuracy"]
+    assert f"{test_accuracy:.4f}" in out
