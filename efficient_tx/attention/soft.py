@@ -84,7 +84,8 @@ def soft(
     sums = flash_attention(z, q.astype(dtype), v.astype(dtype), score="gaussian", mask=mask)
     eye = jnp.eye(z.shape[1], dtype=dtype)
     # A token that does not exist is a row of the identity with nothing on its right side: it adds zero.
-    core = jnp.where(real & real.mT, gaussian(z), eye)
+    heads_first = z.swapaxes(1, 2)
+    core = jnp.where(real & real.mT, gaussian(heads_first, heads_first), eye)
     sums = jnp.where(real, sums.swapaxes(1, 2), 0)
     scale = jax.lax.rsqrt(core.sum(-1, keepdims=True)) if symmetric_norm else 1
     core += ridge * eye
