@@ -73,13 +73,13 @@ def block_attention(
     batch, queries, heads, head_dim = q.shape
     keys = k.shape[1]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    blocks = jnp.broadcast_to(blocks, (batch, heads, *blocks.shape[2:])).astype(jnp.int32)
+    # Heads that share one list share the gathers of their keys too; a bias may differ between them.
+    lists = (batch, blocks.shape[1] if bias is None else heads, *blocks.shape[2:])
+    blocks = jnp.broadcast_to(blocks, lists).astype(jnp.int32)
     if bias is not None:
-        if jnp.broadcast_shapes(jnp.shape(bias), blocks.shape) != blocks.shape:
-            raise ValueError(
-                f"bias has shape {jnp.shape(bias)}: it must broadcast to the listed blocks, {blocks.shape}"
-            )
-        bias = jnp.broadcast_to(bias, blocks.shape).astype(dtype)
+        if jnp.broadcast_shapes(jnp.shape(bias), lists) != lists:
+            raise ValueError(f"bias has shape {jnp.shape(bias)}: it must broadcast to the listed blocks, {lists}")
+        bias = jnp.broadcast_to(bias, lists).astype(dtype)
     real = jnp.ones((batch, keys), bool) if mask is None else mask
     arrays = [pad(x.astype(dtype), block_size) for x in (q, k, v)]
     options = Options(
