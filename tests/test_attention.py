@@ -133,6 +133,50 @@ def test_causal_means_zero_jacobian_above_the_diagonal(name):
 
 
 @causal_ones
+def test_later_tokens_change_nothing_however_large(name):
+    """Nor through a choice, an order, a stabiliser or a rounding, which no Jacobian sees."""
+    params, forward = program(name, causal=True)
+    x, mask = tokens(0, 3, SHORT, FEATURES), right_padded(LENGTHS, SHORT)
+    out = np.asarray(forward(params, x, mask, None))
+    for i in (4, 12):
+        later = np.where(np.arange(SHORT)[:, None] > i, 1e3 * tokens(1, *x.shape), x)
+        assert_same(np.asarray(forward(params, later, mask, None))[:, : i + 1], out[:, : i + 1])
+
+
+# Options that take other ways through the code than the defaults do.
+MODES = [
+    ("softmax", {"positions": "rope"}),
+    ("softmax", {"positions": "rope2d"}),
+    ("sigmoid", {"qk_norm": True, "layer_scale": 0.1}),
+    ("skyformer", {"choice": "kmeans"}),
+    ("skyformer", {"choice": "leverage", "inverse": "iteration"}),
+    ("skyformer", {"accumulate": 2}),
+    ("soft", {"grid": True, "landmarks": 64, "value_conv": 3}),
+    ("soft", {"bottleneck": "convolution", "symmetric_norm": True, "inverse": "iteration"}),
+    ("lev", {"attention": "polynomial"}),
+    ("lev", {"attention": "polynomial", "causal": True}),
+    ("lev", {"p": 3.0, "heads": 1}),
+    ("longformer", {"global_projections": True}),
+    ("sparse", {"pattern": "fixed"}),
+    ("pool", {"grid": True, "kind": "max"}),
+]
+
+
+@pytest.mark.parametrize(("name", "mode"), MODES, ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x)))
+def test_modes_keep_the_promises_about_padding(name, mode):
+    params, forward = program(name, **mode)
+    x, mask = tokens(0, 3, SHORT, FEATURES), right_padded(LENGTHS, SHORT)
+    out = np.asarray(forward(params, x, mask, None))
+    assert (out[~mask] == 0).all()
+    longer = np.concatenate([x, np.full((3, LONG - SHORT, FEATURES), np.nan, np.float32)], axis=1)
+    assert_same(np.asarray(forward(params, longer, right_padded(LENGTHS, LONG), None))[:, :SHORT][mask], out[mask])
+    assert_same(forward(params, x[[1, 0, 0]], mask[[1, 0, 0]], None)[0], out[1])
+    if mode.get("causal"):
+        later = np.where(np.arange(SHORT)[:, None] > 12, 1e3 * tokens(1, *x.shape), x)
+        assert_same(np.asarray(forward(params, later, mask, None))[:, :13], out[:, :13])
+
+
+@causal_ones
 def test_causal_keeps_the_promises_about_padding(name):
     params, forward = program(name, causal=True)
     x, mask = tokens(0, 3, SHORT, FEATURES), right_padded(LENGTHS, SHORT)

@@ -25,7 +25,7 @@ def config_of(name, data):
         name,
         steps=STEPS,
         batch_size=16,
-        task={"data_dir": str(data), "train_size": 400, "val_size": 10, "test_size": 10, "min_len": 5, "max_len": 32},
+        task={"data_dir": str(data), "train_size": 32, "val_size": 10, "test_size": 10, "min_len": 5, "max_len": 32},
         model={"features": 16, "layers": 1, "heads": 2, "mlp_features": 32, "dropout": 0.1},
         attention={name: ATTENTION[name].within(8)},
         # A large eps keeps Adam from turning the roundings of tiny gradients into whole steps.
@@ -59,8 +59,8 @@ def test_thirty_steps_learn_and_four_devices_give_the_same_losses(name, data):
     config = config_of(name, data)
     build.check(config)
     one, four = losses(config, 1), losses(config, 4)
-    # A constant answer has ln 10 = 2.30 at first and the labels' entropy, about 2.2, at best.
-    assert one[-10:].mean() < one[:5].mean() - 0.1
+    # 15 times the same two batches: what falls is no luck of the draw.
+    assert one[-4:].mean() < one[:4].mean() - 0.2
     # Sums in another order, 6e-8 a rounding, through 30 updates that feed it back.
     np.testing.assert_allclose(four, one, rtol=1e-3)
     np.testing.assert_allclose(four[:5], one[:5], rtol=1e-5)

@@ -49,12 +49,12 @@ ATTENTION: dict[str, type[Mixer]] = {
     "tensor": Tensor,
     "strassen": Strassen,
     "fourier": Fourier,
-    "vmean": VMean,
-    "pool": Pool,
     "local": Local,
     "longformer": Longformer,
     "bigbird": BigBird,
     "sparse": Sparse,
+    "vmean": VMean,
+    "pool": Pool,
 }
 
 

@@ -264,7 +264,7 @@ def sample_rows(keys: jax.Array, count: jax.Array, samples: int) -> tuple[jax.Ar
     def one(key, count):
         starts = segment_starts(count, samples)
         size = jnp.diff(starts)
-        row = (jax.random.uniform(key, (samples,)) * size).astype(jnp.int32)
+        row = (jax.random.uniform(key, (samples,), jnp.float32) * size).astype(jnp.int32)
         return starts[:-1] + jnp.clip(row, 0, jnp.maximum(size - 1, 0)), jnp.log(size)
 
     count = jnp.broadcast_to(count, keys.shape)

@@ -96,6 +96,8 @@ def universal_set(k: jax.Array, mask: jax.Array | None, budget: int, p: float) -
     rows = jnp.moveaxis(k, 2, 1)
     real = None if mask is None else mask[:, None]
     scores = leverage_scores(rows, mask=real) if p == 2 else lewis_weights(rows, p, mask=real)
+    # Scores that are equal but for rounding, as those of no more keys than head_dim, are ties.
+    scores = jax.lax.reduce_precision(scores, jnp.finfo(scores.dtype).nexp, mantissa_bits=12)
     scores = scores if real is None else jnp.where(real, scores, -1)
     return jnp.moveaxis(jax.lax.top_k(scores, min(budget, k.shape[1]))[1], 1, 2)
 

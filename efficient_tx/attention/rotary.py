@@ -1,9 +1,12 @@
 """Rotary position embedding (Su et al. 2021, arXiv 2104.09864), in one and two dimensions."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 from efficient_tx.attention.shapes import token_ranks
+from efficient_tx.numerics.segments import grid_sides
 
 
 def rotate(x: jax.Array, mask: jax.Array | None, *, layout: str = "rope", base: float = 10000.0) -> jax.Array:
@@ -15,15 +18,15 @@ def rotate(x: jax.Array, mask: jax.Array | None, *, layout: str = "rope", base: 
     Args:
       x: `[batch, length, heads, head_dim]`; channel c pairs with channel c + head_dim/2.
       mask: bool `[batch, length]` or None (all tokens real).
-      layout: "rope" for a line; "rope2d" for a square grid in row-major order: half of the pairs turn with the row,
-        half with the column.
+      layout: "rope" for a line; "rope2d" for a square image in row-major order, of side ⌈√n⌉ with n real tokens: half
+        of the pairs turn with the row, half with the column.
       base: the slowest pair turns by 1/base radians a position.
 
     Returns:
       The same shape and dtype; angles and rotation are float32 at least.
 
     Raises:
-      ValueError: head_dim is odd ("rope") or no multiple of four, or length is no square ("rope2d").
+      ValueError: head_dim is odd ("rope") or no multiple of four, or length is no square ("rope2d" without a mask).
     """
     batch, length, _, dim = x.shape
     ways = {"rope": 1, "rope2d": 2}[layout]
@@ -31,9 +34,9 @@ def rotate(x: jax.Array, mask: jax.Array | None, *, layout: str = "rope", base: 
         raise ValueError(f"head_dim is {dim}: {layout} needs a multiple of {2 * ways}")
     positions = token_ranks(mask, batch, length)
     if layout == "rope2d":
-        side = round(length**0.5)
-        if side * side != length:
-            raise ValueError(f"length is {length}: rope2d needs the tokens of a square grid")
+        if mask is None and math.isqrt(length) ** 2 != length:
+            raise ValueError(f"length is {length}: rope2d needs the tokens of a square grid, or a mask")
+        side = math.isqrt(length) if mask is None else grid_sides(mask.sum(axis=1)[:, None], length)
         coordinates = [positions // side, positions % side]
     else:
         coordinates = [positions]

@@ -1,4 +1,4 @@
-"""Skeinformer (Chen et al. 2022, arXiv 2112.05359): softmax attention from sampled columns, linear in length.
+"""Skeinformer (Chen et al. 2021, arXiv 2112.05359): softmax attention from sampled columns, linear in length.
 
 Pilot queries J see all keys, B = softmax(Q_J Kᵀ / √K). Keys J′ are drawn without replacement with probabilities
 proportional to (Σ_j B_ji²)^½ ‖v_i‖. A query attends to them, and to all other keys as if their weights were the
@@ -126,7 +126,7 @@ class Skeinformer(MultiHead):
       ValueError: `causal=True`, or an option out of its range.
     """
 
-    paper = "Chen et al. 2022, arXiv 2112.05359"
+    paper = "Chen et al. 2021, arXiv 2112.05359"
     computes = "softmax attention from m sampled keys and the mean of the others; m pilot queries exact"
     cost = "n·m"
     function = staticmethod(skeinformer)

@@ -79,7 +79,7 @@ def skyformer(
 
     sums = flash_attention(z.astype(dtype), k.astype(dtype), v.astype(dtype), score="gaussian", mask=mask)
     sums, z_heads = sums.swapaxes(1, 2), z.astype(dtype).swapaxes(1, 2)
-    core = gaussian(z_heads, z_heads)
+    core = gaussian_gram(z_heads)
     if accumulate > 1:
         core, sums, valid = merge(merge(core, signs).mT, signs), merge(sums, signs), valid[:, :landmarks]
     valid = valid[:, None, :, None]
@@ -154,7 +154,13 @@ def gaussian(x: jax.Array, y: jax.Array) -> jax.Array:
     """exp(−‖x_i − y_j‖² / (2√K)), `[..., n, m]`, from `[..., n, K]` and `[..., m, K]`."""
     dot = jnp.matmul(x, y.mT, precision=jax.lax.Precision.HIGHEST)
     x_norm, y_norm = (jnp.square(z).sum(-1) / 2 for z in (x, y))
-    return jnp.exp((dot - x_norm[..., :, None] - y_norm[..., None, :]) * x.shape[-1] ** -0.5)
+    # A squared distance is not negative, but rounding may make it so.
+    return jnp.exp(jnp.minimum(dot - x_norm[..., :, None] - y_norm[..., None, :], 0) * x.shape[-1] ** -0.5)
+
+
+def gaussian_gram(x: jax.Array) -> jax.Array:
+    """`gaussian` of all pairs of the rows of `x` `[..., n, K]`, exactly 1 on the diagonal."""
+    return jnp.where(jnp.eye(x.shape[-2], dtype=bool), 1, gaussian(x, x))
 
 
 def core_solve(core: jax.Array, sums: jax.Array, inverse: str, iterations: int) -> jax.Array:

@@ -24,7 +24,7 @@ from efficient_tx.attention.grid import check_square, lay_out
 from efficient_tx.attention.kernelized import kernelized
 from efficient_tx.attention.multihead import MultiHead
 from efficient_tx.attention.shapes import compact, key_mask, repeat_heads
-from efficient_tx.attention.skyformer import gaussian
+from efficient_tx.attention.skyformer import gaussian_gram
 from efficient_tx.kernels import flash_attention
 from efficient_tx.numerics.segments import grid_means, segment_means
 from efficient_tx.numerics.spd import newton_raphson_inverse, spd_solve
@@ -84,8 +84,7 @@ def soft(
     sums = flash_attention(z, q.astype(dtype), v.astype(dtype), score="gaussian", mask=mask)
     eye = jnp.eye(z.shape[1], dtype=dtype)
     # A token that does not exist is a row of the identity with nothing on its right side: it adds zero.
-    heads_first = z.swapaxes(1, 2)
-    core = jnp.where(real & real.mT, gaussian(heads_first, heads_first), eye)
+    core = jnp.where(real & real.mT, gaussian_gram(z.swapaxes(1, 2)), eye)
     sums = jnp.where(real, sums.swapaxes(1, 2), 0)
     scale = jax.lax.rsqrt(core.sum(-1, keepdims=True)) if symmetric_norm else 1
     core += ridge * eye
@@ -110,7 +109,7 @@ def gaussian_self_attention(
 def pool(q: jax.Array, mask: jax.Array | None, landmarks: int, grid: bool) -> tuple[jax.Array, jax.Array]:
     """Means of q, `[batch, landmarks or fewer, heads, head_dim]`, and which of them exist."""
     if grid:
-        return grid_means(q, mask, math.isqrt(min(landmarks, q.shape[1])))
+        return grid_means(q, mask, min(math.isqrt(landmarks), math.isqrt(max(q.shape[1] - 1, 0)) + 1))
     return segment_means(q, mask, min(landmarks, q.shape[1]))
 
 

@@ -27,7 +27,7 @@ def gray_rank(bits: jax.Array) -> jax.Array:
 def hash_directions(keys: jax.Array, dim: int, bits: int) -> jax.Array:
     """The Gaussian vectors of each example's hash, float32 `[batch, dim, bits]`, from one key each, `[batch]`."""
     # One axis at a time: XLA's CPU backend compiles a draw of two axes three times as long.
-    return jax.vmap(lambda key: jax.random.normal(key, (dim * bits,)))(keys).reshape(-1, dim, bits)
+    return jax.vmap(lambda key: jax.random.normal(key, (dim * bits,), jnp.float32))(keys).reshape(-1, dim, bits)
 
 
 def hamming_buckets(x: jax.Array, directions: jax.Array) -> jax.Array:

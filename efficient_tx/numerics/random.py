@@ -26,8 +26,8 @@ def example_keys(key: jax.Array | None, batch: int) -> jax.Array | None:
 
 
 def evaluation_keys(batch: int) -> jax.Array:
-    """The same fixed key for every example, `[batch]`: what sampling methods use at evaluation."""
-    return jnp.broadcast_to(jax.random.key(0), (batch,))
+    """The same fixed key for every example, `[batch]`, whatever jax's default generator: for sampling at evaluation."""
+    return jnp.broadcast_to(jax.random.key(0, impl="threefry2x32"), (batch,))
 
 
 def fold(keys: jax.Array | None, data: int) -> jax.Array | None:
@@ -74,7 +74,7 @@ def sample_tokens(keys: jax.Array, mask: jax.Array, count: int) -> tuple[jax.Arr
 
     def one(key, mask):
         rank = jnp.maximum(jnp.cumsum(mask) - 1, 0)
-        score = jnp.where(mask, jax.random.uniform(key, mask.shape)[rank], -1.0)
+        score = jnp.where(mask, jax.random.uniform(key, mask.shape, jnp.float32)[rank], -1.0)
         score, position = jax.lax.top_k(score, min(count, mask.shape[0]))
         return position, score >= 0.0
 

@@ -28,9 +28,11 @@ def forward(
 
     # A block that several entries list has the sum of their weights.
     listed = blocks[..., None] == jnp.arange(k.shape[1] // size)
-    top = 0 if bias is None else jax.lax.stop_gradient(bias.max(initial=jnp.finfo(q.dtype).min))
-    weights = listed * (jnp.ones((), q.dtype) if bias is None else jnp.exp(bias - top)[..., None])
-    times = jnp.repeat(jnp.repeat(weights.sum(-2), size, axis=-2), size, axis=-1)
+    bias = jnp.zeros(blocks.shape, q.dtype) if bias is None else bias
+    top = jax.lax.stop_gradient(jnp.where(listed, bias[..., None], -jnp.inf).max(-2))
+    top = jnp.where(jnp.isfinite(top), top, 0)
+    times = (listed * jnp.exp(jnp.where(listed, bias[..., None] - top[..., None, :], 0))).sum(-2)
+    times, top = (jnp.repeat(jnp.repeat(x, size, axis=-2), size, axis=-1) for x in (times, top))
     keep = (times > 0) & real[:, None, None, :]
     seen = options.seen(jnp.arange(q.shape[1])[:, None], jnp.arange(k.shape[1]))
     keep = keep if seen is None else keep & seen

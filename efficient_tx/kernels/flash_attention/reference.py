@@ -24,7 +24,8 @@ def forward(
     logits = scale * jnp.einsum("bqhd,bkhd->bhqk", q, k, precision=precision) + bias
     if score == "gaussian":
         q_norm, k_norm = (jnp.square(x).sum(-1).mT for x in (q, k))
-        logits -= scale / 2 * (q_norm[..., :, None] + k_norm[..., None, :])
+        # A squared distance is not negative, but rounding may make it so.
+        logits = jnp.minimum(logits - scale / 2 * (q_norm[..., :, None] + k_norm[..., None, :]), bias)
 
     keep = jnp.ones((1, 1, queries, keys), bool)
     if mask is not None:

@@ -231,4 +231,9 @@ class Grid(NamedTuple):
         return jnp.where(j * self.key_block + jnp.arange(self.key_block) <= query, logits, -jnp.inf)
 
     def weights(self, logits: jax.Array, offset: jax.Array) -> jax.Array:
-        return jax.nn.sigmoid(logits) if self.options.score == "sigmoid" else jnp.exp(logits - offset)
+        if self.options.score == "sigmoid":
+            return jax.nn.sigmoid(logits)
+        if self.options.score == "gaussian":
+            # A squared distance is not negative, but rounding may make it so.
+            return jnp.exp(jnp.minimum(logits - offset, self.options.bias))
+        return jnp.exp(logits - offset)
