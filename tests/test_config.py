@@ -383,7 +383,7 @@ def test_help_names_what_there_is_to_choose():
     assert code == 0
     for words in (
         "configs/lra_listops.py",
-        "skyformer, linformer",
+        "kernelized, sigmoid, skyformer, soft, nystromformer",
         "monarch",
         "protocol",
         "optimizer.learning_rate = ",
