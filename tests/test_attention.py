@@ -1,5 +1,6 @@
 """The promises of every token mixer, over the table ATTENTION: a new row is covered on arrival."""
 
+import math
 from functools import cache
 
 import jax
@@ -95,6 +96,11 @@ def test_a_mask_may_have_any_pattern(name):
 
 
 @every
+def test_nothing_comes_of_nothing(name):
+    assert mixer(name)(jnp.zeros((2, 0, FEATURES)), mask=jnp.zeros((2, 0), bool)).shape == (2, 0, FEATURES)
+
+
+@every
 def test_without_mask_all_tokens_are_real(name):
     params, forward = program(name)
     x = tokens(0, 3, SHORT, FEATURES)
@@ -146,7 +152,7 @@ def test_later_tokens_change_nothing_however_large(name):
 # Options that take other ways through the code than the defaults do.
 MODES = [
     ("softmax", {"positions": "rope"}),
-    ("softmax", {"positions": "rope2d"}),
+    ("softmax", {"positions": "rope2d", "max_len": 49}),
     ("sigmoid", {"qk_norm": True, "layer_scale": 0.1}),
     ("skyformer", {"choice": "kmeans"}),
     ("skyformer", {"choice": "leverage", "inverse": "iteration"}),
@@ -203,32 +209,38 @@ def test_what_is_tied_to_the_length_says_so(name):
 def test_randomness_is_an_argument_of_the_example(name):
     params, forward = program(name)
     x, mask = tokens(0, 3, SHORT, FEATURES), np.ones((3, SHORT), bool)
-    sampled = np.asarray(forward(params, x, mask, jax.random.key(1)))
-    drawn = not np.allclose(sampled, forward(params, x, mask, jax.random.key(2)), rtol=1e-3, atol=1e-5)
+    keys, others = (jax.random.split(jax.random.key(seed), 3) for seed in (1, 2))
+    sampled = np.asarray(forward(params, x, mask, keys))
+    drawn = not np.allclose(sampled, forward(params, x, mask, others), rtol=1e-3, atol=1e-5)
     assert drawn == ATTENTION[name].samples
 
-    params, forward = program(name, dropout=0.5)
-    x, mask = np.repeat(tokens(0, 1, SHORT, FEATURES), 3, axis=0), np.ones((3, SHORT), bool)
+    x = np.repeat(tokens(0, 1, SHORT, FEATURES), 3, axis=0)
     evaluated = np.asarray(forward(params, x, mask, None))
     assert_same(evaluated[1], evaluated[0])  # one fixed key for every example
     np.testing.assert_array_equal(forward(params, x, mask, None), evaluated)
-    keys = jax.random.split(jax.random.key(1), 3)
+
+    params, forward = program(name, dropout=0.5)
     trained = np.asarray(forward(params, x, mask, keys))
     assert (trained[0] == 0).mean() == pytest.approx(0.5, abs=0.1)  # 384 entries: sd 0.026
     assert not np.array_equal(trained[0], trained[1])
     assert_same(forward(params, x, mask, keys[::-1])[2], trained[0])
-    folded = forward(params, x, mask, jax.random.key(5))  # a scalar key is folded per row
+
+
+def test_a_scalar_key_is_folded_per_row():
+    params, forward = program("skyformer", dropout=0.5)
+    x, mask = tokens(0, 3, SHORT, FEATURES), np.ones((3, SHORT), bool)
     rows = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(5), jnp.arange(3))
-    assert_same(folded, forward(params, x, mask, rows))
+    assert_same(forward(params, x, mask, jax.random.key(5)), forward(params, x, mask, rows))
 
 
 @every
 def test_draws_do_not_depend_on_the_padded_length(name):
     params, forward = program(name, dropout=0.5)  # compiled by the test above
+    keys = jax.random.split(jax.random.key(1), 3)
     x, mask = tokens(0, 3, SHORT, FEATURES), right_padded(LENGTHS, SHORT)
-    out = np.asarray(forward(params, x, mask, jax.random.key(1)))
+    out = np.asarray(forward(params, x, mask, keys))
     longer = np.concatenate([x, np.zeros((3, LONG - SHORT, FEATURES), np.float32)], axis=1)
-    longer_out = np.asarray(forward(params, longer, right_padded(LENGTHS, LONG), jax.random.key(1)))
+    longer_out = np.asarray(forward(params, longer, right_padded(LENGTHS, LONG), keys))
     assert_same(longer_out[:, :SHORT][mask], out[mask])
 
 
@@ -263,14 +275,16 @@ def shapes_in(jaxpr):
 
 @every
 def test_no_array_is_quadratic_in_the_length(name):
-    """Forward and backward, exact variants included: no value has two axes of the length."""
+    """Forward and backward, exact variants included: no value has two axes of the length, or as many elements."""
     length = 1536  # longer than any block
-    graphdef, params = nnx.split(mixer(name, max_len=length))
-    loss = jax.grad(lambda params, x, mask: nnx.merge(graphdef, params)(x, mask=mask).sum())
-    x, mask = jnp.zeros((1, length, FEATURES)), jnp.ones((1, length), bool)
-    shapes = list(shapes_in(jax.make_jaxpr(loss)(params, x, mask).jaxpr))
-    assert len(shapes) > 10
-    assert not [shape for shape in shapes if sum(size >= length for size in shape) > 1]
+    for causal in (False, True)[: 1 + ATTENTION[name].can_be_causal]:
+        graphdef, params = nnx.split(mixer(name, max_len=length, causal=causal))
+        loss = jax.grad(lambda params, x, mask, graphdef=graphdef: nnx.merge(graphdef, params)(x, mask=mask).sum())
+        x, mask = jnp.zeros((1, length, FEATURES)), jnp.ones((1, length), bool)
+        shapes = list(shapes_in(jax.make_jaxpr(loss)(params, x, mask).jaxpr))
+        assert len(shapes) > 10
+        assert not [shape for shape in shapes if sum(size >= length for size in shape) > 1]
+        assert max(map(math.prod, shapes)) < length**2 // 2
 
 
 def test_the_search_for_quadratic_arrays_finds_them():

@@ -45,7 +45,7 @@ def weights_within(q, k, directions, key, block, samples):
     place = [[gray_place(code, bits) for code in one] for one in codes]
     n = len(k)
     order = sorted(range(n), key=lambda j: (place[1][j], j))
-    uniform = np.asarray(jax.random.uniform(key, (samples,)))
+    uniform = np.asarray(jax.random.uniform(key, (samples,), np.float32))
     starts = [int(np.ceil(s * n / samples)) for s in range(samples + 1)]
     sampled = {
         start + int(u * (end - start)): end - start for start, end, u in zip(starts, starts[1:], uniform) if start < end

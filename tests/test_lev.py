@@ -168,7 +168,7 @@ def test_the_causal_form_is_dense_attention_over_the_streamed_sets(attention, re
 def decode(state, tokens, options):
     def step(state, token):
         q, k, v, mask = token
-        state, out = lev_step(state, q, k, v, mask=mask, **dict(options))
+        out, state = lev_step(q, k, v, state, mask=mask, **dict(options))
         return state, (out, state.slots.position)
 
     _, (out, position) = jax.lax.scan(step, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens))

@@ -8,7 +8,7 @@ from efficient_tx.attention.adapter import adapt
 from efficient_tx.attention.blocks import BigBird, Local, Longformer, Sparse, bigbird, local, longformer, sparse
 from efficient_tx.attention.cosformer import Cosformer, cosformer
 from efficient_tx.attention.fourier import Fourier, fourier
-from efficient_tx.attention.gla import GLA, gla
+from efficient_tx.attention.gla import GLA, gla, gla_step
 from efficient_tx.attention.hyper import Hyper, hyper
 from efficient_tx.attention.kernelized import Kernelized, kernelized
 from efficient_tx.attention.lev import Lev, lev
@@ -114,6 +114,7 @@ __all__ = [
     "cosformer",
     "fourier",
     "gla",
+    "gla_step",
     "hyper",
     "kernelized",
     "lev",

@@ -70,6 +70,8 @@ def hyper(
     mask = key_mask(mask, batch, keys)
     if causal and queries not in (1, keys):
         raise ValueError(f"there are {queries} queries for {keys} keys: causal hyper takes as many, or a single query")
+    if (2**bits + 1) * (queries + keys) >= 2**32:
+        raise ValueError(f"bits is {bits}: 2^{bits} buckets for {queries} queries and {keys} keys need fewer of either")
     chunk = -(-chunk // block) * block
     if keys <= (chunk if causal else block) or (causal and queries == 1):
         return softmax(q, k, v, mask=mask, causal=causal and queries > 1)

@@ -66,22 +66,22 @@ def lev_init(
 
 
 def lev_step(
-    state: LevState, q: jax.Array, k: jax.Array, v: jax.Array, *,
+    q: jax.Array, k: jax.Array, v: jax.Array, state: LevState, *,
     mask: jax.Array | None = None, recent: int | None = None, ridge: float = 1.0, rescore: bool = True,
     attention: str = "softmax",
-) -> tuple[LevState, jax.Array]:  # fmt: skip
+) -> tuple[jax.Array, LevState]:  # fmt: skip
     """One token of the causal form: the same outputs as `lev(..., causal=True)`, one at a time.
 
     Args:
-      state: of the tokens before; its slots are the budget.
       q: `[batch, heads, head_dim]`.
       k: `[batch, groups, head_dim]`; groups divides heads.
       v: `[batch, groups, v_dim]`.
+      state: of the tokens before; its slots are the budget.
       mask: bool `[batch]`: False leaves the state as it is and gives zeros.
       recent, ridge, rescore, attention: as of `lev`, the same at every step.
 
     Returns:
-      The next state, and `[batch, heads, v_dim]` in the dtype of q.
+      `[batch, heads, v_dim]` in the dtype of q, and the next state.
 
     Raises:
       ValueError: an option out of its range.
@@ -92,8 +92,11 @@ def lev_step(
     query, row, value = (jnp.where(real[:, None, None], x, 0).astype(dtype) for x in (q, k, v))
 
     fill = state.length % recent
-    slots, values = where_examples(
-        (fill == 0) & (state.length > 0), new_block(state, budget - recent, ridge, rescore), (state.slots, state.values)
+    full, before = (fill == 0) & (state.length > 0), (state.slots, state.values)
+    slots, values = jax.lax.cond(
+        full.any(),
+        lambda: where_examples(full, new_block(state, budget - recent, ridge, rescore), before),
+        lambda: before,
     )
     gram = state.gram + gram_matrix(row[:, None])
     fixed_row, fixed_gram = jax.lax.stop_gradient((row, gram))
@@ -112,7 +115,7 @@ def lev_step(
         attention=attention, gram=gram,
     )[:, 0]  # fmt: skip
     state = where_examples(real, LevState(slots, values, gram, state.length + 1), state)
-    return state, jnp.where(real[:, None, None], out, 0).astype(q.dtype)
+    return jnp.where(real[:, None, None], out, 0).astype(q.dtype), state
 
 
 def new_block(state: LevState, count: int, ridge: float, rescore: bool) -> tuple[Slots, jax.Array]:

@@ -15,6 +15,8 @@ from efficient_tx.attention.multihead import MultiHead
 from efficient_tx.attention.shapes import compact, key_mask
 from efficient_tx.kernels import flash_attention
 
+HIGHEST = jax.lax.Precision.HIGHEST
+
 
 def linformer(
     q: jax.Array,
@@ -49,8 +51,8 @@ def linformer(
     if length > e.shape[1] or length > f.shape[1]:
         raise ValueError(f"length is {length}, but linformer was built for max_len={min(e.shape[1], f.shape[1])}")
     mask = key_mask(mask, batch, length)
-    keys = jnp.einsum("rl,blgd->brgd", e[:, :length].astype(k.dtype), compact(k, mask))
-    values = jnp.einsum("rl,blgd->brgd", f[:, :length].astype(v.dtype), compact(v, mask))
+    keys = jnp.einsum("rl,blgd->brgd", e[:, :length].astype(k.dtype), compact(k, mask), precision=HIGHEST)
+    values = jnp.einsum("rl,blgd->brgd", f[:, :length].astype(v.dtype), compact(v, mask), precision=HIGHEST)
     return flash_attention(q, keys, values)
 
 

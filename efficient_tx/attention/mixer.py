@@ -1,5 +1,6 @@
 """Mixer: the contract that every token mixer keeps."""
 
+import math
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -67,6 +68,8 @@ class Mixer(nnx.Module):
             raise ValueError(f"{name} has no causal form: use causal=False, or another mixer")
         if positions and not self.has_positions:
             raise ValueError(f"{name} has no queries and keys to turn: use other positions than {positions!r}")
+        if positions == "rope2d" and max_len is not None and math.isqrt(max_len) ** 2 != max_len:
+            raise ValueError(f"max_len is {max_len}: rope2d needs the tokens of a square image, {max_len} is no square")
         if self.needs_max_len and max_len is None:
             raise ValueError(f"{name} has parameters tied to the length: give max_len")
         self.features = features
@@ -93,6 +96,8 @@ class Mixer(nnx.Module):
             raise ValueError(f"mask has shape {mask.shape}: a mixer takes [batch, length], here {x.shape[:2]}")
         if self.needs_max_len and x.shape[1] > self.max_len:
             raise ValueError(f"length is {x.shape[1]}, but {type(self).__name__} was built for max_len={self.max_len}")
+        if not x.size:
+            return x
         keys = example_keys(key, x.shape[0])
         # Whatever stands at padded positions, NaN included, reaches neither an output nor a gradient.
         x = x if mask is None else jnp.where(mask[..., None], x, 0)

@@ -26,6 +26,8 @@ from efficient_tx.attention.shapes import compact, key_mask, repeat_heads, token
 from efficient_tx.kernels import flash_attention
 from efficient_tx.numerics.random import evaluation_keys, sample_tokens
 
+HIGHEST = jax.lax.Precision.HIGHEST
+
 
 def s3(
     q: jax.Array, k: jax.Array, v: jax.Array, *,
@@ -83,9 +85,9 @@ def row_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | No
     """Mixes the first `rows` channels of v into each channel of the output; shapes as `s3`, zero at masked tokens."""
     n = k.shape[1] if mask is None else jnp.maximum(mask.sum(axis=1), 1)[:, None, None, None]
     k, v = k[..., :rows], v[..., :rows]
-    logits = jnp.einsum("blhc,blhd->bhcd", k, q, precision=jax.lax.Precision.HIGHEST) / jnp.sqrt(n).astype(q.dtype)
+    logits = jnp.einsum("blhc,blhd->bhcd", k, q, precision=HIGHEST) / jnp.sqrt(n).astype(q.dtype)
     weights = jax.nn.softmax(logits, axis=2)
-    return jnp.einsum("blhc,bhcd->blhd", v, weights, precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum("blhc,bhcd->blhd", v, weights, precision=HIGHEST)
 
 
 def normalise(x: jax.Array, gain: jax.Array | None, shift: jax.Array | None, epsilon: float = 1e-5) -> jax.Array:
@@ -165,10 +167,10 @@ class Smoother(nnx.Module):
         length, features = x.shape[1:]
         dtype = jnp.promote_types(x.dtype, jnp.float32)
         member = jax.nn.one_hot(jnp.arange(features) * self.groups // features, self.groups, dtype=dtype)
-        means = jnp.einsum("blf,fg->bgl", x.astype(dtype), member / member.sum(axis=0))
+        means = jnp.einsum("blf,fg->bgl", x.astype(dtype), member / member.sum(axis=0), precision=HIGHEST)
         spectrum = jnp.fft.rfft(means, self.max_len)
         spectrum = jax.lax.complex(
-            *(jnp.einsum("bgw,fg->bfw", part, member) for part in (spectrum.real, spectrum.imag))
+            *(jnp.einsum("bgw,fg->bfw", part, member, precision=HIGHEST) for part in (spectrum.real, spectrum.imag))
         )
         spectrum *= jax.lax.complex(*self.filter[...].astype(dtype))
         out = jnp.fft.irfft(spectrum, self.max_len)[..., :length].mT
