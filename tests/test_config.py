@@ -132,7 +132,7 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, words):
         ("skyformer", {"seed": -1}, ["config.seed is -1"]),
         ("skyformer", {"model.dropout": 0.999999}, ["config.model: dropout is 0.999999"]),
         ("skyformer", {"model.head_dim": -4}, ["config.model.head_dim is -4"]),
-        ("skyformer", {"model.positions": "rope2d"}, ["config.model", "rope2d"]),
+        ("skyformer", {"model.positions": "rope2d"}, ["rope2d", "2000 is no square"]),
         ("skyformer", {"task.max_len": 10**11}, ["config.task.max_len"]),
         ("README.md", {}, ["no config file README.md"]),
         ("skyformer", {"model.features": 0}, ["config.model.features is 0", "at least 1"]),
