@@ -175,6 +175,14 @@ def decode(state, tokens, options):
     return jnp.moveaxis(out, 0, 1), position
 
 
+def test_causally_any_length_is_fine_without_a_mask():
+    """Ten tokens in blocks of four: the last block is not full."""
+    with jax.enable_x64(True):
+        arrays = [jnp.asarray(x) for x in inputs(0, 10, 10)]
+        whole = lev(*arrays, mask=jnp.ones((2, 10), bool), causal=True, budget=8)
+        np.testing.assert_allclose(lev(*arrays, causal=True, budget=8), whole, atol=1e-12)  # float64 rounding
+
+
 @pytest.mark.parametrize(("attention", "rescore"), [("softmax", True), ("polynomial", False)])
 def test_decoding_gives_the_same_as_training(attention, rescore):
     """Also where padding comes between: the state waits. It holds `budget` keys, and its shapes never change."""

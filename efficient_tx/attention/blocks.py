@@ -17,7 +17,6 @@ the first ones only (its last block moves with the length, so it has no causal f
 with the example's key, anew in every training step; Sparse Transformer's two patterns share every head ("merged").
 """
 
-from collections.abc import Callable
 from functools import reduce
 from typing import ClassVar
 
@@ -26,7 +25,7 @@ import jax.numpy as jnp
 
 from efficient_tx.attention.block_patterns import Fixed, Strided, Window, bigbird_blocks
 from efficient_tx.attention.multihead import MultiHead
-from efficient_tx.attention.shapes import key_mask, token_ranks
+from efficient_tx.attention.shapes import at_least, compact, key_mask, spread, token_ranks
 from efficient_tx.attention.softmax import softmax
 from efficient_tx.kernels import block_attention, flash_attention
 from efficient_tx.numerics.random import evaluation_keys, example_keys
@@ -54,13 +53,12 @@ def local(
     Raises:
       ValueError: an option out of its range, or shapes that do not fit.
     """
-    check(1, window=window)
+    at_least(1, window=window)
     near = Window.of(window, causal)
     mask = key_mask(mask, *k.shape[:2])
     if q.shape[1] != k.shape[1]:
         return last_queries("local", q, k, v, mask, causal, near)
-    (q, k, v), mask, back = side_by_side(mask, q, k, v)
-    return back(near.attend(q, k, v, mask, causal))
+    return spread(near.attend(*side_by_side(mask, q, k, v), causal), mask)
 
 
 def longformer(
@@ -79,8 +77,8 @@ def longformer(
 
     Returns, Raises: as `local`; with the other projection, queries and keys must be equally many.
     """
-    check(1, window=window)
-    check(0, global_tokens=global_tokens)
+    at_least(1, window=window)
+    at_least(0, global_tokens=global_tokens)
     near = Window.of(window, causal, global_tokens)
     mask = key_mask(mask, *k.shape[:2])
     given = [x for x in (q_global, k_global, v_global) if x is not None]
@@ -88,11 +86,11 @@ def longformer(
         raise ValueError(f"longformer got {len(given)} of q_global, k_global and v_global: pass all three or none")
     if q.shape[1] != k.shape[1]:
         return last_queries("longformer", q, k, v, mask, causal and not given, near)
-    arrays, mask, back = side_by_side(mask, q, k, v, *given)
-    out = near.attend(*arrays[:3], mask, causal)
+    *arrays, front = side_by_side(mask, q, k, v, *given)
+    out = near.attend(*arrays[:3], front, causal)
     if given or not causal:
-        out = with_global_rows(out, *arrays[-3:], mask, causal, global_tokens)
-    return back(out)
+        out = with_global_rows(out, *arrays[-3:], front, causal, global_tokens)
+    return spread(out, mask)
 
 
 def bigbird(
@@ -113,8 +111,8 @@ def bigbird(
 
     Returns, Raises: as `local`.
     """
-    check(1, block=block, window_blocks=window_blocks)
-    check(0, global_blocks=global_blocks, random_blocks=random_blocks)
+    at_least(1, block=block, window_blocks=window_blocks)
+    at_least(0, global_blocks=global_blocks, random_blocks=random_blocks)
     batch, keys = k.shape[:2]
     mask = key_mask(mask, batch, keys)
     draws = evaluation_keys(batch) if key is None else example_keys(key, batch)
@@ -134,9 +132,11 @@ def bigbird(
             return reduce(jnp.logical_or, met, i < global_blocks * block)
 
         return last_queries("bigbird", q, k, v, mask, causal, sees)
-    (q, k, v), mask, back = side_by_side(mask, q, k, v)
-    out = block_attention(q, k, v, blocks=blocks, block_size=block, mask=mask, causal=causal)
-    return back(out if causal else with_global_rows(out, q, k, v, mask, causal, global_blocks * block))
+    *arrays, front = side_by_side(mask, q, k, v)
+    out = block_attention(*arrays, blocks=blocks, block_size=block, mask=front, causal=causal)
+    if not causal:
+        out = with_global_rows(out, *arrays, front, causal, global_blocks * block)
+    return spread(out, mask)
 
 
 def sparse(
@@ -160,45 +160,20 @@ def sparse(
     chosen = Strided(stride, Window.of(stride, causal)) if pattern == "strided" else Fixed(stride, summary)
     if q.shape[1] != k.shape[1]:
         return last_queries("sparse", q, k, v, mask, causal, chosen)
-    (q, k, v), mask, back = side_by_side(mask, q, k, v)
-    return back(chosen.attend(q, k, v, mask, causal))
-
-
-def check(least: int, **sizes: int) -> None:
-    """Raises ValueError, one line, for the first of the options that is below `least`."""
-    for name, size in sizes.items():
-        if size < least:
-            raise ValueError(f"{name} is {size}: it must be at least {least}")
+    return spread(chosen.attend(*side_by_side(mask, q, k, v), causal), mask)
 
 
 def check_sparse(pattern: str, stride: int, summary: int) -> None:
     if pattern not in ("strided", "fixed"):
         raise ValueError(f"pattern is {pattern!r}: it must be 'strided' or 'fixed'")
-    check(1, stride=stride, summary=summary)
+    at_least(1, stride=stride, summary=summary)
     if pattern == "fixed" and summary > stride:
         raise ValueError(f"summary is {summary}: it must be at most the stride, {stride}")
 
 
-def side_by_side(
-    mask: jax.Array | None, *arrays: jax.Array
-) -> tuple[tuple[jax.Array, ...], jax.Array | None, Callable[[jax.Array], jax.Array]]:
-    """Arrays `[batch, length, heads, dim]` with the real tokens first, in order; their mask; and the way back.
-
-    A gather and no sort: on CPUs it costs what a copy costs.
-    """
-    if mask is None:
-        return arrays, None, lambda out: out
-    count, positions = mask.sum(1, keepdims=True), jnp.arange(mask.shape[1])
-    place = jnp.where(mask, jnp.cumsum(mask, 1), count + jnp.cumsum(~mask, 1)) - 1
-    order = jax.vmap(lambda place: jnp.zeros_like(positions).at[place].set(positions, unique_indices=True))(place)
-    real = mask[:, :, None, None]
-
-    @jax.vmap
-    def take(x, places):
-        return x.at[places].get(unique_indices=True, mode="promise_in_bounds")
-
-    moved = tuple(take(jnp.where(real, x, 0), order) for x in arrays)
-    return moved, positions < count, lambda out: jnp.where(real, take(out, place), 0)
+def side_by_side(mask: jax.Array | None, *arrays: jax.Array) -> tuple[jax.Array | None, ...]:
+    """`compact` arrays, and their mask."""
+    return *(compact(x, mask) for x in arrays), None if mask is None else compact(mask, mask)
 
 
 def last_queries(name, q, k, v, mask, causal, sees) -> jax.Array:
@@ -241,7 +216,7 @@ class Local(MultiHead):
         return {"window": budget}
 
     def __init__(self, features: int, *, window: int = 128, **common):
-        check(1, window=window)
+        at_least(1, window=window)
         super().__init__(features, **common)
         self.window = window
 
@@ -272,8 +247,8 @@ class Longformer(MultiHead):
     def __init__(
         self, features: int, *, window: int = 512, global_tokens: int = 1, global_projections: bool = False, **common
     ):
-        check(1, window=window)
-        check(0, global_tokens=global_tokens)
+        at_least(1, window=window)
+        at_least(0, global_tokens=global_tokens)
         if global_projections:
             self.projections = ("q", "k", "v", "q_global", "k_global", "v_global")
             self.rotated = ("q", "k", "q_global", "k_global")
@@ -305,8 +280,8 @@ class BigBird(MultiHead):
         self, features: int, *,
         block: int = 64, window_blocks: int = 3, global_blocks: int = 2, random_blocks: int = 3, **common,
     ):  # fmt: skip
-        check(1, block=block, window_blocks=window_blocks)
-        check(0, global_blocks=global_blocks, random_blocks=random_blocks)
+        at_least(1, block=block, window_blocks=window_blocks)
+        at_least(0, global_blocks=global_blocks, random_blocks=random_blocks)
         super().__init__(features, **common)
         self.block, self.window_blocks = block, window_blocks
         self.global_blocks, self.random_blocks = global_blocks, random_blocks

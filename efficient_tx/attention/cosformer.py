@@ -13,9 +13,9 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from efficient_tx.attention.linear import feature_attention, query_positions, take
+from efficient_tx.attention.linear import feature_attention
 from efficient_tx.attention.multihead import MultiHead
-from efficient_tx.attention.shapes import key_mask, token_ranks
+from efficient_tx.attention.shapes import key_mask, query_positions, take, token_ranks
 
 
 def cosformer(

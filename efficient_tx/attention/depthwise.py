@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_tx.attention.grid import lay_out, take_up
-from efficient_tx.attention.shapes import compact, repeat_heads, token_ranks
+from efficient_tx.attention.shapes import compact, repeat_heads, spread
 
 BLOCK = 64
 
@@ -33,11 +33,8 @@ def depthwise(x: jax.Array, weight: jax.Array, mask: jax.Array | None = None) ->
     size, heads = weight.shape
     check_size(size)
     dtype = jnp.promote_types(x.dtype, jnp.float32)
-    out = convolve(compact(repeat_heads(x, heads, "x").astype(dtype), mask), weight.astype(dtype)).astype(x.dtype)
-    if mask is None:
-        return out
-    rank = token_ranks(mask, *mask.shape)
-    return jnp.where(mask[..., None, None], jnp.take_along_axis(out, rank[..., None, None], axis=1), 0)
+    out = convolve(compact(repeat_heads(x, heads, "x").astype(dtype), mask), weight.astype(dtype))
+    return spread(out.astype(x.dtype), mask)
 
 
 def depthwise_grid(x: jax.Array, weight: jax.Array, mask: jax.Array | None = None) -> jax.Array:

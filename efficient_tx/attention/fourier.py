@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from efficient_tx.attention.mixer import Mixer
-from efficient_tx.attention.shapes import compact, key_mask, token_ranks
+from efficient_tx.attention.shapes import compact, key_mask, spread
 
 
 def chirp_phase(length: int, n: jax.Array) -> jax.Array:
@@ -62,8 +62,7 @@ def fourier(x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         return jnp.fft.fft2(wide, axes=(1, 2)).real.astype(x.dtype)
     channels = jnp.fft.fft(compact(wide, mask), axis=-1)
     out = jax.vmap(fourier_length)(channels, jnp.maximum(mask.sum(axis=1), 1)).real
-    out = jnp.take_along_axis(out, token_ranks(mask, batch, length)[..., None], axis=1)
-    return jnp.where(mask[..., None], out, 0).astype(x.dtype)
+    return spread(out, mask).astype(x.dtype)
 
 
 class Fourier(Mixer):

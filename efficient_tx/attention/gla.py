@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_tx.attention.linear import place, query_positions, take
 from efficient_tx.attention.multihead import MultiHead
 from efficient_tx.attention.rotary import rotate
-from efficient_tx.attention.shapes import key_mask
+from efficient_tx.attention.shapes import at_least, key_mask, place, query_positions, take
 from efficient_tx.kernels import gated_linear_attention
 
 
@@ -86,8 +85,7 @@ def check_options(head_dim: int, expand_k: float, gate_rank: int, gate_normalize
     """Raises ValueError, one line, for the first option that is out of its range."""
     if not head_dim * expand_k >= 1:
         raise ValueError(f"expand_k is {expand_k}: with head_dim {head_dim} it must be at least {1 / head_dim:g}")
-    if gate_rank < 1:
-        raise ValueError(f"gate_rank is {gate_rank}: it must be at least 1")
+    at_least(1, gate_rank=gate_rank)
     if not gate_normalizer > 0:
         raise ValueError(f"gate_normalizer is {gate_normalizer}: it must be above 0")
     if clamp_min is not None and not clamp_min < 0:

@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from efficient_tx.attention.shapes import compact, token_ranks
+from efficient_tx.attention.shapes import compact, over, token_ranks
 from efficient_tx.numerics.segments import grid_sides
 
 
@@ -28,10 +28,8 @@ def lay_out(x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]
     row, column = jnp.divmod(jnp.arange(side * side), side)
     rank = row * own + column
     exists = (column < own) & (rank < n)
-    trailing = (1,) * len(rest)
-    place = jnp.where(exists, rank, 0).reshape(batch, -1, *trailing)
-    cells = jnp.take_along_axis(compact(x, mask), place, axis=1)
-    cells = jnp.where(exists.reshape(batch, -1, *trailing), cells, 0)
+    cells = jnp.take_along_axis(compact(x, mask), over(jnp.where(exists, rank, 0), x), axis=1)
+    cells = jnp.where(over(exists, x), cells, 0)
     return cells.reshape(batch, side, side, *rest), exists.reshape(batch, side, side)
 
 
@@ -41,10 +39,9 @@ def take_up(cells: jax.Array, mask: jax.Array | None, length: int) -> jax.Array:
     cells = cells.reshape(batch, side * side, *rest)
     if mask is None:
         return cells
-    trailing = (1,) * len(rest)
     row, column = jnp.divmod(token_ranks(mask, batch, length), grid_sides(mask.sum(axis=1)[:, None], length))
-    out = jnp.take_along_axis(cells, (row * side + column).reshape(batch, length, *trailing), axis=1)
-    return jnp.where(mask.reshape(batch, length, *trailing), out, 0)
+    out = jnp.take_along_axis(cells, over(row * side + column, cells), axis=1)
+    return jnp.where(over(mask, cells), out, 0)
 
 
 def check_square(length: int, mask: jax.Array | None) -> None:

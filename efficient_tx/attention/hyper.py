@@ -25,7 +25,7 @@ import numpy as np
 
 from efficient_tx.attention.block_and_samples import Choice, Sizes, attend_to_block_and_samples, rows_of
 from efficient_tx.attention.multihead import MultiHead
-from efficient_tx.attention.shapes import key_mask, repeat_heads
+from efficient_tx.attention.shapes import at_least, key_mask, repeat_heads
 from efficient_tx.attention.softmax import softmax
 from efficient_tx.kernels import flash_attention
 from efficient_tx.numerics.lsh import hamming_buckets, hash_directions, sort_by_bucket
@@ -309,9 +309,7 @@ permute.defvjp(
 
 def check_options(block: int, samples: int, bits: int, chunk: int) -> None:
     """Raises ValueError, one line, for the first option that is out of its range."""
-    for name, value in (("block", block), ("samples", samples), ("bits", bits), ("chunk", chunk)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}: it must be at least 1")
+    at_least(1, block=block, samples=samples, bits=bits, chunk=chunk)
     if bits > 16:
         raise ValueError(f"bits is {bits}: it must be at most 16, which makes 65536 buckets")
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from efficient_tx.attention.lev_stream import lev_causal
 from efficient_tx.attention.multihead import MultiHead
-from efficient_tx.attention.shapes import key_mask
+from efficient_tx.attention.shapes import key_mask, place, query_positions, take
 from efficient_tx.attention.softmax import softmax
 from efficient_tx.attention.universal_set import attend_to, check_options, gram_matrix
 from efficient_tx.numerics.leverage import leverage_scores
@@ -70,7 +70,10 @@ def lev(
         arrays = [jnp.where(mask[..., None, None], x, 0) if mark else x for x, mark in zip(arrays, marked)]
     if causal:
         options = {"budget": budget, "recent": recent, "ridge": ridge, "rescore": rescore, "attention": attention}
-        return lev_causal(*arrays, mask, **options).astype(q.dtype)
+        if queries == keys:
+            return lev_causal(*arrays, mask, **options).astype(q.dtype)
+        at = query_positions(jnp.ones((batch, keys), bool) if mask is None else mask, queries)
+        return take(lev_causal(place(arrays[0], at, keys), *arrays[1:], mask, **options), at).astype(q.dtype)
 
     queries_, keys_, values_ = arrays
     position = universal_set(keys_, mask, budget, p)

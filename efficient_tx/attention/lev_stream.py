@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax.linalg import triangular_solve
 
-from efficient_tx.attention.shapes import compact, token_ranks
+from efficient_tx.attention.shapes import compact, spread
 from efficient_tx.attention.universal_set import attend_to, check_options, gram_matrix
 from efficient_tx.numerics.leverage import online_ridge_scores, ridge_factor
 
@@ -194,19 +194,10 @@ def lev_causal(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, *,
     budget: int, recent: int, ridge: float, rescore: bool, attention: str,
 ) -> jax.Array:  # fmt: skip
-    """All queries at once; the arguments are those of `lev`, in float32 or float64, `mask` is `[batch, keys]`."""
-    batch, queries, keys = *q.shape[:2], k.shape[1]
+    """All tokens at once; the arguments are those of `lev`, in float32 or float64, `mask` is `[batch, keys]`."""
+    batch, keys = k.shape[:2]
     tokens = jnp.full(batch, keys) if mask is None else mask.sum(1)
-    if queries == keys:
-        place, real = token_ranks(mask, batch, keys), jnp.ones((batch, keys), bool) if mask is None else mask
-        q = compact(q, mask)
-    else:
-        # The last query stands at the last key.
-        place = tokens[:, None] - queries + jnp.arange(queries)
-        real = (place >= 0) & (tokens > 0)[:, None]
-        origin = jnp.arange(keys) - (tokens[:, None] - queries)
-        q = jnp.take_along_axis(q, jnp.clip(origin, 0, queries - 1)[..., None, None], axis=1)
-    k, v = compact(k, mask), compact(v, mask)
+    q, k, v = (compact(x, mask) for x in (q, k, v))
 
     count, recent = min(budget - recent, keys), min(recent, keys)
     blocks = -(-keys // recent)
@@ -238,7 +229,4 @@ def lev_causal(
             return attend_to(*arrays, attention=attention, gram=gram, own=recent)
 
         out = jax.lax.map(tile, (*tiles, before))
-    out = out.reshape(batch, blocks * recent, *out.shape[-2:])
-    if mask is not None or queries != keys:
-        out = jnp.take_along_axis(out, jnp.maximum(place, 0)[..., None, None], axis=1)
-    return jnp.where(real[..., None, None], out, 0)
+    return spread(out.reshape(batch, blocks * recent, *out.shape[-2:])[:, :keys], mask)

@@ -3,7 +3,7 @@
     out_i = φ(q_i) Σ_j φ(k_j)ᵀ v_j / (φ(q_i) · Σ_j φ(k_j)),        φ(x) = elu(x) + 1
 
 The sums over the keys do not depend on the query: they are made once, or carried along as a state where j ≤ i. The same
-for other non-negative features (`performer`, `cosformer`), and where queries stand among other keys, are here as well.
+for other non-negative features (`performer`, `cosformer`) is here as well.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from efficient_tx.attention.multihead import MultiHead
-from efficient_tx.attention.shapes import key_mask
+from efficient_tx.attention.shapes import key_mask, over, place, query_positions, take
 from efficient_tx.kernels import gated_linear_attention
 
 # Entries of features in a piece of the sequence, 1 MB of float32: it stays in the cache of a core.
@@ -91,9 +91,7 @@ def feature_attention(
 
     def cleaned(tokens, real):
         """Zero at padding, so that no NaN in it gets any further."""
-        return jax.tree.map(
-            lambda x: jnp.where(real.reshape(*real.shape, *(1,) * (x.ndim - 2)), x, 0).astype(dtype), tokens
-        )
+        return jax.tree.map(lambda x: jnp.where(over(real, x), x, 0).astype(dtype), tokens)
 
     def with_ones(v, real):
         return jnp.concatenate([cleaned(v, real), cleaned(jnp.ones_like(v[..., :1]), real)], axis=-1)
@@ -168,35 +166,6 @@ def in_pieces(step: Callable, carry: Any, tokens: tuple, size: int) -> tuple[Any
     if out is not None:
         out = out.swapaxes(0, 1).reshape(batch, count * size, *out.shape[3:])[:, :length]
     return carry, out
-
-
-def query_positions(real: jax.Array, queries: int) -> tuple[jax.Array, jax.Array]:
-    """Where queries other than the keys stand: the last one at the last real key, the one before at the key before.
-
-    Args:
-      real: bool `[batch, keys]`.
-      queries: how many.
-
-    Returns:
-      `[batch, queries]` each: the position of that key, int32, and whether there is one: a query in front of all keys
-      sees none.
-    """
-    rank = real.sum(axis=1, keepdims=True) - queries + jnp.arange(queries)
-    order = jnp.argsort(~real, axis=1, stable=True)
-    return jnp.take_along_axis(order, jnp.maximum(rank, 0), axis=1), rank >= 0
-
-
-def place(x: jax.Array, at: tuple[jax.Array, jax.Array], keys: int) -> jax.Array:
-    """`x` `[batch, queries, ...]` at the positions of `query_positions`, zeros elsewhere: `[batch, keys, ...]`."""
-    position, seen = at
-    x = jnp.where(seen.reshape(*seen.shape, *(1,) * (x.ndim - 2)), x, 0)
-    return jnp.zeros((x.shape[0], keys, *x.shape[2:]), x.dtype).at[jnp.arange(len(x))[:, None], position].add(x)
-
-
-def take(x: jax.Array, at: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """The rows of `x` `[batch, keys, ...]` at the positions of `query_positions`, zero for a query that sees no key."""
-    position, seen = at
-    return jnp.where(seen.reshape(*seen.shape, *(1,) * (x.ndim - 2)), x[jnp.arange(len(x))[:, None], position], 0)
 
 
 class LinearAttention(MultiHead):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_tx.attention.multihead import MultiHead
-from efficient_tx.attention.shapes import compact, key_mask
+from efficient_tx.attention.shapes import at_least, compact, key_mask
 from efficient_tx.kernels import flash_attention
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -76,8 +76,7 @@ class Linformer(MultiHead):
 
     def __init__(self, features: int, *, rank: int = 128, rngs: nnx.Rngs, **common):
         super().__init__(features, rngs=rngs, **common)
-        if rank < 1:
-            raise ValueError(f"rank is {rank}: it must be at least 1")
+        at_least(1, rank=rank)
         # Mixtures of max_len keys with this variance have the variance of a key.
         init = nnx.initializers.normal(self.max_len**-0.5)
         self.e = nnx.Param(init(rngs.params(), (rank, self.max_len), jnp.float32))

@@ -20,7 +20,7 @@ from flax import nnx
 
 from efficient_tx.attention.depthwise import depthwise, initial_weights
 from efficient_tx.attention.multihead import MultiHead
-from efficient_tx.attention.shapes import key_mask, repeat_heads
+from efficient_tx.attention.shapes import at_least, key_mask, repeat_heads
 from efficient_tx.attention.softmax import softmax
 from efficient_tx.kernels import flash_attention
 from efficient_tx.numerics.segments import segment_means
@@ -86,8 +86,7 @@ def check_options(landmarks: int, iterations: int) -> None:
     """Raises ValueError, one line, for the first option that is out of its range."""
     if landmarks < 1:
         raise ValueError(f"landmarks is {landmarks}: nystromformer needs at least 1")
-    if iterations < 1:
-        raise ValueError(f"iterations is {iterations}: it must be at least 1")
+    at_least(1, iterations=iterations)
 
 
 class Nystromformer(MultiHead):

@@ -9,15 +9,15 @@ exists, at the borders too (PoolFormer's count_include_pad=False).
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from efficient_tx.attention.grid import lay_out, take_up
 from efficient_tx.attention.mixer import Mixer
-from efficient_tx.attention.shapes import key_mask, token_ranks
+from efficient_tx.attention.shapes import at_least, compact, key_mask, spread
 
 
 def pool(
@@ -43,44 +43,27 @@ def pool(
       ValueError: an option out of its range, or a grid without mask whose length is no square.
     """
     check_options(kind, size, grid, causal)
-    batch, length, features = x.shape
+    batch, length, _ = x.shape
     mask = key_mask(mask, batch, length)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    columns = math.isqrt(length - 1) + 1 if grid else length
-    rows = columns if grid else 1
-    if mask is None:
-        if rows * columns != length:
-            raise ValueError(f"length is {length}: a grid needs a square number of tokens, or a mask")
-        pooled = window(wide.reshape(batch, rows, columns, features), None, kind, size, grid, causal)
-        return (pooled.reshape(x.shape) - wide).astype(x.dtype)
-
-    count = mask.sum(axis=1)[:, None]
-    side = jnp.maximum((jnp.square(jnp.arange(columns)) < count).sum(axis=1, keepdims=True), 1) if grid else columns
-    row, column = jnp.divmod(jnp.arange(rows * columns), columns)
-    rank = jnp.broadcast_to(row * side + column, (batch, rows * columns))
-    exists = (column < side) & (rank < count)
-    order = jnp.argsort(~mask, axis=1, stable=True)
-    token = jnp.take_along_axis(order, jnp.minimum(rank, length - 1), axis=1)
-    cells = jnp.take_along_axis(jnp.where(mask[..., None], wide, 0), token[..., None], axis=1)
-    pooled = window(
-        cells.reshape(batch, rows, columns, features),
-        exists.reshape(batch, rows, columns, 1), kind, size, grid, causal,
-    ).reshape(cells.shape)  # fmt: skip
-    rank = token_ranks(mask, batch, length)
-    cell = rank // side * columns + rank % side
-    pooled = jnp.take_along_axis(pooled, cell[..., None], axis=1)
-    return jnp.where(mask[..., None], pooled - wide, 0).astype(x.dtype)
+    if grid:
+        cells, exists = lay_out(wide, mask)
+    else:
+        real = jnp.ones((batch, length), bool) if mask is None else compact(mask, mask)
+        cells, exists = compact(wide, mask)[:, None], real[:, None]
+    pooled = window(cells, exists[..., None], kind, size, grid, causal)
+    pooled = take_up(pooled, mask, length) if grid else spread(pooled[:, 0], mask)
+    out = pooled - wide
+    return (out if mask is None else jnp.where(mask[..., None], out, 0)).astype(x.dtype)
 
 
-def window(cells: jax.Array, exists: jax.Array | None, kind: str, size: int, grid: bool, causal: bool) -> jax.Array:
+def window(cells: jax.Array, exists: jax.Array, kind: str, size: int, grid: bool, causal: bool) -> jax.Array:
     """The average or maximum of the cells `[batch, rows, columns, features]` in the window of each cell.
 
-    `exists` is bool `[batch, rows, columns, 1]` or None (all exist); what stands at other cells is meaningless.
+    `exists` is bool `[batch, rows, columns, 1]`; what stands at other cells is meaningless.
     """
     before = size - 1 if causal else size // 2
     axes = (1, 2) if grid else (2,)
-    if exists is None:
-        exists = jnp.ones((1, *cells.shape[1:3], 1), bool)
     if kind == "max":
         return slide(jnp.where(exists, cells, -jnp.inf), jnp.maximum, -jnp.inf, before, size, axes)
     sums = slide(jnp.where(exists, cells, 0), jnp.add, 0, before, size, axes)
@@ -102,8 +85,7 @@ def check_options(kind: str, size: int, grid: bool, causal: bool) -> None:
     """Raises ValueError, one line, for the first option that is out of its range."""
     if kind not in ("average", "max"):
         raise ValueError(f"kind is {kind!r}: it must be 'average' or 'max'")
-    if size < 1:
-        raise ValueError(f"size is {size}: it must be at least 1")
+    at_least(1, size=size)
     if size % 2 == 0 and not causal:
         raise ValueError(f"size is {size}: a centred window has an odd number of tokens")
     if grid and causal:

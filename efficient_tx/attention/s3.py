@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_tx.attention.multihead import MultiHead
-from efficient_tx.attention.shapes import compact, key_mask, repeat_heads, token_ranks
+from efficient_tx.attention.shapes import at_least, compact, key_mask, repeat_heads, spread
 from efficient_tx.kernels import flash_attention
-from efficient_tx.numerics.random import evaluation_keys, sample_tokens
+from efficient_tx.numerics.random import evaluation_keys, sample_tokens, take_tokens
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -55,7 +55,7 @@ def s3(
       ValueError: an option below 1, or shapes that do not fit.
     """
     del key
-    check_options(columns, rows, 1)
+    at_least(1, columns=columns, rows=rows)
     if q.shape[1] != k.shape[1] or k.shape != v.shape:
         raise ValueError(f"q, k, v have shapes {q.shape}, {k.shape}, {v.shape}: rows need equal lengths and widths")
     mask = key_mask(mask, *k.shape[:2])
@@ -77,8 +77,7 @@ def column_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array |
     batch, length = k.shape[:2]
     real = jnp.ones((batch, length), bool) if mask is None else mask
     position, valid = sample_tokens(evaluation_keys(batch), real, columns)
-    pick = jax.vmap(lambda x, position: x.at[position].get(unique_indices=True))
-    return flash_attention(q, pick(k, position), pick(v, position), mask=valid)
+    return flash_attention(q, take_tokens(k, position), take_tokens(v, position), mask=valid)
 
 
 def row_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, rows: int) -> jax.Array:
@@ -97,13 +96,6 @@ def normalise(x: jax.Array, gain: jax.Array | None, shift: jax.Array | None, eps
     tokens = tokens * jax.lax.rsqrt(jnp.square(tokens).mean(axis=-1, keepdims=True) + epsilon)
     tokens = tokens if gain is None else tokens * gain.astype(x.dtype)
     return (tokens if shift is None else tokens + shift.astype(x.dtype)).reshape(x.shape)
-
-
-def check_options(columns: int, rows: int, groups: int) -> None:
-    """Raises ValueError, one line, for the first option that is out of its range."""
-    for name, value in (("columns", columns), ("rows", rows), ("groups", groups)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}: it must be at least 1")
 
 
 class S3(MultiHead):
@@ -128,7 +120,7 @@ class S3(MultiHead):
         return {"columns": budget}
 
     def __init__(self, features: int, *, columns: int = 8, rows: int = 8, groups: int = 8, rngs: nnx.Rngs, **common):
-        check_options(columns, rows, groups)
+        at_least(1, columns=columns, rows=rows, groups=groups)
         super().__init__(features, rngs=rngs, **common)
         self.columns, self.rows = columns, rows
         self.smoother = Smoother(features, groups, self.max_len, rngs=rngs)
@@ -137,12 +129,9 @@ class S3(MultiHead):
         self.shift = nnx.Param(jnp.zeros((2, self.heads * self.head_dim), jnp.float32))
 
     def mix(self, x, *, mask, key):
-        batch, length, _ = x.shape
         # Neighbours and the convolution count real tokens: these stand side by side from here on.
-        x = compact(x, mask)
-        real = None if mask is None else jnp.arange(length) < mask.sum(axis=1, keepdims=True)
-        out = super().mix(self.stem(self.smoother(x, real), x), mask=real, key=key)
-        return out if mask is None else jnp.take_along_axis(out, token_ranks(mask, batch, length)[..., None], axis=1)
+        x, real = compact(x, mask), None if mask is None else compact(mask, mask)
+        return spread(super().mix(self.stem(self.smoother(x, real), x), mask=real, key=key), mask)
 
     def attend(self, q, k, v, *, mask, key):
         return s3(q, k, v, mask=mask, columns=self.columns, rows=self.rows, gain=self.gain[...], shift=self.shift[...])

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from efficient_tx.numerics.random import take_tokens
+
 
 def key_mask(mask: jax.Array | None, batch: int, length: int) -> jax.Array | None:
     """The key mask as bool `[batch, length]`, from `[batch, length]` or `[batch, 1, 1, length]`; None stays None.
@@ -62,7 +64,57 @@ def compact(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     """
     if mask is None:
         return x
-    trailing = (1,) * (x.ndim - 2)
-    order = jnp.argsort(~mask, axis=1, stable=True)
-    x = jnp.where(mask.reshape(*mask.shape, *trailing), x, 0)
-    return jnp.take_along_axis(x, order.reshape(*order.shape, *trailing), axis=1)
+    place = places(mask)
+    order = jax.vmap(lambda place: jnp.zeros_like(place).at[place].set(jnp.arange(len(place)), unique_indices=True))
+    return take_tokens(jnp.where(over(mask, x), x, jnp.zeros((), x.dtype)), order(place))
+
+
+def spread(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """The way back from `compact`: each real token gets what stands at its rank, the others zero."""
+    return x if mask is None else jnp.where(over(mask, x), take_tokens(x, places(mask)), 0)
+
+
+def places(mask: jax.Array) -> jax.Array:
+    """Where `compact` puts each token, int32 `[batch, length]`: the real ones in front, in order, the others behind."""
+    return jnp.where(mask, jnp.cumsum(mask, 1), mask.sum(1, keepdims=True) + jnp.cumsum(~mask, 1)) - 1
+
+
+def over(mask: jax.Array, x: jax.Array) -> jax.Array:
+    """`mask` `[batch, length]` with axes of 1 for the further axes of `x` `[batch, length, ...]`."""
+    return mask.reshape(*mask.shape, *(1,) * (x.ndim - 2))
+
+
+def query_positions(real: jax.Array, queries: int) -> tuple[jax.Array, jax.Array]:
+    """Where queries other than the keys stand: the last one at the last real key, the one before at the key before.
+
+    Args:
+      real: bool `[batch, keys]`.
+      queries: how many.
+
+    Returns:
+      `[batch, queries]` each: the position of that key, int32, and whether there is one: a query in front of all keys
+      sees none.
+    """
+    rank = real.sum(axis=1, keepdims=True) - queries + jnp.arange(queries)
+    order = compact(jnp.broadcast_to(jnp.arange(real.shape[1]), real.shape), real)
+    return jnp.take_along_axis(order, jnp.maximum(rank, 0), axis=1), rank >= 0
+
+
+def place(x: jax.Array, at: tuple[jax.Array, jax.Array], keys: int) -> jax.Array:
+    """`x` `[batch, queries, ...]` at the positions of `query_positions`, zeros elsewhere: `[batch, keys, ...]`."""
+    position, seen = at
+    x = jnp.where(over(seen, x), x, 0)
+    return jnp.zeros((x.shape[0], keys, *x.shape[2:]), x.dtype).at[jnp.arange(len(x))[:, None], position].add(x)
+
+
+def take(x: jax.Array, at: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """The rows of `x` `[batch, keys, ...]` at the positions of `query_positions`, zero for a query that sees no key."""
+    position, seen = at
+    return jnp.where(over(seen, x), x[jnp.arange(len(x))[:, None], position], 0)
+
+
+def at_least(least: int, **options: int) -> None:
+    """Raises ValueError, one line, for the first of the options that is below `least`."""
+    for name, value in options.items():
+        if value < least:
+            raise ValueError(f"{name} is {value}: it must be at least {least}")

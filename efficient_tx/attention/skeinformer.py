@@ -24,7 +24,7 @@ from efficient_tx.attention.shapes import key_mask, repeat_heads
 from efficient_tx.attention.softmax import softmax
 from efficient_tx.kernels import flash_attention
 from efficient_tx.numerics.landmarks import draw_by_weight, tokens_at
-from efficient_tx.numerics.random import evaluation_keys, example_keys, fold, sample_tokens
+from efficient_tx.numerics.random import evaluation_keys, example_keys, fold, sample_tokens, take_tokens
 
 
 def skeinformer(
@@ -64,7 +64,7 @@ def skeinformer(
 
     real_queries = real if queries == keys else jnp.ones((batch, queries), bool)
     pilot, drawn = sample_tokens(fold(draws, 0), real_queries, pilots)
-    pilot_q = jnp.where(drawn[..., None, None], jax.vmap(lambda x, i: x.at[i].get(unique_indices=True))(q, pilot), 0)
+    pilot_q = jnp.where(drawn[..., None, None], take_tokens(q, pilot), 0)
     pilot_out, pilot_lse = flash_attention(pilot_q, k, v, mask=mask, return_lse=True)
 
     log_p = column_log_probabilities(pilot_q, jnp.where(drawn[..., None], pilot_lse, jnp.inf), k, v)

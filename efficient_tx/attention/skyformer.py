@@ -19,10 +19,10 @@ import jax.numpy as jnp
 
 from efficient_tx.attention.kernelized import kernelized
 from efficient_tx.attention.multihead import MultiHead
-from efficient_tx.attention.shapes import key_mask, repeat_heads
+from efficient_tx.attention.shapes import at_least, key_mask, repeat_heads
 from efficient_tx.kernels import flash_attention
 from efficient_tx.numerics.landmarks import draw_by_weight, kernel_leverage, lloyd, tokens_at
-from efficient_tx.numerics.random import evaluation_keys, example_keys, fold, sample_tokens
+from efficient_tx.numerics.random import evaluation_keys, example_keys, fold, sample_tokens, take_tokens
 from efficient_tx.numerics.segments import segment_means
 from efficient_tx.numerics.spd import newton_inverse, spd_solve
 
@@ -124,8 +124,7 @@ def stacked(parts: tuple[jax.Array, ...], real: jax.Array) -> tuple[jax.Array, j
 def draw(x: jax.Array, real: jax.Array, keys: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """`count` real tokens of each example of `x` `[batch, length, heads, dim]`, and which of them exist (else zero)."""
     position, valid = sample_tokens(keys, real, count)
-    drawn = jax.vmap(lambda x, position: x.at[position].get(unique_indices=True))(x, position)
-    return jnp.where(valid[:, :, None, None], drawn, 0), valid
+    return jnp.where(valid[:, :, None, None], take_tokens(x, position), 0), valid
 
 
 def draw_sketch(
@@ -182,16 +181,19 @@ def check_options(
         raise ValueError(f"landmarks is {landmarks}: skyformer needs at least 2, one query and one key")
     if not ridge > 0:
         raise ValueError(f"ridge is {ridge}: it must be above 0, or landmarks that coincide make the kernel singular")
-    if inverse not in ("cholesky", "iteration"):
-        raise ValueError(f"inverse is {inverse!r}: it must be 'cholesky' or 'iteration'")
-    if iterations < 1:
-        raise ValueError(f"iterations is {iterations}: it must be at least 1")
+    check_inverse(inverse, iterations)
     if choice not in CHOICES:
         raise ValueError(f"choice is {choice!r}: it must be one of {', '.join(CHOICES)}")
-    if accumulate < 1:
-        raise ValueError(f"accumulate is {accumulate}: it must be at least 1")
+    at_least(1, accumulate=accumulate)
     if accumulate > 1 and choice != "uniform":
         raise ValueError(f"accumulate is {accumulate}: it needs choice='uniform', not {choice!r}")
+
+
+def check_inverse(inverse: str, iterations: int) -> None:
+    """Raises ValueError, one line, unless these say how to solve the landmarks' system."""
+    if inverse not in ("cholesky", "iteration"):
+        raise ValueError(f"inverse is {inverse!r}: it must be 'cholesky' or 'iteration'")
+    at_least(1, iterations=iterations)
 
 
 class Skyformer(MultiHead):

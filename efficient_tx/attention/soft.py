@@ -24,7 +24,7 @@ from efficient_tx.attention.grid import check_square, lay_out
 from efficient_tx.attention.kernelized import kernelized
 from efficient_tx.attention.multihead import MultiHead
 from efficient_tx.attention.shapes import compact, key_mask, repeat_heads
-from efficient_tx.attention.skyformer import gaussian_gram
+from efficient_tx.attention.skyformer import check_inverse, gaussian_gram
 from efficient_tx.kernels import flash_attention
 from efficient_tx.numerics.segments import grid_means, segment_means
 from efficient_tx.numerics.spd import newton_raphson_inverse, spd_solve
@@ -119,10 +119,7 @@ def check_options(landmarks: int, ridge: float, inverse: str, iterations: int) -
         raise ValueError(f"landmarks is {landmarks}: soft needs at least 1")
     if not ridge > 0:
         raise ValueError(f"ridge is {ridge}: it must be above 0, or tokens that coincide make the kernel singular")
-    if inverse not in ("cholesky", "iteration"):
-        raise ValueError(f"inverse is {inverse!r}: it must be 'cholesky' or 'iteration'")
-    if iterations < 1:
-        raise ValueError(f"iterations is {iterations}: it must be at least 1")
+    check_inverse(inverse, iterations)
 
 
 class Soft(MultiHead):

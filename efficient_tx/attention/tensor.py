@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from efficient_tx.attention.multihead import MultiHead
+from efficient_tx.attention.shapes import at_least
 from efficient_tx.attention.triples import attend_to_pairs
 
 
@@ -50,7 +51,7 @@ def tensor(
         with a window below the latter.
     """
     del key
-    check_options(window, window2)
+    at_least(1, window=window, window2=window2)
     queries, keys = q.shape[1], k.shape[1]
     if queries != keys and not causal and min(window, window2) < keys:
         raise ValueError(
@@ -71,13 +72,6 @@ def tensor_exact(
 def trilinear(q, k2):
     """Against k_j: (q_i ⊙ k2_k) / √K, and nothing besides."""
     return q * k2 * q.shape[-1] ** -0.5, jnp.zeros(k2.shape[:-1], k2.dtype)
-
-
-def check_options(window: int, window2: int) -> None:
-    """Raises ValueError, one line, for the first window that sees nothing."""
-    for name, value in (("window", window), ("window2", window2)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}: it must be at least 1")
 
 
 class Tensor(MultiHead):
@@ -101,7 +95,7 @@ class Tensor(MultiHead):
         return {"window": budget // window2, "window2": window2}
 
     def __init__(self, features: int, *, window: int = 512, window2: int = 32, positions: str | None = None, **common):
-        check_options(window, window2)
+        at_least(1, window=window, window2=window2)
         if positions in ("rope", "rope2d"):
             raise ValueError(f"Tensor's trilinear score would not be relative under {positions!r}: use other positions")
         super().__init__(features, positions=positions, **common)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from efficient_tx.attention.shapes import compact, key_mask, repeat_heads, token_ranks
+from efficient_tx.attention.shapes import compact, key_mask, repeat_heads, spread
 
 AREA = 1 << 18  # scores of a tile: 1 MB of float32
 SECOND_TOKENS = 16  # of a tile
@@ -66,10 +66,7 @@ def attend_to_pairs(
     of_head = (jnp.repeat(x, heads) for x in (count, first))
     out = attend_heads(pair, tiling, *flat, *of_head)
     out = out.reshape(batch, heads, queries, -1).swapaxes(1, 2).astype(q.dtype)
-    if mask is None or not own_positions:
-        return out
-    out = jnp.take_along_axis(out, token_ranks(mask, batch, queries)[..., None, None], axis=1)
-    return jnp.where(mask[..., None, None], out, 0)
+    return spread(out, mask) if own_positions else out
 
 
 def check_shapes(q, k, v, k2, v2):

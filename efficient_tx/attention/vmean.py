@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from efficient_tx.attention.multihead import MultiHead
-from efficient_tx.attention.shapes import compact, key_mask, repeat_heads
+from efficient_tx.attention.shapes import key_mask, query_positions, repeat_heads, take
 from efficient_tx.attention.softmax import softmax
 
 
@@ -48,14 +48,8 @@ def vmean(
         sums, counts = values.sum(axis=1, keepdims=True), real.sum(axis=1, keepdims=True)
         shape = (batch, queries, *v.shape[2:])
         return jnp.broadcast_to(sums / jnp.maximum(counts, 1)[:, :, None, None], shape).astype(q.dtype)
-    if queries == keys:
-        sums, counts = jnp.cumsum(values, axis=1), jnp.cumsum(real, axis=1)
-    else:
-        counts = jnp.maximum(real.sum(axis=1, keepdims=True) - queries + 1 + jnp.arange(queries), 0)
-        sums = jnp.cumsum(compact(values, mask), axis=1)
-        sums = jnp.take_along_axis(sums, jnp.maximum(counts - 1, 0)[:, :, None, None], axis=1)
-    counts = counts[:, :, None, None]
-    return jnp.where(counts > 0, sums / jnp.maximum(counts, 1), 0).astype(q.dtype)
+    means = jnp.cumsum(values, axis=1) / jnp.maximum(jnp.cumsum(real, axis=1), 1)[:, :, None, None]
+    return (means if queries == keys else take(means, query_positions(real, queries))).astype(q.dtype)
 
 
 class VMean(MultiHead):

@@ -79,3 +79,8 @@ def sample_tokens(keys: jax.Array, mask: jax.Array, count: int) -> tuple[jax.Arr
         return position, score >= 0.0
 
     return jax.vmap(one)(keys, mask)
+
+
+def take_tokens(x: jax.Array, position: jax.Array) -> jax.Array:
+    """Tokens of `x` `[batch, length, ...]` at positions `[batch, count]` that exist and differ within an example."""
+    return jax.vmap(lambda x, position: x.at[position].get(unique_indices=True, mode="promise_in_bounds"))(x, position)
