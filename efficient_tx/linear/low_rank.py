@@ -5,7 +5,7 @@ The best approximation of a given rank is the truncated singular value decomposi
 
 import jax.numpy as jnp
 
-from efficient_tx.linear.structured import Structured
+from efficient_tx.linear.structured import Factor, Structured
 
 
 class LowRank(Structured):
@@ -25,8 +25,8 @@ class LowRank(Structured):
 
     def factors(self):
         return {
-            "down": ((self.in_features, self.rank), 1 / self.in_features),
-            "up": ((self.rank, self.out_features), 1 / self.rank),
+            "down": Factor((self.in_features, self.rank), fan_in=self.in_features),
+            "up": Factor((self.rank, self.out_features), fan_in=self.rank),
         }
 
     def multiply(self, x, *, down, up):

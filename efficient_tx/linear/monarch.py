@@ -12,7 +12,7 @@ So the best approximation of a dense weight is a truncated singular value decomp
 import jax
 import jax.numpy as jnp
 
-from efficient_tx.linear.structured import Structured
+from efficient_tx.linear.structured import Factor, Structured
 
 
 def monarch(x: jax.Array, w1: jax.Array, w2: jax.Array) -> jax.Array:
@@ -58,8 +58,8 @@ class Monarch(Structured):
         inner = self.slice_rank * self.blocks
         # The padding feeds zeros into the last block: dividing by the real width keeps the mean output variance at 1.
         return {
-            "w1": ((self.blocks, inner, self.in_block), self.blocks / self.in_features),
-            "w2": ((self.blocks, self.out_block, inner), 1 / inner),
+            "w1": Factor((self.blocks, inner, self.in_block), fan_in=self.in_features / self.blocks),
+            "w2": Factor((self.blocks, self.out_block, inner), fan_in=inner),
         }
 
     def multiply(self, x, *, w1, w2):

@@ -1,29 +1,89 @@
-"""Structured: what all structured weights share: the signature of `nnx.Linear`, the bias, to dense and back."""
+"""Structured: what all structured weights share: the signature of `nnx.Linear`, the bias, counts, to dense and back."""
 
-from typing import Any, Self
+import math
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 
-def like_dense(cls: type, kernel: jax.Array, bias: jax.Array | None, options: dict[str, Any]) -> nnx.Module:
-    """A layer of this class with the sizes and dtype of `kernel` `[in_features, out_features]` and a copy of `bias`.
+class Factor(NamedTuple):
+    """One array of a structured weight.
 
-    Raises:
-      ValueError: kernel is no matrix.
+    Attributes:
+      shape: of the array.
+      fan_in: how many of its entries one output number of the factor sums over; may be a mean over the outputs.
+      variance: of the entries at the start; None is 1 / fan_in, which hands the variance of the input on.
     """
-    if kernel.ndim != 2:
-        raise ValueError(f"kernel has shape {kernel.shape}: from_dense takes a matrix [in_features, out_features]")
-    options = {"param_dtype": kernel.dtype} | options
-    layer = cls(*kernel.shape, use_bias=bias is not None, rngs=nnx.Rngs(0), **options)
-    if bias is not None:
-        layer.bias[...] = bias.astype(layer.param_dtype)
-    return layer
+
+    shape: tuple[int, ...]
+    fan_in: float
+    variance: float | None = None
 
 
-class Structured(nnx.Module):
-    """A linear layer whose weight is a product of small factors. A structure writes `make`, `multiply` and `fit`.
+class Weight:
+    """What every row of `LINEAR` has beside the signature of `nnx.Linear`: its size, to dense and from dense."""
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that are trained, those of the bias included."""
+        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
+
+    @property
+    def multiplies(self) -> int:
+        """Multiplications that the layer makes for one input vector."""
+        raise NotImplementedError
+
+    def to_dense(self) -> jax.Array:
+        """The weight as one matrix, `[in_features, out_features]`, in the dtype of the parameters."""
+        raise NotImplementedError
+
+    def project(self, kernel: jax.Array, bias: jax.Array | None = None) -> None:
+        """Becomes the layer of this structure and these options that is nearest to a dense one, deterministic.
+
+        Args:
+          kernel: `[in_features, out_features]`, floating; the fit is float32 at least.
+          bias: `[out_features]`, copied; None is a bias of zeros where the layer has one.
+
+        Raises:
+          ValueError: a shape that does not fit, or a bias for a layer without one.
+        """
+        if kernel.shape != (self.in_features, self.out_features):
+            raise ValueError(f"kernel has shape {kernel.shape}: this layer is {self.in_features} × {self.out_features}")
+        if bias is not None and self.bias is None:
+            raise ValueError("bias is given, but this layer was made with use_bias=False")
+        self.set_dense(kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32)))
+        if self.bias is not None:
+            self.bias[...] = jnp.broadcast_to(0.0 if bias is None else bias, self.bias.shape).astype(self.param_dtype)
+
+    def set_dense(self, kernel: jax.Array) -> None:
+        """Sets the weight alone to the nearest one to `kernel` `[in_features, out_features]`, float32 at least."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_dense(cls, kernel: jax.Array, bias: jax.Array | None = None, **options) -> Self:
+        """The layer of this structure nearest to a dense one, in Frobenius norm, deterministic.
+
+        Args:
+          kernel: `[in_features, out_features]`, of a floating dtype, which the parameters take over unless
+            `param_dtype` says otherwise; the fit is float32 at least.
+          bias: `[out_features]`, copied; None makes a layer without bias.
+          **options: of the structure, as in its constructor.
+
+        Raises:
+          ValueError: kernel is no matrix.
+        """
+        if kernel.ndim != 2:
+            raise ValueError(f"kernel has shape {kernel.shape}: from_dense takes a matrix [in_features, out_features]")
+        options = {"param_dtype": kernel.dtype} | options
+        layer = cls(*kernel.shape, use_bias=bias is not None, rngs=nnx.Rngs(0), **options)
+        layer.project(kernel, bias)
+        return layer
+
+
+class Structured(Weight, nnx.Module):
+    """A linear layer whose weight is made of small factors. A structure writes `factors`, `multiply` and `fit`.
 
     Args:
       in_features: width of the input, any size (a structure pads inside).
@@ -49,9 +109,8 @@ class Structured(nnx.Module):
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype)) if use_bias else None
-        for name, (shape, variance) in self.factors().items():
-            value = jax.random.normal(rngs.params(), shape, param_dtype) * jnp.sqrt(variance).astype(param_dtype)
-            setattr(self, name, nnx.Param(value))
+        for name, factor in self.factors().items():
+            setattr(self, name, nnx.Param(self.draw(rngs.params(), name, factor)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., in_features]` -> `[..., out_features]`."""
@@ -61,38 +120,34 @@ class Structured(nnx.Module):
         bias = factors.pop("bias", 0)
         return self.multiply(x.astype(dtype), **factors) + bias
 
-    def factors(self) -> dict[str, tuple[tuple[int, ...], float]]:
-        """The factors: name -> (shape, variance of their entries at the start)."""
+    def factors(self) -> dict[str, Factor]:
+        """The factors by name, each stored as a parameter of this name."""
         raise NotImplementedError
+
+    def draw(self, key: jax.Array, name: str, factor: Factor) -> jax.Array:
+        """The factor `name` at the start: normal, of mean zero and its variance."""
+        del name
+        deviation = math.sqrt(1 / factor.fan_in if factor.variance is None else factor.variance)
+        return jax.random.normal(key, factor.shape, self.param_dtype) * jnp.asarray(deviation, self.param_dtype)
 
     def multiply(self, x: jax.Array, **factors: jax.Array) -> jax.Array:
         """x · W, without the bias: `[..., in_features]` -> `[..., out_features]`."""
         raise NotImplementedError
 
     def fit(self, kernel: jax.Array) -> dict[str, jax.Array]:
-        """The factors whose product is nearest to `kernel` `[in_features, out_features]` in Frobenius norm."""
+        """The factors whose weight is nearest to `kernel` `[in_features, out_features]` in Frobenius norm."""
         raise NotImplementedError
+
+    @property
+    def multiplies(self) -> int:
+        """Multiplications for one input vector: every entry of a factor once, unless a structure says otherwise."""
+        return sum(math.prod(factor.shape) for factor in self.factors().values())
 
     def to_dense(self) -> jax.Array:
         """The weight as one matrix, `[in_features, out_features]`, in the dtype of the factors."""
         factors = {name: getattr(self, name)[...] for name in self.factors()}
         return self.multiply(jnp.eye(self.in_features, dtype=self.param_dtype), **factors)
 
-    @classmethod
-    def from_dense(cls, kernel: jax.Array, bias: jax.Array | None = None, **options) -> Self:
-        """The layer nearest to a dense one, deterministic.
-
-        Args:
-          kernel: `[in_features, out_features]`, of a floating dtype, which the factors take over unless `param_dtype`
-            says otherwise; the fit is float32 at least.
-          bias: `[out_features]`, copied; None makes a layer without bias.
-          **options: of the structure, as in its constructor.
-
-        Raises:
-          ValueError: kernel is no matrix.
-        """
-        layer = like_dense(cls, kernel, bias, options)
-        wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
-        for name, value in layer.fit(wide).items():
-            getattr(layer, name)[...] = value.astype(layer.param_dtype)
-        return layer
+    def set_dense(self, kernel: jax.Array) -> None:
+        for name, value in self.fit(kernel).items():
+            getattr(self, name)[...] = value.astype(self.param_dtype)
