@@ -82,8 +82,6 @@ def main() -> None:
         last = curves[mixer][:, -1]
         scores = f"{last.mean():.3f}  ({last.min():.3f} to {last.max():.3f})"
         size = f"{summary['parameters']:,} parameters  {summary['steps_per_second']:.1f} steps/s"
-        scores = f"{last.mean():.3f}  ({last.min():.3f} to {last.max():.3f})"
-        size = f"{summary['parameters']:,} parameters  {summary['steps_per_second']:.1f} steps/s"
         print(f"{mixer:14s} {scores}  {size}", flush=True)
         draw(arguments.out / "curves.png", curves, steps, summary["baselines"])
         values = {name: accuracy.tolist() for name, accuracy in curves.items()}

@@ -10,6 +10,7 @@ from efficient_tx.kernels.block_attention import reference, xla
 from efficient_tx.kernels.block_attention.options import Options
 from efficient_tx.kernels.forward_mode import reverse_only
 from efficient_tx.kernels.implementations import choose
+from efficient_tx.kernels.shapes import check_shapes
 
 # Best first. Each module has `unsupported` and `forward`, and all but the reference a `backward`.
 IMPLEMENTATIONS = {"xla": xla, "reference": reference}
@@ -68,7 +69,8 @@ def block_attention(
       ValueError: shapes that do not fit, or an implementation that cannot do it.
       NotImplementedError: forward-mode differentiation, with an implementation other than "reference".
     """
-    check_shapes(q, k, v, mask, blocks, block_size)
+    check_shapes(q, k, v)
+    check_blocks(q, k, mask, blocks, block_size)
     implementation = choose("block_attention", IMPLEMENTATIONS, implementation, interpret=interpret)
     batch, queries, heads, head_dim = q.shape
     keys = k.shape[1]
@@ -106,17 +108,9 @@ def pad(x: jax.Array, size: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), *((0, 0),) * (x.ndim - 2)))
 
 
-def check_shapes(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, blocks: jax.Array, block_size: int
-) -> None:
-    """Raises ValueError, one line, for the first shape that does not fit."""
-    if any(x.ndim != 4 for x in (q, k, v)):
-        raise ValueError(f"q, k, v have shapes {q.shape}, {k.shape}, {v.shape}: pass [batch, length, heads, dim] each")
-    batch, keys, groups, head_dim = k.shape
-    if q.shape[0] != batch or q.shape[3] != head_dim or q.shape[2] % groups:
-        raise ValueError(f"q has shape {q.shape}, k {k.shape}: batch and head_dim must agree, heads be a multiple")
-    if v.shape[:3] != (batch, keys, groups):
-        raise ValueError(f"v has shape {v.shape}, k {k.shape}: batch, length and heads must agree")
+def check_blocks(q: jax.Array, k: jax.Array, mask: jax.Array | None, blocks: jax.Array, block_size: int) -> None:
+    """Raises ValueError, one line, for a mask or a list of blocks that does not fit."""
+    batch, keys = k.shape[:2]
     if mask is not None and mask.shape != (batch, keys):
         raise ValueError(f"mask has shape {mask.shape}: block_attention takes the key mask, ({batch}, {keys})")
     if block_size < 1:

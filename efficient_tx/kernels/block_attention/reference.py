@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from efficient_tx.kernels.block_attention.options import Options
+from efficient_tx.kernels.flash_attention.reference import softmax
 
 
 def unsupported(*, interpret: bool) -> str | None:
@@ -38,11 +39,5 @@ def forward(
     keep = keep if seen is None else keep & seen
     logits = jnp.where(keep, logits + jnp.log(jnp.where(keep, times, 1)) + top, -jnp.inf)
 
-    peak = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
-    peak = jnp.where(jnp.isfinite(peak), peak, 0)
-    weights = jnp.exp(logits - peak)
-    total = weights.sum(-1, keepdims=True)
-    found = total > 0
-    total = jnp.where(found, total, 1)
-    lse = jnp.where(found, jnp.log(total) + peak, -jnp.inf)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights / total, v, precision=precision), lse[..., 0].mT
+    weights, lse = softmax(logits)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v, precision=precision), lse.mT

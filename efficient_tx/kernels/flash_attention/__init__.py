@@ -9,6 +9,7 @@ from efficient_tx.kernels.flash_attention import reference, xla
 from efficient_tx.kernels.flash_attention.options import SCORES, Options
 from efficient_tx.kernels.forward_mode import reverse_only
 from efficient_tx.kernels.implementations import choose
+from efficient_tx.kernels.shapes import check_shapes
 
 # Best first. Each module has `unsupported` and `forward`, and all but the reference a `backward`.
 IMPLEMENTATIONS = {"xla": xla, "reference": reference}
@@ -59,7 +60,8 @@ def flash_attention(
       ValueError: shapes that do not fit, or an implementation that cannot do it.
       NotImplementedError: forward-mode differentiation, with an implementation other than "reference".
     """
-    check_shapes(q, k, v, mask)
+    check_shapes(q, k, v)
+    check_mask(mask, q, k)
     if score not in SCORES:
         raise ValueError(f"score is {score!r}: choose one of {', '.join(SCORES)}")
     if return_lse and score != "softmax":
@@ -89,15 +91,9 @@ def flash_attention(
     return (out, lse) if return_lse else out
 
 
-def check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> None:
-    """Raises ValueError, one line, for the first shape that does not fit."""
-    if any(x.ndim != 4 for x in (q, k, v)):
-        raise ValueError(f"q, k, v have shapes {q.shape}, {k.shape}, {v.shape}: pass [batch, length, heads, dim] each")
-    batch, keys, groups, head_dim = k.shape
-    if q.shape[0] != batch or q.shape[3] != head_dim or q.shape[2] % groups:
-        raise ValueError(f"q has shape {q.shape}, k {k.shape}: batch and head_dim must agree, heads be a multiple")
-    if v.shape[:3] != (batch, keys, groups):
-        raise ValueError(f"v has shape {v.shape}, k {k.shape}: batch, length and heads must agree")
+def check_mask(mask: jax.Array | None, q: jax.Array, k: jax.Array) -> None:
+    """Raises ValueError, one line, for a mask that fits neither the keys nor all pairs."""
+    batch, keys = k.shape[:2]
     pairs = (batch, q.shape[2], q.shape[1], keys)
     if mask is None or mask.shape == (batch, keys):
         return

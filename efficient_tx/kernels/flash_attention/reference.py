@@ -41,11 +41,16 @@ def forward(
         return apply(jax.nn.sigmoid(logits)), None
     if score == "gaussian":
         return apply(jnp.exp(logits)), None
+    weights, lse = softmax(logits)
+    return apply(weights), lse.mT
+
+
+def softmax(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Weights `[..., queries, keys]` and log-sum-exp `[..., queries]`; zeros and −inf where all logits are −inf."""
     peak = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
     peak = jnp.where(jnp.isfinite(peak), peak, 0)
     weights = jnp.exp(logits - peak)
     total = weights.sum(-1, keepdims=True)
     seen = total > 0
     total = jnp.where(seen, total, 1)
-    lse = jnp.where(seen, jnp.log(total) + peak, -jnp.inf)
-    return apply(weights / total), lse[..., 0].mT
+    return weights / total, jnp.where(seen, jnp.log(total) + peak, -jnp.inf)[..., 0]
