@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from samples import attention_inputs
 
 from efficient_tx.attention.block_and_samples import Choice, Sizes, attend_to_block_and_samples
 from efficient_tx.attention.hyper import Hyper
@@ -15,12 +16,6 @@ from efficient_tx.attention.hyper import hyper as uncompiled
 from efficient_tx.numerics.lsh import hash_directions
 
 hyper = jax.jit(uncompiled, static_argnames=("causal", "block", "samples", "bits", "chunk"))
-
-
-def inputs(seed, queries, keys, *, heads=2, groups=2, dim=8, v_dim=5, batch=2):
-    r = np.random.default_rng(seed)
-    shapes = (batch, queries, heads, dim), (batch, keys, groups, dim), (batch, keys, groups, v_dim)
-    return [r.normal(size=shape) for shape in shapes]
 
 
 def dense(q, k, v, weights=1.0):
@@ -89,7 +84,7 @@ def weights_of_past(q, k, directions, key, block, samples, chunk):
 def test_equals_the_dense_sum_over_the_chosen_keys(queries, causal):
     """Forward and gradient in float64, padding scattered, grouped heads; the choice made by the loops above."""
     keys, options = 21, {"block": 3, "samples": 4, "bits": 3, "chunk": 6}
-    q, k, v = inputs(0, queries, keys, groups=1)
+    q, k, v = attention_inputs(0, queries, keys, groups=1)
     mask = np.ones((2, keys), bool)
     mask[1, [0, 4, 5, 13, 20]] = False
     if not causal:
@@ -130,7 +125,7 @@ def test_equals_the_dense_sum_over_the_chosen_keys(queries, causal):
 @pytest.fixture(scope="module")
 def every_sample():
     """All 20 samples of three of six keys as one batch: the sum, and its gradient with that of the log-sum-exp."""
-    q, k, v = (x[:1, :, 0] for x in inputs(0, 3, 6, heads=1, groups=1))
+    q, k, v = (x[:1, :, 0] for x in attention_inputs(0, 3, 6, heads=1, groups=1))
     samples = np.array(list(combinations(range(6), 3)))
     own = np.array([0, 0, 2])
     one = {
@@ -181,7 +176,7 @@ def test_the_row_sums_are_unbiased(every_sample):
 @pytest.mark.parametrize(("limit", "causal"), [("block", False), ("samples", True)])
 def test_is_softmax_with_all_keys_in_the_block_or_in_the_sample(limit, causal):
     """More padding than the block is long, so that nothing is skipped."""
-    q, k, v = inputs(3, 37, 37, groups=1)
+    q, k, v = attention_inputs(3, 37, 37, groups=1)
     mask = np.zeros((2, 37), bool)
     mask[0, 5:32], mask[1, ::2] = True, True
     options = {"block": 3, "samples": 4, "chunk": 6, limit: 28}
@@ -196,7 +191,7 @@ def test_is_softmax_with_all_keys_in_the_block_or_in_the_sample(limit, causal):
 
 def test_what_comes_later_has_no_say():
     """Not only to first order: other later tokens give the same earlier outputs, to the last bit."""
-    q, k, v = (x.astype(np.float32) for x in inputs(0, 24, 24, batch=1))
+    q, k, v = (x.astype(np.float32) for x in attention_inputs(0, 24, 24, batch=1))
     run = partial(hyper, causal=True, block=3, samples=4, chunk=6)
     out = np.asarray(run(q, k, v))
     for i in (5, 13, 22):
@@ -205,7 +200,7 @@ def test_what_comes_later_has_no_say():
 
 
 def test_a_single_query_of_a_decoder_sees_all_real_keys():
-    q, k, v = inputs(0, 1, 40, groups=1)
+    q, k, v = attention_inputs(0, 1, 40, groups=1)
     mask = np.arange(40) < np.array([[17], [40]])
     with jax.enable_x64(True):
         ours = np.asarray(hyper(q, k, v, mask=mask, causal=True, block=3, samples=4, chunk=4))

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from samples import attention_inputs, clusters, scattered
 
 from efficient_tx.attention.depthwise import depthwise
 from efficient_tx.attention.nystromformer import Nystromformer
@@ -53,26 +54,13 @@ def convolution(v, weight):
     return out
 
 
-def inputs(seed, queries, keys, *, heads=2, groups=2, dim=8, v_dim=5, batch=2):
-    r = np.random.default_rng(seed)
-    shapes = (batch, queries, heads, dim), (batch, keys, groups, dim), (batch, keys, groups, v_dim)
-    return [r.normal(size=shape) for shape in shapes]
-
-
-def scattered(lengths, length):
-    mask = np.zeros((len(lengths), length), bool)
-    for b, n in enumerate(lengths):
-        mask[b, np.random.default_rng(b).choice(length, n, replace=False)] = True
-    return mask
-
-
 @pytest.mark.parametrize(
     ("queries", "keys", "groups", "lengths"),
     [(21, 21, 2, (21, 13)), (21, 21, 1, (3, 0)), (9, 21, 2, (21, 13)), (1, 21, 1, (21, 3))],
     ids=("masked", "grouped, fewer tokens than landmarks", "cross", "one query"),
 )
 def test_it_is_its_formula_with_a_convolution_on_the_real_tokens(queries, keys, groups, lengths):
-    q, k, v = inputs(0, queries, keys, groups=groups)
+    q, k, v = attention_inputs(0, queries, keys, groups=groups)
     mask, weight = scattered(lengths, keys), np.random.default_rng(1).normal(size=(5, 2))
     conv = weight if queries == keys else None
     with jax.enable_x64(True):
@@ -91,7 +79,7 @@ def test_it_is_its_formula_with_a_convolution_on_the_real_tokens(queries, keys, 
 
 def test_one_query_sees_exact_softmax():
     """Its core is one row a with a A⁺ = 1; six steps leave an error of E₀^729 and less. So decoding is exact."""
-    q, k, v = inputs(0, 1, 12)
+    q, k, v = attention_inputs(0, 1, 12)
     with jax.enable_x64(True):
         out = np.asarray(nystromformer(q, k, v, landmarks=12))
     exact = softmax(np.einsum("bqhd,bkhd->bhqk", q, k) * 8**-0.5) @ v.swapaxes(1, 2)
@@ -117,14 +105,9 @@ def test_all_points_and_enough_steps_are_exact_softmax():
 
 KINDS = {
     "random": lambda r, n: r.normal(size=(2, n, 32)),
-    "clustered": lambda r, n: clusters(r, n, [1 / 8] * 8),
-    "imbalanced": lambda r, n: clusters(r, n, [0.96] + [0.01] * 4),
+    "clustered": lambda r, n: clusters(r, (2, n, 32), [1 / 8] * 8, 0.3, scale=0.7),
+    "imbalanced": lambda r, n: clusters(r, (2, n, 32), [0.96] + [0.01] * 4, 0.3, scale=0.7),
 }
-
-
-def clusters(r, n, sizes):
-    centres = 0.7 * r.normal(size=(len(sizes), 32))
-    return centres[r.choice(len(sizes), (2, n), p=sizes)] + 0.3 * r.normal(size=(2, n, 32))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -161,7 +144,7 @@ def published(heads, padded, landmarks):
 
 def test_gradients_equal_those_of_the_formula():
     """Against automatic differentiation of the plain formula, unrolled, in float64."""
-    q, k, v = (x[:, :, :1] for x in inputs(0, 8, 8, batch=1))
+    q, k, v = (x[:, :, :1] for x in attention_inputs(0, 8, 8, batch=1))
     weight, w = np.random.default_rng(1).normal(size=(3, 1)), np.random.default_rng(2).normal(size=(8, 5))
 
     def plain(q, k, v, weight):
@@ -189,7 +172,7 @@ def test_gradients_equal_those_of_the_formula():
 
 def test_an_example_ignores_the_others():
     """The published iteration starts from one maximum over the batch; here an example is what it is alone."""
-    q, k, v = (x.astype(np.float32) for x in inputs(0, 24, 24))
+    q, k, v = (x.astype(np.float32) for x in attention_inputs(0, 24, 24))
     q[0], k[0] = 9 * q[0], k[0, :1]  # a core whose column sums are 8 times the other's
     k[0, 0] *= 9
     together, alone = (np.asarray(nystromformer(q[s], k[s], v[s], landmarks=8)) for s in (slice(2), slice(1, 2)))
@@ -225,6 +208,6 @@ def test_what_cannot_be_is_refused_at_construction(options, message):
 
 
 def test_a_convolution_needs_a_value_for_each_query():
-    q, k, v = inputs(0, 5, 9)
+    q, k, v = attention_inputs(0, 5, 9)
     with pytest.raises(ValueError, match="5 queries and 9 keys"):
         uncompiled(q, k, v, conv=np.ones((3, 2)))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from samples import clusters
 
 from efficient_tx.attention.performer import Performer
 from efficient_tx.attention.performer import performer as uncompiled
@@ -88,16 +89,11 @@ def test_exponents_beyond_float32(small_pieces):
     np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
-def clusters(r, count, dim, sizes, spread):
-    centres = r.normal(size=(len(sizes), dim))
-    return centres[r.choice(len(sizes), count, p=sizes)] + spread * r.normal(size=(count, dim))
-
-
 # Of a size for which random features work: their variance grows with exp(‖q + k‖² / √d).
 KINDS = {
     "random": lambda r, n, dim: [0.5 * r.normal(size=(n, dim)) for _ in range(2)],
-    "clustered": lambda r, n, dim: np.split(0.5 * clusters(r, 2 * n, dim, [1 / 8] * 8, 0.3), 2),
-    "imbalanced": lambda r, n, dim: np.split(0.5 * clusters(r, 2 * n, dim, [0.96] + [0.01] * 4, 0.2), 2),
+    "clustered": lambda r, n, dim: np.split(0.5 * clusters(r, (2 * n, dim), [1 / 8] * 8, 0.3, scale=1), 2),
+    "imbalanced": lambda r, n, dim: np.split(0.5 * clusters(r, (2 * n, dim), [0.96] + [0.01] * 4, 0.2, scale=1), 2),
 }
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from samples import attention_inputs, clusters, scattered
 
 from efficient_tx.attention.skeinformer import Skeinformer
 from efficient_tx.attention.skeinformer import skeinformer as uncompiled
@@ -49,24 +50,11 @@ def published(q, k, v, budget, rng):
     return algorithm(q, k, v, pilots, columns)
 
 
-def inputs(seed, queries, keys, *, heads=2, groups=2, dim=8, v_dim=5, batch=2):
-    r = np.random.default_rng(seed)
-    shapes = (batch, queries, heads, dim), (batch, keys, groups, dim), (batch, keys, groups, v_dim)
-    return [r.normal(size=shape) for shape in shapes]
-
-
-def scattered(lengths, length):
-    mask = np.zeros((len(lengths), length), bool)
-    for b, n in enumerate(lengths):
-        mask[b, np.random.default_rng(b).choice(length, n, replace=False)] = True
-    return mask
-
-
 @pytest.mark.parametrize(("queries", "groups"), [(21, 2), (21, 1), (9, 2)], ids=("plain", "grouped", "cross"))
 def test_it_is_algorithm_1_for_what_it_draws(queries, groups):
     """The draws are repeated here from the paper's probabilities and the documented noise."""
     keys, budget, lengths = 21, 6, (21, 13)
-    q, k, v = inputs(0, queries, keys, groups=groups)
+    q, k, v = attention_inputs(0, queries, keys, groups=groups)
     mask, draws = scattered(lengths, keys), evaluation_keys(2)
     with jax.enable_x64(True):
         out = np.asarray(skeinformer(q, k, v, mask=mask, columns=budget, pilots=4))
@@ -83,7 +71,7 @@ def test_it_is_algorithm_1_for_what_it_draws(queries, groups):
 
 @pytest.mark.parametrize("pilots", [3, 32])
 def test_all_columns_are_exact_softmax_and_so_are_the_pilots(pilots):
-    q, k, v = inputs(0, 24, 24)
+    q, k, v = attention_inputs(0, 24, 24)
     mask = scattered((24, 11), 24)
     with jax.enable_x64(True):
         everything = np.asarray(skeinformer(q, k, v, mask=mask, columns=24, pilots=pilots))
@@ -101,7 +89,7 @@ def test_all_columns_are_exact_softmax_and_so_are_the_pilots(pilots):
 
 def test_rows_sum_to_one_whatever_the_logits():
     """A constant value comes out as it went in, with logits far beyond what an exponential holds."""
-    q, k, _ = inputs(0, 24, 24)
+    q, k, _ = attention_inputs(0, 24, 24)
     v = np.broadcast_to(np.arange(1.0, 6.0), (2, 24, 2, 5)).astype(np.float32)
     out = skeinformer((100 * q).astype(np.float32), (100 * k).astype(np.float32), v, columns=4, pilots=2)
     np.testing.assert_allclose(out, v, rtol=1e-5)  # float32 rounding
@@ -109,14 +97,9 @@ def test_rows_sum_to_one_whatever_the_logits():
 
 KINDS = {
     "random": lambda r, n: [r.normal(size=(n, 32)) for _ in range(2)],
-    "clustered": lambda r, n: np.split(clusters(r, 2 * n, [1 / 8] * 8), 2),
-    "imbalanced": lambda r, n: np.split(clusters(r, 2 * n, [0.96] + [0.01] * 4), 2),
+    "clustered": lambda r, n: np.split(clusters(r, (2 * n, 32), [1 / 8] * 8, 0.3, scale=1.5), 2),
+    "imbalanced": lambda r, n: np.split(clusters(r, (2 * n, 32), [0.96] + [0.01] * 4, 0.3, scale=1.5), 2),
 }
-
-
-def clusters(r, n, sizes):
-    centres = 1.5 * r.normal(size=(len(sizes), 32))
-    return centres[r.choice(len(sizes), n, p=sizes)] + 0.3 * r.normal(size=(n, 32))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -143,7 +126,7 @@ def test_the_error_falls_with_the_budget_and_is_at_most_the_published_one(kind):
 
 def test_gradients_equal_those_of_the_formula_for_what_it_draws():
     """Against automatic differentiation of Algorithm 1 with the drawn sets held fixed, in float64."""
-    q, k, v = (x[:, :, :1] for x in inputs(0, 8, 8, batch=1))
+    q, k, v = (x[:, :, :1] for x in attention_inputs(0, 8, 8, batch=1))
     w = np.random.default_rng(2).normal(size=(8, 5))
     with jax.enable_x64(True):
         draws = evaluation_keys(1)
@@ -170,7 +153,7 @@ def test_gradients_equal_those_of_the_formula_for_what_it_draws():
 
 
 def test_bfloat16_inputs_are_computed_in_float32():
-    rounded = [np.asarray(x, jnp.bfloat16) for x in inputs(0, 24, 24)]
+    rounded = [np.asarray(x, jnp.bfloat16) for x in attention_inputs(0, 24, 24)]
     out = skeinformer(*rounded, columns=8, pilots=2)
     assert out.dtype == jnp.bfloat16
     full = np.asarray(skeinformer(*(x.astype(np.float32) for x in rounded), columns=8, pilots=2))

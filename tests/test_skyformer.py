@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from samples import attention_inputs, clusters
 
 from efficient_tx.attention.kernelized import kernelized
 from efficient_tx.attention.skyformer import Skyformer, draw_sketch, merge
@@ -48,12 +49,6 @@ def published(q, k, v, landmarks, rng):
     return gaussian(q, z) @ (d[:, None] * inverse * d) @ (gaussian(z, k) @ v)
 
 
-def inputs(seed, queries, keys, *, heads=2, groups=2, dim=8, v_dim=5, batch=2):
-    r = np.random.default_rng(seed)
-    shapes = (batch, queries, heads, dim), (batch, keys, groups, dim), (batch, keys, groups, v_dim)
-    return [r.normal(size=shape) for shape in shapes]
-
-
 @pytest.mark.parametrize("inverse", ("cholesky", "iteration"))
 @pytest.mark.parametrize(
     ("queries", "keys", "groups", "masked"),
@@ -62,7 +57,7 @@ def inputs(seed, queries, keys, *, heads=2, groups=2, dim=8, v_dim=5, batch=2):
 )
 def test_all_points_and_no_ridge_are_kernelized_attention(queries, keys, groups, masked, inverse):
     """The exact limit of Nyström; ridge 1e-12 leaves an error of that order times the condition of the kernel."""
-    q, k, v = inputs(0, queries, keys, groups=groups)
+    q, k, v = attention_inputs(0, queries, keys, groups=groups)
     mask = np.arange(keys) < np.array([[keys], [keys - 6]]) if masked else None
     expected = exact(q, k, v, mask)
     landmarks = 2 * keys if queries == keys else keys
@@ -77,17 +72,11 @@ def test_all_points_and_no_ridge_are_kernelized_attention(queries, keys, groups,
     np.testing.assert_allclose(ours[real], expected[real], rtol=0, atol=1e-10)
 
 
-def clusters(r, count, dim, sizes, spread):
-    centres = 2 * r.normal(size=(len(sizes), dim))
-    label = r.choice(len(sizes), count, p=sizes)
-    return centres[label] + spread * r.normal(size=(count, dim))
-
-
 KINDS = {
     "concentrated": lambda r, n, dim: [0.3 * r.normal(size=(n, dim)) for _ in range(2)],
     "random": lambda r, n, dim: [r.normal(size=(n, dim)) for _ in range(2)],
-    "clustered": lambda r, n, dim: np.split(clusters(r, 2 * n, dim, [1 / 8] * 8, 0.3), 2),
-    "imbalanced": lambda r, n, dim: np.split(clusters(r, 2 * n, dim, [0.96] + [0.01] * 4, 0.2), 2),
+    "clustered": lambda r, n, dim: np.split(clusters(r, (2 * n, dim), [1 / 8] * 8, 0.3), 2),
+    "imbalanced": lambda r, n, dim: np.split(clusters(r, (2 * n, dim), [0.96] + [0.01] * 4, 0.2), 2),
 }
 
 
@@ -109,7 +98,7 @@ def test_at_128_landmarks_the_error_is_at_most_the_published_one(kind):
 
 
 def test_the_iteration_converges_to_the_solve():
-    q, k, v = inputs(0, 40, 40)
+    q, k, v = attention_inputs(0, 40, 40)
     with jax.enable_x64(True):
         solve, six, twelve = (
             skyformer(q, k, v, landmarks=16, inverse=inverse, iterations=iterations)
@@ -123,7 +112,7 @@ def test_the_iteration_converges_to_the_solve():
 @pytest.mark.parametrize("inverse", ("cholesky", "iteration"))
 def test_an_example_ignores_the_others_and_its_padding(inverse):
     """The published iteration starts from one maximum over the batch; here an example is what it is alone."""
-    q, k, v = (x.astype(np.float32) for x in inputs(0, 24, 24, batch=3))
+    q, k, v = (x.astype(np.float32) for x in attention_inputs(0, 24, 24, batch=3))
     mask = np.arange(24) < np.array([[24], [11], [0]])
     # Example 0 in one point: the largest row sums there can be.
     q[0], k[0] = q[0, :1], k[0, :1]
@@ -135,7 +124,7 @@ def test_an_example_ignores_the_others_and_its_padding(inverse):
 
 def test_missing_landmarks_drop_out():
     """Five real tokens and 16 landmarks wanted: all ten rows of [Q; K] are used, which is the exact limit."""
-    q, k, v = inputs(0, 24, 24, batch=1)
+    q, k, v = attention_inputs(0, 24, 24, batch=1)
     mask = np.zeros((1, 24), bool)
     mask[0, [2, 3, 9, 17, 20]] = True
     with jax.enable_x64(True):
@@ -146,7 +135,7 @@ def test_missing_landmarks_drop_out():
 @pytest.mark.parametrize("name", OTHER_LANDMARKS)
 def test_other_landmarks_have_the_same_exact_limit(name):
     """All 2 · 24 points; in the second example all 2 · 11, scattered among padding; the third has none."""
-    q, k, v = inputs(0, 24, 24, batch=3, groups=1)
+    q, k, v = attention_inputs(0, 24, 24, batch=3, groups=1)
     mask = np.zeros((3, 24), bool)
     mask[0] = True
     mask[1, np.random.default_rng(0).choice(24, 11, replace=False)] = True
@@ -159,10 +148,10 @@ def test_other_landmarks_have_the_same_exact_limit(name):
 @pytest.mark.parametrize("name", ["kmeans", "sketch"])  # k-means starts from the leverage scores' draw
 def test_other_landmarks_ignore_padding_and_other_examples(name):
     """Eleven tokens alone, in the middle of 24 other ones that are padding, and with more of it."""
-    tokens = [x.astype(np.float32) for x in inputs(0, 11, 11, batch=1)]
+    tokens = [x.astype(np.float32) for x in attention_inputs(0, 11, 11, batch=1)]
     expected = np.asarray(skyformer(*tokens, landmarks=8, **OTHER_LANDMARKS[name]))[0]
     places = np.sort(np.random.default_rng(0).choice(24, 11, replace=False))
-    batch = [x.astype(np.float32) for x in inputs(1, 24, 24)]
+    batch = [x.astype(np.float32) for x in attention_inputs(1, 24, 24)]
     mask = np.ones((2, 24), bool)
     mask[1] = np.isin(np.arange(24), places)
     for x, y in zip(batch, tokens):
@@ -176,8 +165,8 @@ def test_other_landmarks_ignore_padding_and_other_examples(name):
 @pytest.mark.parametrize("name", ["kmeans", "sketch"])
 def test_gradients_flow_through_means_and_signed_sums(name):
     """Along one direction, against central differences; the choice itself is constant there. A row of padding too."""
-    x, step = inputs(0, 12, 12), 1e-6
-    direction, w = inputs(1, 12, 12), np.random.default_rng(2).normal(size=(2, 12, 2, 5))
+    x, step = attention_inputs(0, 12, 12), 1e-6
+    direction, w = attention_inputs(1, 12, 12), np.random.default_rng(2).normal(size=(2, 12, 2, 5))
     mask = np.ones((2, 12), bool) & np.array([[True], [False]])
 
     def loss(*x):
@@ -208,7 +197,7 @@ def test_the_sketch_is_an_isometry_in_the_mean():
 def test_on_imbalanced_inputs_leverage_and_kmeans_beat_uniform(name):
     """One tight cluster of 96 %, four of 1 %: uniform landmarks fall on the large one. Mean of 8 draws."""
     r = np.random.default_rng(0)
-    q, k = np.split(clusters(r, 512, 32, [0.96] + [0.01] * 4, 0.05), 2)
+    q, k = np.split(clusters(r, (512, 32), [0.96] + [0.01] * 4, 0.05), 2)
     v = r.normal(size=(256, 8))
     expected = gaussian(q, k) @ v
     batch = [np.broadcast_to(x.astype(np.float32), (8, *x.shape))[:, :, None] for x in (q, k, v)]
@@ -224,7 +213,7 @@ def test_on_imbalanced_inputs_leverage_and_kmeans_beat_uniform(name):
 
 def test_gradients_equal_those_of_the_formula():
     """Against automatic differentiation through the Nyström formula with every point a landmark, in float64."""
-    q, k, v = inputs(0, 6, 6, batch=1)
+    q, k, v = attention_inputs(0, 6, 6, batch=1)
     w = np.random.default_rng(1).normal(size=(6, 2, 5))
 
     def kernel(x, y):
@@ -249,7 +238,7 @@ def test_gradients_equal_those_of_the_formula():
 
 
 def test_a_common_shift_of_queries_and_keys_changes_nothing():
-    q, k, v = inputs(0, 24, 24)
+    q, k, v = attention_inputs(0, 24, 24)
     with jax.enable_x64(True):
         shifted = skyformer(q + 1.5, k + 1.5, v, landmarks=8)
         np.testing.assert_allclose(np.asarray(shifted), np.asarray(skyformer(q, k, v, landmarks=8)), rtol=1e-9)
@@ -257,7 +246,7 @@ def test_a_common_shift_of_queries_and_keys_changes_nothing():
 
 def test_keys_draw_the_landmarks():
     """One key per example; the same one gives the same output, evaluation is one fixed draw for every example."""
-    q, k, v = (np.broadcast_to(x[:1], x.shape).astype(np.float32) for x in inputs(0, 24, 24))
+    q, k, v = (np.broadcast_to(x[:1], x.shape).astype(np.float32) for x in attention_inputs(0, 24, 24))
 
     def run(key):
         return np.asarray(skyformer(q, k, v, landmarks=8, key=key))
@@ -274,7 +263,7 @@ def test_keys_draw_the_landmarks():
 
 
 def test_every_option_changes_the_result():
-    q, k, v = (x.astype(np.float32) for x in inputs(0, 24, 24))
+    q, k, v = (x.astype(np.float32) for x in attention_inputs(0, 24, 24))
     options = {"landmarks": 8, "ridge": 0.1, "inverse": "iteration", "iterations": 3}
     base = np.asarray(skyformer(q, k, v, **options))
     for change in ({"landmarks": 10}, {"ridge": 0.2}, {"inverse": "cholesky"}, {"iterations": 4}):
@@ -282,7 +271,7 @@ def test_every_option_changes_the_result():
 
 
 def test_bfloat16_inputs_are_computed_in_float32():
-    rounded = [np.asarray(x, jnp.bfloat16) for x in inputs(0, 24, 24)]
+    rounded = [np.asarray(x, jnp.bfloat16) for x in attention_inputs(0, 24, 24)]
     out = skyformer(*rounded, landmarks=8)
     assert out.dtype == jnp.bfloat16
     full = np.asarray(skyformer(*(x.astype(np.float32) for x in rounded), landmarks=8))

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from samples import clusters
 
 from efficient_tx.attention import Soft
 from efficient_tx.attention import soft as uncompiled
@@ -98,11 +99,6 @@ def test_output_and_gradient_are_those_of_the_formula(inverse, symmetric_norm):
         np.testing.assert_allclose(got, want, rtol=1e-8, atol=1e-9)
 
 
-def clusters(r, count, dim, sizes, spread):
-    centres = 2 * r.normal(size=(len(sizes), dim))
-    return centres[r.choice(len(sizes), count, p=sizes)] + spread * r.normal(size=(count, dim))
-
-
 def walk(r, count, dim):
     """A stationary process whose neighbours correlate by 0.99."""
     steps = r.normal(size=(count, dim))
@@ -116,8 +112,8 @@ KINDS = {
     "concentrated": lambda r: 0.3 * r.normal(size=(384, 32)),  # 0.068, 0.010, 0.0007
     "random": lambda r: r.normal(size=(384, 32)),  # 0.95, 0.90, 0.0095
     "smooth": lambda r: walk(r, 384, 32),  # 0.18, 0.011, 0.0018
-    "clustered": lambda r: clusters(r, 384, 32, [1 / 8] * 8, 0.3),  # 1.00, 0.80, 0.0023
-    "imbalanced": lambda r: clusters(r, 384, 32, [0.96] + [0.01] * 4, 0.2),  # 0.044, 0.029, 0.0004
+    "clustered": lambda r: clusters(r, (384, 32), [1 / 8] * 8, 0.3),  # 1.00, 0.80, 0.0023
+    "imbalanced": lambda r: clusters(r, (384, 32), [0.96] + [0.01] * 4, 0.2),  # 0.044, 0.029, 0.0004
 }
 
 

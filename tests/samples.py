@@ -1,0 +1,24 @@
+"""Queries, keys and values that several tests draw."""
+
+import numpy as np
+
+
+def attention_inputs(seed, queries, keys, *, heads=2, groups=2, dim=8, v_dim=5, batch=2):
+    """Normal q `[batch, queries, heads, dim]`, k `[batch, keys, groups, dim]`, v `[batch, keys, groups, v_dim]`."""
+    r = np.random.default_rng(seed)
+    shapes = (batch, queries, heads, dim), (batch, keys, groups, dim), (batch, keys, groups, v_dim)
+    return [r.normal(size=shape) for shape in shapes]
+
+
+def scattered(lengths, length):
+    """A mask `[batch, length]` with so many real tokens in each row, anywhere."""
+    mask = np.zeros((len(lengths), length), bool)
+    for b, n in enumerate(lengths):
+        mask[b, np.random.default_rng(b).choice(length, n, replace=False)] = True
+    return mask
+
+
+def clusters(r, shape, sizes, spread, scale=2.0):
+    """Points `[..., dim]` within `spread` of centres of length about scale · √dim, in clusters of these shares."""
+    centres = scale * r.normal(size=(len(sizes), shape[-1]))
+    return centres[r.choice(len(sizes), shape[:-1], p=sizes)] + spread * r.normal(size=shape)
