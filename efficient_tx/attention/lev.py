@@ -48,7 +48,9 @@ def lev(
       budget: keys that a query sees at most; ties go to the earlier one.
       p: the power of the scores, and of the weights of "polynomial", at least 1; 2 where causal.
       attention: "softmax" or "polynomial" weights.
-      recent: causal only: how many of the budget are for the newest keys, without competition; None means half.
+      recent: causal only: how many of the budget are for the newest keys, without competition; None means half. All
+        queries at once hold a set of keys for every `recent` queries, keys · budget / recent in all; a decoder
+        (`lev_step`) holds one.
       ridge: causal only: λ above 0 of the ridge leverage scores.
       rescore: causal only: held keys compete by their score in the prefix so far, else by the one they arrived with.
 

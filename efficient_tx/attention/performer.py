@@ -44,7 +44,9 @@ def performer(
 
     Returns:
       `[batch, queries, heads, v_dim]` in the dtype of q; zero for a query without keys. The arithmetic is float32 at
-      least.
+      least. The variance of the features grows with exp(‖q + k‖² / √head_dim): entries of a standard deviation above
+      1 or 2 make a poor approximation, and beyond 6 or so a query may miss all features of the keys, whose sum is then
+      kept from zero by a floor that shrinks the output.
 
     Raises:
       ValueError: no random features, or shapes that do not fit.
