@@ -61,7 +61,7 @@ def train(config: ConfigDict, workdir: Workdir) -> None:
         check_batch_size(config.batch_size, devices=jax.device_count(), grad_accum=config.grad_accum)
         task = build.build_task(config)
         model = build.build_model(config, task)
-        optimizer, schedule = build.build_optimizer(config)
+        optimizer, schedule = build.build_optimizer(config, model)
         # Before the run: the config file may be another one when it ends.
         terms = {
             "protocol": config.protocol,

@@ -55,7 +55,7 @@ def make_config(module: str, argument: str = "", /, **settings: Any) -> ConfigDi
     config.task = task_options(module)
     config.model = options(MODELS[task_module(module).KIND], GIVEN["model"])
     config.linear = ConfigDict({"mlp": {"name": mlp}, "projections": {"name": projections}})
-    config.optimizer = options(make_optimizer)
+    config.optimizer = options(make_optimizer, GIVEN["optimizer"])
     config = complete(config)
     config.update(settings)
     return config

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from efficient_tx.attention import ATTENTION
-from efficient_tx.linear import LINEAR
+from efficient_tx.linear import LINEAR, structured_learning_rates
 from efficient_tx.models import Classifier, TokenClassifier
 from efficient_tx.numerics.random import check_rate
 from efficient_tx.task import Task
@@ -39,6 +39,7 @@ GIVEN = {
     "model": {"linear", "prefix", "remat", "dtype"},
     "mixer": {"heads", "head_dim", "linear", "dropout", "causal", "positions", "max_len", "dtype", "rngs"},
     "linear": {"use_bias", "dtype", "param_dtype"},
+    "optimizer": {"scaling"},
 }
 
 
@@ -210,10 +211,20 @@ def build_model(config: ConfigDict, task: Task) -> nnx.Module:
         )
 
 
-def build_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, Callable]:
-    """The optimizer of `config.optimizer` and its schedule, step -> learning rate."""
+def build_optimizer(
+    config: ConfigDict, model: nnx.Module | None = None
+) -> tuple[optax.GradientTransformation, Callable]:
+    """The optimizer of `config.optimizer` for the parameters of `model`, and its schedule, step -> learning rate.
+
+    Without a model it has the same state, but under `structured_lr` not the same updates.
+    """
+    scaled = config.optimizer.structured_lr and model is not None
     try:
-        return make_optimizer(steps=config.steps, **config.optimizer)
+        return make_optimizer(
+            steps=config.steps,
+            scaling=structured_learning_rates(model) if scaled else None,
+            **config.optimizer,
+        )
     except ValueError as error:
         raise ValueError(f"config.{error}") from None
 

@@ -304,7 +304,7 @@ def fingerprint(config):
     build.check(config)
     task = build.build_task(config)
     model = build.build_model(config, task)
-    optimizer, _ = build.build_optimizer(config)
+    optimizer, _ = build.build_optimizer(config, model)
     state = init_state(model, optimizer)
     device = jax.local_devices()[:1]
     step = make_train_step(

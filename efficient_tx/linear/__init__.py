@@ -4,6 +4,7 @@ Adding one is a file and a row of `LINEAR`.
 """
 
 from efficient_tx.linear.dense import Dense
+from efficient_tx.linear.learning_rates import structured_learning_rates
 from efficient_tx.linear.low_rank import LowRank
 from efficient_tx.linear.monarch import Monarch, monarch
 
@@ -13,4 +14,4 @@ LINEAR: dict[str, type] = {
     "monarch": Monarch,
 }
 
-__all__ = ["LINEAR", "Dense", "LowRank", "Monarch", "monarch"]
+__all__ = ["LINEAR", "Dense", "LowRank", "Monarch", "monarch", "structured_learning_rates"]

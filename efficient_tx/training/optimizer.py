@@ -118,6 +118,9 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "prodigy": prodigy,
 }
 
+# Their updates have entries of about the size of the learning rate, whatever the gradient.
+SIGN_LIKE = ("adam", "adamw", "lion")
+
 
 def make_optimizer(
     *,
@@ -132,6 +135,8 @@ def make_optimizer(
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
+    structured_lr: bool = False,
+    scaling: optax.GradientTransformation | None = None,
 ) -> tuple[optax.GradientTransformation, Schedule]:
     """The optimizer, and its schedule: updates done before this one -> learning rate (float32).
 
@@ -148,6 +153,10 @@ def make_optimizer(
       b1: decay of the first moment, or the momentum (sgd, muon, schedule_free_adamw's interpolation).
       b2: decay of the second moment.
       eps: added to the root of the second moment.
+      structured_lr: a learning rate for every layer and factor that moves the layer's output alike at every width and
+        in every structure; `learning_rate` is then that of a dense layer with 64 inputs. The rule is one for updates
+        whose entries are all of one size: those of the optimizers in SIGN_LIKE.
+      scaling: with structured_lr, what multiplies the updates so; None where the optimizer is made to look at only.
 
     Raises:
       ValueError: an unknown name, or an option that the chosen optimizer has no use for.
@@ -164,6 +173,11 @@ def make_optimizer(
             raise ValueError(f"optimizer.{option}={value}: use a number in [0, 1)")
     if name == "schedule_free_adamw" and b1 == 0:
         raise ValueError("optimizer.b1=0: schedule_free_adamw interpolates with weight b1, use a number in (0, 1)")
+    if structured_lr and name not in SIGN_LIKE:
+        raise ValueError(
+            f"optimizer.structured_lr=True has no rule for optimizer.name={name}: leave it at False, or choose one of "
+            f"{', '.join(SIGN_LIKE)}"
+        )
     options = {"weight_decay": weight_decay, "b1": b1, "b2": b2, "eps": eps}
     known = inspect.signature(OPTIMIZERS[name]).parameters
     defaults = inspect.signature(make_optimizer).parameters
@@ -175,10 +189,13 @@ def make_optimizer(
             )
     rate = SCHEDULES[schedule](learning_rate, steps=steps, warmup=warmup)
     chosen = OPTIMIZERS[name](rate, **{option: value for option, value in options.items() if option in known})
-    if not clip:
-        return chosen, rate
-    clipping = optax.clip(clip) if clip_by == "value" else optax.clip_by_global_norm(clip)
-    return optax.chain(clipping, chosen), rate
+    parts = [chosen]
+    if clip:
+        parts.insert(0, optax.clip(clip) if clip_by == "value" else optax.clip_by_global_norm(clip))
+    if structured_lr:
+        # Both have an empty state: the same checkpoint fits.
+        parts.append(scaling or optax.identity())
+    return (optax.chain(*parts) if parts[1:] else chosen), rate
 
 
 def evaluation_params(optimizer_state: optax.OptState, params: optax.Params) -> optax.Params:
