@@ -1,0 +1,61 @@
+"""Training runs on small ListOps that the benchmarks make, and their learning curves in one picture."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parent.parent
+Curve = list[tuple[int, float]]
+
+
+def train(workdir: Path, model: str, *, seed: int, steps: int, **settings: Any) -> None:
+    """Trains `configs/quickstart.py:MODEL` to its end; a finished workdir is left as it is."""
+    settings = {"seed": seed, "steps": steps, "eval_every": 100, "checkpoint_every": 500, "loggers": "()"} | settings
+    command = [sys.executable, ROOT / "train.py", f"--config={ROOT}/configs/quickstart.py:{model}"]
+    command += [f"--workdir={workdir}", *(f"--config.{key}={value}" for key, value in settings.items())]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def validation(workdir: Path) -> Curve:
+    """(step, accuracy) of every evaluation."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [(line["step"], line["accuracy"]) for line in lines if line["split"] == "validation"]
+
+
+def summary(workdir: Path) -> dict[str, Any]:
+    """summary.json of a finished run."""
+    return json.loads((workdir / "summary.json").read_text())
+
+
+def last_accuracy(workdirs: Sequence[Path]) -> str:
+    """Validation accuracy at the end, "mean (lowest to highest)" over the runs."""
+    last = [validation(workdir)[-1][1] for workdir in workdirs]
+    return f"{np.mean(last):.3f}  ({min(last):.3f} to {max(last):.3f})"
+
+
+def draw(path: Path, curves: Mapping[str, Sequence[Curve]], baselines: Mapping[str, float]) -> None:
+    """Writes the picture: mean and range of the accuracy over the runs of each model, best model first."""
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    axes = figure.subplots()
+    accuracies = {name: np.array([[accuracy for _, accuracy in run] for run in runs]) for name, runs in curves.items()}
+    steps = {name: [step for step, _ in runs[0]] for name, runs in curves.items()}
+    for index, name in enumerate(sorted(curves, key=lambda name: -accuracies[name][:, -1].mean())):
+        accuracy = accuracies[name]
+        style = {"color": f"C{index % 10}", "linestyle": ("-", "--", ":")[index // 10 % 3]}
+        axes.plot(steps[name], accuracy.mean(0), label=f"{name} ({accuracy[:, -1].mean():.3f})", **style)
+        low, high = accuracy.min(0), accuracy.max(0)
+        axes.fill_between(steps[name], low, high, color=style["color"], alpha=0.1, linewidth=0)
+    first = min(min(values) for values in steps.values())
+    for name, accuracy in baselines.items():
+        axes.axhline(accuracy, color="gray", linestyle="-.", linewidth=1)
+        axes.annotate(name, (first, accuracy), textcoords="offset points", xytext=(0, 3), color="gray")
+    axes.set(xlabel="step", ylabel="validation accuracy (mean and range over seeds)", title="ListOps below 128 tokens")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", title="model (at the end)")
+    figure.savefig(path, dpi=120)
