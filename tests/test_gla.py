@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from samples import attention_inputs, check_equal
 
 from efficient_tx.attention.gla import GLA
 from efficient_tx.attention.gla import gla as uncompiled
@@ -14,9 +15,9 @@ FEATURES, HEADS = 12, 2
 
 
 def arrays(seed, length, *, heads=4, groups=2, dim=6, v_dim=3):
-    r = np.random.default_rng(seed)
-    shapes = (2, length, heads, dim), (2, length, groups, dim), (2, length, groups, v_dim)
-    return *(r.normal(size=shape) for shape in shapes), -r.exponential(0.1, shapes[0])
+    """q, k, v and the logarithms of the decay."""
+    q, k, v = attention_inputs(seed, length, length, heads=heads, groups=groups, dim=dim, v_dim=v_dim)
+    return q, k, v, -np.random.default_rng(seed + 100).exponential(0.1, q.shape)
 
 
 def dense(q, k, v, log_decay, mask, causal):
@@ -40,23 +41,14 @@ def dense(q, k, v, log_decay, mask, causal):
 @pytest.mark.parametrize("causal", [False, True])
 def test_equals_the_dense_formula_and_its_gradients(causal):
     """Padding anywhere, grouped heads, values of another width; in float64."""
-    inputs = arrays(0, 75)
     mask = np.random.default_rng(1).random((2, 75)) < 0.7
-    w = np.random.default_rng(2).normal(size=(2, 75, 4, 3)) * mask[:, :, None, None]
-
-    def loss(inputs, ours):
-        q, k, v, g = inputs
-        out = uncompiled(q, k, v, log_decay=g, mask=mask, causal=causal) if ours else dense(*inputs, mask, causal)
-        return jnp.vdot(out, w), out
-
-    with jax.enable_x64(True):
-        run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
-        (_, ours), gradients = run(inputs, True)
-        (_, expected), expected_gradients = run(inputs, False)
-    ours, expected = np.asarray(ours), np.asarray(expected)
-    np.testing.assert_allclose(ours[mask], expected[mask], atol=1e-12)  # sums of at most 75 · 6 terms of order 1
-    for got, want in zip(gradients, expected_gradients):
-        np.testing.assert_allclose(got, want, atol=1e-11)
+    check_equal(
+        lambda q, k, v, g: uncompiled(q, k, v, log_decay=g, mask=mask, causal=causal),
+        lambda *tokens: dense(*tokens, mask, causal),
+        arrays(0, 75),
+        mask,
+        gradient_atol=1e-11,
+    )
 
 
 def module(**options):

@@ -1,28 +1,25 @@
 """Linear attention against the dense formula in NumPy, and where queries stand."""
 
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from samples import attention_inputs, check_equal
 
 from efficient_tx.attention.linear import linear as uncompiled
 
 module = sys.modules["efficient_tx.attention.linear"]
 linear = jax.jit(uncompiled, static_argnames="causal")
+arrays = partial(attention_inputs, heads=4, dim=6, v_dim=3)
 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     """Pieces of at most 64 tokens, so that short sequences have several, the last one ragged."""
     monkeypatch.setattr(module, "PIECE", 1)
-
-
-def arrays(seed, queries, keys, *, heads=4, groups=2, dim=6, v_dim=3, batch=2):
-    r = np.random.default_rng(seed)
-    shapes = (batch, queries, heads, dim), (batch, keys, groups, dim), (batch, keys, groups, v_dim)
-    return [r.normal(size=shape) for shape in shapes]
 
 
 def dense(q, k, v, mask=None, causal=False):
@@ -44,22 +41,14 @@ def dense(q, k, v, mask=None, causal=False):
 @pytest.mark.parametrize("causal", [False, True])
 def test_equals_the_dense_formula_and_its_gradients(causal):
     """Three pieces, padding anywhere, grouped heads, values of another width; in float64."""
-    inputs = arrays(0, 150, 150)
     mask = np.random.default_rng(1).random((2, 150)) < 0.7
-    w = np.random.default_rng(2).normal(size=(2, 150, 4, 3)) * mask[:, :, None, None]
-
-    def loss(inputs, function):
-        out = function(*inputs, mask=mask, causal=causal)
-        return jnp.vdot(out, w), out
-
-    with jax.enable_x64(True):
-        run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
-        (_, ours), gradients = run(inputs, uncompiled)
-        (_, expected), expected_gradients = run(inputs, dense)
-    ours, expected = np.asarray(ours), np.asarray(expected)
-    np.testing.assert_allclose(ours[mask], expected[mask], atol=1e-12)  # means of at most 150 values
-    for got, want in zip(gradients, expected_gradients):
-        np.testing.assert_allclose(got, want, atol=1e-11)
+    check_equal(
+        lambda *arrays: uncompiled(*arrays, mask=mask, causal=causal),
+        lambda *arrays: dense(*arrays, mask=mask, causal=causal),
+        arrays(0, 150, 150),
+        mask,
+        gradient_atol=1e-11,
+    )
 
 
 @pytest.mark.parametrize("queries", [1, 5])

@@ -1,19 +1,21 @@
 """Performer against the dense formula with the same draws, softmax in the limit, and the published algorithm."""
 
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from samples import clusters
+from samples import attention_inputs, check_equal, clusters
 
 from efficient_tx.attention.performer import Performer
 from efficient_tx.attention.performer import performer as uncompiled
 from efficient_tx.numerics.features import orthogonal_gaussian
 
 performer = jax.jit(uncompiled, static_argnames=("causal", "random_features"))
+arrays = partial(attention_inputs, heads=4, dim=6, v_dim=3)
 FEATURES = 16
 
 
@@ -21,12 +23,6 @@ FEATURES = 16
 def small_pieces(monkeypatch):
     """Pieces of at most 64 tokens, so that short sequences have several, the last one ragged."""
     monkeypatch.setattr(sys.modules["efficient_tx.attention.linear"], "PIECE", 1)
-
-
-def arrays(seed, length, *, heads=4, groups=2, dim=6, v_dim=3, batch=2):
-    r = np.random.default_rng(seed)
-    shapes = (batch, length, heads, dim), (batch, length, groups, dim), (batch, length, groups, v_dim)
-    return [r.normal(size=shape) for shape in shapes]
 
 
 def draws(keys, dim, dtype):
@@ -51,34 +47,25 @@ def dense(q, k, v, omega, mask, causal):
 @pytest.mark.parametrize("causal", [False, True])
 def test_equals_the_dense_formula_and_its_gradients(small_pieces, causal):
     """Three pieces, padding anywhere, grouped heads, values of another width, a draw per example; in float64."""
-    inputs = arrays(0, 150, batch=3)
     mask = np.random.default_rng(1).random((3, 150)) < 0.7
     mask[:, 0] = True  # so that every causal query has a key
     mask[2] = False
-    w = np.random.default_rng(2).normal(size=(3, 150, 4, 3)) * mask[:, :, None, None]
     keys = jax.random.split(jax.random.key(0), 3)
-
-    def loss(inputs, omega):
-        if omega is None:
-            out = uncompiled(*inputs, mask=mask, key=keys, causal=causal, random_features=FEATURES)
-        else:
-            out = dense(*inputs, omega, mask, causal)
-        return jnp.vdot(out, w), out
-
     with jax.enable_x64(True):
-        run = jax.jit(jax.value_and_grad(loss, has_aux=True))
-        (_, ours), gradients = run(inputs, None)
-        (_, expected), expected_gradients = run(inputs, draws(keys, 6, jnp.float64))
-    ours, expected = np.asarray(ours), np.asarray(expected)
-    np.testing.assert_allclose(ours[mask], expected[mask], atol=1e-12)  # means of at most 150 values
-    assert (ours[2] == 0).all()  # queries without keys
-    for got, want in zip(gradients, expected_gradients):
-        np.testing.assert_allclose(got, want, atol=1e-11)
+        omega = draws(keys, 6, jnp.float64)
+    ours = check_equal(
+        lambda *arrays: uncompiled(*arrays, mask=mask, key=keys, causal=causal, random_features=FEATURES),
+        lambda *arrays: dense(*arrays, omega, mask, causal),
+        arrays(0, 150, 150, batch=3),
+        mask,
+        gradient_atol=1e-11,
+    )
+    assert (np.asarray(ours)[2] == 0).all()  # queries without keys
 
 
 def test_exponents_beyond_float32(small_pieces):
     """Keys of norm 25 fading to 5 over the sequence: features from e⁻¹³⁰ on, the largest one growing on and on."""
-    q, k, v = (x.astype(np.float32) for x in arrays(0, 150))
+    q, k, v = (x.astype(np.float32) for x in arrays(0, 150, 150))
     k *= np.linspace(10, 2, 150, dtype=np.float32)[:, None, None]
     keys, mask = jax.random.split(jax.random.key(0), 2), np.ones((2, 150), bool)
     ours = performer(q, k, v, key=keys, causal=True, random_features=FEATURES)
@@ -129,7 +116,7 @@ def test_error_falls_with_the_features_and_is_at_most_the_published_one(kind):
 
 
 def test_a_decoded_row_is_that_of_the_whole():
-    q, k, v = arrays(0, 20)
+    q, k, v = arrays(0, 20, 20)
     with jax.enable_x64(True):
         whole = performer(q, k, v, causal=True, random_features=FEATURES)
         mask = np.broadcast_to(np.arange(20) <= 13, (2, 20))
@@ -141,4 +128,4 @@ def test_no_features_are_refused():
     with pytest.raises(ValueError, match="random_features is 0: performer needs at least 1"):
         Performer(8, heads=2, random_features=0, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="random_features is 0"):
-        uncompiled(*arrays(0, 8), random_features=0)
+        uncompiled(*arrays(0, 8, 8), random_features=0)
