@@ -23,7 +23,8 @@ from ml_collections import ConfigDict, config_flags
 from configs import resolve
 from efficient_tx import build
 from efficient_tx.data.batching import evaluation_batches, train_batches
-from efficient_tx.task import data_directory
+from efficient_tx.linear.replace import dotted, relative_error, transfer
+from efficient_tx.task import Task, data_directory
 from efficient_tx.training import summary
 from efficient_tx.training.checkpoint import Checkpoints
 from efficient_tx.training.compilation import keep_programs
@@ -70,8 +71,7 @@ def train(config: ConfigDict, workdir: Workdir) -> None:
             "device": summary.device(),
         }
     checkpoints = Checkpoints(workdir.path / "checkpoints")
-    if config.init_from and not checkpoints.steps():
-        warm_start(model, config.init_from)
+    started = warm_start(model, task, config.init_from) if config.init_from and not checkpoints.steps() else []
     workdir.begin()
 
     rows = {
@@ -93,6 +93,8 @@ def train(config: ConfigDict, workdir: Workdir) -> None:
     )
     count = summary.parameter_count(model)
     report.say(f"{task.name} ({task.source}): {len(task.train):,} training examples; model: {count:,} parameters")
+    for line in started:
+        report.say(line)
     loop = Loop(
         model,
         optimizer,
@@ -133,15 +135,30 @@ def train(config: ConfigDict, workdir: Workdir) -> None:
         report.say(line)
 
 
-def warm_start(model: nnx.Module, path: str) -> None:
-    """Gives `model` the parameters of the best checkpoint of another run."""
+def warm_start(model: nnx.Module, task: Task, path: str) -> list[str]:
+    """Gives `model` the parameters of the best checkpoint of another run; returns the lines that tell of it.
+
+    Linear layers of another structure, or with other options of it, become the nearest ones to the other run's.
+    """
     try:
         with refusing():
-            optimizer, _ = build.build_optimizer(resolve.restore(read_config(path)))
-        _, parameters = trained_parameters(path, "best", model, optimizer, print)
+            config = resolve.restore(read_config(path))
+            # The other run's data are not needed: what depends on their sizes has to fit this run's.
+            task = dataclasses.replace(task, kind=build.task_module(config.task.name).KIND)
+            source = build.build_model(config, task)
+            optimizer, _ = build.build_optimizer(config, source)
+        step, parameters = trained_parameters(path, "best", source, optimizer, print)
+        nnx.update(source, parameters)
+        with refusing():
+            projections = transfer(source, model)
     except Refused as error:
         raise Refused(f"config.init_from={path}: {error}") from None
-    nnx.update(model, parameters)
+    lines = [f"parameters of {path}, step {step}, its best on validation"]
+    for projection in projections:
+        lines.append(f"  {dotted(projection.path)} projected, relative error {relative_error([projection]):.4f}")
+    if projections:
+        lines.append(f"  all {len(projections)} projected layers, relative error {relative_error(projections):.4f}")
+    return lines
 
 
 def run() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -69,7 +70,7 @@ def test_what_cannot_be_is_refused_in_one_line_and_nothing_is_written(tmp_path):
         (path, ["--config.steps=50"], {}, "steps is 40 there and 50 here"),
         (tmp_path / "a", ["--config.task.source=/nowhere"], {"data": data}, "task.source='/nowhere'"),
         (tmp_path / "b", [], {"devices": 3, "data": data}, "batch_size=8 cannot be shared out over devices=3"),
-        (tmp_path / "d", [f"--config.init_from={path}", "--config.model.mlp_features=48"], {}, "params.encoder.blocks"),
+        (tmp_path / "d", [f"--config.init_from={path}", "--config.model.mlp_features=48"], {}, "encoder.blocks.0.mlp"),
     ]
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()}
     for first in range(0, len(cases), 2):
@@ -99,6 +100,25 @@ def test_a_run_can_start_from_the_parameters_of_another(tmp_path):
     status, out, error = train(tmp_path / "run", *still)
     assert (status, error) == (0, "") and "resuming from step 1 of 1" in out
     assert read(tmp_path / "run" / "summary.json")["test_accuracy"] == source["test_accuracy"]
+
+
+def test_a_run_can_start_from_the_projected_layers_of_another(tmp_path):
+    """At full rank the projection is exact, so the accuracy is again the other run's; at a lower one it is not."""
+    other = finished_run()[0]
+    source = read(other / "summary.json")
+    still = ["--config.optimizer.learning_rate=0.0", "--config.steps=1", "--config.linear.mlp.name=low_rank"]
+    still += [f"--config.init_from={other}"]
+    exact = start("train.py", *TINY, f"--workdir={tmp_path / 'exact'}", *still, "--config.linear.mlp.rank=16")
+    status, out, error = train(tmp_path / "low", *still, "--config.linear.mlp.rank=1")
+    assert (status, error) == (0, "")
+    assert f"parameters of {other}, step {source['best_step']}, its best on validation\n" in out
+    errors = re.findall(r"(encoder.blocks.0.mlp.\w+|all 2) projected.*, relative error (0.\d{4})\n", out)
+    assert [name for name, _ in errors] == ["encoder.blocks.0.mlp.down", "encoder.blocks.0.mlp.up", "all 2"]
+    assert min(float(error) for _, error in errors) > 0.1
+    status, out, error = finish(exact)
+    assert (status, error) == (0, "") and out.count("relative error 0.0000") == 3
+    result = read(tmp_path / "exact" / "summary.json")
+    assert result["val_accuracy"] == source["val_accuracy"] and result["test_accuracy"] == source["test_accuracy"]
 
 
 # Asked to, jax tells of every program that it has to compile.

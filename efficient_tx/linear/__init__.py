@@ -7,6 +7,7 @@ from efficient_tx.linear.dense import Dense
 from efficient_tx.linear.learning_rates import structured_learning_rates
 from efficient_tx.linear.low_rank import LowRank
 from efficient_tx.linear.monarch import Monarch, monarch
+from efficient_tx.linear.replace import replace, transfer
 
 LINEAR: dict[str, type] = {
     "dense": Dense,
@@ -14,4 +15,4 @@ LINEAR: dict[str, type] = {
     "monarch": Monarch,
 }
 
-__all__ = ["LINEAR", "Dense", "LowRank", "Monarch", "monarch", "structured_learning_rates"]
+__all__ = ["LINEAR", "Dense", "LowRank", "Monarch", "monarch", "replace", "structured_learning_rates", "transfer"]
