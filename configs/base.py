@@ -25,9 +25,7 @@ def run_settings() -> ConfigDict:
             "keep": 2,  # newest checkpoints that stay on disk, the best one aside
             "dtype": "float32",  # of the computation: float32 or bfloat16; parameters are float32
             "remat": False,  # recompute each block in the backward pass, to save memory (XLA undoes it on CPU)
-            "init_from": placeholder(
-                str
-            ),  # workdir of a run whose best parameters this one starts from, projected where needed
+            "init_from": placeholder(str),  # workdir of a run whose best parameters this one starts from
             "loggers": ("tensorboard",),  # beside metrics.jsonl: tensorboard, wandb
             "debug_nans": False,  # stop inside the step at the first NaN (slow)
         }
