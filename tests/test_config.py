@@ -277,6 +277,15 @@ CONTEXT = {
     "attention.hyper.bits": {"attention.hyper.block": 4},
     "attention.hyper.chunk": {"attention.hyper.block": 4, "model.causal": True},
 }
+# The same for the options of weight structures, by structure.
+STRUCTURE_OTHER = {
+    "low_rank.rank": 1,
+    "low_rank_plus_sparse.rank": 2,
+    "low_rank_plus_sparse.pattern": "top",
+    "low_rank_plus_sparse.density": 0.5,
+    "dense_shift.bits": 2,
+}
+STRUCTURE_CONTEXT = {"low_rank_plus_sparse.density": {"linear.mlp.pattern": "top"}}
 # Keys whose effect is another output, not another step: tests/test_train.py and tests/test_listops.py look at these.
 OUTPUTS = {
     "task.name",
@@ -364,12 +373,15 @@ def variant_fingerprint(name, context=()):
     return fingerprint(resolve.resolve(make_config("lra.listops", name, **TINY), dict(context)))
 
 
-def test_no_option_of_a_structure_is_forgotten():
-    structured = {f"linear.{place}.{o}" for place in ("mlp", "projections") for cls in LINEAR.values()
-                  for o in build.options(cls, build.GIVEN["linear"])}  # fmt: skip
-    assert {key.rpartition(".")[2] for key in structured} == {
-        key.rpartition(".")[2] for key in KEYS if key.startswith("linear.") and not key.endswith("name")
-    }
+@pytest.mark.parametrize("name", LINEAR)
+def test_no_option_of_a_structure_is_dead(name):
+    argument = f"softmax+{name}"
+    config = make_config("lra.listops", argument, **TINY)
+    for option, value in build.options(LINEAR[name], build.GIVEN["linear"]).items():
+        context = STRUCTURE_CONTEXT.get(f"{name}.{option}", {})
+        other = STRUCTURE_OTHER[f"{name}.{option}"] if f"{name}.{option}" in STRUCTURE_OTHER else alternative("", value)
+        changed = resolve.resolve(config, {**context, f"linear.mlp.{option}": other})
+        assert fingerprint(changed) != variant_fingerprint(argument, tuple(context.items())), option
 
 
 def test_top_level_keys_are_those_of_the_design():

@@ -9,6 +9,8 @@ from flax import nnx
 from efficient_tx.linear import LINEAR, LowRank, Monarch, monarch
 
 SIZES = [(13, 7), (1, 5), (40, 6)]  # prime, one, tall
+# Fits that end in a local optimum: how far a second projection may move, relative to the weight, by their docstring.
+FITTED = {"low_rank_plus_sparse": 0.15}
 both = pytest.mark.parametrize("name", LINEAR)
 
 
@@ -23,9 +25,13 @@ def test_is_affine_with_its_dense_weight(name, n, m):
         made = layer(name, n, m, param_dtype=jnp.float64)
         made.bias[...] = jnp.arange(m, dtype=jnp.float64)
         x = jax.random.normal(jax.random.key(1), (2, 3, n), jnp.float64)
-        expected = np.asarray(x) @ np.asarray(made.to_dense()) + np.arange(m)
-        np.testing.assert_allclose(made(x), expected, rtol=1e-12, atol=1e-12)  # float64 rounding
-        assert made.to_dense().shape == (n, m)
+        weight = np.asarray(made.to_dense())
+        assert weight.shape == (n, m)
+        # float64 rounding, and half a step in every input where a structure rounds its inputs
+        step = made.input_step * np.abs(x).max(-1, keepdims=True)
+        allowed = 1e-12 + step / 2 * np.abs(weight).sum(0)
+        assert (np.abs(made(x) - (x @ weight + np.arange(m))) <= allowed).all()
+        np.testing.assert_allclose(made(jnp.eye(n)), weight + np.arange(m), rtol=1e-12, atol=1e-12)
 
 
 @both
@@ -38,12 +44,13 @@ def test_projection_is_deterministic_idempotent_and_keeps_the_bias(name, n, m):
         again = LINEAR[name].from_dense(kernel, bias)
         twice = LINEAR[name].from_dense(once.to_dense(), bias)
         np.testing.assert_array_equal(once.to_dense(), again.to_dense())
-        np.testing.assert_allclose(twice.to_dense(), once.to_dense(), atol=1e-12)  # float64 rounding of an SVD
+        tolerance = FITTED.get(name, 1e-12)  # float64 rounding of an SVD
+        assert jnp.linalg.norm(twice.to_dense() - once.to_dense()) <= tolerance * jnp.linalg.norm(kernel)
         np.testing.assert_array_equal(once.bias[...], bias)
         assert LINEAR[name].from_dense(kernel).bias is None
         # An orthogonal projection never lengthens, and what it leaves over is orthogonal to what it keeps.
         left = kernel - once.to_dense()
-        assert abs(float(jnp.vdot(left, once.to_dense()))) < 1e-10
+        assert abs(float(jnp.vdot(left, once.to_dense()))) <= tolerance * float(jnp.vdot(kernel, kernel))
 
 
 def test_low_rank_projection_is_the_truncated_svd():
@@ -123,8 +130,29 @@ def test_output_variance_at_the_start_is_a_dense_layers(name, n, m):
     assert float(variance) == pytest.approx(1.0, rel=0.1)  # 4 draws of ≥ 10^4 factor entries: sd about 2 %
 
 
+def held_still(monkeypatch):
+    """From now on `stop_gradient` gives what it gave in the first call of a function, again in every further call.
+
+    The function then is one whose derivative, in every direction, is what autodiff computes. For a structure that
+    rounds straight through, it is the layer with the roundings' errors as constants.
+
+    Returns:
+      Tells that a further call begins.
+    """
+    first, calls = [], []
+
+    def stop_gradient(x):
+        if len(calls) <= 1:
+            first.append(x)
+            return x
+        return next(calls[-1])
+
+    monkeypatch.setattr(jax.lax, "stop_gradient", stop_gradient)
+    return lambda: calls.append(iter(first))
+
+
 @both
-def test_gradient_matches_finite_differences(name):
+def test_gradient_matches_finite_differences(name, monkeypatch):
     with jax.enable_x64(True):
         made = layer(name, 6, 9, param_dtype=jnp.float64)
         graphdef, params = nnx.split(made)
@@ -134,14 +162,26 @@ def test_gradient_matches_finite_differences(name):
             return jnp.sum(jnp.sin(nnx.merge(graphdef, params)(x)))
 
         direction = jax.tree.map(lambda p: jax.random.normal(jax.random.key(2), p.shape, p.dtype), params)
-        step = 1e-6
+        slope = sum(jnp.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (jax.grad(loss)(params, x), direction))))
+        step, again = 1e-6, held_still(monkeypatch)
 
         def along(distance):
+            again()
             return loss(jax.tree.map(lambda p, d: p + distance * d, params, direction), x)
 
-        slope = sum(jnp.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (jax.grad(loss)(params, x), direction))))
+        along(0)
         difference = (along(step) - along(-step)) / (2 * step)
         assert float(slope) == pytest.approx(float(difference), abs=1e-7)  # rounding 1e-15 / step, curvature step²
+
+
+@both
+@pytest.mark.parametrize(("n", "m"), SIZES)
+def test_counts_are_what_is_stored(name, n, m):
+    made = layer(name, n, m)
+    made.bias[...] = jnp.ones(m)
+    stored = jax.tree.leaves(nnx.state(made))
+    assert made.parameters == sum(np.count_nonzero(leaf) for leaf in stored)  # a zero of a sparse matrix is not there
+    assert made.bytes_stored == 4 * sum(leaf.size for leaf in stored)
 
 
 @both
@@ -164,7 +204,9 @@ def test_refuses_what_is_no_matrix(name):
         LINEAR[name].from_dense(jnp.ones((2, 3, 4)))
 
 
-@pytest.mark.parametrize(("cls", "option"), [(LowRank, {"rank": 0}), (Monarch, {"blocks": 0})])
-def test_refuses_sizes_below_one(cls, option):
+@pytest.mark.parametrize(
+    ("name", "option"), [("low_rank", "rank"), ("monarch", "blocks"), ("low_rank_plus_sparse", "rank")]
+)
+def test_refuses_sizes_below_one(name, option):
     with pytest.raises(ValueError, match="must be at least 1"):
-        cls(4, 4, rngs=nnx.Rngs(0), **option)
+        layer(name, 4, 4, **{option: 0})

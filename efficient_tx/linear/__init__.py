@@ -4,15 +4,37 @@ Adding one is a file and a row of `LINEAR`.
 """
 
 from efficient_tx.linear.dense import Dense
+from efficient_tx.linear.dense_shift import DenseShift
 from efficient_tx.linear.learning_rates import structured_learning_rates
 from efficient_tx.linear.low_rank import LowRank
+from efficient_tx.linear.low_rank_plus_sparse import LowRankPlusSparse
 from efficient_tx.linear.monarch import Monarch, monarch
 from efficient_tx.linear.replace import replace, transfer
+from efficient_tx.linear.ternary import PackedTernary, Ternary
+from efficient_tx.linear.toeplitz import Toeplitz
 
 LINEAR: dict[str, type] = {
     "dense": Dense,
     "low_rank": LowRank,
     "monarch": Monarch,
+    "toeplitz": Toeplitz,
+    "low_rank_plus_sparse": LowRankPlusSparse,
+    "ternary": Ternary,
+    "dense_shift": DenseShift,
 }
 
-__all__ = ["LINEAR", "Dense", "LowRank", "Monarch", "monarch", "replace", "structured_learning_rates", "transfer"]
+__all__ = [
+    "LINEAR",
+    "Dense",
+    "DenseShift",
+    "LowRank",
+    "LowRankPlusSparse",
+    "Monarch",
+    "PackedTernary",
+    "Ternary",
+    "Toeplitz",
+    "monarch",
+    "replace",
+    "structured_learning_rates",
+    "transfer",
+]

@@ -1,7 +1,7 @@
 """Structured: what all structured weights share: the signature of `nnx.Linear`, the bias, counts, to dense and back."""
 
 import math
-from typing import NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +23,24 @@ class Factor(NamedTuple):
 
 
 class Weight:
-    """What every row of `LINEAR` has beside the signature of `nnx.Linear`: its size, to dense and from dense."""
+    """What every row of `LINEAR` has beside the signature of `nnx.Linear`: its size, to dense and from dense.
+
+    Attributes:
+      input_step: the inputs of a token are rounded to multiples of input_step times the largest of them; 0 is not at
+        all. So the output may differ from x · to_dense() by half of a step in every input.
+    """
+
+    input_step: ClassVar[float] = 0.0
 
     @property
     def parameters(self) -> int:
         """Numbers that are trained, those of the bias included."""
         return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
+
+    @property
+    def bytes_stored(self) -> int:
+        """Bytes of the arrays that hold the layer while it is trained."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(self)))
 
     @property
     def multiplies(self) -> int:
@@ -53,7 +65,8 @@ class Weight:
             raise ValueError(f"kernel has shape {kernel.shape}: this layer is {self.in_features} × {self.out_features}")
         if bias is not None and self.bias is None:
             raise ValueError("bias is given, but this layer was made with use_bias=False")
-        self.set_dense(kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32)))
+        with jax.default_matmul_precision("highest"):
+            self.set_dense(kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32)))
         if self.bias is not None:
             self.bias[...] = jnp.broadcast_to(0.0 if bias is None else bias, self.bias.shape).astype(self.param_dtype)
 
@@ -83,7 +96,9 @@ class Weight:
 
 
 class Structured(Weight, nnx.Module):
-    """A linear layer whose weight is made of small factors. A structure writes `factors`, `multiply` and `fit`.
+    """A linear layer whose weight is made of small factors.
+
+    A structure writes `factors`, `multiply` and `fit`, and `weights` where it multiplies with something else than them.
 
     Args:
       in_features: width of the input, any size (a structure pads inside).
@@ -116,9 +131,8 @@ class Structured(Weight, nnx.Module):
         """`[..., in_features]` -> `[..., out_features]`."""
         names = [*self.factors(), *([] if self.bias is None else ["bias"])]
         dtype = self.dtype or jnp.result_type(x, *(getattr(self, name)[...] for name in names))
-        factors = {name: getattr(self, name)[...].astype(dtype) for name in names}
-        bias = factors.pop("bias", 0)
-        return self.multiply(x.astype(dtype), **factors) + bias
+        out = self.multiply(x.astype(dtype), **self.weights(dtype))
+        return out if self.bias is None else out + self.bias[...].astype(dtype)
 
     def factors(self) -> dict[str, Factor]:
         """The factors by name, each stored as a parameter of this name."""
@@ -130,7 +144,11 @@ class Structured(Weight, nnx.Module):
         deviation = math.sqrt(1 / factor.fan_in if factor.variance is None else factor.variance)
         return jax.random.normal(key, factor.shape, self.param_dtype) * jnp.asarray(deviation, self.param_dtype)
 
-    def multiply(self, x: jax.Array, **factors: jax.Array) -> jax.Array:
+    def weights(self, dtype: jnp.dtype) -> dict[str, jax.Array]:
+        """What `multiply` takes, made of the stored factors: they themselves in `dtype` unless a structure differs."""
+        return {name: getattr(self, name)[...].astype(dtype) for name in self.factors()}
+
+    def multiply(self, x: jax.Array, **weights: jax.Array) -> jax.Array:
         """x · W, without the bias: `[..., in_features]` -> `[..., out_features]`."""
         raise NotImplementedError
 
@@ -145,8 +163,7 @@ class Structured(Weight, nnx.Module):
 
     def to_dense(self) -> jax.Array:
         """The weight as one matrix, `[in_features, out_features]`, in the dtype of the factors."""
-        factors = {name: getattr(self, name)[...] for name in self.factors()}
-        return self.multiply(jnp.eye(self.in_features, dtype=self.param_dtype), **factors)
+        return self.multiply(jnp.eye(self.in_features, dtype=self.param_dtype), **self.weights(self.param_dtype))
 
     def set_dense(self, kernel: jax.Array) -> None:
         for name, value in self.fit(kernel).items():

@@ -1,0 +1,137 @@
+"""DenseShift: W = ±γ 2^s, signs and powers of two without a zero (Li et al. 2022, arXiv 2208.09708).
+
+A product with ±2^s is a change of sign and an addition to the exponent. Sign and shift have a latent parameter each
+(sign–scale decomposition), so that a weight changes its sign without passing the small values:
+
+    sign = ±1 by that of u,   s = clip(round(√in · v), 0, 2^(bits − 1) − 1),   W = γ / unit · sign · 2^s
+
+where the fixed `unit` gives the output the variance of a dense layer's at the start, when γ is 1. The paper builds s
+from as many latent parameters as it has steps; here one is rounded, which is less to store.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_tx.linear.straight_through import straight_through
+from efficient_tx.linear.structured import Factor, Structured
+
+SPREAD = 0.5  # standard deviation of the shifts at the start, before rounding
+
+
+def decode(codes: jax.Array, bits: int) -> jax.Array:
+    """uint8 codes, the sign above bits − 1 bits of shift, to ±2^shift, float32 (exact), of any shape."""
+    magnitude = jnp.int32(1) << (codes & (2 ** (bits - 1) - 1)).astype(jnp.int32)
+    return jnp.where(codes >> (bits - 1) == 1, -magnitude, magnitude).astype(jnp.float32)
+
+
+@partial(jax.jit, static_argnums=1)
+def nearest_shifts(size: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
+    """The scale and shifts of the nearest scale · 2^shift.
+
+    A size is nearest to 2^s where size / scale is between 1.5 · 2^(s − 1) and 1.5 · 2^s. For given levels 2^s the best
+    scale is ⟨size, 2^s⟩ / ⟨2^s, 2^s⟩ and the squared error ‖size‖² − ⟨size, 2^s⟩² / ⟨2^s, 2^s⟩.
+
+    Args:
+      size: `[n, m]`, nonnegative.
+      bits: as in `DenseShift`.
+
+    Returns:
+      The scale, a scalar, and shifts before rounding, `[n, m]`.
+    """
+    most = 2 ** (bits - 1) - 1
+    powers = 2.0 ** jnp.arange(most, dtype=size.dtype)[:, None]
+    passed = (size.ravel() / (1.5 * powers)).ravel()  # the scale below which a size is nearer to level s + 1 than to s
+    squares = jnp.broadcast_to(3 * powers**2, (most, size.size)).ravel()  # 4^(s + 1) − 4^s
+    passed, squares = jax.lax.sort((-passed, squares), num_keys=1)
+    square = jnp.append(0, jnp.cumsum(squares)) + size.size
+    inner = jnp.append(0, jnp.cumsum(-passed * squares / 2)) + jnp.sum(size)
+    best = jnp.argmax(inner**2 / square)
+    ratio = size * square[best] / jnp.where(inner[best] == 0, 1, inner[best])  # size / scale
+    shift = jnp.clip(jnp.log2(ratio) + 0.5 - math.log2(1.5), -0.5, most + 0.5)
+    levels = decode(jnp.clip(jnp.round(shift), 0, most).astype(jnp.uint8), bits).astype(size.dtype)
+    return jnp.vdot(size, levels) / jnp.vdot(levels, levels), shift
+
+
+class DenseShift(Structured):
+    """A linear layer whose weights are signed powers of two times one trained number; `codes` are what it would ship.
+
+    The scale γ is a real number per matrix: rounded to a power of two it would double the whole layer in one step of
+    training, and it costs one product for each output. Latent parameters are in units of a dense layer's weights,
+    1 / √in, so that learning rates mean here what they mean there; the shifts start near the middle of their range with
+    a small deviation. Gradients pass both roundings as if they were not there, also outside the clip: those of
+    |W| · sign by u, those of 2^s by v.
+
+    `from_dense` finds the best scale, with every entry at its nearest level, exactly: an entry changes its level where
+    the scale passes it, between two such points the error is a parabola, and all of them are tried in sorted order
+    (shifts · in · out numbers are sorted). Within a level the latent shift follows log₂ |w|. A weight of zeros has no
+    nearest one; it becomes γ = 0.
+
+    Args:
+      bits: of a weight, 2 to 5: one for the sign, the others for a shift of at most 2^(bits − 1) − 1.
+
+    Raises:
+      ValueError: other bits.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, bits: int = 3, **common):
+        if not 2 <= bits <= 5:
+            raise ValueError(f"bits is {bits}: it must be from 2 to 5, one of them for the sign")
+        self.bits = bits
+        self.most = 2 ** (bits - 1) - 1
+        self.unit = math.sqrt(in_features * self._mean_square())
+        super().__init__(in_features, out_features, **common)
+        self.gain = nnx.Param(jnp.ones((), self.param_dtype))  # no factor: its learning rate is the base, as a norm's
+
+    def _mean_square(self) -> float:
+        """E 4^s of the shifts at the start, which are normal around the middle of their range, rounded and clipped."""
+
+        def below(shift):
+            return 0.5 * math.erfc((self.most / 2 - shift) / (SPREAD * math.sqrt(2)))
+
+        edges = [0.0, *(below(shift + 0.5) for shift in range(self.most)), 1.0]
+        return sum(4**shift * (edges[shift + 1] - edges[shift]) for shift in range(self.most + 1))
+
+    def factors(self):
+        shape, width = (self.in_features, self.out_features), self.in_features
+        return {
+            "sign": Factor(shape, fan_in=width),
+            "shift": Factor(shape, fan_in=width, variance=SPREAD**2 / width),
+        }
+
+    def draw(self, key, name, factor):
+        middle = 0.5 * self.most / math.sqrt(self.in_features) if name == "shift" else 0.0
+        return super().draw(key, name, factor) + jnp.asarray(middle, self.param_dtype)
+
+    def codes(self) -> jax.Array:
+        """The weight without its scale, uint8 `[in_features, out_features]` of `bits` bits: sign, then shift."""
+        latent = self.shift[...].astype(jnp.promote_types(self.param_dtype, jnp.float32))
+        steps = jnp.clip(jnp.round(latent * math.sqrt(self.in_features)), 0, self.most).astype(jnp.uint8)
+        return steps | (self.sign[...] < 0).astype(jnp.uint8) << (self.bits - 1)
+
+    def weights(self, dtype):
+        levels = decode(self.codes(), self.bits)
+        wide = jnp.promote_types(self.param_dtype, jnp.float32)
+        # To first order: d sign = √in du, d 2^s = ln 2 · 2^s √in dv.
+        latent = jnp.abs(levels) * self.sign[...].astype(wide) + math.log(2) * levels * self.shift[...].astype(wide)
+        levels = straight_through(math.sqrt(self.in_features) * latent, levels)
+        return {"levels": levels.astype(dtype), "gain": self.gain[...].astype(wide) / self.unit}
+
+    def multiply(self, x, *, levels, gain):
+        return (x @ levels * gain).astype(x.dtype)
+
+    @property
+    def multiplies(self) -> int:
+        """Products with the levels, which XLA makes as any others, and one for each output by the scale."""
+        return self.in_features * self.out_features + self.out_features
+
+    def to_dense(self):
+        weights = self.weights(jnp.promote_types(self.param_dtype, jnp.float32))
+        return (weights["levels"] * weights["gain"]).astype(self.param_dtype)
+
+    def fit(self, kernel):
+        scale, shift = nearest_shifts(jnp.abs(kernel), self.bits)
+        return {"sign": kernel, "shift": shift / math.sqrt(self.in_features), "gain": scale * self.unit}

@@ -1,0 +1,164 @@
+"""Ternary: W = α T with T of −1, 0 and 1, and inputs of 8 bits.
+
+BitLinear of Wang et al. 2023, arXiv 2310.11453, with the ternary levels of Ma et al. 2024, arXiv 2402.17764:
+
+    α = mean |w|,   T = clip(round(w / α), −1, 1),   n = round(127 x / max |x|) for each token,
+    y = (n T) · α max |x| / 127
+
+from a latent dense weight w. Gradients pass the rounding as if it were not there, also outside the clip.
+"""
+
+import math
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_tx.linear.straight_through import straight_through
+from efficient_tx.linear.structured import Factor, Structured
+
+STEPS = 127
+# α² times the share of levels that are not 0, for a normal latent weight of variance 1: E|w|² P(|w| > E|w| / 2).
+NORMAL = 2 / math.pi * math.erfc(0.5 / math.sqrt(math.pi))
+
+
+def eight_bits(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Inputs in whole steps of their token: x ≈ steps · unit.
+
+    Args:
+      x: `[..., features]`, floating.
+
+    Returns:
+      steps `[..., features]`, whole numbers from −127 to 127 in the dtype of x, with the gradient of x / unit; unit
+      `[..., 1]`, float32 at least, without gradient.
+    """
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    peak = jax.lax.stop_gradient(jnp.max(jnp.abs(wide), axis=-1, keepdims=True))
+    steps = wide / jnp.where(peak == 0, 1, peak) * STEPS
+    return straight_through(steps, jnp.round(steps)).astype(x.dtype), peak / STEPS
+
+
+def ternary_levels(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Levels −1, 0 and 1 of a latent weight and their scale, float32 at least; only the levels have a gradient."""
+    kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    scale = jax.lax.stop_gradient(jnp.mean(jnp.abs(kernel)))
+    levels = kernel / jnp.where(scale == 0, 1, scale)
+    return straight_through(levels, jnp.clip(jnp.round(levels), -1, 1)), scale
+
+
+class Ternary(Structured):
+    """A linear layer with weights of three values, trained through a dense latent weight `kernel`; no norm inside.
+
+    Whole numbers up to 127 and three levels are exact in any dtype, and are summed in float32 at least: on every
+    backend the product before the scales is exact for up to 2²⁴ / 127 inputs.
+
+    `from_dense` finds the nearest α T exactly, as T must be the signs of the k largest entries and α their mean: all k
+    are tried on the sorted entries. The latent weight keeps the small entries and stretches the others away from the
+    threshold α / 2 until its mean size is α, so that T is its rounding and the order of the entries stays.
+    """
+
+    input_step = 1 / STEPS
+
+    def factors(self):
+        shape = (self.in_features, self.out_features)
+        return {"kernel": Factor(shape, fan_in=self.in_features, variance=1 / (NORMAL * self.in_features))}
+
+    def weights(self, dtype):
+        levels, scale = ternary_levels(self.kernel[...])
+        return {"levels": levels.astype(dtype), "scale": scale}
+
+    def multiply(self, x, *, levels, scale):
+        steps, unit = eight_bits(x)
+        return (jnp.matmul(steps, levels, preferred_element_type=unit.dtype) * (unit * scale)).astype(x.dtype)
+
+    @property
+    def multiplies(self) -> int:
+        """Products with the levels, one for each input and output by their scales, one of the two scales."""
+        return (self.in_features + 1) * (self.out_features + 1)
+
+    def to_dense(self):
+        levels, scale = ternary_levels(self.kernel[...])
+        return (levels * scale).astype(self.param_dtype)
+
+    def fit(self, kernel):
+        size = jnp.abs(kernel)
+        sums = jnp.cumsum(jnp.sort(size, axis=None, descending=True))
+        count = jnp.arange(1, size.size + 1, dtype=size.dtype)
+        best = jnp.argmax(sums**2 / count)  # what the error is short of ‖W‖² by
+        scale = sums[best] / count[best]
+        half = scale / 2
+        over = jnp.maximum(size - half, 0)
+        stretch = (size.size * scale - jnp.sum(size - over)) / jnp.sum(over)
+        return {"kernel": jnp.sign(kernel) * jnp.where(over > 0, half + stretch * over, size)}
+
+    def pack(self) -> "PackedTernary":
+        """The layer for inference, with four weights a byte."""
+        return PackedTernary.of(self)
+
+
+class PackedTernary(nnx.Module):
+    """A ternary layer for inference: 2 bits a weight, products of 8-bit whole numbers summed in 32 bits.
+
+    Its output is that of the layer it was made of, up to the rounding of one addition (the bias, which XLA may fuse
+    with the product by the scales). It holds variables that are no parameters: there is nothing to train.
+
+    Args:
+      codes: uint8 `[⌈in_features / 4⌉, out_features]`; with n of these rows, bits 2p and 2p + 1 of row i are one more
+        than the level of input i + p n.
+      scale: of the levels, a scalar.
+      bias: `[out_features]` or None.
+      in_features: width of the input.
+      dtype: of input and output; None promotes input and `param_dtype`.
+      param_dtype: of the layer that was packed.
+    """
+
+    def __init__(
+        self,
+        codes: jax.Array,
+        scale: jax.Array,
+        bias: jax.Array | None,
+        *,
+        in_features: int,
+        dtype: jnp.dtype | None,
+        param_dtype: jnp.dtype,
+    ):
+        self.in_features = in_features
+        self.out_features = codes.shape[1]
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.codes = nnx.Variable(codes)
+        self.scale = nnx.Variable(scale)
+        self.bias = None if bias is None else nnx.Variable(bias)
+
+    @classmethod
+    def of(cls, layer: Ternary) -> Self:
+        """The packed form of a layer."""
+        levels, scale = ternary_levels(layer.kernel[...])
+        codes = jnp.pad(levels.astype(jnp.int8) + 1, [(0, -layer.in_features % 4), (0, 0)], constant_values=1)
+        planes = codes.astype(jnp.uint8).reshape(4, -1, layer.out_features)
+        packed = planes[0] | planes[1] << 2 | planes[2] << 4 | planes[3] << 6
+        bias = None if layer.bias is None else layer.bias[...]
+        return cls(packed, scale, bias, in_features=layer.in_features, dtype=layer.dtype, param_dtype=layer.param_dtype)
+
+    def levels(self) -> jax.Array:
+        """−1, 0 and 1, int8 `[in_features, out_features]`."""
+        planes = jnp.stack([self.codes[...] >> shift & 3 for shift in (0, 2, 4, 6)])
+        return planes.reshape(-1, self.out_features)[: self.in_features].astype(jnp.int8) - 1
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., in_features]` -> `[..., out_features]`."""
+        dtype = self.dtype or jnp.result_type(x, self.param_dtype)
+        steps, unit = eight_bits(x.astype(dtype))
+        product = jnp.matmul(steps.astype(jnp.int8), self.levels(), preferred_element_type=jnp.int32)
+        out = (product.astype(unit.dtype) * (unit * self.scale[...])).astype(dtype)
+        return out if self.bias is None else out + self.bias[...].astype(dtype)
+
+    def to_dense(self) -> jax.Array:
+        """The weight, `[in_features, out_features]`, in the dtype of the layer that was packed."""
+        return (self.levels() * self.scale[...]).astype(self.param_dtype)
+
+    @property
+    def bytes_stored(self) -> int:
+        """Bytes of the arrays that hold the layer."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(self)))
