@@ -22,6 +22,12 @@ class Factor(NamedTuple):
     variance: float | None = None
 
 
+def pad(x: jax.Array, size: int) -> jax.Array:
+    """x with zeros appended to its last axis up to `size`."""
+    missing = size - x.shape[-1]
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
+
+
 class Weight:
     """What every row of `LINEAR` has beside the signature of `nnx.Linear`: its size, to dense and from dense.
 
@@ -44,7 +50,11 @@ class Weight:
 
     @property
     def multiplies(self) -> int:
-        """Multiplications that the layer makes for one input vector."""
+        """Multiplications that the layer makes for one input vector: of the matrix products and of activations.
+
+        What is done once a call, whatever the number of vectors, does not count. A Fourier transform of n real numbers
+        counts n ⌈log₂ n⌉, of n complex ones twice that; a complex product 4.
+        """
         raise NotImplementedError
 
     def to_dense(self) -> jax.Array:
