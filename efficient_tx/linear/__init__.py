@@ -3,8 +3,12 @@
 Adding one is a file and a row of `LINEAR`.
 """
 
+from efficient_tx.linear.blast import Blast
+from efficient_tx.linear.block_diagonal import BlockDiagonal
+from efficient_tx.linear.block_tensor_train import BlockTensorTrain
 from efficient_tx.linear.dense import Dense
 from efficient_tx.linear.dense_shift import DenseShift
+from efficient_tx.linear.kronecker import Kronecker
 from efficient_tx.linear.learning_rates import structured_learning_rates
 from efficient_tx.linear.low_rank import LowRank
 from efficient_tx.linear.low_rank_plus_sparse import LowRankPlusSparse
@@ -17,6 +21,10 @@ LINEAR: dict[str, type] = {
     "dense": Dense,
     "low_rank": LowRank,
     "monarch": Monarch,
+    "block_diagonal": BlockDiagonal,
+    "block_tensor_train": BlockTensorTrain,
+    "blast": Blast,
+    "kronecker": Kronecker,
     "toeplitz": Toeplitz,
     "low_rank_plus_sparse": LowRankPlusSparse,
     "ternary": Ternary,
@@ -25,8 +33,12 @@ LINEAR: dict[str, type] = {
 
 __all__ = [
     "LINEAR",
+    "Blast",
+    "BlockDiagonal",
+    "BlockTensorTrain",
     "Dense",
     "DenseShift",
+    "Kronecker",
     "LowRank",
     "LowRankPlusSparse",
     "Monarch",

@@ -1,0 +1,187 @@
+"""Blast: W cut into b × b blocks A_ij = U_i diag(s_ij) V_jᵀ, which share their factors (Lee et al. 2024, 2410.21262).
+
+U_i belongs to an output block, V_j to an input block, s_ij to one block. All s_ij = 1 is a low-rank matrix, s_ij = 0
+for i ≠ j a block-diagonal one.
+
+There is no closed form of the nearest one. `nearest_blast` alternates least squares in U, V and s, each a linear
+problem, with Nesterov's momentum, which is dropped whenever a sweep with it would raise the error. The published
+preconditioned gradient descent is such a sweep without momentum, with a damping and step sizes that fall as it goes.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from efficient_tx.linear.structured import Factor, Structured, pad
+from efficient_tx.numerics.spd import spd_solve
+
+SWEEPS = 100
+
+# Devices that round float32 factors by default would stop the error from falling.
+_einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
+class Blast(Structured):
+    """y[i, q] = Σ_r u[i, q, r] Σ_j s[i, j, r] Σ_p v[j, p, r] x[j, p], of any size; padding fills the last blocks.
+
+    Projection is a fit; `nearest_blast` says which error it reaches.
+
+    Args:
+      blocks: number of blocks along each side.
+      rank: number of terms, at most the smaller side; None is the largest one with no more than half of the dense
+        parameters and no more than the side of a block, up to which a BLAST matrix is projected onto itself.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, blocks: int = 4, rank: int | None = None, **common):
+        for name, value in {"blocks": blocks, "rank": rank}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}: it must be at least 1")
+        self.blocks = blocks
+        self.in_block = -(-in_features // blocks)
+        self.out_block = -(-out_features // blocks)
+        if rank is None:
+            half = in_features * out_features // (2 * (in_features + out_features + blocks**2))
+            rank = min(half, self.in_block, self.out_block)
+        self.rank = max(1, min(rank, in_features, out_features))
+        super().__init__(in_features, out_features, **common)
+
+    def factors(self):
+        b, r = self.blocks, self.rank
+        return {
+            # By the real width of a block, as in Monarch.
+            "v": Factor((b, self.in_block, r), fan_in=self.in_features / b),
+            "s": Factor((b, b, r), fan_in=b),
+            "u": Factor((b, self.out_block, r), fan_in=r),
+        }
+
+    def multiply(self, x, *, v, s, u):
+        blocks = pad(x, self.blocks * self.in_block).reshape(*x.shape[:-1], self.blocks, self.in_block)
+        hidden = jnp.einsum("...jp,jpr->...jr", blocks, v)
+        mixed = jnp.einsum("...jr,ijr->...ir", hidden, s)
+        out = jnp.einsum("...ir,iqr->...iq", mixed, u)
+        return out.reshape(*x.shape[:-1], -1)[..., : self.out_features]
+
+    def fit(self, kernel):
+        b, p, q = self.blocks, self.in_block, self.out_block
+        padded = jnp.pad(kernel, [(0, b * p - self.in_features), (0, b * q - self.out_features)])
+        v, s, u = nearest_blast(padded.reshape(b, p, b, q), self.rank)
+        return {"v": v, "s": s, "u": u}
+
+
+def nearest_blast(a: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Factors near to a matrix in Frobenius norm, deterministic and never worse than its best low-rank approximation.
+
+    It starts from the better one of the truncated singular value decomposition, whose s is one, and the factors that
+    `a` has if it is a BLAST matrix of a rank up to the sides of its blocks, and makes 100 sweeps. Measured:
+
+    - A random BLAST matrix of such a rank comes back to 1e-9 in float64 and 1e-4 in float32, relative, up to 1024
+      features. Of a higher rank, where the problem has many local minima, it comes back to 0.15 to 0.3.
+    - On Gaussian matrices and on spectra that fall as k^-½, of 256 and 512 features with 2 to 16 blocks at half of the
+      parameters, the error is 0.4 to 12 % below that of 300 published steps; 200 more sweeps lower it by another 1 to
+      4 %. Random starts end within 5 % of it, mostly above.
+
+    Args:
+      a: `[j, p, i, q]`, the entry p, q of the block between input block j and output block i.
+
+    Returns:
+      v `[j, p, rank]`, s `[i, j, rank]` and u `[i, q, rank]`.
+    """
+    starts = [_low_rank_start(a, rank)]
+    if a.shape[0] > 1 and rank <= min(a.shape[1], a.shape[3]) and jnp.isfinite(a).all():
+        starts.append(tuple(jnp.asarray(f, a.dtype) for f in _pencil_start(np.asarray(a, np.float64), rank)))
+    return _sweeps(a, min(starts, key=lambda start: float(_error(a, start))))
+
+
+def _assemble(factors):
+    return _einsum("jpr,ijr,iqr->jpiq", *factors)
+
+
+@jax.jit
+def _error(a, factors):
+    return jnp.linalg.norm((a - _assemble(factors)).ravel())
+
+
+def _low_rank_start(a, rank):
+    """The truncated singular value decomposition, all s one."""
+    b, p, _, q = a.shape
+    u, singular, v = jnp.linalg.svd(a.reshape(b * p, b * q), full_matrices=False)
+    root = jnp.sqrt(singular[:rank])
+    return (
+        (u[:, :rank] * root).reshape(b, p, rank),
+        jnp.ones((b, b, rank), a.dtype),
+        (v[:rank].T * root).reshape(b, q, rank),
+    )
+
+
+def _pencil_start(a, rank):
+    """The factors themselves if `a` is a BLAST matrix in general position, of a rank up to the sides of its blocks.
+
+    Between bases of the ranges of V_j and U_i a block is a core X_j diag(s_ij) Y_iᵀ, rank × rank. The quotients of the
+    first two block rows, C_0i C_1i⁻¹ = X_0 diag(s_i0 / s_i1) X_1⁻¹, are rid of Y, and the quotient of two of these is
+    rid of X_1: its eigenvectors are the columns of X_0. In float64, as four inverses follow one another.
+    """
+    b, p, _, q = a.shape
+    left = np.linalg.svd(a[:2].reshape(2, p, b * q), full_matrices=False)[0][..., :rank]
+    right = np.linalg.svd(a[:, :, :2].transpose(2, 3, 0, 1).reshape(2, q, b * p), full_matrices=False)[0][..., :rank]
+    core = np.einsum("jpr,jpiq,iqt->jirt", left, a[:2, :, :2], right, optimize=True)
+    quotient = core[0] @ np.linalg.pinv(core[1])
+    values, vectors = np.linalg.eig(quotient[1] @ np.linalg.pinv(quotient[0]))
+    # A conjugate pair, which noise makes, spans the plane of its real and imaginary parts.
+    first = left[0] @ np.where(values.imag < 0, vectors.imag, vectors.real)
+
+    def unit(columns):
+        return columns / np.maximum(np.linalg.norm(columns, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+
+    u = unit((np.linalg.pinv(first) @ a[0].reshape(p, b * q)).reshape(rank, b, q).transpose(1, 2, 0))
+    v = unit(a[:, :, 0] @ np.linalg.pinv(u[0].T))
+    gram = (u.mT @ u)[:, None] * (v.mT @ v)
+    s = np.linalg.pinv(gram, hermitian=True) @ np.einsum("jpiq,jpr,iqr->ijr", a, v, u, optimize=True)[..., None]
+    return v, s[..., 0], u
+
+
+@jax.jit
+def _sweeps(a, start):
+    """Alternating least squares with momentum that is dropped where it does not help, so the error never rises."""
+
+    def step(state, _):
+        now, before, error, t = state
+        following = (1 + jnp.sqrt(1 + 4 * t * t)) / 2
+        ahead = jax.tree.map(lambda x, y: x + (t - 1) / following * (x - y), now, before)
+        swept = _sweep(a, ahead)
+        reached = _error(a, swept)
+        better = reached < error
+        new = jax.tree.map(lambda x, y: jnp.where(better, x, y), swept, now)
+        return (new, now, jnp.where(better, reached, error), jnp.where(better, following, 1.0)), None
+
+    one = jnp.ones((), a.dtype)
+    (factors, *_), _ = jax.lax.scan(step, (start, start, _error(a, start), one), length=SWEEPS)
+    return factors
+
+
+def _sweep(a, factors):
+    """u, v and s in turn, each the least-squares solution for the other two."""
+    v, s, u = factors
+    u = _improve(a, v, s, u)
+    v = _improve(a.transpose(2, 3, 0, 1), u, s.swapaxes(0, 1), v)
+    residual = a - _assemble((v, s, u))
+    gram = _einsum("iqr,iqt->irt", u, u)[:, None] * _einsum("jpr,jpt->jrt", v, v)
+    return v, s + _solve(gram, _einsum("jpiq,jpr,iqr->ijr", residual, v, u)[..., None])[..., 0], u
+
+
+def _improve(a, v, s, u):
+    """The least-squares solution for u."""
+    residual = a - _assemble((v, s, u))
+    gram = _einsum("ijr,jrt,ijt->irt", s, _einsum("jpr,jpt->jrt", v, v), s)
+    return u + _solve(gram, _einsum("jpiq,jpr,ijr->irq", residual, v, s)).mT
+
+
+def _solve(gram, right):
+    """gram⁻¹ right, with a ridge that keeps the float32 factorisation safe.
+
+    As `right` comes from the residual, the ridge shortens the step from the present factors and moves no solution.
+    """
+    ridge = 10 * jnp.finfo(gram.dtype).eps * jnp.trace(gram, axis1=-2, axis2=-1)
+    ridge = jnp.where(ridge > 0, ridge, 1)
+    return spd_solve(gram + ridge[..., None, None] * jnp.eye(gram.shape[-1], dtype=gram.dtype), right)

@@ -1,0 +1,50 @@
+"""BlockDiagonal: W = P diag(B_1, ..., B_k), the blocks behind a fixed channel shuffle P of the input.
+
+The layer that the code of Monarch (Dao et al. 2022, arXiv 2204.00595) trains in BERT's MLPs; the shuffle is that of
+ShuffleNet (Zhang et al. 2017, arXiv 1707.01083). Without it, stacked layers never mix their blocks.
+"""
+
+import jax.numpy as jnp
+
+from efficient_tx.linear.structured import Factor, Structured, pad
+
+
+class BlockDiagonal(Structured):
+    """y[k, q] = Σ_p x[p, k] weight[k, q, p], k fastest in x and q fastest in y: 1/blocks of the dense parameters.
+
+    Sizes that are no multiples of `blocks` are padded. The nearest one to a dense weight keeps its entries.
+
+    Args:
+      blocks: number of blocks, at most the smaller side.
+      shuffle: block k reads the channels k, k + blocks, k + 2·blocks, ...; without it, neighbouring ones.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, blocks: int = 4, shuffle: bool = True, **common):
+        if blocks < 1:
+            raise ValueError(f"blocks is {blocks}: it must be at least 1")
+        self.blocks = min(blocks, in_features, out_features)
+        self.shuffle = shuffle
+        self.in_block = -(-in_features // self.blocks)
+        self.out_block = -(-out_features // self.blocks)
+        super().__init__(in_features, out_features, **common)
+
+    def factors(self):
+        shape = (self.blocks, self.out_block, self.in_block)
+        return {"weight": Factor(shape, fan_in=self.in_features / self.blocks)}
+
+    def read(self, x):
+        """`[..., in_features]` as what each block reads, `[..., blocks, in_block]`, padded."""
+        x = pad(x, self.blocks * self.in_block)
+        if self.shuffle:
+            return x.reshape(*x.shape[:-1], self.in_block, self.blocks).mT
+        return x.reshape(*x.shape[:-1], self.blocks, self.in_block)
+
+    def multiply(self, x, *, weight):
+        out = jnp.einsum("...kp,kqp->...kq", self.read(x), weight)
+        return out.reshape(*x.shape[:-1], -1)[..., : self.out_features]
+
+    def fit(self, kernel):
+        read = self.read(kernel.T)  # [out, blocks, in_block]
+        read = jnp.pad(read, [(0, self.blocks * self.out_block - self.out_features), (0, 0), (0, 0)])
+        blocks = jnp.arange(self.blocks)
+        return {"weight": read.reshape(self.blocks, self.out_block, self.blocks, self.in_block)[blocks, :, blocks]}

@@ -1,0 +1,60 @@
+"""BlockTensorTrain: two tensor-train cores with a block index in each (Qiu et al. 2024, arXiv 2406.06248).
+
+Cut the input into m₂ blocks of m₁ channels and the output into n₁ groups of n₂: every m₁ × n₂ slice of the weight has
+the rank ρ. This is the Monarch product with as many blocks as the sizes have, about √n, and a free rank:
+
+    hidden[m₂, ρ, n₁] = Σ x[m₂, m₁] w1[m₂, (ρ, n₁), m₁],   y[n₂, n₁] = Σ hidden[m₂, ρ, n₁] w2[n₁, n₂, (m₂, ρ)]
+
+So Monarch with √n blocks is the case ρ = 1, and the best approximation is again the truncated SVD of every slice.
+"""
+
+import math
+
+from efficient_tx.linear.monarch import monarch, nearest_slices
+from efficient_tx.linear.structured import Factor, Structured, pad
+
+
+def split(size: int) -> tuple[int, int]:
+    """(a, b) with a·b ≥ size and a from √size / 2 to √size: with the least padding and, of those, the most even."""
+    root = math.isqrt(size)
+    candidates = range((root + 1) // 2, root + 1)
+    few = min(candidates, key=lambda a: (-size % a, -a))
+    return few, -(-size // few)
+
+
+class BlockTensorTrain(Structured):
+    """A linear layer with a block tensor-train weight of two cores, of any size; padding fills the last blocks.
+
+    A square layer has 2·rank·n^1.5 parameters. Both sides are split as evenly as goes with little padding.
+
+    Args:
+      rank: of each slice, at most its smaller side; None is the largest one up to 4 with no more than half of the
+        dense parameters: a quarter of them at 512 features, an eighth at 2048.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, rank: int | None = None, **common):
+        if rank is not None and rank < 1:
+            raise ValueError(f"rank is {rank}: it must be at least 1")
+        self.in_blocks, self.in_block = split(in_features)
+        self.out_groups, self.out_group = split(out_features)
+        if rank is None:
+            of_rank_one = self.in_blocks * self.out_groups * (self.in_block + self.out_group)
+            rank = max(1, min(4, in_features * out_features // (2 * of_rank_one)))
+        self.rank = min(rank, self.in_block, self.out_group)
+        super().__init__(in_features, out_features, **common)
+
+    def factors(self):
+        k, l, rank = self.in_blocks, self.out_groups, self.rank
+        return {
+            # By the real width of a block, as in Monarch.
+            "w1": Factor((k, rank * l, self.in_block), fan_in=self.in_features / k),
+            "w2": Factor((l, self.out_group, k * rank), fan_in=k * rank),
+        }
+
+    def multiply(self, x, *, w1, w2):
+        return monarch(pad(x, self.in_blocks * self.in_block), w1, w2)[..., : self.out_features]
+
+    def fit(self, kernel):
+        shape = self.in_blocks, self.in_block, self.out_group, self.out_groups
+        w1, w2 = nearest_slices(kernel, *shape, self.rank)
+        return {"w1": w1, "w2": w2}

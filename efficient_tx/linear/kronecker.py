@@ -1,0 +1,74 @@
+"""Kronecker: W = Σ_t A_t ⊗ B_t, a sum of `rank` Kronecker products.
+
+The nearest sum to a matrix is a truncated singular value decomposition of its rearrangement, in which every block of W
+is a row (Van Loan and Pitsianis 1993, Approximation with Kronecker products).
+"""
+
+import math
+
+import jax.numpy as jnp
+
+from efficient_tx.linear.structured import Factor, Structured
+
+
+def divide(size: int) -> tuple[int, int]:
+    """(a, b) with a·b = size and a ≤ b, as near to each other as goes; (1, size) of a prime."""
+    few = next(a for a in range(math.isqrt(size), 0, -1) if size % a == 0)
+    return few, size // few
+
+
+class Kronecker(Structured):
+    """y[c, d] = Σ_t Σ_ab x[a, b] left[t, a, c] right[t, b, d], with a·b = in_features and c·d = out_features.
+
+    Nothing is padded, which would leave no closed form to project by. So a prime side is not divided, and between two
+    prime sides W is dense. With one term a square layer of n features has 2n parameters and makes 2n^1.5
+    multiplications, where √n is whole: far fewer than any other structure, and it is by far the least expressive.
+
+    Args:
+      rank: number of terms, at most that with which every matrix can be written.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, rank: int = 1, **common):
+        if rank < 1:
+            raise ValueError(f"rank is {rank}: it must be at least 1")
+        self.a, self.b = divide(in_features)
+        self.c, self.d = divide(out_features)
+        self.rank = min(rank, self.a * self.c, self.b * self.d)
+        super().__init__(in_features, out_features, **common)
+
+    @property
+    def right_first(self) -> bool:
+        """Multiplying by the right factors first takes no more multiplications than by the left ones."""
+        return self.in_features * self.d + self.out_features * self.a <= (
+            self.in_features * self.c + self.out_features * self.b
+        )
+
+    @property
+    def multiplies(self) -> int:
+        first, second = (self.d, self.a) if self.right_first else (self.c, self.b)
+        return self.rank * (self.in_features * first + self.out_features * second)
+
+    def factors(self):
+        # The second product sums over the terms as well.
+        left, right = (self.rank, 1) if self.right_first else (1, self.rank)
+        return {
+            "left": Factor((self.rank, self.a, self.c), fan_in=left * self.a),
+            "right": Factor((self.rank, self.b, self.d), fan_in=right * self.b),
+        }
+
+    def multiply(self, x, *, left, right):
+        grid = x.reshape(*x.shape[:-1], self.a, self.b)
+        if self.right_first:
+            out = jnp.einsum("...atd,tac->...cd", jnp.einsum("...ab,tbd->...atd", grid, right), left)
+        else:
+            out = jnp.einsum("...btc,tbd->...cd", jnp.einsum("...ab,tac->...btc", grid, left), right)
+        return out.reshape(*x.shape[:-1], self.out_features)
+
+    def fit(self, kernel):
+        blocks = kernel.reshape(self.a, self.b, self.c, self.d).transpose(0, 2, 1, 3)
+        u, s, v = jnp.linalg.svd(blocks.reshape(self.a * self.c, self.b * self.d), full_matrices=False)
+        root = jnp.sqrt(s[: self.rank])
+        return {
+            "left": (u[:, : self.rank] * root).T.reshape(self.rank, self.a, self.c),
+            "right": (v[: self.rank] * root[:, None]).reshape(self.rank, self.b, self.d),
+        }
