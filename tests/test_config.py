@@ -153,7 +153,7 @@ def test_patterns_and_structures_of_the_argument():
     assert build.parse_mixers(config.mixers) == ["softmax", "softmax", "linformer"]
     assert set(config.attention) == {"softmax", "linformer"}
     assert config.linear.to_dict() == {
-        "mlp": {"name": "monarch", "blocks": 4},
+        "mlp": {"name": "monarch", "blocks": 4, "init": "variance"},
         "projections": {"name": "low_rank", "rank": None},
     }
     plain = make_config("lra.listops")
@@ -229,6 +229,7 @@ OTHER = {
     "linear.mlp.name": "dense",
     "linear.projections.name": "dense",
     "linear.projections.rank": 1,
+    "linear.mlp.init": "published",
     "attention.skyformer.inverse": "iteration",
     "attention.skyformer.landmarks": 4,
     "attention.lev.budget": 4,
@@ -280,6 +281,9 @@ CONTEXT = {
 # The same for the options of weight structures, by structure.
 STRUCTURE_OTHER = {
     "low_rank.rank": 1,
+    "monarch.init": "published",
+    "block_tensor_train.rank": 3,
+    "blast.rank": 3,
     "low_rank_plus_sparse.rank": 2,
     "low_rank_plus_sparse.pattern": "top",
     "low_rank_plus_sparse.density": 0.5,

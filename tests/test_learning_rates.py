@@ -44,17 +44,17 @@ def test_multipliers_are_the_rule_by_hand():
 
 
 def output_changes(name, width):
-    """Mean absolute change of the output by one step of Adam, with structured_lr and without.
+    """Mean absolute change of the output by a step of Adam, over 8 draws of the layer: with structured_lr and without.
 
     Not the root mean square: a rounded weight moves rarely and by a whole level, which at small widths is mostly noise.
     Inputs and gradients have a mean, as behind an activation: what adds up over the fan-in is what all entries share.
     """
-    layer = LINEAR[name](width, width, rngs=nnx.Rngs(0))
-    graphdef, params = nnx.split(layer)
     x, g = (1 + jax.random.normal(key, (16, width)) for key in jax.random.split(jax.random.key(1)))
 
-    @jax.jit
-    def changes(params):
+    def changes(key):
+        layer = LINEAR[name](width, width, rngs=nnx.Rngs(key))
+        graphdef, params = nnx.split(layer)
+
         def output(params):
             return nnx.merge(graphdef, params)(x)
 
@@ -66,13 +66,15 @@ def output_changes(name, width):
             found.append(jnp.mean(jnp.abs(change)))
         return jnp.stack(found)
 
-    return changes(params)
+    keys = jax.random.split(jax.random.key(0), 8)
+    return jax.jit(lambda keys: jax.lax.map(changes, keys).mean(0))(keys)
 
 
 @pytest.mark.parametrize("name", LINEAR)
 def test_one_step_of_adam_moves_the_output_alike_at_every_width(name):
     scaled, plain = np.array([output_changes(name, width) for width in WIDTHS]).T
-    # What is left are corrections of order 1/√fan_in (8 inputs in the smallest factors of 64) and one random draw.
+    # What is left are corrections of order 1/√fan_in (8 inputs in the smallest factors of 64) and the draws: those
+    # of Kronecker's factors of 64 numbers differ by 30 %, over 8 of them by 10 %.
     assert scaled.max() < 1.5 * scaled.min()
     # Fan-ins grow by 16, or by 4 where two factors have √width each.
     assert plain[-1] > 3 * plain[0]

@@ -8,8 +8,6 @@ problem, with Nesterov's momentum, which is dropped whenever a sweep with it wou
 preconditioned gradient descent is such a sweep without momentum, with a damping and step sizes that fall as it goes.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,9 +16,6 @@ from efficient_tx.linear.structured import Factor, Structured, pad
 from efficient_tx.numerics.spd import spd_solve
 
 SWEEPS = 100
-
-# Devices that round float32 factors by default would stop the error from falling.
-_einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 class Blast(Structured):
@@ -95,7 +90,7 @@ def nearest_blast(a: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Ar
 
 
 def _assemble(factors):
-    return _einsum("jpr,ijr,iqr->jpiq", *factors)
+    return jnp.einsum("jpr,ijr,iqr->jpiq", *factors)
 
 
 @jax.jit
@@ -166,15 +161,15 @@ def _sweep(a, factors):
     u = _improve(a, v, s, u)
     v = _improve(a.transpose(2, 3, 0, 1), u, s.swapaxes(0, 1), v)
     residual = a - _assemble((v, s, u))
-    gram = _einsum("iqr,iqt->irt", u, u)[:, None] * _einsum("jpr,jpt->jrt", v, v)
-    return v, s + _solve(gram, _einsum("jpiq,jpr,iqr->ijr", residual, v, u)[..., None])[..., 0], u
+    gram = jnp.einsum("iqr,iqt->irt", u, u)[:, None] * jnp.einsum("jpr,jpt->jrt", v, v)
+    return v, s + _solve(gram, jnp.einsum("jpiq,jpr,iqr->ijr", residual, v, u)[..., None])[..., 0], u
 
 
 def _improve(a, v, s, u):
     """The least-squares solution for u."""
     residual = a - _assemble((v, s, u))
-    gram = _einsum("ijr,jrt,ijt->irt", s, _einsum("jpr,jpt->jrt", v, v), s)
-    return u + _solve(gram, _einsum("jpiq,jpr,ijr->irq", residual, v, s)).mT
+    gram = jnp.einsum("ijr,jrt,ijt->irt", s, jnp.einsum("jpr,jpt->jrt", v, v), s)
+    return u + _solve(gram, jnp.einsum("jpiq,jpr,ijr->irq", residual, v, s)).mT
 
 
 def _solve(gram, right):
