@@ -3,3 +3,4 @@
 from efficient_tx.kernels.block_attention import block_attention as block_attention
 from efficient_tx.kernels.flash_attention import flash_attention as flash_attention
 from efficient_tx.kernels.gated_linear_attention import gated_linear_attention as gated_linear_attention
+from efficient_tx.kernels.monarch import monarch as monarch

@@ -7,31 +7,14 @@ between input block k and output group l is then a p × s slice of rank q/l, and
     y[s, l] = Σ_r hidden[r, l] w2[l, s, r]
 
 So the best approximation of a dense weight is a truncated singular value decomposition of each slice, in closed form.
+The product itself is `efficient_tx.kernels.monarch`.
 """
 
 import jax
 import jax.numpy as jnp
 
+from efficient_tx.kernels.monarch import monarch as monarch
 from efficient_tx.linear.structured import Factor, Structured, pad
-
-
-def monarch(x: jax.Array, w1: jax.Array, w2: jax.Array) -> jax.Array:
-    """x times the Monarch matrix of the factors w1 and w2.
-
-    Args:
-      x: `[..., k·p]`.
-      w1: `[k, q, p]`, one q × p block per input block.
-      w2: `[l, s, r]` with l·r = k·q, one s × r block per output group.
-
-    Returns:
-      `[..., s·l]`, l fastest, in the promoted dtype.
-    """
-    k, _, p = w1.shape
-    l, s, r = w2.shape
-    batch = x.shape[:-1]
-    hidden = jnp.einsum("...kp,kqp->...kq", x.reshape(*batch, k, p), w1)
-    out = jnp.einsum("...rl,lsr->...sl", hidden.reshape(*batch, r, l), w2)
-    return out.reshape(*batch, s * l)
 
 
 def nearest_slices(kernel: jax.Array, k: int, p: int, s: int, l: int, rank: int) -> tuple[jax.Array, jax.Array]:

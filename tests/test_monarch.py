@@ -1,0 +1,149 @@
+"""The Monarch product: both implementations against the dense matrix of the definition, gradients, chunks, errors."""
+
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efficient_tx.kernels import monarch
+
+kernel = sys.modules["efficient_tx.kernels.monarch"]
+xla = sys.modules["efficient_tx.kernels.monarch.xla"]
+
+# (k, q, p), (l, s, r): square, neither of q and l divides the other, few blocks to many, slices of rank 3.
+SHAPES = [((3, 6, 4), (3, 4, 6)), ((3, 4, 5), (2, 7, 6)), ((1, 6, 2), (6, 3, 1)), ((4, 9, 2), (3, 5, 12))]
+
+
+@pytest.fixture(autouse=True)
+def short_chunks(monkeypatch):
+    """Of 4 to 12 tokens, so that few tokens are several chunks."""
+    monkeypatch.setattr(xla, "CHUNK", 4)
+
+
+def arrays(shapes, tokens, seed=0):
+    r = np.random.default_rng(seed)
+    (k, _, p), _ = shapes
+    return [r.normal(size=shape) for shape in ((tokens, k * p), *shapes)]
+
+
+def matrix(w1, w2):
+    """The weight `[k·p, s·l]` entry by entry, from the definition."""
+    (k, q, p), (l, s, _) = w1.shape, w2.shape
+    out = np.zeros((k, p, s, l))
+    for i, row, column in np.ndindex(k, q, l):
+        flat = i * q + row
+        if flat % l == column:
+            out[i, :, :, column] += np.outer(w1[i, row], w2[column, :, flat // l])
+    return out.reshape(k * p, s * l)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_equals_its_dense_matrix_and_so_do_the_gradients(shapes, implementation):
+    x, w1, w2 = arrays(shapes, 24)
+    with jax.enable_x64(True):
+        g = np.random.default_rng(1).normal(size=(24, w2.shape[0] * w2.shape[1]))
+        out, pull = jax.vjp(jax.jit(partial(monarch, implementation=implementation)), x, w1, w2)
+        d_x, d_w1, d_w2 = pull(g)
+    dense = matrix(w1, w2)
+    # float64 rounding in all of these.
+    np.testing.assert_allclose(out, x @ dense, atol=1e-12)
+    np.testing.assert_allclose(d_x, g @ dense.T, atol=1e-12)
+    # The matrix is linear in each factor, and its cotangent is x^T g: derivatives along random directions.
+    for found, along in ((d_w1, lambda d: matrix(d, w2)), (d_w2, lambda d: matrix(w1, d))):
+        direction = np.random.default_rng(2).normal(size=found.shape)
+        np.testing.assert_allclose(np.vdot(found, direction), np.vdot(x.T @ g, along(direction)), rtol=1e-12)
+
+
+def test_how_tokens_are_cut():
+    """At least CHUNK and the width of a block, less than twice that where a divisor allows, else all at once."""
+    assert [xla.chunk_count(tokens, 3) for tokens in (1, 7, 8, 24, 23, 22)] == [1, 1, 2, 6, 1, 1]
+    assert [xla.chunk_count(24, width) for width in (5, 12, 13, 100)] == [4, 2, 1, 1]
+    assert xla.chunk_count(66, 1) == 11  # of 6 tokens: neither 16 nor 15 to 12 chunks divide them
+
+
+def test_small_inputs_take_the_reference_and_have_forward_mode():
+    x, w1, w2 = (jnp.asarray(array, jnp.float32) for array in arrays(SHAPES[0], 24))
+    out, tangent = jax.jvp(lambda x: monarch(x, w1, w2), (x,), (x,))
+    np.testing.assert_array_equal(out, tangent)  # linear in x: the same program
+    with pytest.raises(NotImplementedError, match=r"monarch: forward-mode .* implementation='reference' only"):
+        jax.jvp(lambda x: monarch(x, w1, w2, implementation="xla"), (x,), (x,))
+
+
+def test_large_inputs_take_chunks_on_the_cpu_and_all_at_once_elsewhere(monkeypatch):
+    monkeypatch.setattr(kernel, "SMALL", 24 * 12)
+    given = [jnp.asarray(array, jnp.float32) for array in arrays(SHAPES[0], 24)]
+    program = jax.jit(jax.grad(lambda *given: monarch(*given).sum(), (0, 1, 2)))
+    loops = {
+        platform: jax.export.export(program, platforms=[platform])(*given).mlir_module().count("stablehlo.while")
+        for platform in ("cpu", "cuda", "tpu")
+    }
+    assert loops == {"cpu": 2, "cuda": 0, "tpu": 0}
+
+
+def test_all_at_once_is_the_same_product(monkeypatch):
+    """What other devices run, on this one."""
+    given = arrays(SHAPES[3], 24)
+    with jax.enable_x64(True):
+        call = jax.value_and_grad(lambda *given: jnp.sin(monarch(*given, implementation="xla")).sum(), (0, 1, 2))
+        expected = call(*given)
+        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-11), call(*given), expected)  # float64 rounding
+
+
+def test_maps_and_second_derivatives():
+    x, w1, w2 = arrays(SHAPES[3], 24)
+    call = {name: partial(monarch, implementation=name) for name in ("reference", "xla")}
+    with jax.enable_x64(True):
+        several = jnp.stack([w1, 2 * w1])
+        mapped = jax.vmap(call["xla"], (None, 0, None))(x, several, w2)
+        np.testing.assert_allclose(mapped, jnp.stack([x @ matrix(w, w2) for w in several]), atol=1e-11)
+        batch = jax.vmap(call["xla"], (0, None, None))(x.reshape(2, 12, -1), w1, w2)
+        np.testing.assert_allclose(batch.reshape(24, -1), x @ matrix(w1, w2), atol=1e-11)
+
+        def slope(name, w1):
+            return jnp.sin(jax.grad(lambda x: jnp.sin(call[name](x, w1, w2)).sum())(x)).sum()
+
+        second = [jax.jit(jax.grad(partial(slope, name)))(w1) for name in call]
+        np.testing.assert_allclose(*second, rtol=1e-9)
+
+
+def test_bfloat16_gradients_are_summed_in_float32():
+    """512 chunks: sums in bfloat16 would stop growing after 256 of them."""
+    x, w1, w2 = (jnp.asarray(np.abs(array), jnp.bfloat16) for array in arrays(SHAPES[0], 512 * 6))
+    call = jax.jit(jax.grad(lambda *given: monarch(*given, implementation="xla").astype(jnp.float32).sum(), (1, 2)))
+    wide = (np.asarray(array, np.float32) for array in (x, w1, w2))
+    for ours, exact in zip(call(x, w1, w2), call(*wide)):
+        assert ours.dtype == jnp.bfloat16
+        # Products and result are rounded to bfloat16.
+        np.testing.assert_allclose(np.asarray(ours, np.float32), exact, rtol=0.02)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_dtypes_promote_and_batches_may_be_empty(implementation):
+    x, w1, w2 = arrays(SHAPES[0], 24)
+    w1, w2 = jnp.asarray(w1, jnp.float32), jnp.asarray(w2, jnp.bfloat16)
+    given = jnp.asarray(x, jnp.bfloat16).reshape(2, 3, 4, -1), w1, w2
+    out = monarch(*given, implementation=implementation)
+    assert (out.shape, out.dtype) == ((2, 3, 4, 12), jnp.float32)
+    assert monarch(given[0][:0], *given[1:], implementation=implementation).shape == (0, 3, 4, 12)
+    assert monarch(given[0][0, 0, 0], *given[1:], implementation=implementation).shape == (12,)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options", "words"),
+    [
+        (((2, 12), (3, 6), (3, 4, 6)), {}, r"pass \[k, q, p\] and \[l, s, r\]"),
+        (((2, 12), (3, 6, 4), (3, 4, 5)), {}, "k·q = 18 and l·r = 15 must be equal"),
+        (((2, 13), (3, 6, 4), (3, 4, 6)), {}, "its last axis must be k·p = 12"),
+        (((2, 12), (3, 6, 4), (3, 4, 6)), {"implementation": "einsum"}, "choose one of xla, reference"),
+        (((2, 12), (3, 6, 4), (3, 4, 6)), {"interpret": True}, "interpret=True is for Pallas kernels"),
+    ],
+)
+def test_errors_are_one_line(shapes, options, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        monarch(*map(jnp.zeros, shapes), **options)
+    assert "\n" not in str(caught.value)
