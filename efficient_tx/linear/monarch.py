@@ -7,13 +7,13 @@ between input block k and output group l is then a p × s slice of rank q/l, and
     y[s, l] = Σ_r hidden[r, l] w2[l, s, r]
 
 So the best approximation of a dense weight is a truncated singular value decomposition of each slice, in closed form.
-The product itself is `efficient_tx.kernels.monarch`.
+The product itself is `efficient_tx.kernels.monarch`, for large inputs without forward-mode differentiation.
 """
 
 import jax
 import jax.numpy as jnp
 
-from efficient_tx.kernels.monarch import monarch as monarch
+from efficient_tx.kernels.monarch import monarch
 from efficient_tx.linear.structured import Factor, Structured, pad
 
 
