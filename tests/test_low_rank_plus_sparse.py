@@ -7,16 +7,16 @@ import optax
 import pytest
 from flax import nnx
 
-from efficient_tx.linear import LowRank, LowRankPlusSparse
+from efficient_tx.linear import LowRankPlusSparse
 from efficient_tx.linear.low_rank_plus_sparse import largest, two_of_four
-from efficient_tx.training.optimizer import OPTIMIZERS, make_optimizer
+from efficient_tx.training.optimizer import make_optimizer
 
-PATTERNS = [{"pattern": "2:4"}, {"pattern": "top"}, {"pattern": "top", "density": 0.1}]
-patterns = pytest.mark.parametrize("options", PATTERNS, ids=["2:4", "top", "top 0.1"])
+PATTERNS = [{"pattern": "2:4"}, {"pattern": "top", "density": 0.1}]
+patterns = pytest.mark.parametrize("options", PATTERNS, ids=["2:4", "top"])
 
 
 @patterns
-@pytest.mark.parametrize(("n", "m"), [(13, 7), (1, 5), (40, 6), (6, 40)])
+@pytest.mark.parametrize(("n", "m"), [(13, 7), (6, 40)])
 def test_the_pattern_is_the_documented_one(n, m, options):
     layer = LowRankPlusSparse(n, m, rngs=nnx.Rngs(0), **options)
     there = np.asarray(layer.sparse[...]) != 0
@@ -33,18 +33,19 @@ def test_the_pattern_is_the_documented_one(n, m, options):
 def test_both_paths_hand_on_half_of_the_variance(options):
     layer = LowRankPlusSparse(128, 256, rngs=nnx.Rngs(0), **options)
     sparse = np.square(layer.sparse[...]).sum(0).mean()
-    narrow = np.square(layer.down[...] @ layer.up[...]).sum(0).mean()
+    narrow = np.square(np.asarray(layer.down[...]) @ np.asarray(layer.up[...])).sum(0).mean()
     assert sparse == pytest.approx(0.5, rel=1e-5)  # float32: scaled to it
     assert narrow == pytest.approx(0.5, rel=0.15)  # factors of 2048 and 4096 entries: deviation 4 %
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_zeros_stay_zeros_under_every_optimizer(name):
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon", "sgd"])
+def test_zeros_stay_zeros(name):
     layer = LowRankPlusSparse(16, 8, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(layer)
-    decay = {} if name == "adam" else {"weight_decay": 0.1}
-    optimizer, _ = make_optimizer(steps=3, name=name, learning_rate=0.1, schedule="constant", warmup=0, **decay)
-    x = jax.random.normal(jax.random.key(0), (32, 16))
+    optimizer, _ = make_optimizer(
+        steps=3, name=name, learning_rate=0.1, schedule="constant", warmup=0, weight_decay=0.1
+    )
+    x = np.random.default_rng(0).normal(size=(32, 16)).astype(np.float32)
 
     @jax.jit
     def step(params, state):
@@ -52,7 +53,7 @@ def test_zeros_stay_zeros_under_every_optimizer(name):
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    state = optimizer.init(params)
+    state = jax.jit(optimizer.init)(params)
     before = np.asarray(params["sparse"][...])
     for _ in range(3):
         params, state = step(params, state)
@@ -78,8 +79,7 @@ def test_the_fit_ends_where_each_part_is_the_best_for_the_other(options):
     kernel = np.random.default_rng(0).normal(size=(60, 40))
     with jax.enable_x64(True):
         layer = LowRankPlusSparse.from_dense(jnp.asarray(kernel), rank=5, **options)
-        narrow = np.asarray(layer.down[...] @ layer.up[...])
-        alone = np.asarray(LowRank.from_dense(jnp.asarray(kernel), rank=5).to_dense())
+        narrow = np.asarray(layer.down[...]) @ np.asarray(layer.up[...])
     sparse = np.asarray(layer.sparse[...])
     error = np.linalg.norm(kernel - narrow - sparse)
     np.testing.assert_allclose(sparse[sparse != 0], (kernel - narrow)[sparse != 0], atol=1e-12)
@@ -89,7 +89,7 @@ def test_the_fit_ends_where_each_part_is_the_best_for_the_other(options):
     # The best rank-5 matrix for W − S takes away nothing more, up to the convergence of 100 rounds.
     tail = np.linalg.norm(np.linalg.svd(kernel - sparse, compute_uv=False)[5:])
     assert tail == pytest.approx(error, rel=1e-3)
-    assert error < np.linalg.norm(kernel - alone)
+    assert error < np.linalg.norm(np.linalg.svd(kernel, compute_uv=False)[5:])
     only = np.where(sparsity(kernel, layer), kernel, 0)
     assert error < np.linalg.norm(kernel - only)
 
@@ -110,10 +110,10 @@ def test_selections_agree_with_sorting_and_take_the_first_of_equals(dtype):
         for count in (1, 40, 104, 105):
             expected = np.zeros(size.size, bool)
             expected[np.argsort(-size, axis=None, kind="stable")[:count]] = True
-            np.testing.assert_array_equal(largest(jnp.asarray(size), count).ravel(), expected)
+            np.testing.assert_array_equal(jax.jit(largest)(size, count).ravel(), expected)
         groups = np.pad(size, [(0, 3), (0, 0)], constant_values=-1).reshape(6, 4, 5)
         order = np.argsort(np.argsort(-groups, axis=1, kind="stable"), axis=1)
-        np.testing.assert_array_equal(two_of_four(jnp.asarray(size)), (order < 2).reshape(24, 5)[:21])
+        np.testing.assert_array_equal(jax.jit(two_of_four)(size), (order < 2).reshape(24, 5)[:21])
 
 
 @pytest.mark.parametrize(

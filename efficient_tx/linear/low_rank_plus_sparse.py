@@ -79,8 +79,8 @@ class LowRankPlusSparse(Structured):
     """y = x D U + x S, with D `[in_features, rank]`, U `[rank, out_features]`, and S a matrix that is mostly zeros.
 
     The pattern of S is fixed and has no array of its own: an entry that is exactly zero is not there, gets no gradient
-    and stays zero under any optimizer that leaves zeros without gradient alone, as all of optax's do. XLA has no sparse
-    product, so S is stored and multiplied as a dense matrix: this structure saves parameters, neither time nor memory.
+    and stays zero under any optimizer that leaves zeros without gradient alone, as Adam, Lion, Muon and SGD do. XLA has
+    no sparse product, so S is stored and multiplied as a dense matrix: fewer parameters, not less memory or time.
 
     `from_dense` starts twice, from the entries that S would keep of W and from S = 0, with the truncated singular value
     decomposition of W − S. It then repeats 100 times: the column space of D from W − S and the rows before, its best U,

@@ -47,6 +47,20 @@ def ternary_levels(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
     return straight_through(levels, jnp.clip(jnp.round(levels), -1, 1)), scale
 
 
+@jax.jit
+def nearest_latent(kernel: jax.Array) -> jax.Array:
+    """The latent weight whose ternary one is nearest to `kernel` `[n, m]`: see `Ternary`."""
+    size = jnp.abs(kernel)
+    sums = jnp.cumsum(jnp.sort(size, axis=None, descending=True))
+    count = jnp.arange(1, size.size + 1, dtype=size.dtype)
+    best = jnp.argmax(sums**2 / count)  # what the error is short of ‖W‖² by
+    scale = sums[best] / count[best]
+    half = scale / 2
+    over = jnp.maximum(size - half, 0)
+    stretch = (size.size * scale - jnp.sum(size - over)) / jnp.sum(over)
+    return jnp.sign(kernel) * jnp.where(over > 0, half + stretch * over, size)
+
+
 class Ternary(Structured):
     """A linear layer with weights of three values, trained through a dense latent weight `kernel`; no norm inside.
 
@@ -82,15 +96,7 @@ class Ternary(Structured):
         return (levels * scale).astype(self.param_dtype)
 
     def fit(self, kernel):
-        size = jnp.abs(kernel)
-        sums = jnp.cumsum(jnp.sort(size, axis=None, descending=True))
-        count = jnp.arange(1, size.size + 1, dtype=size.dtype)
-        best = jnp.argmax(sums**2 / count)  # what the error is short of ‖W‖² by
-        scale = sums[best] / count[best]
-        half = scale / 2
-        over = jnp.maximum(size - half, 0)
-        stretch = (size.size * scale - jnp.sum(size - over)) / jnp.sum(over)
-        return {"kernel": jnp.sign(kernel) * jnp.where(over > 0, half + stretch * over, size)}
+        return {"kernel": nearest_latent(kernel)}
 
     def pack(self) -> "PackedTernary":
         """The layer for inference, with four weights a byte."""
