@@ -87,7 +87,8 @@ class LowRankPlusSparse(Structured):
     the best S for W − D U. Each is the best for the other two, so the error never grows, and the better end is not
     worse than the best low-rank or the best sparse matrix alone. Finding the global optimum is hard: it is found where
     the rank is small and S has few, large entries. Elsewhere a second projection of the result ends in another local
-    optimum, within 15 % of the norm of W for the smallest random matrices, 5 % for larger ones.
+    optimum: measured on random matrices, up to 15 % of the norm of W away at 13 × 7 to 40 × 6, about 5 % at 64 × 48 and
+    128 × 96.
 
     Args:
       rank: of the first path, at most the smaller side; None is an eighth of the smaller side.
