@@ -27,7 +27,7 @@ from efficient_tx.data.batching import evaluation_batches
 from efficient_tx.task import data_directory
 from efficient_tx.training import summary
 from efficient_tx.training.compilation import keep_programs
-from efficient_tx.training.errors import RunError, refusing
+from efficient_tx.training.errors import Refused, RunError, refusing
 from efficient_tx.training.evaluation import make_evaluate, trained_parameters
 from efficient_tx.training.workdir import FREE_KEYS, read_config, write_json
 
@@ -68,14 +68,16 @@ def evaluate(path: str, options: argparse.Namespace) -> dict[str, Any]:
         config = resolve.apply_settings(read_config(path), options.settings)
         build.check(config)
         task = build.build_task(config)
-        model = build.build_model(config, task)
-        optimizer, _ = build.build_optimizer(config)
-    step, parameters = trained_parameters(path, options.checkpoint, model, optimizer, warn)
+        stages, _ = build.build_stages(config, nnx.eval_shape(lambda: build.build_model(config, task)))
+    step, stage, parameters = trained_parameters(path, options.checkpoint, stages, warn)
+    dead = [key for key in options.settings if key.startswith("linear.") and stage.start]
+    if dead:
+        raise Refused(f"{path}: --set {dead[0]}: the weights of step {step} are dense, as from step {stage.start} on")
     # Every device gets the same number of rows; what fills up the last batch does not count.
     devices = jax.device_count()
     batch_size = -(-(options.batch_size or config.batch_size) // devices) * devices
     batches = evaluation_batches(getattr(task, options.split), task, batch_size=batch_size)
-    scores = make_evaluate(nnx.split(model)[0])(parameters, batches)
+    scores = make_evaluate(nnx.split(stage.model)[0])(parameters, batches)
     return {
         "task": task.name,
         "source": task.source,
@@ -85,7 +87,7 @@ def evaluate(path: str, options: argparse.Namespace) -> dict[str, Any]:
         "step": step,
         "set": {key: value for key, value in options.settings.items() if key not in FREE_KEYS},
         **scores._asdict(),
-        "parameters": summary.parameter_count(model),
+        "parameters": summary.parameter_count(stage.model),
         "batch_size": batch_size,
         "versions": summary.versions(),
         "device": summary.device(),

@@ -29,7 +29,7 @@ from efficient_tx.training import summary
 from efficient_tx.training.checkpoint import Checkpoints
 from efficient_tx.training.compilation import keep_programs
 from efficient_tx.training.errors import NonFinite, Refused, RunError, refusing
-from efficient_tx.training.evaluation import trained_parameters
+from efficient_tx.training.evaluation import make_evaluate, trained_parameters
 from efficient_tx.training.history import History
 from efficient_tx.training.loop import Loop, Plan
 from efficient_tx.training.optimizer import evaluation_params
@@ -62,7 +62,7 @@ def train(config: ConfigDict, workdir: Workdir) -> None:
         check_batch_size(config.batch_size, devices=jax.device_count(), grad_accum=config.grad_accum)
         task = build.build_task(config)
         model = build.build_model(config, task)
-        optimizer, schedule = build.build_optimizer(config, model)
+        stages, schedule = build.build_stages(config, model)
         # Before the run: the config file may be another one when it ends.
         terms = {
             "protocol": config.protocol,
@@ -96,8 +96,7 @@ def train(config: ConfigDict, workdir: Workdir) -> None:
     for line in started:
         report.say(line)
     loop = Loop(
-        model,
-        optimizer,
+        stages,
         schedule,
         batches=train_batches(task, seed=config.seed, **rows),
         validation=evaluation_batches(task.validation, task, **rows),
@@ -114,15 +113,16 @@ def train(config: ConfigDict, workdir: Workdir) -> None:
 
     test = evaluation_batches(task.test, task, **rows)
     last = loop.evaluate(evaluation_params(state.optimizer, state.params), test)
-    best_step, parameters = trained_parameters(workdir.path, "best", model, optimizer, report.say)
-    best = loop.evaluate(parameters, test)
+    best_step, stage, parameters = trained_parameters(workdir.path, "best", stages, report.say)
+    evaluate = loop.evaluate if stage is stages[-1] else make_evaluate(nnx.split(stage.model)[0])
+    best = evaluate(parameters, test)
     result = {
         "best_step": best_step,
         "val_accuracy": next(line["accuracy"] for line in history.of("validation") if line["step"] == best_step),
         "test_accuracy": best.accuracy,
         "last_test_accuracy": last.accuracy,
         "baselines": dict(task.baselines),
-        "parameters": count,
+        "parameters": summary.parameter_count(stages[-1].model),
         "steps_per_second": summary.steps_per_second(history.of("train"), config.batch_size),
         "compile_seconds": loop.compile_seconds,
         **summary.peak_memory(),
@@ -145,10 +145,9 @@ def warm_start(model: nnx.Module, task: Task, path: str) -> list[str]:
             config = resolve.restore(read_config(path))
             # The other run's data are not needed: what depends on their sizes has to fit this run's.
             task = dataclasses.replace(task, kind=build.task_module(config.task.name).KIND)
-            source = build.build_model(config, task)
-            optimizer, _ = build.build_optimizer(config, source)
-        step, parameters = trained_parameters(path, "best", source, optimizer, print)
-        nnx.update(source, parameters)
+            stages, _ = build.build_stages(config, nnx.eval_shape(lambda: build.build_model(config, task)))
+        step, stage, parameters = trained_parameters(path, "best", stages, print)
+        source = nnx.merge(nnx.split(stage.model)[0], parameters)
         with refusing():
             projections = transfer(source, model)
     except Refused as error:

@@ -12,18 +12,19 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from efficient_tx.attention import ATTENTION
-from efficient_tx.linear import LINEAR, structured_learning_rates
+from efficient_tx.linear import LINEAR, densify, structured_learning_rates
+from efficient_tx.linear.structured import Structured
 from efficient_tx.models import Classifier, TokenClassifier
 from efficient_tx.numerics.random import check_rate
 from efficient_tx.task import Task
 from efficient_tx.training.loggers import LOGGERS
 from efficient_tx.training.optimizer import make_optimizer
+from efficient_tx.training.stages import Stage, make_stages
 
 MODELS: dict[str, type[nnx.Module]] = {"tokens": Classifier, "token_labels": TokenClassifier}
 DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
@@ -39,7 +40,7 @@ GIVEN = {
     "model": {"linear", "prefix", "remat", "dtype"},
     "mixer": {"heads", "head_dim", "linear", "dropout", "causal", "positions", "max_len", "dtype", "rngs"},
     "linear": {"use_bias", "dtype", "param_dtype"},
-    "optimizer": {"scaling"},
+    "optimizer": {"scaling", "births", "rewarm"},
 }
 
 
@@ -211,20 +212,26 @@ def build_model(config: ConfigDict, task: Task) -> nnx.Module:
         )
 
 
-def build_optimizer(
-    config: ConfigDict, model: nnx.Module | None = None
-) -> tuple[optax.GradientTransformation, Callable]:
-    """The optimizer of `config.optimizer` for the parameters of `model`, and its schedule, step -> learning rate.
+def build_stages(config: ConfigDict, model: nnx.Module) -> tuple[list[Stage], Callable]:
+    """What a run trains, in one or two stages, and the schedule, step -> learning rate.
 
-    Without a model it has the same state, but under `structured_lr` not the same updates.
+    Args:
+      config: of the run.
+      model: of `config`; its values count where the run is trained, elsewhere it may be abstract.
     """
-    scaled = config.optimizer.structured_lr and model is not None
-    try:
-        return make_optimizer(
-            steps=config.steps,
-            scaling=structured_learning_rates(model) if scaled else None,
-            **config.optimizer,
+    schedules = []
+
+    def make(model, births):
+        scaling = structured_learning_rates(model) if config.optimizer.structured_lr else None
+        optimizer, schedule = make_optimizer(
+            steps=config.steps, scaling=scaling, births=births, rewarm=config.densify_warmup, **config.optimizer
         )
+        schedules.append(schedule)
+        return optimizer
+
+    transforms = [] if config.densify_at is None else [(config.densify_at, densify)]
+    try:
+        return make_stages(model, transforms, make), schedules[0]
     except ValueError as error:
         raise ValueError(f"config.{error}") from None
 
@@ -250,7 +257,6 @@ def check(config: ConfigDict) -> None:
         raise ValueError(f"config.grad_accum is {config.grad_accum}: it must divide batch_size {config.batch_size}")
     for name in config.loggers:
         lookup(LOGGERS, name, "config.loggers")
-    build_optimizer(config)
     shape = Task(
         *((),) * 3,
         kind=task_module(config.task.name).KIND,
@@ -261,9 +267,28 @@ def check(config: ConfigDict) -> None:
         source="",
     )
 
-    def forward():
+    def forward(model):
         tokens = jnp.zeros((1, shape.max_len), jnp.int32)
-        return build_model(config, shape)(tokens, mask=tokens == 0, key=jax.random.key(0))
+        return model(tokens, mask=tokens == 0, key=jax.random.key(0))
 
     with naming("config.model"):
-        jax.eval_shape(forward)
+        model = nnx.eval_shape(lambda: build_model(config, shape))
+        nnx.eval_shape(forward, model)
+    if config.densify_at is not None:
+        check_densify(config, model)
+    build_stages(config, model)
+
+
+def check_densify(config: ConfigDict, model: nnx.Module) -> None:
+    """Raises ValueError where `densify_at` or `densify_warmup` cannot work for an (abstract) model."""
+    if not 1 <= config.densify_at < config.steps:
+        raise ValueError(
+            f"config.densify_at is {config.densify_at}: it must be at least 1 and less than steps={config.steps}"
+        )
+    if config.densify_warmup < 0:
+        raise ValueError(f"config.densify_warmup is {config.densify_warmup}: it must be at least 0")
+    if not any(isinstance(layer, Structured) for _, layer in nnx.iter_modules(model)):
+        raise ValueError(
+            f"config.densify_at is {config.densify_at}, but no weight is structured: choose a structure, as "
+            "--config.linear.mlp.name=monarch"
+        )

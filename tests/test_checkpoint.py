@@ -110,19 +110,19 @@ def test_arrays_are_compared_with_what_was_saved(tmp_path, tree):
 
 def test_the_next_older_one_stands_in(tmp_path, tree):
     checkpoints, said = Checkpoints(tmp_path), []
-    assert checkpoints.first_usable([], tree, said.append) == (None, None)
+    assert checkpoints.first_usable([], lambda step: tree, said.append) == (None, None)
     for step in (5, 10, 15):
         checkpoints.save(step, tree | {"step": np.int32(step)})
     flip(largest(tmp_path / "15"))
     largest(tmp_path / "10").unlink()
-    step, loaded = checkpoints.first_usable([15, 10, 5], tree, said.append)
+    step, loaded = checkpoints.first_usable([15, 10, 5], lambda step: tree, said.append)
     assert (step, loaded["step"]) == (5, 5)
     assert [line.count("\n") for line in said] == [0, 0]
     assert f"{tmp_path}/15" in said[0] and "using 10 instead" in said[0]
     assert f"{tmp_path}/10" in said[1] and "using 5 instead" in said[1]
     os.truncate(largest(tmp_path / "5"), 10)
     with pytest.raises(Refused, match=f"{tmp_path}/5 .*no other is left"):
-        checkpoints.first_usable([15, 10, 5], tree, said.append)
+        checkpoints.first_usable([15, 10, 5], lambda step: tree, said.append)
 
 
 def test_what_does_not_fit_is_named(tmp_path, tree):
@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_named(tmp_path, tree):
         with pytest.raises(Mismatch, match=reason):
             checkpoints.load(1, other)
         with pytest.raises(Refused, match=reason):
-            checkpoints.first_usable([1, 1], other, pytest.fail, passing=Damaged)
+            checkpoints.first_usable([1, 1], lambda step, tree=other: tree, pytest.fail, passing=Damaged)
 
 
 def test_parameters_are_named_as_in_the_model(tmp_path):

@@ -41,7 +41,7 @@ def data(tmp_path_factory):
 def losses(config, devices):
     task = build.build_task(config)
     model = build.build_model(config, task)
-    optimizer, _ = build.build_optimizer(config)
+    optimizer = build.build_stages(config, model)[0][0].optimizer
     devices = jax.local_devices()[:devices]
     step = make_train_step(nnx.split(model)[0], optimizer, seed=0, grad_accum=1, devices=devices)
     batches = train_batches(task, batch_size=config.batch_size, seed=0)

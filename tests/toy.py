@@ -1,7 +1,7 @@
 """A run small enough for tests: a task in memory, a model of 100 numbers, and the real loop around them.
 
-As a script it is one process of such a run, `python toy.py WORKDIR [KILL NUMBER]`, which SIGKILLs itself when the
-function KILL of `MOMENTS` is entered for the NUMBER-th time.
+As a script it is one process of such a run, `python toy.py WORKDIR [KILL NUMBER [STEP]]`, which SIGKILLs itself when
+the function KILL of `MOMENTS` is entered for the NUMBER-th time. With STEP its last layer is structured up to there.
 """
 
 import os
@@ -10,7 +10,9 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import signal
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ import numpy as np
 from flax import nnx
 
 from efficient_tx.data.batching import evaluation_batches, train_batches
+from efficient_tx.linear import Monarch, densify
 from efficient_tx.numerics.random import dropout
 from efficient_tx.task import Task
 from efficient_tx.training import checkpoint, history
@@ -26,6 +29,7 @@ from efficient_tx.training.history import TIMINGS, History
 from efficient_tx.training.loop import Loop, Plan
 from efficient_tx.training.optimizer import make_optimizer
 from efficient_tx.training.report import Report
+from efficient_tx.training.stages import Transform, make_stages
 
 PLAN = {"steps": 23, "batch_size": 8, "log_every": 4, "eval_every": 6, "checkpoint_every": 5, "keep": 2}
 
@@ -54,24 +58,34 @@ TASK = Task(
 class Model(nnx.Module):
     """Mean of embeddings, dropout, a linear layer."""
 
-    def __init__(self, rngs: nnx.Rngs):
+    def __init__(self, rngs: nnx.Rngs, linear: Callable = nnx.Linear):
         self.embed = nnx.Param(jax.random.normal(rngs.params(), (5, 8)))
-        self.logits = nnx.Linear(8, 2, rngs=rngs)
+        self.logits = linear(8, 2, rngs=rngs)
 
     def __call__(self, inputs, *, mask, key=None):
         x = jnp.where(mask[..., None], self.embed[inputs], 0).sum(1, keepdims=True)
         return self.logits(dropout(x / mask.sum(1)[:, None, None], 0.25, key)[:, 0])
 
 
-def make_loop(path: Path, *, task: Task = TASK, optimizer: dict | None = None, model: nnx.Module | None = None, **plan):
+def make_loop(
+    path: Path,
+    *,
+    task: Task = TASK,
+    optimizer: dict | None = None,
+    model: nnx.Module | None = None,
+    transforms: Sequence[tuple[int, Transform]] = (),
+    **plan,
+):
     """The loop of a run in the folder `path`; `plan` overrides PLAN."""
     path.mkdir(parents=True, exist_ok=True)
     plan = Plan(**{**PLAN, **plan})
     settings = {"steps": plan.steps, "learning_rate": 0.05, "warmup": 3, **(optimizer or {})}
     record = History(path / "metrics.jsonl")
     return Loop(
-        model or Model(nnx.Rngs(0)),
-        *make_optimizer(**settings),
+        make_stages(
+            model or Model(nnx.Rngs(0)), transforms, lambda _, births: make_optimizer(births=births, **settings)[0]
+        ),
+        make_optimizer(**settings)[1],
         batches=train_batches(task, batch_size=plan.batch_size, seed=0),
         validation=evaluation_batches(task.validation, task, batch_size=plan.batch_size),
         plan=plan,
@@ -80,6 +94,11 @@ def make_loop(path: Path, *, task: Task = TASK, optimizer: dict | None = None, m
         report=Report(path, record, steps=plan.steps, batch_size=plan.batch_size, config={}, baselines=task.baselines),
         seed=0,
     )
+
+
+def densified(step: int) -> dict[str, Any]:
+    """Options of `make_loop` for a run whose linear layer is structured up to `step`, and dense afterwards."""
+    return {"model": Model(nnx.Rngs(0), linear=Monarch), "transforms": [(step, densify)]}
 
 
 def lines(path: Path) -> list[dict]:
@@ -108,10 +127,11 @@ MOMENTS = {
     "replace": (os, "replace"),  # an atomic file, a checkpoint that is complete, or one on its way out
     "delete": (checkpoint.shutil, "rmtree"),
     "validate": (Loop, "_validate"),
+    "enter": (Loop, "_enter"),
 }
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 4)
     if sys.argv[2:]:
         once(*MOMENTS[sys.argv[2]], int(sys.argv[3]), lambda: os.kill(os.getpid(), signal.SIGKILL))
-    make_loop(Path(sys.argv[1])).run()
+    make_loop(Path(sys.argv[1]), **(densified(int(sys.argv[4])) if sys.argv[4:] else {})).run()

@@ -13,7 +13,7 @@ from efficient_tx.linear.learning_rates import structured_learning_rates
 from efficient_tx.linear.low_rank import LowRank
 from efficient_tx.linear.low_rank_plus_sparse import LowRankPlusSparse
 from efficient_tx.linear.monarch import Monarch, monarch
-from efficient_tx.linear.replace import replace, transfer
+from efficient_tx.linear.replace import densify, replace, transfer
 from efficient_tx.linear.ternary import PackedTernary, Ternary
 from efficient_tx.linear.toeplitz import Toeplitz
 
@@ -45,6 +45,7 @@ __all__ = [
     "PackedTernary",
     "Ternary",
     "Toeplitz",
+    "densify",
     "monarch",
     "replace",
     "structured_learning_rates",

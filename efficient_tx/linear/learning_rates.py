@@ -5,6 +5,9 @@ over `fan_in` of them, all pulling one way, so its change grows with the width u
 1 / fan_in (Yang et al. 2022, arXiv 2203.03466). In a weight of several factors each has a fan-in of its own, and the
 factors share the change evenly (Qiu et al. 2024, arXiv 2406.06248): a factor's learning rate is
 (d_in of the layer / d_in of the factor) / number of factors times that of a dense layer.
+
+Where entries are used many times (toeplitz) the rule bounds the change: it is reached where the inputs have a mean, as
+behind an activation, and falls as 1 / √width where they have none.
 """
 
 import jax

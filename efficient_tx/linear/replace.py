@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from efficient_tx.linear.dense import Dense
 from efficient_tx.linear.structured import Weight
 
 # Where something is in a model, as in `nnx.iter_graph`: ("encoder", "blocks", 0, "mlp", "up").
@@ -95,6 +96,15 @@ def replace(
     return projections
 
 
+def densify(model: nnx.Module) -> list[Projection]:
+    """Multiplies every structured weight of a model out: a `Dense` layer takes its place, which computes the same.
+
+    A model trained so far with structured weights can go on without their limits (reverse sparsification, Dao et al.
+    2022, arXiv 2204.00595). `replace` says what stays, what is returned and what raises.
+    """
+    return replace(model, lambda path, layer: not isinstance(layer, nnx.Linear), Dense)
+
+
 def transfer(source: nnx.Module, target: nnx.Module) -> list[Projection]:
     """Gives `target` the parameters of `source`, projected where a linear layer is of another structure.
 
@@ -136,8 +146,9 @@ def is_linear(node: Any) -> bool:
 
 
 def dense_weight(layer: nnx.Module) -> jax.Array:
-    """The weight of a linear layer, `[in_features, out_features]`."""
-    return layer.to_dense() if isinstance(layer, Weight) else layer.kernel[...]
+    """The weight of a linear layer, `[in_features, out_features]`, multiplied out in full precision on every device."""
+    with jax.default_matmul_precision("highest"):
+        return layer.to_dense() if isinstance(layer, Weight) else layer.kernel[...]
 
 
 def form(layer: nnx.Module) -> tuple:

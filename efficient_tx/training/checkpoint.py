@@ -93,9 +93,13 @@ class Checkpoints:
         return _fit(_read(self.directory / str(step)), like)
 
     def first_usable(
-        self, steps: list[int], like: Any, warn: Callable[[str], None], passing: type[Unusable] = Unusable
+        self,
+        steps: list[int],
+        like: Callable[[int], Any],
+        warn: Callable[[str], None],
+        passing: type[Unusable] = Unusable,
     ) -> tuple[int, Any] | tuple[None, None]:
-        """The first of `steps` that loads, and its tree; (None, None) if `steps` is empty.
+        """The first of `steps` that loads, and its tree, of structure like(step); (None, None) if `steps` is empty.
 
         Each one that cannot be used for the reason `passing` gets one line through `warn`, and the next is tried.
 
@@ -104,7 +108,7 @@ class Checkpoints:
         """
         for step, following in zip(steps, [*steps[1:], None]):
             try:
-                return step, self.load(step, like)
+                return step, self.load(step, like(step))
             except Unusable as error:
                 line = f"checkpoint {self.directory / str(step)} {error}"
                 if not isinstance(error, passing):

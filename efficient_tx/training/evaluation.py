@@ -1,14 +1,13 @@
 """Evaluation of one set of parameters on one split, and the parameters that a finished run is worth."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import grain
 import jax
-import optax
 from flax import nnx
 
 from efficient_tx.task import Batch
@@ -17,7 +16,8 @@ from efficient_tx.training.checkpoint import Checkpoints, Damaged
 from efficient_tx.training.errors import Refused
 from efficient_tx.training.history import History
 from efficient_tx.training.optimizer import evaluation_params
-from efficient_tx.training.step import init_state, make_eval_step, replicate, split_batch
+from efficient_tx.training.stages import Stage, stage_at
+from efficient_tx.training.step import make_eval_step, replicate, split_batch
 
 
 class Scores(NamedTuple):
@@ -78,20 +78,18 @@ def make_evaluate(graphdef: nnx.GraphDef) -> Callable[..., Scores]:
 def trained_parameters(
     path: str,
     which: str,
-    model: nnx.Module,
-    optimizer: optax.GradientTransformation,
+    stages: Sequence[Stage],
     warn: Callable[[str], None],
-) -> tuple[int, nnx.State]:
-    """(step, parameters to evaluate) of a checkpoint of the run in the workdir `path`.
+) -> tuple[int, Stage, nnx.State]:
+    """(step, its stage, parameters to evaluate) of a checkpoint of the run in the workdir `path`.
 
     Args:
       which: "best" (highest validation accuracy), "last", or a step. Of a damaged best or last one `warn` gets a
         line, and the next best or next older one is used.
-      model: has the structure of the parameters; its values are not looked at.
-      optimizer: the run's own, since some keep the parameters to evaluate.
+      stages: the run's own, which say what the state of a step looks like; the model's values are not looked at.
 
     Raises:
-      Refused: there is no such checkpoint, none that opens, or its parameters do not fit the model.
+      Refused: there is no such checkpoint, none that opens, or its parameters do not fit the model of its stage.
     """
     checkpoints = Checkpoints(Path(path) / "checkpoints")
     steps = checkpoints.steps()
@@ -106,6 +104,5 @@ def trained_parameters(
         wanted = [int(which)]
     else:
         raise Refused(f"--checkpoint={which}: {path} has best, last and the steps {', '.join(map(str, steps))}")
-    like = jax.eval_shape(lambda: init_state(model, optimizer))
-    step, state = checkpoints.first_usable(wanted, like, warn, passing=Damaged)
-    return step, evaluation_params(state.optimizer, state.params)
+    step, state = checkpoints.first_usable(wanted, lambda step: stage_at(stages, step).like(), warn, passing=Damaged)
+    return step, stage_at(stages, step), evaluation_params(state.optimizer, state.params)

@@ -2,12 +2,11 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 
 from efficient_tx.task import Batch
@@ -19,6 +18,7 @@ from efficient_tx.training.history import History
 from efficient_tx.training.optimizer import evaluation_params
 from efficient_tx.training.report import Report
 from efficient_tx.training.signals import StopSignals
+from efficient_tx.training.stages import Stage, enter, stage_at
 from efficient_tx.training.step import State, clear_window, init_state, make_train_step, replicate
 
 
@@ -81,13 +81,14 @@ class Stopwatch:
 class Loop:
     """One run.
 
-    After a step, in this order: a train line, a checkpoint, a validation line, each when it is due. The checkpoint
-    holds the open window of training sums, and a resumed run first drops the lines after its step, and evaluates where
-    the line is missing: so wherever a process is killed, the next one writes the same lines.
+    After a step, in this order: a train line, the next stage, a checkpoint, a validation line, each when it is due; a
+    stage begins with a checkpoint, of the new state. A checkpoint holds the open window of training sums, and a resumed
+    run first drops the lines after its step, and evaluates where the line is missing: so wherever a process is killed,
+    the next one writes the same lines.
 
     Args:
-      model: its parameters are where the run starts.
-      optimizer, schedule: from `make_optimizer`; schedule(updates done before) is the learning rate.
+      stages: from `make_stages`; the parameters of the first one's model are where the run starts.
+      schedule: schedule(updates done before) is the learning rate in the train lines.
       batches: element i is this process's rows of step i's batch.
       validation: batches that hold every item of the validation split once.
       plan: when to do what.
@@ -98,8 +99,7 @@ class Loop:
 
     def __init__(
         self,
-        model: nnx.Module,
-        optimizer: optax.GradientTransformation,
+        stages: Sequence[Stage],
         schedule: Callable,
         *,
         batches: grain.MapDataset,
@@ -111,28 +111,35 @@ class Loop:
         seed: int,
         grad_accum: int = 1,
     ):
-        graphdef = nnx.split(model)[0]
-        self._model, self._optimizer, self._schedule = model, optimizer, schedule
+        self._stages, self._schedule = stages, schedule
         self._batches, self._validation, self._plan = batches, validation, plan
         self._checkpoints, self._history, self._report = checkpoints, history, report
         self._writer = jax.process_index() == 0
+        self._seed, self._grad_accum = seed, grad_accum
+        self._watch = Stopwatch()
+        self.compile_seconds = 0.0
+        self._use(stages[0])
+
+    def _use(self, stage: Stage) -> None:
+        """Trains and evaluates what `stage` says from here on; its first step compiles."""
+        graphdef = nnx.split(stage.model)[0]
+        self._stage = stage
+        self._compiled = False
         self._train_step = make_train_step(
             graphdef,
-            optimizer,
-            seed=seed,
-            grad_accum=grad_accum,
+            stage.optimizer,
+            seed=self._seed,
+            grad_accum=self._grad_accum,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        self._watch = Stopwatch()
         self.evaluate: Callable[..., Scores] = make_evaluate(graphdef)
-        self.compile_seconds = 0.0
 
     def run(self) -> State:
         """Trains up to the last step and returns the state there.
 
-        `compile_seconds` is then what the first step of this process took: tracing, compilation (or the compiled
-        program's way out of the cache) and the step itself.
+        `compile_seconds` is then what the first steps of this process took, one in each stage: tracing, compilation (or
+        the compiled program's way out of the cache) and the step itself.
 
         Raises:
           Interrupted: by a signal; the state is saved.
@@ -153,7 +160,11 @@ class Loop:
                     signal = signals.after(step)
                     if self._plan.logs(step):
                         state = self._log(state, step)
-                    if signal or self._plan.saves(step):
+                    stage = stage_at(self._stages, step)
+                    begins = stage is not self._stage
+                    if begins:
+                        state = self._enter(stage, state)
+                    if signal or begins or self._plan.saves(step):
                         self._save(state, step)
                     if signal:
                         raise Interrupted(signal, f"step {step} of {self._plan.steps} is saved")
@@ -165,20 +176,32 @@ class Loop:
 
     def _restore(self) -> tuple[int, State]:
         """The newest state there is."""
-        state = init_state(self._model, self._optimizer)
         if self._writer:
             self._checkpoints.clean()
-        step, saved = self._checkpoints.first_usable(self._checkpoints.steps()[::-1], state, self._report.say)
+        step, state = self._checkpoints.first_usable(
+            self._checkpoints.steps()[::-1], lambda step: stage_at(self._stages, step).like(), self._report.say
+        )
         if step is None:
-            step, saved = 0, state
+            step, state = 0, init_state(self._stage.model, self._stage.optimizer)
         else:
             self._report.say(f"resuming from step {step} of {self._plan.steps}")
+            if stage_at(self._stages, step) is not self._stage:
+                self._use(stage_at(self._stages, step))
         self._history.rewind(step)
-        return step, replicate(saved)
+        return step, replicate(state)
+
+    def _enter(self, stage: Stage, state: State) -> State:
+        """The state with which `stage` begins."""
+        self._settle(state)
+        before = self._stage
+        self._use(stage)
+        count = [sum(leaf.size for leaf in jax.tree.leaves(nnx.split(one.model)[1])) for one in (before, stage)]
+        self._report.say(f"step {stage.start}/{self._plan.steps}  {count[0]:,} parameters become {count[1]:,}")
+        return replicate(enter(state, before, stage))
 
     def _advance(self, state: State, batches: Iterator[Batch]) -> State:
-        """One step. The host waits for a batch, never for the device, but for the first step, which compiles."""
-        compiled = self.compile_seconds > 0
+        """One step. The host waits for a batch, never for the device, but for a first step, which compiles."""
+        compiled, self._compiled = self._compiled, True
         if compiled:
             self._watch.start()
         asked = time.perf_counter()
@@ -190,8 +213,9 @@ class Loop:
             self._watch.data_seconds += arrived - asked
         else:
             jax.block_until_ready(state)
-            self.compile_seconds = time.perf_counter() - arrived
-            self._report.say(f"first step: {self.compile_seconds:.1f} s with compilation")
+            seconds = time.perf_counter() - arrived
+            self.compile_seconds += seconds
+            self._report.say(f"first step: {seconds:.1f} s with compilation")
         return state
 
     def _log(self, state: State, step: int) -> State:

@@ -137,6 +137,8 @@ def make_optimizer(
     eps: float = 1e-8,
     structured_lr: bool = False,
     scaling: optax.GradientTransformation | None = None,
+    births: optax.Params | None = None,
+    rewarm: int = 0,
 ) -> tuple[optax.GradientTransformation, Schedule]:
     """The optimizer, and its schedule: updates done before this one -> learning rate (float32).
 
@@ -157,6 +159,10 @@ def make_optimizer(
         in every structure; `learning_rate` is then that of a dense layer with 64 inputs. The rule is one for updates
         whose entries are all of one size: those of the optimizers in SIGN_LIKE.
       scaling: with structured_lr, what multiplies the updates so; None where the optimizer is made to look at only.
+      births: where parameters change their form during the run: for each, the update from which its moments and their
+        bias corrections count. Those of one birth make a group, which an optimizer that estimates something over all
+        parameters (prodigy) sees alone; clipping by norm sees all of them.
+      rewarm: updates over which the learning rate of parameters that are born later rises linearly to the schedule's.
 
     Raises:
       ValueError: an unknown name, or an option that the chosen optimizer has no use for.
@@ -187,8 +193,19 @@ def make_optimizer(
                 f"optimizer.{option}={value} has no effect with optimizer.name={name}: "
                 f"leave it at {defaults[option].default}, or choose another optimizer"
             )
+    if births is not None and name == "schedule_free_adamw":
+        raise ValueError(
+            "optimizer.name=schedule_free_adamw evaluates an average of the parameters, which is lost when they change "
+            "their form: leave densify_at unset, or choose another optimizer"
+        )
     rate = SCHEDULES[schedule](learning_rate, steps=steps, warmup=warmup)
-    chosen = OPTIMIZERS[name](rate, **{option: value for option, value in options.items() if option in known})
+
+    def choose(birth):
+        own = _reborn(rate, birth, rewarm) if birth else rate
+        return OPTIMIZERS[name](own, **{option: value for option, value in options.items() if option in known})
+
+    groups = {birth: choose(birth) for birth in sorted({0, *jax.tree.leaves(births)})}
+    chosen = groups[0] if births is None else optax.partition(groups, births)
     parts = [chosen]
     if clip:
         parts.insert(0, optax.clip(clip) if clip_by == "value" else optax.clip_by_global_norm(clip))
@@ -209,6 +226,11 @@ def evaluation_params(optimizer_state: optax.OptState, params: optax.Params) -> 
 
     states = [node for node in jax.tree.leaves(optimizer_state, is_leaf=keeps_average) if keeps_average(node)]
     return optax.contrib.schedule_free_eval_params(states[0], params) if states else params
+
+
+def _reborn(schedule: Schedule, birth: int, rewarm: int) -> Schedule:
+    """The schedule of parameters whose updates are counted from `birth` on, with a linear warm-up of its own."""
+    return lambda step: schedule(step + birth) * (jnp.minimum(1.0, (step + 1) / rewarm) if rewarm else 1.0)
 
 
 def _check_name(key: str, value: str, choices: Mapping | tuple) -> None:

@@ -1,0 +1,106 @@
+"""Stages: what a run trains before and after each change of its model's form."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from efficient_tx.training.step import State, init_state
+
+# Changes a model in place; parameters that stay the same `nnx.Param` keep their moments.
+Transform = Callable[[nnx.Module], Any]
+
+
+class Stage(NamedTuple):
+    """What a run trains from a step on, up to the next stage.
+
+    The checkpoint of step `start` is this stage's: it is saved right after the transform.
+
+    Attributes:
+      start: updates done when it begins; 0 for the first.
+      model: with the values that the run starts from in the first stage, abstract in the others.
+      optimizer: of the parameters of `model`.
+      transform: makes this model of that of the stage before; None for the first.
+    """
+
+    start: int
+    model: nnx.Module
+    optimizer: optax.GradientTransformation
+    transform: Transform | None = None
+
+    def like(self) -> State:
+        """The state in this stage, abstract."""
+        graphdef, params = nnx.split(self.model)
+        return jax.eval_shape(lambda params: init_state(nnx.merge(graphdef, params), self.optimizer), params)
+
+
+def make_stages(
+    model: nnx.Module,
+    transforms: Sequence[tuple[int, Transform]],
+    make_optimizer: Callable[[nnx.Module, nnx.State | None], optax.GradientTransformation],
+) -> list[Stage]:
+    """The stages of a run.
+
+    Args:
+      model: of the first stage; may be abstract, where nothing is trained.
+      transforms: (step, transform) with ascending steps, which begin a stage each.
+      make_optimizer: (model, births) -> its optimizer; births, in the structure of the parameters, are the steps from
+        which the moments of each are counted, None where all of them always start at 0.
+    """
+    births = jax.tree.map(lambda _: 0, nnx.split(model)[1])
+    stages = [Stage(0, model, make_optimizer(model, births if transforms else None))]
+    for start, transform in transforms:
+        model, births = _abstractly(transform, start, model, births)
+        stages.append(Stage(start, model, make_optimizer(model, births), transform))
+    return stages
+
+
+def stage_at(stages: Sequence[Stage], step: int) -> Stage:
+    """The stage of the state, and of the checkpoint, of `step`."""
+    return [stage for stage in stages if stage.start <= step][-1]
+
+
+def enter(state: State, before: Stage, stage: Stage) -> State:
+    """The state with which `stage` begins, from the last one of the stage `before`.
+
+    What the optimizer remembers is carried over where it has the same path in the new one, and starts anew elsewhere.
+    """
+    state = jax.tree.map(jnp.asarray, jax.device_get(state))
+    model = nnx.merge(nnx.split(before.model)[0], state.params)
+    stage.transform(model)
+    fresh = init_state(model, stage.optimizer)
+    remembered = dict(jax.tree_util.tree_leaves_with_path(state.optimizer))
+    return state._replace(
+        params=fresh.params,
+        optimizer=jax.tree_util.tree_map_with_path(lambda path, leaf: remembered.get(path, leaf), fresh.optimizer),
+    )
+
+
+def _abstractly(transform: Transform, start: int, model: nnx.Module, births: nnx.State) -> tuple[nnx.Module, nnx.State]:
+    """The model after the transform, abstract, and its births: `start` for parameters that are new in it."""
+    graphdef, params = nnx.split(model)
+    old = {path: birth.get_value() for path, birth in nnx.to_flat_state(births)}
+    static = []
+
+    def run(params):
+        changed = nnx.merge(graphdef, params)
+        before = _variables(changed)
+        transform(changed)
+        graphdef_after, after = nnx.split(changed)
+        kept = {path for path, variable in _variables(changed).items() if before.get(path) is variable}
+        static.append((graphdef_after, kept))
+        return after
+
+    params = jax.eval_shape(run, params)
+    ((graphdef, kept),) = static
+    births = nnx.from_flat_state(
+        [(path, variable.replace(old[path] if path in kept else start)) for path, variable in nnx.to_flat_state(params)]
+    )
+    return nnx.merge(graphdef, params), births
+
+
+def _variables(model: nnx.Module) -> dict[tuple, nnx.Variable]:
+    return {path: node for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Variable)}
