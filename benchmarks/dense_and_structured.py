@@ -4,7 +4,7 @@
 
 Four models a seed, each a run of `train.py --config=configs/quickstart.py:softmax...` in a workdir below DIR:
 dense; structured in MLPs and projections from the start; the dense one projected onto the structure (its accuracy at
-once, and tuned for 10 % of the steps at a tenth of the learning rate); structured for 70 % of the steps and then dense
+once, and tuned for 10 % of the steps at half of the learning rate); structured for 70 % of the steps and then dense
 (reverse sparsification). Prints validation accuracy of each, mean and range over seeds, and draws curves.png. Started
 again, it goes on where it was stopped.
 """
@@ -35,7 +35,7 @@ def main() -> None:
         # A step of length zero: what is evaluated is the projection.
         start = {"init_from": dense, "optimizer.warmup": 0}
         train(projected, structured, seed=seed, steps=1, **start, **{"optimizer.learning_rate": 0.0})
-        train(tuned, structured, seed=seed, steps=tuning, **start, **{"optimizer.learning_rate": 2e-4})
+        train(tuned, structured, seed=seed, steps=tuning, **start, **{"optimizer.learning_rate": 1e-3})
         train(densified, structured, seed=seed, steps=steps, densify_at=steps * 7 // 10)
 
     for kind, folders in workdirs.items():
