@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from efficient_tx import build
-from efficient_tx.linear import LINEAR, LowRank, Monarch, monarch
+from efficient_tx.linear import LINEAR, LowRank, Monarch, monarch, structured
 
 SIZES = [(13, 7), (1, 5), (40, 6), (6, 40)]  # prime, one, tall, wide
 # Fits that end in a local optimum: how far a second projection may move, relative to the weight, by their docstring.
@@ -304,3 +304,21 @@ def test_refuses_sizes_below_one(name):
     for option in {"rank", "blocks"} & set(build.options(LINEAR[name])):
         with pytest.raises(ValueError, match=f"{option} is 0: it must be at least 1"):
             layer(name, 4, 4, **{option: 0})
+
+
+def test_tokens_in_chunks_are_tokens_at_once(monkeypatch):
+    """Three chunks of 128 tokens, and 383 that no such chunks divide: outputs and gradients of the dense product."""
+    made = layer("block_diagonal", 16, 8)
+    weight = np.asarray(made.to_dense(), np.float64) + np.zeros(8)
+    monkeypatch.setattr(structured, "CHUNK", 16 * 128)
+    for tokens, chunks in [((3, 128), 3), ((383,), 0)]:
+        x = np.random.default_rng(0).normal(size=(*tokens, 16)).astype(np.float32)
+
+        def output(x):
+            return made(x)
+
+        program = str(jax.make_jaxpr(output)(x))
+        assert ("scan" in program) is bool(chunks) and (not chunks or f"length={chunks}" in program)
+        out, pullback = jax.vjp(output, x)
+        np.testing.assert_allclose(out, x @ weight, atol=1e-5)  # float32
+        np.testing.assert_allclose(pullback(jnp.ones_like(out))[0], np.ones(out.shape) @ weight.T, atol=1e-5)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efficient_tx.linear.structured import Factor, Structured, pad
+from efficient_tx.linear.structured import Factor, Structured, in_chunks, pad
 from efficient_tx.numerics.spd import spd_solve
 
 SWEEPS = 100
@@ -52,11 +52,15 @@ class Blast(Structured):
         }
 
     def multiply(self, x, *, v, s, u):
-        blocks = pad(x, self.blocks * self.in_block).reshape(*x.shape[:-1], self.blocks, self.in_block)
-        hidden = jnp.einsum("...jp,jpr->...jr", blocks, v)
-        mixed = jnp.einsum("...jr,ijr->...ir", hidden, s)
-        out = jnp.einsum("...ir,iqr->...iq", mixed, u)
-        return out.reshape(*x.shape[:-1], -1)[..., : self.out_features]
+        def product(x, v, s, u):
+            blocks = pad(x, self.blocks * self.in_block).reshape(*x.shape[:-1], self.blocks, self.in_block)
+            # Blocks first: as many plain products, and all permutation outside of them.
+            hidden = jnp.einsum("j...p,jpr->j...r", jnp.moveaxis(blocks, -2, 0), v)
+            mixed = jnp.einsum("j...r,ijr->i...r", hidden, s)
+            out = jnp.moveaxis(jnp.einsum("i...r,iqr->i...q", mixed, u), 0, -2)
+            return out.reshape(*x.shape[:-1], -1)[..., : self.out_features]
+
+        return in_chunks(product, x, v, s, u)
 
     def fit(self, kernel):
         b, p, q = self.blocks, self.in_block, self.out_block

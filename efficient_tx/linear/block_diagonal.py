@@ -6,7 +6,7 @@ ShuffleNet (Zhang et al. 2017, arXiv 1707.01083). Without it, stacked layers nev
 
 import jax.numpy as jnp
 
-from efficient_tx.linear.structured import Factor, Structured, pad
+from efficient_tx.linear.structured import Factor, Structured, in_chunks, pad
 
 
 class BlockDiagonal(Structured):
@@ -33,18 +33,21 @@ class BlockDiagonal(Structured):
         return {"weight": Factor(shape, fan_in=self.in_features / self.blocks)}
 
     def read(self, x):
-        """`[..., in_features]` as what each block reads, `[..., blocks, in_block]`, padded."""
+        """What each block reads of x `[..., in_features]`, padded: `[blocks, ..., in_block]`."""
         x = pad(x, self.blocks * self.in_block)
         if self.shuffle:
-            return x.reshape(*x.shape[:-1], self.in_block, self.blocks).mT
-        return x.reshape(*x.shape[:-1], self.blocks, self.in_block)
+            return jnp.moveaxis(x.reshape(*x.shape[:-1], self.in_block, self.blocks), -1, 0)
+        return jnp.moveaxis(x.reshape(*x.shape[:-1], self.blocks, self.in_block), -2, 0)
 
     def multiply(self, x, *, weight):
-        out = jnp.einsum("...kp,kqp->...kq", self.read(x), weight)
-        return out.reshape(*x.shape[:-1], -1)[..., : self.out_features]
+        def product(x, weight):
+            # Blocks first: as many plain products, and all permutation outside of them.
+            out = jnp.moveaxis(jnp.einsum("k...p,kqp->k...q", self.read(x), weight), 0, -2)
+            return out.reshape(*x.shape[:-1], -1)[..., : self.out_features]
+
+        return in_chunks(product, x, weight)
 
     def fit(self, kernel):
-        read = self.read(kernel.T)  # [out, blocks, in_block]
-        read = jnp.pad(read, [(0, self.blocks * self.out_block - self.out_features), (0, 0), (0, 0)])
+        read = jnp.pad(self.read(kernel.T), [(0, 0), (0, self.blocks * self.out_block - self.out_features), (0, 0)])
         blocks = jnp.arange(self.blocks)
-        return {"weight": read.reshape(self.blocks, self.out_block, self.blocks, self.in_block)[blocks, :, blocks]}
+        return {"weight": read.reshape(self.blocks, self.blocks, self.out_block, self.in_block)[blocks, blocks]}

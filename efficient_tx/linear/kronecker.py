@@ -8,7 +8,7 @@ import math
 
 import jax.numpy as jnp
 
-from efficient_tx.linear.structured import Factor, Structured
+from efficient_tx.linear.structured import Factor, Structured, in_chunks
 
 
 def divide(size: int) -> tuple[int, int]:
@@ -57,12 +57,15 @@ class Kronecker(Structured):
         }
 
     def multiply(self, x, *, left, right):
-        grid = x.reshape(*x.shape[:-1], self.a, self.b)
-        if self.right_first:
-            out = jnp.einsum("...atd,tac->...cd", jnp.einsum("...ab,tbd->...atd", grid, right), left)
-        else:
-            out = jnp.einsum("...btc,tbd->...cd", jnp.einsum("...ab,tac->...btc", grid, left), right)
-        return out.reshape(*x.shape[:-1], self.out_features)
+        def product(x, left, right):
+            grid = x.reshape(*x.shape[:-1], self.a, self.b)
+            if self.right_first:
+                out = jnp.einsum("...atd,tac->...cd", jnp.einsum("...ab,tbd->...atd", grid, right), left)
+            else:
+                out = jnp.einsum("...btc,tbd->...cd", jnp.einsum("...ab,tac->...btc", grid, left), right)
+            return out.reshape(*x.shape[:-1], self.out_features)
+
+        return in_chunks(product, x, left, right)
 
     def fit(self, kernel):
         blocks = kernel.reshape(self.a, self.b, self.c, self.d).transpose(0, 2, 1, 3)

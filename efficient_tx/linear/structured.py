@@ -1,6 +1,7 @@
 """Structured: what all structured weights share: the signature of `nnx.Linear`, the bias, counts, to dense and back."""
 
 import math
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple, Self
 
 import jax
@@ -26,6 +27,33 @@ def pad(x: jax.Array, size: int) -> jax.Array:
     """x with zeros appended to its last axis up to `size`."""
     missing = size - x.shape[-1]
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
+
+
+# Numbers of the input that a chunk of tokens holds: with the products in between, about what fits a core's cache.
+CHUNK = 2**18
+
+
+def in_chunks(multiply: Callable[..., jax.Array], x: jax.Array, *weights: jax.Array) -> jax.Array:
+    """multiply(x, *weights), on the CPU by chunks of tokens, so that what lies between its products stays in cache.
+
+    In training that makes several small products in a row up to four times as fast. Chunks are equal, of 128 tokens or
+    more; where no such number of them divides the tokens, and on other devices, all tokens go at once.
+
+    Args:
+      multiply: (x `[..., in]`, *weights) -> `[..., out]`, of each token by itself.
+      x: `[..., in]`.
+    """
+    tokens = math.prod(x.shape[:-1])
+    counts = range(-(-x.size // CHUNK), tokens // 128 + 1)
+    count = next((count for count in counts if tokens % count == 0), 1)
+    if count == 1:
+        return multiply(x, *weights)
+
+    def one_by_one(x, *weights):
+        out = jax.lax.map(lambda chunk: multiply(chunk, *weights), x.reshape(count, -1, x.shape[-1]))
+        return out.reshape(*x.shape[:-1], -1)
+
+    return jax.lax.platform_dependent(x, *weights, cpu=one_by_one, default=multiply)
 
 
 class Weight:
