@@ -10,7 +10,7 @@ from efficient_tx.linear import Blast, BlockDiagonal, BlockTensorTrain, Kronecke
 
 # The weight as a sum over its factors, rows before columns, and the sizes of the indices.
 FORMULAS = {
-    "low_rank": (LowRank, {"rank": 3}, "nr,rm->nm", {"n": 12, "m": 9, "r": 3}),
+    "low_rank": (LowRank, {"rank": 3}, "rn,rm->nm", {"n": 12, "m": 9, "r": 3}),
     "monarch": (Monarch, {"blocks": 2}, "krlp,lskr->kpsl", {"k": 2, "l": 2, "p": 6, "s": 4, "r": 2}),
     "block_tensor_train": (BlockTensorTrain, {"rank": 2}, "krlp,lskr->kpsl", {"k": 3, "l": 4, "p": 4, "s": 4, "r": 2}),
     "blast": (Blast, {"blocks": 2, "rank": 3}, "jpr,ijr,iqr->jpiq", {"i": 2, "j": 2, "p": 6, "q": 8, "r": 3}),
