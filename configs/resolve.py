@@ -18,8 +18,9 @@ from ml_collections import ConfigDict, config_flags
 from configs import protocols
 from configs.base import make_config
 from efficient_tx.attention import ATTENTION
-from efficient_tx.build import check, complete, nearest
+from efficient_tx.build import check, complete
 from efficient_tx.linear import LINEAR
+from efficient_tx.names import nearest
 from efficient_tx.training import workdir
 
 # What the argument after the colon names.

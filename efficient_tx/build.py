@@ -2,13 +2,12 @@
 
 import contextlib
 import copy
-import difflib
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType, NoneType
-from typing import Any, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from efficient_tx.attention import ATTENTION
 from efficient_tx.linear import LINEAR, densify, structured_learning_rates
 from efficient_tx.linear.structured import Structured
 from efficient_tx.models import Classifier, TokenClassifier
+from efficient_tx.names import lookup
 from efficient_tx.numerics.random import check_rate
 from efficient_tx.task import Task
 from efficient_tx.training.loggers import LOGGERS
@@ -42,18 +42,6 @@ GIVEN = {
     "linear": {"use_bias", "dtype", "param_dtype"},
     "optimizer": {"scaling", "births", "rewarm"},
 }
-
-
-def nearest(name: str, choices: Iterable[str]) -> str:
-    """The choice that is most like `name`."""
-    return difflib.get_close_matches(str(name), list(choices), 1, 0.0)[0]
-
-
-def lookup(table: dict[str, Any], name: str, where: str) -> Any:
-    """table[name]; ValueError names the choices and the nearest one."""
-    if name not in table:
-        raise ValueError(f"{where} is {name!r}: choose one of {', '.join(table)} (nearest: {nearest(name, table)!r})")
-    return table[name]
 
 
 @contextlib.contextmanager

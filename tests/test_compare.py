@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from efficient_tx import files
 from efficient_tx.attention import ATTENTION
 from efficient_tx.compare import __main__ as command
-from efficient_tx.compare import files, inputs, plots, readme, report
+from efficient_tx.compare import inputs, plots, readme, report
 from efficient_tx.compare.attention import Row, Settings, case, errors, may_be_too_slow, rungs
 from efficient_tx.compare.measure import PASSES, Cell, compile_pass, exponent, in_turns, predict
+from efficient_tx.linear import LINEAR
 
 ROOT = Path(__file__).parent.parent
 TINY = Settings((16, 32), budget=8, batch=2, heads=2, head_dim=4, rounds=1, error_length=32)
@@ -213,7 +215,7 @@ def test_an_interrupted_comparison_writes_nothing(tmp_path, monkeypatch, capsys)
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "compare", interrupted)
+    monkeypatch.setattr(command.COMMANDS["attention"], "compare", interrupted)
     assert command.main(["attention", f"--out={tmp_path}"]) == 130
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().err == "stopped: nothing was written\n"
@@ -235,7 +237,7 @@ def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "choose one of attention, table"),
+        ([], "choose one of attention, linear, table"),
         (["atention"], "nearest: 'attention'"),
         (["attention", "--lenghts=8"], "--lenghts is no flag of attention: the nearest is --lengths"),
         (["attention", "--lengths=8,x"], "'x' is no whole number of at least 1"),
@@ -260,25 +262,34 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_the_readme_has_the_table_of_the_code():
+def test_the_readme_has_the_tables_of_the_code():
     text = (ROOT / "README.md").read_text()
     same = readme.replaced(text) == text  # not compared by assert itself: the difference is a page long
-    assert same, "the table of token mixers is out of date: python -m efficient_tx.compare table --write README.md"
+    assert same, "the tables are out of date: python -m efficient_tx.compare table --write README.md"
 
 
-def test_the_table_is_written_between_the_markers(tmp_path, capsys):
+def test_the_tables_are_written_between_the_markers(tmp_path, capsys):
     path = tmp_path / "README.md"
     path.write_text(f"before\n{readme.BEGIN}\nstale\n{readme.END}\nafter\n")
     assert command.main(["table"]) == 0
-    table = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert command.main(["table", f"--write={path}"]) == 0
-    assert path.read_text() == f"before\n{readme.BEGIN}\n{table}{readme.END}\nafter\n"
-    assert table.count("\n") == 2 + len(ATTENTION)
+    assert path.read_text() == f"before\n{readme.BEGIN}\n{printed}{readme.END}\nafter\n"
+    table, structures = printed.split("\n\n")
+    assert table.count("\n") == 1 + len(ATTENTION)
+    assert structures.count("\n") == 2 + len(LINEAR)
     paper = "Chen et al. 2021, [2111.00035](https://arxiv.org/abs/2111.00035)"
     file = "[skyformer.py](efficient_tx/attention/skyformer.py)"
     computes = "`kernelized` through the Nyström method with m landmarks"
     assert f"| `skyformer` | {paper} | {computes} | n·m + m³ | no | {file} |\n" in table
-    for line in table.splitlines()[2:]:
+    formula = "diag(B₁, …, B_k) P diag(C₁, …, C_k) P | n²/2 with 4 blocks, 2·n·√n with √n"
+    paper, file = (
+        "Dao et al. 2022, [2204.00595](https://arxiv.org/abs/2204.00595)",
+        "[monarch.py](efficient_tx/linear/monarch.py)",
+    )
+    assert f"| `monarch` | {paper} | {formula} | singular value decomposition of every slice | {file} |\n" in structures
+    for line in [*table.splitlines()[2:], *structures.splitlines()[2:]]:
+        assert "|  |" not in line.replace("| `dense` |  |", "")
         assert (ROOT / re.search(r"\((efficient_tx/\S+)\) \|$", line)[1]).exists()
     path.write_text("no markers")
     assert command.main(["table", f"--write={path}"]) == 2

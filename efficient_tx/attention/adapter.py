@@ -1,6 +1,5 @@
 """as_attention_fn: a variant inside flax's own attention modules."""
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 
@@ -8,15 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from efficient_tx.attention.mixer import Mixer
+from efficient_tx.names import lookup
 
 
 def adapt(variants: Mapping[str, type[Mixer]], name: str, **options) -> Callable[..., jax.Array]:
     """`variants[name]` as an `attention_fn`; see `efficient_tx.attention.as_attention_fn`."""
-    if name not in variants:
-        near = difflib.get_close_matches(name, variants, 1, 0.0)[0]
-        raise ValueError(f"attention is {name!r}: choose one of {', '.join(variants)} (nearest: {near!r})")
-    function = variants[name].function
-    check(variants[name], name, options)
+    variant = lookup(variants, name, "attention")
+    function = variant.function
+    check(variant, name, options)
     known = inspect.signature(function).parameters
 
     # flax.linen passes only what the signature names, flax.nnx passes everything by keyword: so all is spelled out.

@@ -1,10 +1,14 @@
 """How long a compiled program takes, how that grows with the length, and what is too slow to be tried."""
 
 import math
+import os
+import platform
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -94,3 +98,16 @@ def exponent(seconds: Mapping[int, float]) -> float | None:
         return None
     slope, _ = np.polyfit(np.log(list(seconds)), np.log(list(seconds.values())), 1)
     return float(slope)
+
+
+def machine() -> str:
+    """The device and the versions that figures were measured with."""
+    device = jax.devices()[0]
+    name = device.device_kind
+    if device.platform == "cpu":
+        info = Path("/proc/cpuinfo")
+        lines = info.read_text().splitlines() if info.exists() else []
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        name = f"{name}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+    versions = ", ".join(f"{package} {version(package)}" for package in ("jax", "jaxlib", "flax"))
+    return f"{device.platform}: {name}; {versions}, Python {platform.python_version()}"

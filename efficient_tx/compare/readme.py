@@ -1,17 +1,24 @@
-"""The README's table of token mixers, from what their classes say of themselves."""
+"""The README's tables of token mixers and of weight structures, from what their classes say of themselves."""
 
 import re
 import sys
 from pathlib import Path
 
 from efficient_tx.attention import ATTENTION, Mixer
+from efficient_tx.linear import LINEAR
+from efficient_tx.linear.structured import Weight
 
 BEGIN = "<!-- python -m efficient_tx.compare table --write README.md -->"
-END = "<!-- end of the generated table -->"
+END = "<!-- end of the generated tables -->"
+
+
+def tables() -> str:
+    """Markdown: both tables, a blank line between them."""
+    return f"{mixer_table()}\n{structure_table()}"
 
 
 def mixer_table() -> str:
-    """Markdown: name, paper, what is computed, cost, causality and file of every variant."""
+    """Name, paper, what is computed, cost, causality and file of every variant."""
     lines = [
         "| token mixer | paper | what it computes | cost in length n | causal | file |",
         "|---|---|---|---|---|---|",
@@ -20,16 +27,37 @@ def mixer_table() -> str:
 
 
 def mixer_line(name: str, variant: type[Mixer]) -> str:
-    paper = re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[\1](https://arxiv.org/abs/\1)", variant.paper)
-    # Of the file that the table's reader would open, from the repository's root.
-    path = Path(sys.modules[variant.__module__].__file__)
-    path = path.relative_to(Path(__file__).parents[2]).as_posix()
     causal = "yes" if variant.can_be_causal else "no"
-    return f"| `{name}` | {paper} | {variant.computes} | {variant.cost} | {causal} | [{Path(path).name}]({path}) |"
+    return f"| `{name}` | {paper(variant)} | {variant.computes} | {variant.cost} | {causal} | {file(variant)} |"
+
+
+def structure_table() -> str:
+    """Name, paper, formula, parameters, projection and file of every structured weight."""
+    lines = [
+        "| weight structure | paper | W, for y = x W | parameters, n × n | nearest to a dense weight | file |",
+        "|---|---|---|---|---|---|",
+    ]
+    return "\n".join([*lines, *(structure_line(name, structure) for name, structure in LINEAR.items())]) + "\n"
+
+
+def structure_line(name: str, structure: type[Weight]) -> str:
+    said = structure.computes, structure.size, structure.nearest
+    return f"| `{name}` | {paper(structure)} | {' | '.join(said)} | {file(structure)} |"
+
+
+def paper(cls: type[Mixer] | type[Weight]) -> str:
+    return re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[\1](https://arxiv.org/abs/\1)", cls.paper)
+
+
+def file(cls: type) -> str:
+    """A link that the table's reader would open, from the repository's root."""
+    path = Path(sys.modules[cls.__module__].__file__)
+    path = path.relative_to(Path(__file__).parents[2]).as_posix()
+    return f"[{Path(path).name}]({path})"
 
 
 def replaced(text: str) -> str:
-    """`text` with the table between its markers as it is now.
+    """`text` with the tables between its markers as they are now.
 
     Raises:
       ValueError: the markers are missing.
@@ -37,5 +65,5 @@ def replaced(text: str) -> str:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:
-        raise ValueError(f"the lines {BEGIN} and {END} are missing: the table goes between them")
-    return f"{before}{begin}\n{mixer_table()}{end}{after}"
+        raise ValueError(f"the lines {BEGIN} and {END} are missing: the tables go between them")
+    return f"{before}{begin}\n{tables()}{end}{after}"

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -27,7 +27,11 @@ def to_json(rows: Sequence[Row], settings: Settings, machine: str) -> str:
 
 def to_csv(rows: Sequence[Row]) -> str:
     """One line a variant and length; milliseconds and bytes; empty where nothing was measured."""
-    lines = [line for row in rows for line in csv_lines(row)]
+    return csv_text([line for row in rows for line in csv_lines(row)])
+
+
+def csv_text(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Lines with the same keys in the same order as CSV."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
     writer.writeheader()

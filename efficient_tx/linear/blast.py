@@ -29,6 +29,11 @@ class Blast(Structured):
         parameters and no more than the side of a block, up to which a BLAST matrix is projected onto itself.
     """
 
+    paper = "Lee et al. 2024, arXiv 2410.21262"
+    computes = "blocks V_j diag(s_ij) U_iᵀ"
+    size = "2·n·rank + blocks²·rank"
+    nearest = "a fit by alternating least squares"
+
     def __init__(self, in_features: int, out_features: int, *, blocks: int = 4, rank: int | None = None, **common):
         for name, value in {"blocks": blocks, "rank": rank}.items():
             if value is not None and value < 1:

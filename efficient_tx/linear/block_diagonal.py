@@ -19,6 +19,11 @@ class BlockDiagonal(Structured):
       shuffle: block k reads the channels k, k + blocks, k + 2·blocks, ...; without it, neighbouring ones.
     """
 
+    paper = "Dao et al. 2022, arXiv 2204.00595; Zhang et al. 2017, arXiv 1707.01083"
+    computes = "P diag(B₁, …, B_k), P a channel shuffle"
+    size = "n²/blocks"
+    nearest = "its entries"
+
     def __init__(self, in_features: int, out_features: int, *, blocks: int = 4, shuffle: bool = True, **common):
         if blocks < 1:
             raise ValueError(f"blocks is {blocks}: it must be at least 1")

@@ -32,6 +32,11 @@ class BlockTensorTrain(Structured):
         dense parameters: a quarter of them at 512 features, an eighth at 2048.
     """
 
+    paper = "Qiu et al. 2024, arXiv 2406.06248"
+    computes = "√n × √n slices of a free rank"
+    size = "2·rank·n^1.5"
+    nearest = "singular value decomposition of every slice"
+
     def __init__(self, in_features: int, out_features: int, *, rank: int | None = None, **common):
         if rank is not None and rank < 1:
             raise ValueError(f"rank is {rank}: it must be at least 1")

@@ -9,6 +9,10 @@ from efficient_tx.linear.structured import Weight
 class Dense(Weight, nnx.Linear):
     """The plain linear layer, `W` `[in_features, out_features]`: what the structures are compared with."""
 
+    computes = "W itself"
+    size = "n²"
+    nearest = "itself"
+
     @property
     def multiplies(self) -> int:
         return self.in_features * self.out_features

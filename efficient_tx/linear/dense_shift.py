@@ -77,6 +77,11 @@ class DenseShift(Structured):
       ValueError: other bits.
     """
 
+    paper = "Li et al. 2022, arXiv 2208.09708"
+    computes = "γ · ±2^s"
+    size = "2·n² + 1, of which n² codes of 3 bits are the weight"
+    nearest = "sorting"
+
     def __init__(self, in_features: int, out_features: int, *, bits: int = 3, **common):
         if not 2 <= bits <= 5:
             raise ValueError(f"bits is {bits}: it must be from 2 to 5, one of them for the sign")

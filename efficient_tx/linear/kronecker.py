@@ -28,6 +28,11 @@ class Kronecker(Structured):
       rank: number of terms, at most that with which every matrix can be written.
     """
 
+    paper = "Van Loan and Pitsianis 1993"
+    computes = "Σ_t A_t ⊗ B_t"
+    size = "2·n·terms"
+    nearest = "singular value decomposition of a rearrangement"
+
     def __init__(self, in_features: int, out_features: int, *, rank: int = 1, **common):
         if rank < 1:
             raise ValueError(f"rank is {rank}: it must be at least 1")

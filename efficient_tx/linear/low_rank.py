@@ -18,6 +18,11 @@ class LowRank(Structured):
         parameters of a square dense layer.
     """
 
+    paper = "Eckart and Young 1936"
+    computes = "D U"
+    size = "2·n·rank"
+    nearest = "singular value decomposition"
+
     def __init__(self, in_features: int, out_features: int, *, rank: int | None = None, **common):
         side = min(in_features, out_features)
         if rank is not None and rank < 1:

@@ -99,6 +99,11 @@ class LowRankPlusSparse(Structured):
       ValueError: a rank below 1, an unknown pattern, a density outside (0, 1] or for a pattern that has its own.
     """
 
+    paper = "Candès et al. 2011, arXiv 0912.3599"
+    computes = "D U + S"
+    size = "2·n·rank + n²/2 with 2:4, stored as n²"
+    nearest = "alternating between the parts, a local optimum"
+
     def __init__(
         self,
         in_features: int,

@@ -52,6 +52,11 @@ class Monarch(Structured):
       ValueError: `blocks` below 1, or an `init` that is neither.
     """
 
+    paper = "Dao et al. 2022, arXiv 2204.00595"
+    computes = "diag(B₁, …, B_k) P diag(C₁, …, C_k) P"
+    size = "n²/2 with 4 blocks, 2·n·√n with √n"
+    nearest = "singular value decomposition of every slice"
+
     def __init__(self, in_features: int, out_features: int, *, blocks: int = 4, init: str = "variance", **common):
         if blocks < 1:
             raise ValueError(f"blocks is {blocks}: it must be at least 1")

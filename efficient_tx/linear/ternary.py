@@ -72,6 +72,10 @@ class Ternary(Structured):
     threshold α / 2 until its mean size is α, so that T is its rounding and the order of the entries stays.
     """
 
+    paper = "Wang et al. 2023, arXiv 2310.11453; Ma et al. 2024, arXiv 2402.17764"
+    computes = "α T, T of −1, 0 and 1; x in 8 bits"
+    size = "n², packed for inference in 2 bits each"
+    nearest = "sorting"
     input_step = 1 / STEPS
 
     def factors(self):

@@ -39,6 +39,11 @@ class Toeplitz(Structured):
       ValueError: causal and circulant at once.
     """
 
+    paper = "Golub and Van Loan, §4.8"
+    computes = "W_ij = t_(j − i)"
+    size = "2·n − 1, n if causal or circulant"
+    nearest = "mean of every diagonal"
+
     def __init__(self, in_features: int, out_features: int, *, causal: bool = False, circulant: bool = False, **common):
         if causal and circulant:
             raise ValueError("causal=True and circulant=True: what wraps around is not causal; use one of the two")

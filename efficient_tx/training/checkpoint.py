@@ -90,7 +90,15 @@ class Checkpoints:
         Raises:
           Unusable: see its subclasses.
         """
-        return _fit(_read(self.directory / str(step)), like)
+        return _fit(self.arrays(step), like)
+
+    def arrays(self, step: int) -> dict[str, np.ndarray]:
+        """What was saved at `step`, verified, by dotted path: "params.blocks.0.norm.scale".
+
+        Raises:
+          Damaged: it does not open, or is not what was saved.
+        """
+        return _read(self.directory / str(step))
 
     def first_usable(
         self,

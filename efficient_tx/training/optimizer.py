@@ -1,13 +1,14 @@
 """Names to optimizers and learning-rate schedules: two tables over optax and optax.contrib."""
 
-import difflib
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from efficient_tx.names import check_name
 
 Schedule = Callable[[jax.Array | int], jax.Array]
 
@@ -167,9 +168,9 @@ def make_optimizer(
     Raises:
       ValueError: an unknown name, or an option that the chosen optimizer has no use for.
     """
-    _check_name("name", name, OPTIMIZERS)
-    _check_name("schedule", schedule, SCHEDULES)
-    _check_name("clip_by", clip_by, ("norm", "value"))
+    check_name(name, OPTIMIZERS, "optimizer.name")
+    check_name(schedule, SCHEDULES, "optimizer.schedule")
+    check_name(clip_by, ("norm", "value"), "optimizer.clip_by")
     sizes = {"learning_rate": learning_rate, "warmup": warmup, "weight_decay": weight_decay, "clip": clip, "eps": eps}
     for option, value in sizes.items():
         if not value >= 0:
@@ -231,9 +232,3 @@ def evaluation_params(optimizer_state: optax.OptState, params: optax.Params) -> 
 def _reborn(schedule: Schedule, birth: int, rewarm: int) -> Schedule:
     """The schedule of parameters whose updates are counted from `birth` on, with a linear warm-up of its own."""
     return lambda step: schedule(step + birth) * (jnp.minimum(1.0, (step + 1) / rewarm) if rewarm else 1.0)
-
-
-def _check_name(key: str, value: str, choices: Mapping | tuple) -> None:
-    if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, 1, 0.0)[0]
-        raise ValueError(f"optimizer.{key} is {value!r}: choose one of {', '.join(choices)} (nearest: {near!r})")

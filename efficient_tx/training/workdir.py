@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from efficient_tx.files import write
 from efficient_tx.training.errors import Refused, RunError
 
 # Where the data lie, how often a line is written, where it goes, and how many checkpoints stay: none changes a result.
@@ -28,19 +29,9 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file that is, at any moment and whatever kills the process, either the old one or the new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    """`files.write`, whose OSError becomes a RunError."""
     with writing(path):
-        try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
+        write(path, content)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,0 +1,7 @@
+"""The commands, a module each with HELP, `add_flags(parser)`, `check(args)` and `run(args, console)`."""
+
+from types import ModuleType
+
+from efficient_tx.compare.commands import attention, linear, table
+
+COMMANDS: dict[str, ModuleType] = {"attention": attention, "linear": linear, "table": table}

@@ -1,0 +1,27 @@
+"""compare table: the README's tables of token mixers and of weight structures."""
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from efficient_tx.compare import readme
+from efficient_tx.compare.flags import Parser
+from efficient_tx.files import write
+
+HELP = "the README's tables of mixers and structures, as Markdown"
+
+
+def add_flags(parser: Parser) -> None:
+    parser.add_argument("--write", type=Path, metavar="README.md", help="replace the tables between the file's markers")
+
+
+def check(args: argparse.Namespace) -> None:
+    """There is nothing to check."""
+
+
+def run(args: argparse.Namespace, console: Console) -> None:
+    if args.write is None:
+        console.out(readme.tables(), end="", highlight=False)
+        return
+    write(args.write, readme.replaced(args.write.read_text()))

@@ -1,0 +1,51 @@
+"""Flags of the commands: what their values may be, and one line for those that are wrong."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+from efficient_tx.names import nearest
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line and exits 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{message}\n")
+
+
+def whole(text: str) -> int:
+    """A number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
+def wholes(text: str) -> tuple[int, ...]:
+    """Some of them, ascending."""
+    return tuple(sorted({whole(part) for part in text.split(",")}))
+
+
+def positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return number
+
+
+def keys_of(table: Mapping[str, Any], noun: str) -> Callable[[str], list[str]]:
+    """For a flag that names some keys of a table, each a `noun`: they come in the order of the table."""
+
+    def keys(text: str) -> list[str]:
+        for name in text.split(","):
+            if name not in table:
+                near = nearest(name, table)
+                raise argparse.ArgumentTypeError(
+                    f"{name!r} is no {noun}: choose of {', '.join(table)} (nearest: {near!r})"
+                )
+        return [name for name in table if name in text.split(",")]
+
+    return keys
