@@ -19,8 +19,9 @@ SHAPES = [((3, 6, 4), (3, 4, 6)), ((3, 4, 5), (2, 7, 6)), ((1, 6, 2), (6, 3, 1))
 
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch):
-    """Of 4 to 12 tokens, so that few tokens are several chunks."""
+    """Of 4 to 12 tokens, so that few tokens are several chunks; the second shape is too wide to be computed again."""
     monkeypatch.setattr(xla, "CHUNK", 4)
+    monkeypatch.setattr(xla, "NARROW", 4)
 
 
 def arrays(shapes, tokens, seed=0):
@@ -76,7 +77,7 @@ def test_small_inputs_take_the_reference_and_have_forward_mode():
 def test_large_inputs_take_chunks_on_the_cpu_and_all_at_once_elsewhere(monkeypatch):
     monkeypatch.setattr(kernel, "SMALL", 24 * 12)
     given = [jnp.asarray(array, jnp.float32) for array in arrays(SHAPES[0], 24)]
-    program = jax.jit(jax.grad(lambda *given: monarch(*given).sum(), (0, 1, 2)))
+    program = jax.jit(jax.value_and_grad(lambda *given: monarch(*given).sum(), (0, 1, 2)))
     loops = {
         platform: jax.export.export(program, platforms=[platform])(*given).mlir_module().count("stablehlo.while")
         for platform in ("cpu", "cuda", "tpu")
@@ -84,9 +85,10 @@ def test_large_inputs_take_chunks_on_the_cpu_and_all_at_once_elsewhere(monkeypat
     assert loops == {"cpu": 2, "cuda": 0, "tpu": 0}
 
 
-def test_all_at_once_is_the_same_product(monkeypatch):
+@pytest.mark.parametrize("shapes", SHAPES[:2])
+def test_all_at_once_is_the_same_product(monkeypatch, shapes):
     """What other devices run, on this one."""
-    given = arrays(SHAPES[3], 24)
+    given = arrays(shapes, 24)
     with jax.enable_x64(True):
         call = jax.value_and_grad(lambda *given: jnp.sin(monarch(*given, implementation="xla")).sum(), (0, 1, 2))
         expected = call(*given)

@@ -5,8 +5,8 @@ permutes the whole hidden layer element by element and puts every step into memo
 
 So tokens come in chunks that stay in cache, and a chunk's hidden layer has its tokens last: between `[k, q]` and
 `[l, r]` it then moves whole rows. The permutations left are those of the input (rows of p) and of the output, whose l
-is innermost by contract. The backward pass takes the products in the order that leaves every one in this layout; it
-keeps the hidden layer, as computing it again would take a sixth of all multiplications.
+is innermost by contract. The backward pass takes the products in the order that leaves every one in this layout. The
+hidden layer of narrow blocks is computed again in it, which is faster than memory and keeps nothing but the input.
 
 Other devices run the same program on all chunks at once.
 """
@@ -17,6 +17,8 @@ import jax.numpy as jnp
 # Tokens of a chunk: the fastest on two AVX-512 cores with 1 MB of cache each. No fewer than a block is wide, or reading
 # the weights and adding up their gradients costs more than the cache saves.
 CHUNK = 128
+# The widest blocks of the input that are multiplied again in the backward pass; with 128 there is nothing to gain.
+NARROW = 64
 
 
 def unsupported(*, interpret: bool) -> str | None:
@@ -30,25 +32,26 @@ def chunk_count(tokens: int, width: int) -> int:
     return next((count for count in range(most, most // 2, -1) if tokens % count == 0), 1)
 
 
-def forward(x: jax.Array, w1: jax.Array, w2: jax.Array) -> tuple[jax.Array, jax.Array]:
+def forward(x: jax.Array, w1: jax.Array, w2: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """The product `[tokens, s·l]` of x `[tokens, k·p]`, w1 `[k, q, p]` and w2 `[l, s, r]`, all of one dtype.
 
-    Also the hidden layer by chunks of c tokens, `[chunks, l, r, c]`.
+    Also the hidden layer by chunks of c tokens, `[chunks, l, r, c]`, where the backward pass takes it from memory.
     """
     out, hidden = jax.lax.platform_dependent(
         in_chunks(x, w1, w2), w1, w2.mT,
         cpu=lambda x, *weights: jax.lax.map(lambda x: ahead(x, *weights), x),
         default=jax.vmap(ahead, (0, None, None)),
     )  # fmt: skip
-    return out.reshape(x.shape[0], w2.shape[0] * w2.shape[1]), hidden
+    return out.reshape(x.shape[0], w2.shape[0] * w2.shape[1]), hidden if w1.shape[2] > NARROW else None
 
 
 def backward(
-    x: jax.Array, w1: jax.Array, w2: jax.Array, hidden: jax.Array, d_out: jax.Array
+    x: jax.Array, w1: jax.Array, w2: jax.Array, hidden: jax.Array | None, d_out: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Cotangents of x, w1 and w2."""
     l, s, _ = w2.shape
-    chunks = in_chunks(x, w1, w2), hidden, d_out.reshape(*hidden.shape[::3], s, l)
+    chunked = in_chunks(x, w1, w2)
+    chunks = chunked, hidden, d_out.reshape(*chunked.shape[:2], s, l)
 
     def one_by_one(chunks, w1, w2):
         wide = jnp.promote_types(w1.dtype, jnp.float32)
@@ -77,17 +80,23 @@ def in_chunks(x: jax.Array, w1: jax.Array, w2: jax.Array) -> jax.Array:
 
 def ahead(x: jax.Array, w1: jax.Array, w2: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Output `[c, s, l]` and hidden layer `[l, r, c]` of a chunk x `[c, k, p]`, with w1 `[k, q, p]`, w2 `[l, r, s]`."""
-    l, r, _ = w2.shape
-    hidden = jnp.einsum("kqp,kcp->kqc", w1, x.swapaxes(0, 1)).reshape(r, l, -1).swapaxes(0, 1)
+    hidden = hide(x, w1, w2)
     return jnp.einsum("lrc,lrs->lcs", hidden, w2).transpose(1, 2, 0), hidden
 
 
+def hide(x: jax.Array, w1: jax.Array, w2: jax.Array) -> jax.Array:
+    """The hidden layer `[l, r, c]`."""
+    l, r, _ = w2.shape
+    return jnp.einsum("kqp,kcp->kqc", w1, x.swapaxes(0, 1)).reshape(r, l, -1).swapaxes(0, 1)
+
+
 def back(
-    x: jax.Array, hidden: jax.Array, d_out: jax.Array, w1: jax.Array, w2: jax.Array
+    x: jax.Array, hidden: jax.Array | None, d_out: jax.Array, w1: jax.Array, w2: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Cotangents of a chunk x and of the weights, these float32 at least as they are going to be summed."""
     k, q, _ = w1.shape
     wide = jnp.promote_types(w1.dtype, jnp.float32)
+    hidden = hide(x, w1, w2) if hidden is None else hidden
     d_out = d_out.transpose(2, 0, 1)
     d_hidden = jnp.einsum("lrs,lcs->lrc", w2, d_out).swapaxes(0, 1).reshape(k, q, -1)
     d_w1 = jnp.einsum("kqc,kcp->kqp", d_hidden, x.swapaxes(0, 1), preferred_element_type=wide)
