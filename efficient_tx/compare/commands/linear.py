@@ -17,8 +17,8 @@ HELP = "size, speed and projection errors of the weight structures"
 
 def add_flags(parser: Parser) -> None:
     add, default = parser.add_argument, Settings(())
-    add("--features", type=wholes, default=(1024, 2048), help="widths at which square layers are timed")
-    add("--tokens", type=whole, default=default.tokens)
+    add("--features", type=wholes, default=(1024, 2048), help="widths that are timed; default 1024,2048")
+    add("--tokens", type=whole, default=default.tokens, help=f"default {default.tokens}")
     add("--structures", type=keys_of(LINEAR, "structure"), default=list(LINEAR), metavar="A,B",
         help="default: all; dense is timed in any case")  # fmt: skip
     add("--rounds", type=whole, default=default.rounds, help="turns in which all are timed; medians are shown")
