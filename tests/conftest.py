@@ -5,6 +5,7 @@ of train.py and eval.py, which are processes of their own, run what users run.
 """
 
 import os
+from pathlib import Path
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
@@ -13,6 +14,19 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 4)
+
+
+# A compiled program takes dozens of memory mappings; beyond 65,530 of them, Linux's default, a process dies.
+MOST_MAPPINGS = 20_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Lets go of all compiled programs after a file, once they are many."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_text().splitlines()) > MOST_MAPPINGS:
+        jax.clear_caches()
 
 
 def pytest_collection_modifyitems(items):
