@@ -9,6 +9,8 @@ import pytest
 import toy
 from command import TINY, evaluate, finish, finished_run, scratch, start, train, wait_for_step
 
+pytestmark = pytest.mark.slow
+
 DENSIFIED = [
     "--config.linear.mlp.name=monarch", "--config.densify_at=17", "--config.densify_warmup=5",
     "--config.optimizer.structured_lr=True", "--config.keep=100",
@@ -54,7 +56,6 @@ def test_a_run_ends_with_the_dense_model_and_is_evaluated_in_either_form():
     assert "--set linear.mlp.blocks: the weights of step 40 are dense, as from step 17 on" in error
 
 
-@pytest.mark.slow
 def test_killed_around_the_change_and_resumed_ends_with_the_same_lines(tmp_path):
     generator = random.Random(0)
     for _ in range(5):
@@ -69,7 +70,6 @@ def test_killed_around_the_change_and_resumed_ends_with_the_same_lines(tmp_path)
     assert toy.lines(tmp_path / "run") == toy.lines(densified_run()[0])
 
 
-@pytest.mark.slow
 def test_another_run_starts_from_either_form_of_it(tmp_path):
     """Nothing is learnt in between: what fits exactly has the accuracy of the best checkpoint."""
     path, _ = densified_run()
