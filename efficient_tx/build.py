@@ -21,6 +21,7 @@ from efficient_tx.linear.structured import Structured
 from efficient_tx.models import Classifier, TokenClassifier
 from efficient_tx.names import lookup
 from efficient_tx.numerics.random import check_rate
+from efficient_tx.sizes import at_least
 from efficient_tx.task import Task
 from efficient_tx.training.loggers import LOGGERS
 from efficient_tx.training.optimizer import make_optimizer
@@ -230,11 +231,9 @@ def check(config: ConfigDict) -> None:
     The model is built and called on abstract values, so that its own refusals come out here.
     """
     for key in ("steps", "batch_size", "grad_accum", "eval_every", "checkpoint_every", "log_every", "keep"):
-        if config[key] < 1:
-            raise ValueError(f"config.{key} is {config[key]}: it must be at least 1")
+        at_least(1, **{f"config.{key}": config[key]})
     for key in ("features", "layers", "heads", "head_dim", "mlp_features"):
-        if config.model[key] is not None and config.model[key] < 1:
-            raise ValueError(f"config.model.{key} is {config.model[key]}: it must be at least 1")
+        at_least(1, **{f"config.model.{key}": config.model[key]})
     if not 0 <= config.seed < 2**32:
         raise ValueError(f"config.seed is {config.seed}: it must be in [0, 2^32)")
     with naming("config.model"):
@@ -273,8 +272,7 @@ def check_densify(config: ConfigDict, model: nnx.Module) -> None:
         raise ValueError(
             f"config.densify_at is {config.densify_at}: it must be at least 1 and less than steps={config.steps}"
         )
-    if config.densify_warmup < 0:
-        raise ValueError(f"config.densify_warmup is {config.densify_warmup}: it must be at least 0")
+    at_least(0, **{"config.densify_warmup": config.densify_warmup})
     if not any(isinstance(layer, Structured) for _, layer in nnx.iter_modules(model)):
         raise ValueError(
             f"config.densify_at is {config.densify_at}, but no weight is structured: choose a structure, as "

@@ -25,10 +25,11 @@ import jax.numpy as jnp
 
 from efficient_tx.attention.block_patterns import Fixed, Strided, Window, bigbird_blocks
 from efficient_tx.attention.multihead import MultiHead
-from efficient_tx.attention.shapes import at_least, compact, key_mask, spread, token_ranks
+from efficient_tx.attention.shapes import compact, key_mask, spread, token_ranks
 from efficient_tx.attention.softmax import softmax
 from efficient_tx.kernels import block_attention, flash_attention
 from efficient_tx.numerics.random import evaluation_keys, example_keys
+from efficient_tx.sizes import at_least
 
 
 def local(

@@ -17,8 +17,9 @@ from flax import nnx
 
 from efficient_tx.attention.multihead import MultiHead
 from efficient_tx.attention.rotary import rotate
-from efficient_tx.attention.shapes import at_least, key_mask, place, query_positions, take
+from efficient_tx.attention.shapes import key_mask, place, query_positions, take
 from efficient_tx.kernels import gated_linear_attention
+from efficient_tx.sizes import at_least
 
 
 def gla(

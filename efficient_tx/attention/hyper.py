@@ -25,12 +25,13 @@ import numpy as np
 
 from efficient_tx.attention.block_and_samples import Choice, Sizes, attend_to_block_and_samples, rows_of
 from efficient_tx.attention.multihead import MultiHead
-from efficient_tx.attention.shapes import at_least, key_mask, repeat_heads
+from efficient_tx.attention.shapes import key_mask, repeat_heads
 from efficient_tx.attention.softmax import softmax
 from efficient_tx.kernels import flash_attention
 from efficient_tx.numerics.lsh import hamming_buckets, hash_directions, sort_by_bucket
 from efficient_tx.numerics.random import evaluation_keys, example_keys
 from efficient_tx.numerics.segments import segment_starts
+from efficient_tx.sizes import at_least
 
 LARGEST_TILE = 128  # rows of queries at a time; every block costs a tile more than its own queries
 

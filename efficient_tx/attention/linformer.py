@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_tx.attention.multihead import MultiHead
-from efficient_tx.attention.shapes import at_least, compact, key_mask
+from efficient_tx.attention.shapes import compact, key_mask
 from efficient_tx.kernels import flash_attention
+from efficient_tx.sizes import at_least
 
 HIGHEST = jax.lax.Precision.HIGHEST
 

@@ -20,11 +20,12 @@ from flax import nnx
 
 from efficient_tx.attention.depthwise import depthwise, initial_weights
 from efficient_tx.attention.multihead import MultiHead
-from efficient_tx.attention.shapes import at_least, key_mask, repeat_heads
+from efficient_tx.attention.shapes import key_mask, repeat_heads
 from efficient_tx.attention.softmax import softmax
 from efficient_tx.kernels import flash_attention
 from efficient_tx.numerics.segments import segment_means
 from efficient_tx.numerics.spd import newton_inverse
+from efficient_tx.sizes import at_least
 
 
 def nystromformer(

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 from efficient_tx.attention.grid import lay_out, take_up
 from efficient_tx.attention.mixer import Mixer
-from efficient_tx.attention.shapes import at_least, compact, key_mask, spread
+from efficient_tx.attention.shapes import compact, key_mask, spread
+from efficient_tx.sizes import at_least
 
 
 def pool(

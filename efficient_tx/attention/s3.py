@@ -22,9 +22,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_tx.attention.multihead import MultiHead
-from efficient_tx.attention.shapes import at_least, compact, key_mask, repeat_heads, spread
+from efficient_tx.attention.shapes import compact, key_mask, repeat_heads, spread
 from efficient_tx.kernels import flash_attention
 from efficient_tx.numerics.random import evaluation_keys, sample_tokens, take_tokens
+from efficient_tx.sizes import at_least
 
 HIGHEST = jax.lax.Precision.HIGHEST
 

@@ -111,10 +111,3 @@ def take(x: jax.Array, at: tuple[jax.Array, jax.Array]) -> jax.Array:
     """The rows of `x` `[batch, keys, ...]` at the positions of `query_positions`, zero for a query that sees no key."""
     position, seen = at
     return jnp.where(over(seen, x), x[jnp.arange(len(x))[:, None], position], 0)
-
-
-def at_least(least: int, **options: int) -> None:
-    """Raises ValueError, one line, for the first of the options that is below `least`."""
-    for name, value in options.items():
-        if value < least:
-            raise ValueError(f"{name} is {value}: it must be at least {least}")

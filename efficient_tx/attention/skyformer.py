@@ -19,12 +19,13 @@ import jax.numpy as jnp
 
 from efficient_tx.attention.kernelized import kernelized
 from efficient_tx.attention.multihead import MultiHead
-from efficient_tx.attention.shapes import at_least, key_mask, repeat_heads
+from efficient_tx.attention.shapes import key_mask, repeat_heads
 from efficient_tx.kernels import flash_attention
 from efficient_tx.numerics.landmarks import draw_by_weight, kernel_leverage, lloyd, tokens_at
 from efficient_tx.numerics.random import evaluation_keys, example_keys, fold, sample_tokens, take_tokens
 from efficient_tx.numerics.segments import segment_means
 from efficient_tx.numerics.spd import newton_inverse, spd_solve
+from efficient_tx.sizes import at_least
 
 CHOICES = ("uniform", "segments", "leverage", "kmeans")
 

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from efficient_tx.attention.multihead import MultiHead
-from efficient_tx.attention.shapes import at_least
 from efficient_tx.attention.triples import attend_to_pairs
+from efficient_tx.sizes import at_least
 
 
 def tensor(

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from efficient_tx.compare.linear import Row, Settings
 from efficient_tx.compare.linear_report import dense, faster, share_stored
-from efficient_tx.compare.plots import COLOURS, MARKERS, label_right, plain_ticks, png
+from efficient_tx.compare.plots import label_right, looks, plain_ticks, png
 
 
 def gains_and_losses(
@@ -20,24 +20,21 @@ def gains_and_losses(
     figure.suptitle(about, fontsize=10)
     left, right = figure.subplots(1, 2)
     structures = dict.fromkeys(row.structure for row in (*rows, *projected))
-    looks = {
-        structure: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-        for i, structure in enumerate(structures)
-    }
-    speed(left, rows, settings, looks)
-    errors(right, projected, looks)
+    look_of = looks(structures)
+    speed(left, rows, settings, look_of)
+    errors(right, projected, look_of)
     for axes in (left, right):
         axes.grid(alpha=0.3)
     return png(figure)
 
 
-def speed(axes: Axes, rows: Sequence[Row], settings: Settings, looks: dict[str, dict[str, str]]) -> None:
+def speed(axes: Axes, rows: Sequence[Row], settings: Settings, look_of: dict[str, dict[str, str]]) -> None:
     timed = [row for row in rows if faster(row, rows) and row.structure != "dense"]
     by_width = [[row for row in timed if row.in_features == width] for width in settings.features]
     labels, shares = [], []
     for case in zip(*by_width):
         points = [(row.multiplies / dense(row, rows).multiplies, faster(row, rows)) for row in case]
-        look = looks[case[-1].structure]
+        look = look_of[case[-1].structure]
         axes.plot(*zip(*points), markersize=6, linewidth=0.8, markerfacecolor="white", **look)
         axes.plot(*points[-1], linestyle="none", markersize=6, **look)
         labels.append((points[-1][1], case[-1].name, look["color"], points[-1][0]))
@@ -56,10 +53,10 @@ def speed(axes: Axes, rows: Sequence[Row], settings: Settings, looks: dict[str, 
     label_right(axes, labels)
 
 
-def errors(axes: Axes, projected: Sequence[Row], looks: dict[str, dict[str, str]]) -> None:
+def errors(axes: Axes, projected: Sequence[Row], look_of: dict[str, dict[str, str]]) -> None:
     labels = []
     for row in projected:
-        look, place = looks[row.structure], share_stored(row)
+        look, place = look_of[row.structure], share_stored(row)
         axes.plot(place, row.error, linestyle="none", markersize=7, **look)
         labels.append((row.error, row.name, look["color"], place))
     axes.set(xscale="log", ylim=(0, 1), xlabel="bytes, share of dense", ylabel="‖W − Ŵ‖ / ‖W‖", title="Projection of W")

@@ -2,7 +2,7 @@
 
 import io
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 # Not pyplot: it has global state, and looks for a screen.
 from matplotlib.axes import Axes
@@ -35,8 +35,9 @@ def error_against_time(rows: Sequence[Row], settings: Settings, machine: str) ->
     panels = dict(zip(FAMILIES, figure.subplots(1, len(FAMILIES), sharex=True, sharey=True)))
     labels = {family: [] for family in FAMILIES}
     exact = sorted((row for row in timed if row.approximates == row.name), key=lambda row: row.seconds()[length])
+    look_of = looks(row.name for row in rows)
     for (family, axes), row in itertools.product(panels.items(), timed):
-        ms, look = 1e3 * row.seconds()[length], looks(rows)[row.name]
+        ms, look = 1e3 * row.seconds()[length], look_of[row.name]
         if row in exact:
             axes.axvline(ms, color=look["color"], linestyle=":", linewidth=1)
             # One above the other: exact methods take similar times.
@@ -65,12 +66,12 @@ def time_against_length(rows: Sequence[Row], settings: Settings, machine: str) -
     figure = Figure(figsize=(11, 8.5), layout="constrained")
     axes = figure.subplots()
     axes.set_title(f"Forward and backward, {sizes(settings)}\n{machine}", fontsize=10)
-    labels = []
+    labels, look_of = [], looks(row.name for row in rows)
     for row in rows:
         seconds = row.seconds()
         if not seconds:
             continue
-        look, growth = looks(rows)[row.name], "" if row.exponent is None else f"  n^{row.exponent:.2f}"
+        look, growth = look_of[row.name], "" if row.exponent is None else f"  n^{row.exponent:.2f}"
         points = [(length, 1e3 * s) for length, s in seconds.items()]
         axes.plot(*zip(*points), markersize=5, linewidth=1.2, linestyle="-" if row.subquadratic else "--", **look)
         end = points[-1]
@@ -101,11 +102,11 @@ def plain_ticks(axis: Axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def looks(rows: Sequence[Row]) -> dict[str, dict[str, str]]:
-    """A colour and a marker for each variant, the same in both pictures."""
+def looks(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """A colour and a marker for each name, the same in all pictures of a comparison."""
     pairs = ((colour, marker) for shift in itertools.count() for i, colour in enumerate(COLOURS)
              for marker in [MARKERS[(i + shift) % len(MARKERS)]])  # fmt: skip
-    return {row.name: {"color": colour, "marker": marker} for row, (colour, marker) in zip(rows, pairs)}
+    return {name: {"color": colour, "marker": marker} for name, (colour, marker) in zip(names, pairs)}
 
 
 def label_right(axes: Axes, labels: Sequence[tuple[float, str, str, float]]) -> None:

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from efficient_tx.attention import ATTENTION, Mixer
@@ -19,30 +20,34 @@ def tables() -> str:
 
 def mixer_table() -> str:
     """Name, paper, what is computed, cost, causality and file of every variant."""
-    lines = [
-        "| token mixer | paper | what it computes | cost in length n | causal | file |",
-        "|---|---|---|---|---|---|",
-    ]
-    return "\n".join([*lines, *(mixer_line(name, variant) for name, variant in ATTENTION.items())]) + "\n"
-
-
-def mixer_line(name: str, variant: type[Mixer]) -> str:
-    causal = "yes" if variant.can_be_causal else "no"
-    return f"| `{name}` | {paper(variant)} | {variant.computes} | {variant.cost} | {causal} | {file(variant)} |"
+    return table(
+        ("token mixer", "paper", "what it computes", "cost in length n", "causal", "file"),
+        (
+            (f"`{name}`", paper(variant), variant.computes, variant.cost, causal(variant), file(variant))
+            for name, variant in ATTENTION.items()
+        ),
+    )
 
 
 def structure_table() -> str:
     """Name, paper, formula, parameters, projection and file of every structured weight."""
-    lines = [
-        "| weight structure | paper | W, for y = x W | parameters, n × n | nearest to a dense weight | file |",
-        "|---|---|---|---|---|---|",
-    ]
-    return "\n".join([*lines, *(structure_line(name, structure) for name, structure in LINEAR.items())]) + "\n"
+    return table(
+        ("weight structure", "paper", "W, for y = x W", "parameters, n × n", "nearest to a dense weight", "file"),
+        (
+            (f"`{name}`", paper(weight), weight.computes, weight.size, weight.nearest, file(weight))
+            for name, weight in LINEAR.items()
+        ),
+    )
 
 
-def structure_line(name: str, structure: type[Weight]) -> str:
-    said = structure.computes, structure.size, structure.nearest
-    return f"| `{name}` | {paper(structure)} | {' | '.join(said)} | {file(structure)} |"
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown, one line a row."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (columns, *rows)]
+    return "\n".join([lines[0], "|---" * len(columns) + "|", *lines[1:]]) + "\n"
+
+
+def causal(variant: type[Mixer]) -> str:
+    return "yes" if variant.can_be_causal else "no"
 
 
 def paper(cls: type[Mixer] | type[Weight]) -> str:

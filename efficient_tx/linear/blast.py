@@ -14,6 +14,7 @@ import numpy as np
 
 from efficient_tx.linear.structured import Factor, Structured, in_chunks, pad
 from efficient_tx.numerics.spd import spd_solve
+from efficient_tx.sizes import at_least
 
 SWEEPS = 100
 
@@ -35,9 +36,7 @@ class Blast(Structured):
     nearest = "a fit by alternating least squares"
 
     def __init__(self, in_features: int, out_features: int, *, blocks: int = 4, rank: int | None = None, **common):
-        for name, value in {"blocks": blocks, "rank": rank}.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}: it must be at least 1")
+        at_least(1, blocks=blocks, rank=rank)
         self.blocks = blocks
         self.in_block = -(-in_features // blocks)
         self.out_block = -(-out_features // blocks)

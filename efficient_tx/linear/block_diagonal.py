@@ -7,6 +7,7 @@ ShuffleNet (Zhang et al. 2017, arXiv 1707.01083). Without it, stacked layers nev
 import jax.numpy as jnp
 
 from efficient_tx.linear.structured import Factor, Structured, in_chunks, pad
+from efficient_tx.sizes import at_least
 
 
 class BlockDiagonal(Structured):
@@ -25,8 +26,7 @@ class BlockDiagonal(Structured):
     nearest = "its entries"
 
     def __init__(self, in_features: int, out_features: int, *, blocks: int = 4, shuffle: bool = True, **common):
-        if blocks < 1:
-            raise ValueError(f"blocks is {blocks}: it must be at least 1")
+        at_least(1, blocks=blocks)
         self.blocks = min(blocks, in_features, out_features)
         self.shuffle = shuffle
         self.in_block = -(-in_features // self.blocks)

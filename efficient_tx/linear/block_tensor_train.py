@@ -12,6 +12,7 @@ import math
 
 from efficient_tx.linear.monarch import monarch, nearest_slices
 from efficient_tx.linear.structured import Factor, Structured, pad
+from efficient_tx.sizes import at_least
 
 
 def split(size: int) -> tuple[int, int]:
@@ -38,8 +39,7 @@ class BlockTensorTrain(Structured):
     nearest = "singular value decomposition of every slice"
 
     def __init__(self, in_features: int, out_features: int, *, rank: int | None = None, **common):
-        if rank is not None and rank < 1:
-            raise ValueError(f"rank is {rank}: it must be at least 1")
+        at_least(1, rank=rank)
         self.in_blocks, self.in_block = split(in_features)
         self.out_groups, self.out_group = split(out_features)
         if rank is None:

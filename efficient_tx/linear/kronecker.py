@@ -9,6 +9,7 @@ import math
 import jax.numpy as jnp
 
 from efficient_tx.linear.structured import Factor, Structured, in_chunks
+from efficient_tx.sizes import at_least
 
 
 def divide(size: int) -> tuple[int, int]:
@@ -34,8 +35,7 @@ class Kronecker(Structured):
     nearest = "singular value decomposition of a rearrangement"
 
     def __init__(self, in_features: int, out_features: int, *, rank: int = 1, **common):
-        if rank < 1:
-            raise ValueError(f"rank is {rank}: it must be at least 1")
+        at_least(1, rank=rank)
         self.a, self.b = divide(in_features)
         self.c, self.d = divide(out_features)
         self.rank = min(rank, self.a * self.c, self.b * self.d)

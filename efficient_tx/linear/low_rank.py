@@ -6,6 +6,7 @@ The best approximation of a given rank is the truncated singular value decomposi
 import jax.numpy as jnp
 
 from efficient_tx.linear.structured import Factor, Structured
+from efficient_tx.sizes import at_least
 
 
 class LowRank(Structured):
@@ -25,8 +26,7 @@ class LowRank(Structured):
 
     def __init__(self, in_features: int, out_features: int, *, rank: int | None = None, **common):
         side = min(in_features, out_features)
-        if rank is not None and rank < 1:
-            raise ValueError(f"rank is {rank}: it must be at least 1")
+        at_least(1, rank=rank)
         self.rank = min(side, -(-side // 4) if rank is None else rank)
         super().__init__(in_features, out_features, **common)
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from efficient_tx.linear.structured import Factor, Structured
+from efficient_tx.sizes import at_least
 
 ITERATIONS = 100
 
@@ -115,8 +116,7 @@ class LowRankPlusSparse(Structured):
         **common,
     ):
         side = min(in_features, out_features)
-        if rank is not None and rank < 1:
-            raise ValueError(f"rank is {rank}: it must be at least 1")
+        at_least(1, rank=rank)
         if pattern not in ("2:4", "top"):
             raise ValueError(f"pattern is {pattern!r}: choose '2:4' or 'top'")
         if pattern == "2:4" and density is not None:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from efficient_tx.kernels.monarch import monarch
 from efficient_tx.linear.structured import Factor, Structured, pad
+from efficient_tx.sizes import at_least
 
 
 def nearest_slices(kernel: jax.Array, k: int, p: int, s: int, l: int, rank: int) -> tuple[jax.Array, jax.Array]:
@@ -58,8 +59,7 @@ class Monarch(Structured):
     nearest = "singular value decomposition of every slice"
 
     def __init__(self, in_features: int, out_features: int, *, blocks: int = 4, init: str = "variance", **common):
-        if blocks < 1:
-            raise ValueError(f"blocks is {blocks}: it must be at least 1")
+        at_least(1, blocks=blocks)
         if init not in ("variance", "published"):
             raise ValueError(f"init is {init!r}: choose 'variance' or 'published'")
         self.blocks = blocks

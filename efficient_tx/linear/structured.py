@@ -81,7 +81,7 @@ class Weight:
 
     @property
     def bytes_stored(self) -> int:
-        """Bytes of the arrays that hold the layer while it is trained."""
+        """Bytes of the arrays that hold the layer."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(self)))
 
     @property

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_tx.linear.straight_through import straight_through
-from efficient_tx.linear.structured import Factor, Structured
+from efficient_tx.linear.structured import Factor, Structured, Weight
 
 STEPS = 127
 # α² times the share of levels that are not 0, for a normal latent weight of variance 1: E|w|² P(|w| > E|w| / 2).
@@ -168,7 +168,4 @@ class PackedTernary(nnx.Module):
         """The weight, `[in_features, out_features]`, in the dtype of the layer that was packed."""
         return (self.levels() * self.scale[...]).astype(self.param_dtype)
 
-    @property
-    def bytes_stored(self) -> int:
-        """Bytes of the arrays that hold the layer."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(self)))
+    bytes_stored = Weight.bytes_stored

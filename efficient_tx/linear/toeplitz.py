@@ -12,19 +12,6 @@ import jax.numpy as jnp
 from efficient_tx.linear.structured import Factor, Structured
 
 
-def fft_length(least: int) -> int:
-    """The first number from `least` on that has no prime factor above 5: transforms of such lengths are fast."""
-    length = least
-    while True:
-        rest = length
-        for prime in (2, 3, 5):
-            while rest % prime == 0:
-                rest //= prime
-        if rest == 1:
-            return length
-        length += 1
-
-
 class Toeplitz(Structured):
     """A linear layer whose weight is constant along its diagonals; transforms are float32 at least.
 
@@ -45,6 +32,9 @@ class Toeplitz(Structured):
     nearest = "mean of every diagonal"
 
     def __init__(self, in_features: int, out_features: int, *, causal: bool = False, circulant: bool = False, **common):
+        # Not above: importing the structures imports no more than flax does.
+        from scipy.fft import next_fast_len
+
         if causal and circulant:
             raise ValueError("causal=True and circulant=True: what wraps around is not causal; use one of the two")
         self.causal = causal
@@ -56,7 +46,7 @@ class Toeplitz(Structured):
             self.first = 0 if causal else in_features - 1
             self.count = self.first + out_features
             # Anything shorter than inputs and outputs together would wrap into an output.
-            self.length = fft_length(self.seen + out_features - 1)
+            self.length = next_fast_len(self.seen + out_features - 1, real=True)
         super().__init__(in_features, out_features, **common)
 
     def factors(self):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_tx.numerics.random import dropout, example_keys, fold
+from efficient_tx.sizes import at_least
 
 NORMS: dict[str, Callable] = {"layer": nnx.LayerNorm, "rms": nnx.RMSNorm}
 
@@ -123,8 +124,7 @@ class Encoder(nnx.Module):
         rngs: nnx.Rngs,
         **block,
     ):
-        if layers < 1:
-            raise ValueError(f"layers is {layers}: it must be at least 1")
+        at_least(1, layers=layers)
         self.blocks = nnx.List(
             Block(
                 features,

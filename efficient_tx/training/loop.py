@@ -20,6 +20,7 @@ from efficient_tx.training.report import Report
 from efficient_tx.training.signals import StopSignals
 from efficient_tx.training.stages import Stage, enter, stage_at
 from efficient_tx.training.step import State, clear_window, init_state, make_train_step, replicate
+from efficient_tx.training.summary import parameter_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,8 +196,8 @@ class Loop:
         self._settle(state)
         before = self._stage
         self._use(stage)
-        count = [sum(leaf.size for leaf in jax.tree.leaves(nnx.split(one.model)[1])) for one in (before, stage)]
-        self._report.say(f"step {stage.start}/{self._plan.steps}  {count[0]:,} parameters become {count[1]:,}")
+        old, new = (parameter_count(one.model) for one in (before, stage))
+        self._report.say(f"step {stage.start}/{self._plan.steps}  {old:,} parameters become {new:,}")
         return replicate(enter(state, before, stage))
 
     def _advance(self, state: State, batches: Iterator[Batch]) -> State:

@@ -11,6 +11,7 @@ from efficient_tx.kernels.block_attention.options import Options
 from efficient_tx.kernels.forward_mode import reverse_only
 from efficient_tx.kernels.implementations import choose
 from efficient_tx.kernels.shapes import check_shapes
+from efficient_tx.sizes import at_least
 
 # Best first. Each module has `unsupported` and `forward`, and all but the reference a `backward`.
 IMPLEMENTATIONS = {"xla": xla, "reference": reference}
@@ -113,8 +114,7 @@ def check_blocks(q: jax.Array, k: jax.Array, mask: jax.Array | None, blocks: jax
     batch, keys = k.shape[:2]
     if mask is not None and mask.shape != (batch, keys):
         raise ValueError(f"mask has shape {mask.shape}: block_attention takes the key mask, ({batch}, {keys})")
-    if block_size < 1:
-        raise ValueError(f"block_size is {block_size}: it must be at least 1")
+    at_least(1, block_size=block_size)
     count = -(-q.shape[1] // block_size)
     each = blocks.ndim == 4 and blocks.shape[0] in (1, batch) and blocks.shape[1] in (1, q.shape[2])
     if not each or blocks.shape[2] != count or blocks.shape[3] < 1 or not jnp.issubdtype(blocks.dtype, jnp.integer):
