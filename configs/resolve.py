@@ -114,7 +114,7 @@ def resolve(config: ConfigDict, typed: Mapping[str, Any]) -> ConfigDict:
       ValueError: an unknown protocol or key.
     """
     config = copy.deepcopy(config)
-    for key in ("protocol", *NAMES):
+    for key in ("protocol", "model.name", *NAMES):
         if key in typed:
             assign(config, key, typed[key], f"--config.{key}={typed[key]}")
     config = complete(config)
@@ -135,7 +135,8 @@ def restore(stored: Mapping[str, Any]) -> ConfigDict:
     missing = {"task.name", *NAMES} - set(flat)
     if missing:
         raise ValueError(f"config.json has no {min(missing)}: it is damaged, or of another version")
-    config = make_config(flat["task.name"], "+".join(flat[name] for name in NAMES))
+    model = {"model": {"name": flat["model.name"]}} if "model.name" in flat else {}  # older runs have no such key
+    config = make_config(flat["task.name"], "+".join(flat[name] for name in NAMES), **model)
     for key, value in flat.items():
         if value is not None:
             assign(config, key, tuple(value) if isinstance(value, list) else value, f"config.json, {key}={value}")

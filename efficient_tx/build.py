@@ -5,7 +5,7 @@ import copy
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType, NoneType
 from typing import get_args
 
@@ -18,7 +18,7 @@ from ml_collections.config_dict import placeholder
 from efficient_tx.attention import ATTENTION
 from efficient_tx.linear import LINEAR, densify, structured_learning_rates
 from efficient_tx.linear.structured import Structured
-from efficient_tx.models import Classifier, TokenClassifier
+from efficient_tx.models import Classifier, DualEncoder, TokenClassifier
 from efficient_tx.names import lookup
 from efficient_tx.numerics.random import check_rate
 from efficient_tx.sizes import at_least
@@ -27,7 +27,12 @@ from efficient_tx.training.loggers import LOGGERS
 from efficient_tx.training.optimizer import make_optimizer
 from efficient_tx.training.stages import Stage, make_stages
 
-MODELS: dict[str, type[nnx.Module]] = {"tokens": Classifier, "token_labels": TokenClassifier}
+# What reads the examples of each kind, by name; the first one unless a config says otherwise.
+MODELS: dict[str, dict[str, type[nnx.Module]]] = {
+    "tokens": {"transformer": Classifier},
+    "token_labels": {"transformer": TokenClassifier},
+    "token_pairs": {"transformer": DualEncoder},
+}
 DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
 
 # Sequences beyond this would not fit any machine; it is far above Path-X and the needle tasks.
@@ -93,9 +98,9 @@ def parse_mixers(pattern: str) -> list[str]:
 
 
 def complete(config: ConfigDict) -> ConfigDict:
-    """A copy whose sections attention.* and linear.* fit the names in it: missing ones appear with their defaults.
+    """A copy whose sections fit the names in it: model, attention.*, linear.*. Missing keys get their defaults.
 
-    Sections of variants that the pattern does not name are dropped.
+    Sections of variants that the pattern does not name are dropped, and so are keys that a named class does not have.
     """
     config = copy.deepcopy(config)
     with config.unlocked():
@@ -107,17 +112,26 @@ def complete(config: ConfigDict) -> ConfigDict:
             }
         )
         for place in ("mlp", "projections"):
-            chosen = config.linear[place]
-            fresh = options(lookup(LINEAR, chosen.name, f"config.linear.{place}.name"), GIVEN["linear"])
-            fresh.name = chosen.name
-            fresh.update({key: chosen[key] for key in fresh if key in chosen})
-            config.linear[place] = fresh
+            config.linear[place] = named(config.linear[place], LINEAR, GIVEN["linear"], f"config.linear.{place}")
+        models = MODELS[task_module(config.task.name).KIND]
+        config.model = named(config.model, models, GIVEN["model"], "config.model")
     config.lock()
     return config
 
 
+def named(section: ConfigDict, table: Mapping[str, type], given: set[str], where: str) -> ConfigDict:
+    """The options of the class that `section.name` names in `table`, with the values that `section` has of them."""
+    fresh = options(lookup(table, section.name, f"{where}.name"), given)
+    fresh.name = section.name
+    fresh.update({key: section[key] for key in fresh if key in section})
+    return fresh
+
+
 def task_module(name: str) -> ModuleType:
-    """The module that makes a task: it has `get_task` and says with `KIND` what its examples look like.
+    """The module that makes a task with `get_task`.
+
+    With `KIND` it says what the examples look like, and with `sizes`, from the options of `get_task` and without
+    touching data, the num_classes, vocab_size, max_len and image_shape of the task.
 
     Raises:
       ValueError: there is no such module, or it makes no task.
@@ -128,9 +142,11 @@ def task_module(name: str) -> ModuleType:
         raise ValueError(
             f"config.task.name is {name!r}: {error}; give a module with get_task, as 'lra.listops'"
         ) from None
-    for needed in ("get_task", "KIND"):
+    for needed in ("get_task", "KIND", "sizes"):
         if not hasattr(module, needed):
             raise ValueError(f"config.task.name is {name!r}: that module has no {needed}, so it makes no task")
+    if module.KIND not in MODELS:
+        raise ValueError(f"config.task.name is {name!r}, of kind {module.KIND!r}: models read {', '.join(MODELS)}")
     return module
 
 
@@ -180,24 +196,24 @@ def build_model(config: ConfigDict, task: Task) -> nnx.Module:
     Raises:
       ValueError: a name, a size or a combination that no model has.
     """
-    model = config.model
-    if model.head_dim is None and model.features % model.heads:
-        raise ValueError(
-            f"config.model.heads is {model.heads}: {model.features} features do not divide into it; set head_dim too"
-        )
+    arguments = dict(config.model)
+    model = lookup(MODELS[task.kind], arguments.pop("name"), "config.model.name")
+    features, heads = arguments["features"], arguments["heads"]
+    if isinstance(heads, int) and arguments.get("head_dim") is None and features % heads:
+        raise ValueError(f"config.model.heads is {heads}: {features} features do not divide into it; set head_dim too")
+    tokens = {"vocab_size": task.vocab_size, "max_len": task.max_len}
     projections = build_linear(config.linear.projections, "config.linear.projections")
     mixers = [build_mixer(name, config.attention[name], projections) for name in parse_mixers(config.mixers)]
     with naming("config.model"):
-        return lookup(MODELS, task.kind, "task.kind")(
+        return model(
             num_classes=task.num_classes,
-            vocab_size=task.vocab_size,
-            max_len=task.max_len,
+            **({"image_shape": task.image_shape} if task.kind == "image" else tokens),
             mixers=mixers,
             linear=build_linear(config.linear.mlp, "config.linear.mlp"),
             remat=config.remat,
             dtype=lookup(DTYPES, config.dtype, "config.dtype"),
             rngs=nnx.Rngs(jax.random.fold_in(jax.random.key(config.seed), PARAMETERS)),
-            **model,
+            **arguments,
         )
 
 
@@ -233,7 +249,8 @@ def check(config: ConfigDict) -> None:
     for key in ("steps", "batch_size", "grad_accum", "eval_every", "checkpoint_every", "log_every", "keep"):
         at_least(1, **{f"config.{key}": config[key]})
     for key in ("features", "layers", "heads", "head_dim", "mlp_features"):
-        at_least(1, **{f"config.model.{key}": config.model[key]})
+        if isinstance(config.model.get(key), int):
+            at_least(1, **{f"config.model.{key}": config.model[key]})
     if not 0 <= config.seed < 2**32:
         raise ValueError(f"config.seed is {config.seed}: it must be in [0, 2^32)")
     with naming("config.model"):
@@ -244,19 +261,13 @@ def check(config: ConfigDict) -> None:
         raise ValueError(f"config.grad_accum is {config.grad_accum}: it must divide batch_size {config.batch_size}")
     for name in config.loggers:
         lookup(LOGGERS, name, "config.loggers")
-    shape = Task(
-        *((),) * 3,
-        kind=task_module(config.task.name).KIND,
-        num_classes=2,
-        vocab_size=2,
-        max_len=config.task.get("max_len", 256),
-        name="",
-        source="",
-    )
+    module = task_module(config.task.name)
+    with naming("config.task"):
+        sizes = module.sizes(**config.task)
+    shape = Task(*((),) * 3, kind=module.KIND, name="", source="", **sizes)
 
     def forward(model):
-        tokens = jnp.zeros((1, shape.max_len), jnp.int32)
-        return model(tokens, mask=tokens == 0, key=jax.random.key(0))
+        return model(**empty_inputs(shape), key=jax.random.key(0))
 
     with naming("config.model"):
         model = nnx.eval_shape(lambda: build_model(config, shape))
@@ -264,6 +275,15 @@ def check(config: ConfigDict) -> None:
     if config.densify_at is not None:
         check_densify(config, model)
     build_stages(config, model)
+
+
+def empty_inputs(task: Task) -> dict[str, jax.Array]:
+    """A batch of one example without content: what a model of the task is called with."""
+    if task.kind == "image":
+        return {"inputs": jnp.zeros((1, *task.image_shape))}
+    tokens = jnp.zeros((1, task.max_len), jnp.float32 if task.vocab_size is None else jnp.int32)
+    inputs = {"inputs": tokens, "mask": tokens == 0}
+    return {**inputs, "inputs2": tokens, "mask2": tokens == 0} if task.kind == "token_pairs" else inputs
 
 
 def check_densify(config: ConfigDict, model: nnx.Module) -> None:

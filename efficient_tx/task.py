@@ -37,6 +37,7 @@ class Task:
       num_classes: labels are integers in [0, num_classes).
       vocab_size: token ids are integers in [0, vocab_size); id 0 is the padding. None for real-valued inputs.
       max_len: the longest example; every batch is padded to it.
+      image_shape: (height, width, channels) of every image, for the kind "image"; None for the others.
       name: the task's short name, a column of the results ("listops").
       source: where the data come from, in words ("generated, seed 0").
       baselines: test accuracy of answers that a model has to beat, by name, computed on this very test split.
@@ -51,6 +52,7 @@ class Task:
     max_len: int
     name: str
     source: str
+    image_shape: tuple[int, int, int] | None = None
     baselines: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 

@@ -30,6 +30,11 @@ _DRAWS_PER_TRIAL = 2**20
 _LEAST_GAIN_PER_TRIAL = 0.01
 
 
+def sizes(*, max_len: int, **_) -> dict[str, int]:
+    """What a model has to know of the task, from the options of `get_task` alone."""
+    return {"num_classes": 10, "vocab_size": len(VOCABULARY), "max_len": max_len}
+
+
 def get_task(
     *,
     data_dir: str | None = None,
@@ -64,19 +69,19 @@ def get_task(
       FileNotFoundError: `source` is no directory, or a file in it is missing.
       OSError: generated data cannot be stored.
     """
-    sizes = {"train": train_size, "val": val_size, "test": test_size}
-    _check(sizes, min_len, max_len, seed)
+    counts = {"train": train_size, "val": val_size, "test": test_size}
+    _check(counts, min_len, max_len, seed)
     if source == "generated":
         name = f"{train_size}-{val_size}-{test_size}_len{min_len}-{max_len}_seed{seed}_{_GENERATOR}"
         directory = data_directory(data_dir) / "listops" / name
-        arrays = generate.stored(directory, lambda: _generate(sum(sizes.values()), min_len, max_len, seed))
+        arrays = generate.stored(directory, lambda: _generate(sum(counts.values()), min_len, max_len, seed))
         everything = Expressions(**arrays)
-        ends = np.cumsum(list(sizes.values()))
-        splits = [everything.part(end - size, end) for size, end in zip(sizes.values(), ends)]
+        ends = np.cumsum(list(counts.values()))
+        splits = [everything.part(end - size, end) for size, end in zip(counts.values(), ends)]
         described = f"generated, seed {seed}"
     else:
         directory = _release(source)
-        splits = [_read(directory / f"basic_{split}.tsv", size, min_len, max_len) for split, size in sizes.items()]
+        splits = [_read(directory / f"basic_{split}.tsv", size, min_len, max_len) for split, size in counts.items()]
         described = f"{directory}, the first {'/'.join(str(len(split)) for split in splits)} expressions"
     baselines = _baselines(splits[0], splits[2])
     if drop_brackets:
@@ -84,9 +89,7 @@ def get_task(
     return Task(
         *splits,
         kind=KIND,
-        num_classes=10,
-        vocab_size=len(VOCABULARY),
-        max_len=max_len,
+        **sizes(max_len=max_len),
         name="listops-no-brackets" if drop_brackets else "listops",
         source=described,
         baselines=baselines,
@@ -134,8 +137,8 @@ def _offsets(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
-def _check(sizes: dict[str, int], min_len: int, max_len: int, seed: int) -> None:
-    for split, size in sizes.items():
+def _check(counts: dict[str, int], min_len: int, max_len: int, seed: int) -> None:
+    for split, size in counts.items():
         if size < 1:
             raise ValueError(f"task.{split}_size={size}: a split needs at least one expression")
     if min_len < 0 or max_len - min_len < 2:

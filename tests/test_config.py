@@ -237,6 +237,7 @@ STRUCTURE_CONTEXT = {"low_rank_plus_sparse.density": {"linear.mlp.pattern": "top
 # Keys whose effect is another output, not another step: tests/test_train.py and tests/test_listops.py look at these.
 OUTPUTS = {
     "task.name",
+    "model.name",  # tokens have one model; tests/test_vision.py looks at images
     "task.source",
     "protocol",
     "eval_every",

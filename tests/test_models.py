@@ -1,5 +1,6 @@
 """The shared transformer: embeddings, positions, pooling, blocks, patterns over layers."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -10,7 +11,7 @@ from flax import nnx
 
 from efficient_tx.attention import Kernelized, Softmax
 from efficient_tx.linear import LINEAR, Monarch
-from efficient_tx.models import Block, Classifier, Encoder, Mlp, TokenClassifier
+from efficient_tx.models import Block, Classifier, DualEncoder, Encoder, Mlp, TokenClassifier
 from efficient_tx.models.classifier import pool_tokens
 from efficient_tx.models.embedding import TokenEmbedding, sinusoids
 
@@ -195,3 +196,55 @@ def test_encoder_ends_with_its_norm():
     out = np.asarray(encoder(np.random.default_rng(0).normal(size=(2, 5, 8)).astype(np.float32)))
     np.testing.assert_allclose(out.mean(-1), 0, atol=1e-5)
     np.testing.assert_allclose(out.std(-1), 1, atol=1e-3)
+
+
+def pair(length=12):
+    inputs, mask = batch(length)
+    other, other_mask = batch(length, seed=1)
+    return inputs, mask, other[::-1], other_mask[::-1]
+
+
+def run_pair(model, inputs, mask, inputs2, mask2, key=None):
+    return np.asarray(model(inputs, inputs2, mask=mask, mask2=mask2, key=key))
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_logits_of_a_pair_do_not_depend_on_padding(pool):
+    model = classifier(DualEncoder, pool=pool, layers=1)
+    inputs, mask, inputs2, mask2 = pair()
+    logits = run_pair(model, inputs, mask, inputs2, mask2)
+    assert logits.shape == (3, 3) and logits.dtype == np.float32 and np.isfinite(logits).all()
+    padded, padded_mask = np.pad(inputs2, ((0, 0), (0, 8)), constant_values=5), np.pad(mask2, ((0, 0), (0, 8)))
+    more = run_pair(model, inputs, mask, padded, padded_mask)
+    np.testing.assert_allclose(more, logits, rtol=1e-5, atol=1e-5)  # float32: other groupings of sums
+
+
+@pytest.mark.parametrize(("pair_head", "widths"), [("interaction", [32, 16, 3]), ("concatenation", [16, 16, 8, 3])])
+def test_the_head_of_a_pair_is_its_formula(pair_head, widths):
+    """Both sequences through one encoder, then an MLP of what the docstring says, in numpy."""
+    model = classifier(DualEncoder, pair_head=pair_head, layers=1)
+    inputs, mask, inputs2, mask2 = pair()
+    x1, x2 = (
+        np.asarray(pool_tokens(*model.encode(tokens, real, None), "mean"), np.float64)
+        for tokens, real in [(inputs, mask), (inputs2, mask2)]
+    )
+    x = np.concatenate([x1, x2, x1 * x2, x1 - x2] if pair_head == "interaction" else [x1, x2], axis=1)
+    layers = [layer for layer in model.head.layers if isinstance(layer, nnx.Linear)]
+    assert [layer.kernel.shape for layer in layers] == list(itertools.pairwise(widths))
+    for i, layer in enumerate(layers):
+        x = x @ np.asarray(layer.kernel[...]) + np.asarray(layer.bias[...])
+        x = np.maximum(x, 0) if i < len(layers) - 1 else x
+    np.testing.assert_allclose(run_pair(model, inputs, mask, inputs2, mask2), x, atol=1e-5)  # float32
+
+
+def test_the_two_sequences_of_a_pair_draw_differently():
+    """Else dropout would leave out the same parts of both, and a pair of equal documents would look equal."""
+    model = classifier(DualEncoder, dropout=0.5, layers=1, pair_head="interaction")
+    inputs, mask, _, _ = pair()
+    keys = jax.random.split(jax.random.key(0), 3)
+    head = model.head
+    model.head = nnx.Sequential(lambda x: x)
+    parts = run_pair(model, inputs, mask, inputs, mask, keys)
+    assert np.abs(parts[0, 24:]).max() > 1e-2  # x₁ − x₂
+    assert np.abs(run_pair(model, inputs, mask, inputs, mask)[:, 24:]).max() == 0
+    model.head = head

@@ -30,6 +30,14 @@ def pool_tokens(x: jax.Array, mask: jax.Array | None, pool: str) -> jax.Array:
     return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
 
 
+def check_pool(pool: str, causal: bool) -> None:
+    """Raises ValueError unless `pool` is one of POOLS that makes sense in a (causal) model."""
+    if pool not in POOLS:
+        raise ValueError(f"pool is {pool!r}: choose one of {', '.join(POOLS)}")
+    if pool == "cls" and causal:
+        raise ValueError("pool is 'cls' in a causal model, where the first token sees no other: use 'last'")
+
+
 class TokenEncoder(nnx.Module):
     """Embedding, dropout and the stack of blocks: how both classifiers read tokens.
 
@@ -131,10 +139,7 @@ class Classifier(TokenEncoder):
     """
 
     def __init__(self, *, num_classes: int, pool: str = "mean", **encoder):
-        if pool not in POOLS:
-            raise ValueError(f"pool is {pool!r}: choose one of {', '.join(POOLS)}")
-        if pool == "cls" and encoder.get("causal"):
-            raise ValueError("pool is 'cls' in a causal model, where the first token sees no other: use 'last'")
+        check_pool(pool, encoder.get("causal", False))
         super().__init__(prefix=1 if pool == "cls" else 0, **encoder)
         self.pool = pool
         features, hidden = self.encoder.features, self.encoder.mlp_features

@@ -1,0 +1,65 @@
+"""DualEncoder: two token sequences in, read by one encoder, the logits of one label of the pair out."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_tx.models.classifier import TokenEncoder, check_pool, pool_tokens
+from efficient_tx.numerics.random import example_keys, fold
+
+PAIR_HEADS = ("interaction", "concatenation")
+
+
+class DualEncoder(TokenEncoder):
+    """A transformer that reads both sequences with the same parameters and compares their pooled vectors x₁ and x₂.
+
+    Args:
+      num_classes: labels are in [0, num_classes).
+      pool: how a sequence becomes one vector, see `Classifier`.
+      pair_head: "interaction", an MLP of [x₁, x₂, x₁ ⊙ x₂, x₁ − x₂] with one hidden layer (as the paper of Long Range
+        Arena describes it, Tay et al. 2020, arXiv 2011.04006), or "concatenation", one of [x₁, x₂] with two (as the
+        arena's code does it).
+      **encoder: see `TokenEncoder`.
+
+    Raises:
+      ValueError: a name or a size that does not fit.
+    """
+
+    def __init__(self, *, num_classes: int, pool: str = "mean", pair_head: str = "interaction", **encoder):
+        if pair_head not in PAIR_HEADS:
+            raise ValueError(f"pair_head is {pair_head!r}: choose one of {', '.join(PAIR_HEADS)}")
+        check_pool(pool, encoder.get("causal", False))
+        super().__init__(prefix=1 if pool == "cls" else 0, **encoder)
+        self.pool, self.pair_head = pool, pair_head
+        features, hidden = self.encoder.features, self.encoder.mlp_features
+        widths = [4 * features, hidden] if pair_head == "interaction" else [2 * features, hidden, -(-hidden // 2)]
+        layers = []
+        for inner, outer in itertools.pairwise(widths):
+            layers += [nnx.Linear(inner, outer, rngs=encoder["rngs"]), nnx.relu]
+        self.head = nnx.Sequential(*layers, nnx.Linear(widths[-1], num_classes, rngs=encoder["rngs"]))
+
+    def __call__(
+        self,
+        inputs: jax.Array,
+        inputs2: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        mask2: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits, float32 `[batch, num_classes]`.
+
+        Args:
+          inputs, inputs2: token ids, int `[batch, length]` and `[batch, length2]`.
+          mask, mask2: bool of these shapes, True for real tokens; None means all are.
+          key: None at evaluation; in training one key per example `[batch]`, or one key, folded per row.
+        """
+        keys = example_keys(key, inputs.shape[0])
+        x1, x2 = (
+            pool_tokens(*self.encode(tokens, real, fold(keys, i)), self.pool)
+            for i, (tokens, real) in enumerate([(inputs, mask), (inputs2, mask2)])
+        )
+        parts = [x1, x2, x1 * x2, x1 - x2] if self.pair_head == "interaction" else [x1, x2]
+        return self.head(jnp.concatenate(parts, axis=-1))
