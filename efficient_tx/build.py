@@ -18,7 +18,7 @@ from ml_collections.config_dict import placeholder
 from efficient_tx.attention import ATTENTION
 from efficient_tx.linear import LINEAR, densify, structured_learning_rates
 from efficient_tx.linear.structured import Structured
-from efficient_tx.models import Classifier, DualEncoder, TokenClassifier
+from efficient_tx.models import Classifier, DualEncoder, TokenClassifier, ViT
 from efficient_tx.names import lookup
 from efficient_tx.numerics.random import check_rate
 from efficient_tx.sizes import at_least
@@ -32,6 +32,7 @@ MODELS: dict[str, dict[str, type[nnx.Module]]] = {
     "tokens": {"transformer": Classifier},
     "token_labels": {"transformer": TokenClassifier},
     "token_pairs": {"transformer": DualEncoder},
+    "image": {"vit": ViT},
 }
 DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
 

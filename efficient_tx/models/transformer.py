@@ -6,17 +6,31 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_tx.numerics.random import dropout, example_keys, fold
+from efficient_tx.numerics.random import check_rate, dropout, example_keys, fold
 from efficient_tx.sizes import at_least
 
 NORMS: dict[str, Callable] = {"layer": nnx.LayerNorm, "rms": nnx.RMSNorm}
+MLPS = ("gelu", "gelu_erf", "swiglu")
 
 
-def make_norm(name: str, features: int, *, dtype: jnp.dtype | None, rngs: nnx.Rngs) -> nnx.Module:
+def make_norm(
+    name: str, features: int, *, epsilon: float = 1e-6, dtype: jnp.dtype | None, rngs: nnx.Rngs
+) -> nnx.Module:
     """LayerNorm ("layer") or RMSNorm ("rms") over the last axis; statistics are float32."""
     if name not in NORMS:
         raise ValueError(f"norm is {name!r}: choose one of {', '.join(NORMS)}")
-    return NORMS[name](features, dtype=dtype, rngs=rngs)
+    return NORMS[name](features, epsilon=epsilon, dtype=dtype, rngs=rngs)
+
+
+def drop_path(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
+    """Zeroes whole examples of a residual branch `x` `[batch, length, features]` with probability `rate`.
+
+    The others are scaled by 1/(1 − rate) (stochastic depth, Huang et al. 2016, arXiv 1603.09382). `keys` are `[batch]`;
+    None means evaluation and returns `x` itself.
+    """
+    if rate == 0.0 or keys is None:
+        return x
+    return x * dropout(jnp.ones((x.shape[0], 1, 1), x.dtype), rate, keys)
 
 
 def token_wise(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
@@ -33,8 +47,9 @@ class Mlp(nnx.Module):
     Args:
       features: width, in and out.
       hidden: width inside, of the GELU network.
-      kind: "gelu", W₂ gelu(W₁ x), or "swiglu", W₃ (silu(W₁ x) ⊙ W₂ x) (Shazeer 2020, arXiv 2002.05202), whose inner
-        width is ⌊2/3 hidden⌉, so that both have equal parameters.
+      kind: "gelu", W₂ gelu(W₁ x) with the tanh form of GELU; "gelu_erf", the same with the error function, as torch's
+        models have it; or "swiglu", W₃ (silu(W₁ x) ⊙ W₂ x) (Shazeer 2020, arXiv 2002.05202), whose inner width is
+        ⌊2/3 hidden⌉, so that it has as many parameters.
       linear: factory with the signature of `nnx.Linear`.
     """
 
@@ -48,16 +63,18 @@ class Mlp(nnx.Module):
         dtype: jnp.dtype | None = None,
         rngs: nnx.Rngs,
     ):
-        if kind not in ("gelu", "swiglu"):
-            raise ValueError(f"mlp is {kind!r}: choose one of gelu, swiglu")
-        inner = hidden if kind == "gelu" else round(2 * hidden / 3)
+        if kind not in MLPS:
+            raise ValueError(f"mlp is {kind!r}: choose one of {', '.join(MLPS)}")
+        inner = round(2 * hidden / 3) if kind == "swiglu" else hidden
         self.up = linear(features, inner, dtype=dtype, rngs=rngs)
         self.gate = linear(features, inner, dtype=dtype, rngs=rngs) if kind == "swiglu" else None
         self.down = linear(inner, features, dtype=dtype, rngs=rngs)
+        self.exact = kind == "gelu_erf"
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = nnx.gelu(self.up(x)) if self.gate is None else nnx.silu(self.gate(x)) * self.up(x)
-        return self.down(hidden)
+        if self.gate is None:
+            return self.down(nnx.gelu(self.up(x), approximate=not self.exact))
+        return self.down(nnx.silu(self.gate(x)) * self.up(x))
 
 
 class Block(nnx.Module):
@@ -68,9 +85,13 @@ class Block(nnx.Module):
       mixer: factory of the token mixer, called with (features, dropout=, dtype=, rngs=).
       mlp_features: width inside the MLP.
       linear: factory of the MLP's layers, with the signature of `nnx.Linear`.
-      mlp: "gelu" or "swiglu".
+      mlp: "gelu", "gelu_erf" or "swiglu".
       norm: "layer" or "rms".
+      norm_epsilon: added to the variance.
       dropout: rate on the output of mixer and MLP.
+      drop_path: rate at which an example skips the mixer, and likewise the MLP.
+      layer_scale: where a learnt factor per channel of both branches starts; None = there is none (Touvron et al.
+        2021, arXiv 2103.17239).
     """
 
     def __init__(
@@ -82,21 +103,34 @@ class Block(nnx.Module):
         linear: Callable = nnx.Linear,
         mlp: str = "gelu",
         norm: str = "layer",
+        norm_epsilon: float = 1e-6,
         dropout: float = 0.0,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
         dtype: jnp.dtype | None = None,
         rngs: nnx.Rngs,
     ):
-        self.mixer_norm = make_norm(norm, features, dtype=dtype, rngs=rngs)
+        check_rate(drop_path, "drop_path")
+        self.mixer_norm = make_norm(norm, features, epsilon=norm_epsilon, dtype=dtype, rngs=rngs)
         self.mixer = mixer(features, dropout=dropout, dtype=dtype, rngs=rngs)
-        self.mlp_norm = make_norm(norm, features, dtype=dtype, rngs=rngs)
+        self.mlp_norm = make_norm(norm, features, epsilon=norm_epsilon, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(features, mlp_features, kind=mlp, linear=linear, dtype=dtype, rngs=rngs)
+        self.mixer_scale, self.mlp_scale = (
+            None if layer_scale is None else nnx.Param(jnp.full(features, layer_scale, jnp.float32)) for _ in range(2)
+        )
         self.dropout = dropout
+        self.drop_path = drop_path
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None, key: jax.Array | None = None) -> jax.Array:
         """`x` `[batch, length, features]`, `mask` bool `[batch, length]`, `key` `[batch]` or None -> the shape of x."""
-        x = x + self.mixer(token_wise(self.mixer_norm, x), mask=mask, key=fold(key, 0))
+        mixed = self.mixer(token_wise(self.mixer_norm, x), mask=mask, key=fold(key, 0))
+        x = x + self._branch(mixed, self.mixer_scale, fold(key, 2))
         hidden = token_wise(lambda tokens: self.mlp(self.mlp_norm(tokens)), x)
-        return x + dropout(hidden, self.dropout, fold(key, 1))
+        return x + self._branch(dropout(hidden, self.dropout, fold(key, 1)), self.mlp_scale, fold(key, 3))
+
+    def _branch(self, x: jax.Array, scale: nnx.Param | None, key: jax.Array | None) -> jax.Array:
+        """What a branch adds: scaled by channel, dropped by example."""
+        return drop_path(x if scale is None else x * scale[...].astype(x.dtype), self.drop_path, key)
 
 
 class Encoder(nnx.Module):
@@ -108,6 +142,7 @@ class Encoder(nnx.Module):
       mixers: mixer factories, repeated to depth: block i gets mixers[i mod len(mixers)].
       mlp_features: width inside the MLPs.
       remat: recompute each block in the backward pass instead of keeping its activations.
+      drop_path: `Block`'s rate in the last block; it rises linearly from 0 in the first.
       **block: the remaining arguments of `Block`.
     """
 
@@ -120,24 +155,29 @@ class Encoder(nnx.Module):
         mlp_features: int,
         remat: bool = False,
         norm: str = "layer",
+        norm_epsilon: float = 1e-6,
+        drop_path: float = 0.0,
         dtype: jnp.dtype | None = None,
         rngs: nnx.Rngs,
         **block,
     ):
         at_least(1, layers=layers)
+        check_rate(drop_path, "drop_path")
         self.blocks = nnx.List(
             Block(
                 features,
                 mixer=mixers[i % len(mixers)],
                 mlp_features=mlp_features,
                 norm=norm,
+                norm_epsilon=norm_epsilon,
+                drop_path=drop_path * i / max(layers - 1, 1),
                 dtype=dtype,
                 rngs=rngs,
                 **block,
             )
             for i in range(layers)
         )
-        self.norm = make_norm(norm, features, dtype=dtype, rngs=rngs)
+        self.norm = make_norm(norm, features, epsilon=norm_epsilon, dtype=dtype, rngs=rngs)
         self.features = features
         self.mlp_features = mlp_features
         self.remat = remat

@@ -35,10 +35,10 @@ def fold(keys: jax.Array | None, data: int) -> jax.Array | None:
     return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, data)
 
 
-def check_rate(rate: float) -> None:
+def check_rate(rate: float, name: str = "dropout") -> None:
     """Raises ValueError unless `rate` is a share that dropout can leave out: at least 0, below 1 − 1/131072."""
     if not 0 <= rate <= 1 or round(rate * 65536) == 65536:
-        raise ValueError(f"dropout is {rate}: it must be at least 0 and below 1")
+        raise ValueError(f"{name} is {rate}: it must be at least 0 and below 1")
 
 
 def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
