@@ -114,6 +114,28 @@ def test_damage_is_noticed_wherever_it_is(tmp_path, capsys):
         assert f"{path} is damaged" in capsys.readouterr().err
 
 
+def test_arrays_stay_on_disk_until_they_are_used(tmp_path):
+    made = {"a": np.arange(60, dtype=np.int16).reshape(3, 4, 5), "b": np.asfortranarray(np.eye(3)), "c": np.array(2.5)}
+    for _ in range(2):
+        arrays = generate.stored(tmp_path, lambda: made)
+        assert arrays.keys() == made.keys()
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(array, made[name])
+            assert array.dtype == made[name].dtype and not array.flags.writeable
+    script = f"""
+import resource
+from lra import generate
+import numpy as np, pathlib
+place = pathlib.Path({str(tmp_path / "large")!r})
+generate.stored(place, lambda: dict(a=np.zeros((200, 2**20), np.uint8)))
+"""
+    assert python(script, tmp_path).wait(timeout=60) == 0
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_DATA, (100 * 2**20,) * 2)\n"
+    process = python(limited + script, tmp_path)  # 100 MB of its own memory, for an array of 200 MB
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+
+
 def test_a_full_disk_or_a_wrong_place_is_said_in_one_line(tmp_path):
     script = """
 import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))

@@ -41,8 +41,8 @@ class Interrupted(RunError):
 
 @contextlib.contextmanager
 def refusing(where: str = "") -> Iterator[None]:
-    """Turns what a wrong setting or missing data raise, ValueError and OSError, into Refused, headed by `where`."""
+    """Turns what wrong settings, missing data or a missing package raise into Refused, headed by `where`."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         raise Refused(f"{where}: {error}" if where else str(error)) from error

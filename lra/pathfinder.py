@@ -1,0 +1,251 @@
+"""Pathfinder and Path-X: are the two marked points ends of one dashed contour, or do they lie on two?
+
+Linsley et al. 2018 (arXiv:1805.08315); as sequences of pixels: Long Range Arena, Tay et al. 2020 (arXiv:2011.04006),
+where Pathfinder has 32 x 32 pixels and Path-X 128 x 128. The images are drawn by lra.snakes, or read from the arena's
+files by lra.pathfinder_files. `python -m lra.pathfinder --preview=FILE.png` shows some.
+"""
+
+import argparse
+import contextlib
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from efficient_tx.task import Task, data_directory
+from lra import generate, pathfinder_files, snakes
+
+KIND = "tokens"
+
+_GENERATOR = "v1"  # part of the stored data's name: raise it with any change of what is drawn
+_PIXELS_PER_PART = 2**28  # a part is stored at once and held in memory while it is made; a killed run loses one
+_PIXELS_PER_CHUNK = 2**18  # what a process draws at a time
+_FITTED = 20000  # training images that the baseline is fitted on
+
+
+def sizes(*, resolution: int = 32, contour_length: int = 14, **_) -> dict[str, int]:
+    """What a model has to know of the task, from the options of `get_task` alone."""
+    for name, value, known in (
+        ("resolution", resolution, snakes.LOOKS),
+        ("contour_length", contour_length, snakes.CONTOUR_LENGTHS),
+    ):
+        if value not in known:
+            raise ValueError(f"task.{name}={value}: the arena has {', '.join(map(str, known))}")
+    return {"num_classes": 2, "vocab_size": 256, "max_len": resolution**2}
+
+
+def get_task(
+    *,
+    data_dir: str | None = None,
+    source: str = "generated",
+    train_size: int = 160000,
+    val_size: int = 20000,
+    test_size: int = 20000,
+    resolution: int = 32,
+    contour_length: int = 14,
+    seed: int = 0,
+    legacy_mask: bool = False,
+) -> Task:
+    """The Pathfinder task: grey values 0 to 255, row by row, labelled 1 if both markers are on one contour.
+
+    Image i of a seed is the same whatever the sizes: the test split comes first, then validation, then training, so
+    that a run with fewer training images is tested on the same ones.
+
+    Args:
+      data_dir: where generated and decoded images are kept, default $EFFICIENT_TX_DATA or ~/.cache/efficient_tx.
+      source: "generated", or the path of an `lra_release` directory, see `pathfinder_files.read`.
+      train_size, val_size, test_size: number of images. Of files, 80 / 10 / 10 % in an order drawn from `seed` are
+        the splits, and the first ones of each are taken, or as many as there are; `Task.source` says how many.
+      resolution: 32, 64, 128 (Path-X) or 256 pixels a side.
+      contour_length: dashes of the two contours, 6, 9 or 14 (the arena's task).
+      seed: of the generator; for files, of the split.
+      legacy_mask: mask black pixels as if they were padding, as the arena's code and the Skyformer paper's did.
+
+    Raises:
+      ValueError: a setting is out of range, or a file is damaged.
+      FileNotFoundError: `source` is no directory, or files in it are missing.
+      ModuleNotFoundError: numba is not installed, and the images have to be generated.
+      OSError: generated data cannot be stored.
+    """
+    known = sizes(resolution=resolution, contour_length=contour_length)
+    counts = {"train": train_size, "val": val_size, "test": test_size}
+    for split, count in counts.items():
+        if count < 1:
+            raise ValueError(f"task.{split}_size={count}: a split needs at least one image")
+    if seed < 0:
+        raise ValueError(f"task.seed={seed}: must be 0 or more")
+    directory = data_directory(data_dir) / "pathfinder"
+    if source == "generated":
+        parts = _generated(directory, sum(counts.values()), resolution, contour_length, seed)
+        ends = np.cumsum([test_size, val_size, train_size])
+        test, validation, train = np.split(np.arange(ends[-1]), ends[:-1])
+        described = f"generated, seed {seed}"
+    else:
+        folder, parts = pathfinder_files.read(source, directory, resolution, contour_length)
+        splits = pathfinder_files.split(sum(len(part["labels"]) for part in parts), seed)
+        train, validation, test = (items[:count] for items, count in zip(splits, counts.values(), strict=True))
+        taken = "/".join(str(len(items)) for items in (train, validation, test))
+        described = f"{folder}, {taken} images, split with seed {seed}"
+    train, validation, test = (Images(parts, items, legacy_mask) for items in (train, validation, test))
+    name = {32: "pathfinder", 128: "path-x"}.get(resolution, f"pathfinder-{resolution}")
+    name += "" if contour_length == 14 else f"-length-{contour_length}"
+    return Task(
+        train,
+        validation,
+        test,
+        kind=KIND,
+        **known,
+        name=name + ("-legacy-mask" if legacy_mask else ""),
+        source=described,
+        baselines=_baselines(train, test),
+    )
+
+
+class Images:
+    """Flat images with labels, a random-access source; item i is a view, nothing is copied.
+
+    Attributes:
+      parts: {"pixels": uint8 `[n, size * size]`, "labels": uint8 `[n]`}, of the same n but for the last.
+      items: int64 `[images]`, the positions of this split's images in all parts together.
+      legacy_mask: whether examples bring a mask that is False at black pixels.
+    """
+
+    def __init__(self, parts: Sequence[dict[str, np.ndarray]], items: np.ndarray, legacy_mask: bool = False):
+        self.parts, self.items, self.legacy_mask = parts, items, legacy_mask
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """{"inputs": uint8 `[size * size]`, "label": int}, "mask" if legacy. Raises IndexError outside [0, len)."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        part, row = divmod(int(self.items[index]), len(self.parts[0]["labels"]))
+        pixels, labels = self.parts[part]["pixels"], self.parts[part]["labels"]
+        example = {"inputs": pixels[row], "label": int(labels[row])}
+        return example | {"mask": pixels[row] > 0} if self.legacy_mask else example
+
+    def arrays(self, count: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Pixels `[n, size * size]` and labels `[n]` of the first `count` images, copied."""
+        parts, rows = np.divmod(self.items[:count], len(self.parts[0]["labels"]))
+        pixels = np.empty((len(rows), self.parts[0]["pixels"].shape[1]), np.uint8)
+        labels = np.empty(len(rows), np.uint8)
+        for part in np.unique(parts):
+            mine = parts == part
+            pixels[mine] = self.parts[part]["pixels"][rows[mine]]
+            labels[mine] = self.parts[part]["labels"][rows[mine]]
+        return pixels, labels
+
+
+def _generated(directory: pathlib.Path, total: int, resolution: int, contour_length: int, seed: int) -> list[dict]:
+    """The first `total` images of the seed's stream, in parts; those that are not stored yet are drawn."""
+    folder = directory / f"{resolution}px_length{contour_length}_seed{seed}_{_GENERATOR}"
+    size, chunk = _PIXELS_PER_PART // resolution**2, _PIXELS_PER_CHUNK // resolution**2
+    parts = []
+    for first in range(0, total, size):
+        count = min(size, total - first)
+        settings = {"first": first, "count": chunk, "resolution": resolution, "contour_length": contour_length}
+        title = f"Pathfinder {resolution} x {resolution}, images {first} to {first + count} of {total}"
+        make = lambda: collect("lra.snakes:draw_many", settings | {"seed": seed}, count, title)  # noqa: B023, E731
+        parts.append(generate.stored(folder / f"{first}-{first + count}", make))
+    return parts
+
+
+def collect(function: str, settings: dict[str, Any], count: int, title: str) -> dict[str, np.ndarray]:
+    """The first `count` images of the chunks of a function, see `generate.chunks`, with a progress bar."""
+    arrays, done = {}, 0
+    with generate.progress(title, count) as advance, contextlib.closing(generate.chunks(function, settings)) as stream:
+        for chunk in stream:
+            for name, values in chunk.items():
+                part = values[: count - done]
+                arrays.setdefault(name, np.empty((count, *values.shape[1:]), np.uint8))[done : done + len(part)] = part
+            done += len(part)
+            advance(done)
+            if done == count:
+                return arrays
+
+
+def brightness(pixels: np.ndarray) -> np.ndarray:
+    """Features `[n, 15]` that know nothing of contours: mean, deviation, histogram, share of black, quadrant means.
+
+    Args:
+      pixels: uint8 `[n, size * size]`.
+    """
+    side = int(pixels.shape[1] ** 0.5)
+    features = []
+    for block in np.array_split(pixels, max(1, pixels.size // 2**24)):  # what the float copies take
+        values = block.astype(np.float32)
+        quadrants = values.reshape(len(block), 2, side // 2, 2, side // 2).mean((2, 4)).reshape(len(block), 4)
+        rows = np.arange(len(block))[:, None]
+        histogram = np.bincount((rows * 8 + (block >> 5)).ravel(), minlength=8 * len(block)).reshape(-1, 8)
+        features.append(
+            np.column_stack(
+                [values.mean(1), values.std(1), (block == 0).mean(1), quadrants, histogram / block.shape[1]]
+            )
+        )
+    return np.concatenate(features)
+
+
+def fit_logistic(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Weights `[n + 1]`, the last one the intercept, of a ridge-regularised logistic regression; Newton's method."""
+    x = np.column_stack([features, np.ones(len(features))])
+    weights = np.zeros(x.shape[1])
+    for _ in range(20):
+        p = 1 / (1 + np.exp(-x @ weights))
+        hessian = (x * (p * (1 - p))[:, None]).T @ x + np.eye(len(weights))
+        weights -= np.linalg.solve(hessian, x.T @ (p - labels) + weights)
+    return weights
+
+
+def _baselines(train: Images, test: Images) -> dict[str, float]:
+    """Test accuracy of the best constant answer and of a logistic regression on brightness, fitted on train."""
+    pixels, labels = train.arrays(_FITTED)
+    test_pixels, test_labels = test.arrays()
+    features = brightness(pixels)
+    centre, scale = features.mean(0), features.std(0) + 1e-6
+    weights = fit_logistic((features - centre) / scale, labels)
+    answers = ((brightness(test_pixels) - centre) / scale) @ weights[:-1] + weights[-1] > 0
+    return {
+        "constant": float(np.mean(test_labels == (labels.mean() > 0.5))),
+        "brightness": float(np.mean(test_labels == answers)),
+    }
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{message}; --help says what there is\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = _Parser(
+        "python -m lra.pathfinder",
+        description="Draws a contact sheet of generated Pathfinder images.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--preview", type=pathlib.Path, required=True, metavar="FILE.png", help="the picture to write")
+    parser.add_argument("--resolution", type=int, default=32, choices=snakes.LOOKS, help="pixels a side (%(default)s)")
+    parser.add_argument(
+        "--contour_length",
+        type=int,
+        default=14,
+        choices=snakes.CONTOUR_LENGTHS,
+        help="dashes of a contour (%(default)s)",
+    )
+    parser.add_argument("--count", type=int, default=12, help="images (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the generator (%(default)s)")
+    options = parser.parse_args(arguments)
+    if not (1 <= options.count <= 400 and options.seed >= 0):
+        parser.error("--count must be from 1 to 400 and --seed at least 0")
+    try:
+        from lra.contact_sheet import write
+
+        write(options.preview, options.count, options.resolution, options.contour_length, options.seed)
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        parser.exit(2, f"--preview={options.preview}: {error}\n")
+    print(f"{options.preview}: {options.count} images", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Pathfinder from the files of Long Range Arena: PNG images beside plain-text metadata."""
+
+import hashlib
+import pathlib
+import sys
+
+import numpy as np
+
+from lra import generate
+
+LEVELS = {6: "curv_baseline", 9: "curv_contour_length_9", 14: "curv_contour_length_14"}
+_PIXELS_PER_PART = 2**28
+_FILES_PER_CHUNK = 256
+_LAYOUT = "pathfinder{0}/{1}/imgs/<batch>/sample_<i>.png and pathfinder{0}/{1}/metadata/<batch>.npy (lines of text)"
+_KNOWN_EMPTY = ("pathfinder32", "curv_baseline", "imgs/0/sample_172.png")  # in the arena's archive
+
+
+def read(
+    source: str, directory: pathlib.Path, resolution: int, contour_length: int
+) -> tuple[pathlib.Path, list[dict[str, np.ndarray]]]:
+    """The images of one level, sorted by the names of their files, decoded once and then kept under `directory`.
+
+    Args:
+      source: of an unpacked `lra_release`. The archive holds a directory of this name in itself, and pathfinder128 in
+        both; the inner one is taken, as other codes do.
+      directory: where the decoded images are kept, under a name made of the level's place and metadata.
+      resolution: 32, 64, 128 or 256.
+      contour_length: a key of LEVELS.
+
+    Returns:
+      The level's directory, and parts {"pixels": uint8 `[n, resolution^2]`, "labels": uint8 `[n]`}.
+
+    Raises:
+      FileNotFoundError: what is missing, and where it was looked for.
+      ValueError: a damaged image or line of metadata.
+    """
+    level = _find(source, resolution, contour_length)
+    labels = _labels(level)
+    skipped = [name for name in labels if (level.parent.name, level.name, name) == _KNOWN_EMPTY]
+    for name in skipped:
+        if (level / name).is_file() and (level / name).stat().st_size == 0:
+            print(f"{level / name} is empty, as in the arena's archive: left out", file=sys.stderr)
+            del labels[name]
+    names = sorted(labels)
+    digest = hashlib.blake2b(f"{level.resolve()} {sorted(labels.items())}".encode(), digest_size=8).hexdigest()
+    size = _PIXELS_PER_PART // resolution**2
+    parts = []
+    for first in range(0, len(names), size):
+        mine = names[first : first + size]
+        folder = directory / f"{resolution}px_length{contour_length}_files_{digest}" / f"{first}-{first + len(mine)}"
+        title = f"Pathfinder, files {first} to {first + len(mine)} of {len(names)}"
+        parts.append(generate.stored(folder, lambda: _decoded(level, mine, labels, resolution, title)))  # noqa: B023
+    return level, parts
+
+
+def split(count: int, seed: int) -> list[np.ndarray]:
+    """Positions of the training, validation and test images: 80 / 10 / 10 %, in an order drawn from `seed`."""
+    order = np.argsort(np.random.default_rng([seed, count]).random(count), kind="stable")
+    return np.split(order, [count - 2 * (count // 10), count - count // 10])
+
+
+def _find(source: str, resolution: int, contour_length: int) -> pathlib.Path:
+    root = pathlib.Path(source).expanduser()
+    layout = _LAYOUT.format(resolution, LEVELS[contour_length])
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f'task.source={source!r}: neither "generated" nor a directory; pass the path of an unpacked lra_release, '
+            f"which holds {layout}"
+        )
+    places = [root / "lra_release" / "lra_release", root / "lra_release", root]
+    places = [place / f"pathfinder{resolution}" / LEVELS[contour_length] for place in places]
+    for place in places:
+        if (place / "metadata").is_dir():
+            return place
+    raise FileNotFoundError(
+        f"task.source={source!r}: the images of lra_release.gz, {layout}, are in none of "
+        f"{', '.join(str(place) for place in places)}"
+    )
+
+
+def _labels(level: pathlib.Path) -> dict[str, int]:
+    """File name, from the level's directory -> label, of all metadata files."""
+    labels = {}
+    for path in sorted((level / "metadata").glob("*.npy")):
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+            fields = line.split()
+            if len(fields) < 4 or fields[3] not in ("0", "1"):
+                raise ValueError(
+                    f"{path}, line {number}: expected text as 'imgs/0 sample_0.png 0 1 ...', the fourth field the label"
+                )
+            labels[f"{fields[0]}/{fields[1]}"] = int(fields[3])
+    if not labels:
+        raise FileNotFoundError(f"{level / 'metadata'}: no line of metadata in any .npy file there")
+    return labels
+
+
+def _decoded(
+    level: pathlib.Path, names: list[str], labels: dict[str, int], resolution: int, title: str
+) -> dict[str, np.ndarray]:
+    pixels = np.empty((len(names), resolution**2), np.uint8)
+    settings = {"level": str(level), "names": names, "resolution": resolution}
+    with generate.progress(title, len(names)) as advance:
+        done = 0
+        for chunk in generate.chunks("lra.pathfinder_files:decode", settings):
+            if isinstance(chunk, str):
+                raise ValueError(chunk)
+            pixels[done : done + len(chunk)] = chunk
+            done += len(chunk)
+            advance(done)
+            if done == len(names):
+                break
+    return {"pixels": pixels, "labels": np.array([labels[name] for name in names], np.uint8)}
+
+
+def decode(index: int, *, level: str, names: list[str], resolution: int) -> np.ndarray | str:
+    """Chunk `index` of the named images, uint8 `[n, resolution^2]`, or what is wrong with one of them."""
+    from PIL import Image
+
+    images = []
+    for name in names[index * _FILES_PER_CHUNK : (index + 1) * _FILES_PER_CHUNK]:
+        path = pathlib.Path(level, name)
+        try:
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("L"))
+        except FileNotFoundError:
+            return f"{path}: no such file, though the metadata beside it name it"
+        except Exception as error:  # a damaged PNG can raise almost anything
+            return f"{path}: no readable PNG image ({error}); unpack lra_release.gz again"
+        if pixels.shape != (resolution, resolution):
+            return f"{path}: {pixels.shape[1]} x {pixels.shape[0]} pixels, expected {resolution} x {resolution}"
+        images.append(pixels.ravel())
+    return np.array(images, np.uint8).reshape(-1, resolution**2)
