@@ -9,6 +9,7 @@ keeps the best checkpoint only after a fifth of the steps, averages over padded 
 weights where we drop the mixer's output at the same rate; both read files, not data generated here.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 # Adam with decoupled weight decay, as in flax.optim.
@@ -20,6 +21,29 @@ LISTOPS = {
     "task.test_size": 2000,
     "task.min_len": 500,
     "task.max_len": 2000,
+}
+
+PATHFINDER = {
+    "task.train_size": 160000,
+    "task.val_size": 20000,
+    "task.test_size": 20000,
+    "task.contour_length": 14,
+    "task.legacy_mask": True,  # their mask is inputs > 0, which takes black pixels for padding
+}
+
+# Of Pathfinder and Path-X.
+LRA_PATHFINDER = {
+    **LRA_ADAM,
+    **PATHFINDER,
+    "model.causal": False,
+    "model.features": 32,
+    "model.mlp_features": 32,
+    "model.pool": "mean",
+    "model.norm": "layer",
+    "model.mlp": "gelu",
+    "optimizer.learning_rate": 1e-3,
+    "optimizer.schedule": "cosine",
+    "optimizer.weight_decay": 0.0,
 }
 
 # Options of mixers count where a run has that mixer.
@@ -75,7 +99,34 @@ PROTOCOLS: dict[str, dict[str, dict[str, Any]]] = {
             "optimizer.warmup": 1000,
             "optimizer.weight_decay": 0.1,
             "optimizer.clip": 0.0,
-        }
+        },
+        "lra.pathfinder 32": {
+            **LRA_PATHFINDER,
+            "model.layers": 4,
+            "model.heads": 4,
+            "model.head_dim": 4,
+            "model.dropout": 0.2,
+            "model.positions": "sinusoidal",
+            "steps": 62400,
+            "batch_size": 512,
+            "eval_every": 312,
+            "optimizer.warmup": 312,
+            "optimizer.clip": 0.0,
+        },
+        "lra.pathfinder 128": {
+            **LRA_PATHFINDER,
+            "model.layers": 1,
+            "model.heads": 2,
+            "model.head_dim": 8,
+            "model.dropout": 0.1,
+            "model.positions": "learned",
+            "steps": 500000,
+            "batch_size": 64,
+            "eval_every": 2500,
+            "optimizer.warmup": 2500,
+            "optimizer.clip": 1.0,
+            "optimizer.clip_by": "norm",
+        },
     },
     "skyformer": {
         "lra.listops": {
@@ -86,7 +137,15 @@ PROTOCOLS: dict[str, dict[str, dict[str, Any]]] = {
             "eval_every": 500,
             "optimizer.learning_rate": 1e-4,
             "optimizer.warmup": 1000,
-        }
+        },
+        "lra.pathfinder 32": {
+            **SKYFORMER,
+            **PATHFINDER,
+            "batch_size": 128,
+            "eval_every": 500,
+            "optimizer.learning_rate": 2e-4,
+            "optimizer.warmup": 312,
+        },
     },
 }
 
@@ -104,8 +163,13 @@ HOUSEKEEPING = {
 }
 
 
+def key(task: Mapping[str, Any]) -> str:
+    """A task's key in PROTOCOLS: its module, and its resolution where one module makes tasks of several."""
+    return f"{task['name']} {task['resolution']}" if "resolution" in task else task["name"]
+
+
 def settings(protocol: str, task: str) -> dict[str, Any]:
-    """Key -> value of a protocol on a task.
+    """Key -> value of a protocol on a task, given by its `key`.
 
     Raises:
       ValueError: no such protocol, or it says nothing about this task.

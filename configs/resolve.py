@@ -99,7 +99,7 @@ def assign(config: ConfigDict, key: str, value: Any, origin: str) -> None:
 
 def protocol_settings(config: ConfigDict) -> dict[str, Any]:
     """What the config's protocol says about its task, options of mixers that it does not have aside."""
-    settings = protocols.settings(config.protocol, config.task.name)
+    settings = protocols.settings(config.protocol, protocols.key(config.task))
     return {
         key: x
         for key, x in settings.items()
@@ -114,7 +114,7 @@ def resolve(config: ConfigDict, typed: Mapping[str, Any]) -> ConfigDict:
       ValueError: an unknown protocol or key.
     """
     config = copy.deepcopy(config)
-    for key in ("protocol", "model.name", *NAMES):
+    for key in ("protocol", "model.name", "task.resolution", *NAMES):
         if key in typed:
             assign(config, key, typed[key], f"--config.{key}={typed[key]}")
     config = complete(config)
@@ -183,7 +183,10 @@ def departures(config: ConfigDict, path: str) -> list[str]:
     our own making are a departure from any published protocol.
     """
     plain = load(with_names(path, {name: flatten(config)[name] for name in NAMES}))
-    mine, theirs = flatten(config), flatten(resolve(plain, {"protocol": config.protocol}))
+    mine, typed = flatten(config), {"protocol": config.protocol}
+    if config.protocol != "default" and "task.resolution" in mine:
+        typed["task.resolution"] = mine["task.resolution"]
+    theirs = flatten(resolve(plain, typed))
     different = {key for key in mine if key not in protocols.HOUSEKEEPING and mine[key] != theirs.get(key)}
     if config.protocol != "default":
         different = different - {"task.source"} | ({"task.source"} if config.task.source == "generated" else set())
