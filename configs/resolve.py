@@ -180,7 +180,7 @@ def departures(config: ConfigDict, path: str) -> list[str]:
     """The keys of a resolved config that differ from the protocol it names.
 
     What a protocol leaves open is compared with the config file at `path`, for the same mixers and structures. Data of
-    our own making are a departure from any published protocol.
+    our own making, or others that stand in for its own, are a departure from any published protocol.
     """
     plain = load(with_names(path, {name: flatten(config)[name] for name in NAMES}))
     mine, typed = flatten(config), {"protocol": config.protocol}
@@ -189,7 +189,8 @@ def departures(config: ConfigDict, path: str) -> list[str]:
     theirs = flatten(resolve(plain, typed))
     different = {key for key in mine if key not in protocols.HOUSEKEEPING and mine[key] != theirs.get(key)}
     if config.protocol != "default":
-        different = different - {"task.source"} | ({"task.source"} if config.task.source == "generated" else set())
+        stands_in = {"task.source"} if config.task.source in protocols.STAND_INS else set()
+        different = different - {"task.source"} | stands_in
     return sorted(different)
 
 

@@ -1,0 +1,56 @@
+"""Data sets that TensorFlow Datasets prepared on this machine, read without TensorFlow."""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from efficient_tx.task import data_directory
+
+
+def places(data_dir: str | None) -> list[pathlib.Path]:
+    """Where prepared data sets are looked for: the data directory, then TensorFlow Datasets' own."""
+    theirs = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    return [data_directory(data_dir), pathlib.Path(theirs).expanduser()]
+
+
+def find(name: str, data_dir: str | None) -> pathlib.Path | None:
+    """The folder of the newest version of `name` ("cifar10", or "imdb_reviews/plain_text" with its configuration).
+
+    Raises:
+      ValueError: there are only some that cannot be read by index, as they are stored as TFRecords.
+    """
+    unreadable = None
+    for place in places(data_dir):
+        versions = [path.parent for path in (place / name).glob("*/dataset_info.json")]
+        for folder in sorted(versions, key=lambda path: [int(n) for n in path.name.split(".") if n.isdigit()])[::-1]:
+            if json.loads((folder / "dataset_info.json").read_text()).get("fileFormat") == "array_record":
+                return folder
+            unreadable = folder
+    if unreadable:
+        raise ValueError(
+            f"{unreadable} is not stored as array_record, which reading by index needs: prepare it again with "
+            f"{command(name)}, beside another data_dir or after removing that folder"
+        )
+    return None
+
+
+def command(name: str) -> str:
+    """What prepares a data set, in Python."""
+    return f'tensorflow_datasets.builder("{name}", file_format="array_record").download_and_prepare()'
+
+
+def read(folder: pathlib.Path, split: str) -> Iterator[dict[str, Any]]:
+    """The examples of one split, in the order in which they are stored.
+
+    Raises:
+      ValueError: the folder has no such split, or its files are missing or damaged.
+    """
+    import tensorflow_datasets as tfds
+
+    try:
+        yield from tfds.builder_from_directory(folder).as_data_source(split)
+    except Exception as error:  # of any kind: a missing shard, damaged metadata, an unknown split
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{folder}: the split {split} cannot be read ({type(error).__name__}: {reason})") from None

@@ -1,0 +1,234 @@
+"""Text: is a film review positive? Read byte by byte, up to 4,000 of them.
+
+Maas et al. 2011 (IMDb); as a task of Long Range Arena, Tay et al. 2020 (arXiv:2011.04006). Where there is no IMDb, the
+e-mails that `python -m efficient_tx.data.fetch spam` fetches make a task of the same form under a name of its own.
+"""
+
+import hashlib
+import pathlib
+import re
+import sys
+from typing import Any
+
+import numpy as np
+
+from efficient_tx.task import Task, data_directory
+from lra import generate, ngrams, prepared
+
+KIND = "tokens"
+REVIEWS = 25000  # of IMDb, in the training split and in the test split
+
+_IMDB = "imdb_reviews/plain_text"
+_SAME = 1024  # e-mails that agree in so many bytes, white space and case aside, are taken for one
+_BASELINES = "v1"  # part of the stored baselines' name: raise it with any change of how they are computed
+
+Labelled = list[tuple[bytes, int]]
+
+
+def sizes(*, max_len: int, **_) -> dict[str, int]:
+    """What a model has to know of the task, from the options of `get_task` alone."""
+    return {"num_classes": 2, "vocab_size": 257, "max_len": max_len}
+
+
+def get_task(
+    *,
+    data_dir: str | None = None,
+    source: str = "imdb",
+    train_size: int | None = None,
+    val_size: int | None = None,
+    test_size: int | None = None,
+    max_len: int = 4000,
+    validation: str = "split",
+    seed: int = 0,
+) -> Task:
+    """The text task: the bytes of a text, its first `max_len`, as ids byte + 1, labelled 1 if positive (or spam).
+
+    Args:
+      data_dir: where data and baselines are kept, default $EFFICIENT_TX_DATA or ~/.cache/efficient_tx.
+      source: "imdb", as TensorFlow Datasets prepares it in array_record, or the unpacked `aclImdb`, either in the
+        data directory; "spam", the fetched e-mails; or the path of a folder in the form of `aclImdb`.
+      train_size, val_size, test_size: number of texts, or as many as there are; `Task.source` says how many. Unset is
+        all for training; a tenth of the training texts for validation (with validation="test" all test texts); all
+        test texts, or a fifth of the e-mails, for testing.
+      max_len: longer texts are cut there.
+      validation: "split" keeps a part of the training texts for it; "test" validates on test texts, as the arena's
+        code and the Skyformer paper's do, so that a checkpoint chosen on it has seen the test.
+      seed: of the splits. They do not depend on the order of files, nor on max_len; equal texts lie side by side in
+        the drawn order, so that hardly any is in two splits.
+
+    Raises:
+      ValueError: a setting is out of range, or files are damaged.
+      FileNotFoundError: the source is not there.
+      OSError: the baselines cannot be stored.
+    """
+    for split, size in (("train", train_size), ("val", val_size), ("test", test_size)):
+        if size is not None and size < 1:
+            raise ValueError(f"task.{split}_size={size}: a split needs at least one text")
+    if max_len < 1:
+        raise ValueError(f"task.max_len={max_len}: must be at least 1")
+    if seed < 0:
+        raise ValueError(f"task.seed={seed}: must be 0 or more")
+    if validation not in ("split", "test"):
+        raise ValueError(f'task.validation={validation!r}: must be "split" or "test"')
+    place = _locate(source, data_dir)
+    if source == "spam":
+        name, everything = "text-spam", _ordered(_emails(place), seed)
+        cut = _size(test_size, len(everything), 5)
+        test, pool = everything[:cut], everything[cut:]
+    else:
+        pool, test = (_ordered(_reviews(place, split), seed) for split in ("train", "test"))
+        complete = len(pool) == len(test) == REVIEWS
+        if source == "imdb" and not complete:
+            raise ValueError(
+                f"{place} holds {len(pool):,} and {len(test):,} reviews, IMDb {REVIEWS:,} and {REVIEWS:,}: it is not "
+                "whole; for other texts in this form give its path as task.source"
+            )
+        name = "text" if complete else f"text-{place.name}"
+        test = test[:test_size]
+    cut = 0 if validation == "test" else _size(val_size, len(pool), 10)
+    held_out = test[:val_size] if validation == "test" else pool[:cut]
+    train = pool[cut:][:train_size]
+    counts = "/".join(f"{len(split):,}" for split in (train, held_out, test))
+    described = f"{source} in {place}" if source in ("imdb", "spam") else str(place)
+    splits = [Texts(split, max_len) for split in (train, held_out, test)]
+    return Task(
+        *splits,
+        kind=KIND,
+        **sizes(max_len=max_len),
+        name=name,
+        source=f"{described}, {counts} texts, seed {seed}" + ", validated on test texts" * (validation == "test"),
+        baselines=_baselines(splits[0], splits[2], data_directory(data_dir) / "text"),
+    )
+
+
+def state(data_dir: str | None = None, source: str = "imdb", **_: Any) -> tuple[bool, str]:
+    """Whether the data are there, and where, or what is missing; nothing is read."""
+    try:
+        return True, f"{source}: {_locate(source, data_dir)}"
+    except (FileNotFoundError, ValueError) as error:
+        return False, str(error)
+
+
+class Texts:
+    """Labelled texts as byte ids, a random-access source.
+
+    Attributes:
+      texts: the whole ones, as bytes.
+      labels: uint8 `[n]`.
+      max_len: where longer ones are cut.
+    """
+
+    def __init__(self, texts: Labelled, max_len: int):
+        self.texts = [text for text, _ in texts]
+        self.labels = np.array([label for _, label in texts], np.uint8)
+        self.max_len = max_len
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray | int]:
+        """{"inputs": uint16 `[length]`, "label": int}. Raises IndexError outside [0, len)."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"text {index} of {len(self)}")
+        inputs = np.frombuffer(self.texts[index], np.uint8, min(len(self.texts[index]), self.max_len))
+        return {"inputs": inputs.astype(np.uint16) + np.uint16(1), "label": int(self.labels[index])}
+
+    def cut(self) -> list[bytes]:
+        """The texts as far as they are read."""
+        return [text[: self.max_len] for text in self.texts]
+
+
+def _size(size: int | None, count: int, part: int) -> int:
+    """How many of `count` texts a split takes: `size`, by default one in `part`; one is left for training."""
+    wanted = count // part if size is None else size
+    return max(min(wanted, count - 1), 1)
+
+
+def _ordered(texts: Labelled, seed: int) -> Labelled:
+    """In an order that depends on the seed and the texts alone; equal ones side by side."""
+    key = str(seed).encode()
+    return sorted(texts, key=lambda item: (hashlib.blake2b(item[0], key=key, digest_size=16).digest(), item[1]))
+
+
+def _baselines(train: Texts, test: Texts, directory: pathlib.Path) -> dict[str, float]:
+    """Test accuracy of the constant answer and of a linear model of byte n-grams, stored under their data's digest."""
+    digest = hashlib.blake2b(digest_size=16)
+    for split in (train, test):
+        for text in split.cut():
+            digest.update(len(text).to_bytes(8, "little") + text)
+        digest.update(split.labels.tobytes())
+
+    def compute() -> dict[str, np.ndarray]:
+        print("text: fitting the baseline of byte n-grams", file=sys.stderr, flush=True)
+        return {"ngrams": np.array(ngrams.accuracy(train.cut(), train.labels, test.cut(), test.labels))}
+
+    constant = np.bincount(train.labels, minlength=2).argmax()
+    result = {"constant": float(np.mean(test.labels == constant))}
+    if 0 < train.labels.mean() < 1:
+        stored = generate.stored(directory / f"baselines-{digest.hexdigest()}-{_BASELINES}", compute)
+        result["byte n-grams"] = float(stored["ngrams"])
+    return result
+
+
+def _locate(source: str, data_dir: str | None) -> pathlib.Path:
+    """The folder of a source.
+
+    Raises:
+      FileNotFoundError: it is not there.
+      ValueError: it is there in a form that cannot be read by index.
+    """
+    root = data_directory(data_dir)
+    if source == "spam":
+        if not (root / "spam" / "SHA256SUMS").is_file():
+            raise FileNotFoundError(f"no e-mails in {root / 'spam'}: python -m efficient_tx.data.fetch spam gets them")
+        return root / "spam"
+    if source == "imdb":
+        unpacked = root / "aclImdb"
+        if (unpacked / "train").is_dir():
+            return unpacked
+        if folder := prepared.find(_IMDB, data_dir):
+            return folder
+        looked = ", ".join(str(place / _IMDB) for place in prepared.places(data_dir))
+        raise FileNotFoundError(
+            f"no IMDb reviews, neither in {unpacked} (aclImdb_v1.tar.gz of ai.stanford.edu/~amaas/data/sentiment, "
+            f"unpacked) nor in {looked} ({prepared.command(_IMDB)}); task.source=spam takes fetched e-mails instead"
+        )
+    folder = pathlib.Path(source).expanduser()
+    for place in (folder, folder / "aclImdb"):
+        if (place / "train").is_dir():
+            return place
+    raise FileNotFoundError(
+        f"task.source={source!r}: neither imdb nor spam, nor a folder that holds train/pos/*.txt, train/neg/*.txt, "
+        "test/pos/*.txt and test/neg/*.txt, as the unpacked aclImdb_v1.tar.gz does"
+    )
+
+
+def _reviews(place: pathlib.Path, split: str) -> Labelled:
+    """The reviews of "train" or "test", from a prepared data set or from files."""
+    if (place / "dataset_info.json").is_file():
+        return [(bytes(item["text"]), int(item["label"])) for item in prepared.read(place, split)]
+    texts: Labelled = []
+    for label, name in enumerate(("neg", "pos")):
+        files = sorted((place / split / name).glob("*.txt"))
+        if not files:
+            raise FileNotFoundError(f"{place / split / name}: no *.txt there, which aclImdb has beside train and test")
+        texts += [(path.read_bytes(), label) for path in files]
+    return texts
+
+
+def _emails(place: pathlib.Path) -> Labelled:
+    """The bodies of the fetched e-mails, 1 for spam, each once: headers, which tell the label, are left out.
+
+    Raises:
+      ValueError: a file is missing or is not the one that was fetched.
+    """
+    bodies: dict[bytes, tuple[bytes, int]] = {}
+    for line in (place / "SHA256SUMS").read_text().splitlines():
+        checksum, _, name = line.partition("  ")
+        path = place / name
+        email = path.read_bytes() if path.is_file() else b""
+        if hashlib.sha256(email).hexdigest() != checksum:
+            raise ValueError(f"{path} is missing or damaged: python -m efficient_tx.data.fetch spam gets it again")
+        body = re.split(rb"\r?\n\r?\n", email, maxsplit=1)[-1].strip()
+        bodies.setdefault(b" ".join(body.lower().split())[:_SAME], (body, int(name.startswith("spam"))))
+    return list(bodies.values())
