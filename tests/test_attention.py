@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from efficient_tx.attention import ATTENTION
+from efficient_tx.attention import ATTENTION, MultiHead
 from efficient_tx.attention.rotary import rotate
 
 FEATURES, HEADS, SHORT, LONG = 16, 2, 24, 40
@@ -86,6 +86,10 @@ def test_a_mask_may_have_any_pattern(name):
     params, forward = program(name)
     x = tokens(0, 3, SHORT, FEATURES)
     side_by_side = np.asarray(forward(params, x, right_padded(LENGTHS, SHORT), None))
+    assert_same_scattered(params, forward, x, side_by_side)
+
+
+def assert_same_scattered(params, forward, x, side_by_side):
     scattered, mask = 50 * tokens(1, 3, LONG, FEATURES), np.zeros((3, LONG), bool)
     for b, n in enumerate(LENGTHS):
         places = np.sort(np.random.default_rng(b).choice(LONG, n, replace=False))
@@ -165,6 +169,8 @@ MODES = [
     ("longformer", {"global_projections": True}),
     ("sparse", {"pattern": "fixed"}),
     ("pool", {"grid": True, "kind": "max"}),
+    ("softmax", {"positions": "rope", "conv": 3}),
+    *((name, {"conv": 4, "causal": m.can_be_causal}) for name, m in ATTENTION.items() if issubclass(m, MultiHead)),
 ]
 
 
@@ -176,6 +182,7 @@ def test_modes_keep_the_promises_about_padding(name, mode):
     assert (out[~mask] == 0).all()
     longer = np.concatenate([x, np.full((3, LONG - SHORT, FEATURES), np.nan, np.float32)], axis=1)
     assert_same(np.asarray(forward(params, longer, right_padded(LENGTHS, LONG), None))[:, :SHORT][mask], out[mask])
+    assert_same_scattered(params, forward, x, out)
     assert_same(forward(params, x[[1, 0, 0]], mask[[1, 0, 0]], None)[0], out[1])
     if mode.get("causal"):
         later = np.where(np.arange(SHORT)[:, None] > 12, 1e3 * tokens(1, *x.shape), x)

@@ -101,6 +101,7 @@ class GLA(MultiHead):
       gate_rank: of the map from tokens to decays.
       gate_normalizer: divides the logarithm of the decays: 16 begins with a memory of tens of tokens.
       clamp_min: the least logarithm of a decay, below 0; None sets no limit.
+      conv: as `MultiHead`, of queries, keys and values; not of the decays, nor of the gate.
 
     Raises:
       ValueError: an option out of its range.
@@ -115,7 +116,7 @@ class GLA(MultiHead):
     def __init__(
         self, features: int, *,
         expand_k: float = 0.5, gate_rank: int = 16, gate_normalizer: float = 16.0, clamp_min: float | None = None,
-        linear: Callable = nnx.Linear, dtype: jnp.dtype | None = None, rngs: nnx.Rngs, **common,
+        linear: Callable = nnx.Linear, conv: int = 0, dtype: jnp.dtype | None = None, rngs: nnx.Rngs, **common,
     ):  # fmt: skip
         without_bias = partial(linear, use_bias=False)
         super().__init__(features, linear=without_bias, dtype=dtype, rngs=rngs, **common)
@@ -127,10 +128,13 @@ class GLA(MultiHead):
         self.decay_up = nnx.Linear(gate_rank, keys, dtype=dtype, rngs=rngs)
         self.norm = nnx.RMSNorm(self.head_dim, epsilon=1e-5, dtype=dtype, rngs=rngs)
         self.gate_normalizer, self.clamp_min = gate_normalizer, clamp_min
+        self.add_convolutions({"q": keys, "k": keys, "v": self.heads * self.head_dim}, conv, rngs=rngs)
 
     def mix(self, x, *, mask, key):
         tokens = x.reshape(-1, x.shape[-1])
         q, k, v, log_decay = (part.reshape(*x.shape[:2], *part.shape[1:]) for part in self.project(tokens))
+        convolved = self.convolve({"q": q, "k": k, "v": v}, mask)
+        q, k, v = convolved["q"], convolved["k"], convolved["v"]
         if self.positions:
             q, k = (rotate(part, mask, layout=self.positions) for part in (q, k))
         heads = gla(q, k, v, log_decay=log_decay, mask=mask, causal=self.causal)
@@ -151,10 +155,14 @@ class GLA(MultiHead):
           `[batch, features]` and the next state.
 
         Raises:
-          ValueError: the mixer is not causal, or its queries and keys turn with their positions.
+          ValueError: the mixer is not causal, its queries and keys turn with their positions, or it has a convolution,
+            whose last tokens the state does not hold.
         """
-        if not self.causal or self.positions:
-            raise ValueError(f"step needs causal=True and positions=None: here {self.causal} and {self.positions!r}")
+        if not self.causal or self.positions or self.short_conv:
+            raise ValueError(
+                f"step needs causal=True and positions=None, and no conv: here {self.causal} and {self.positions!r}, "
+                f"and {'a' if self.short_conv else 'no'} conv"
+            )
         q, k, v, log_decay = self.project(x)
         out, state = gla_step(q, k, v, state, log_decay=log_decay)
         return self.finish(out, x), state

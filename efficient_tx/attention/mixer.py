@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from efficient_tx.attention.shapes import compact, spread
 from efficient_tx.numerics.random import check_rate, dropout, example_keys, fold
 
 
@@ -34,6 +35,7 @@ class Mixer(nnx.Module):
       has_positions: whether there are queries and keys to turn.
       needs_max_len: whether parameters or constants are tied to the length.
       samples: whether `function` draws with its `key`.
+      side_by_side: whether `mix` gets the real tokens in front, side by side, and zeros behind them.
     """
 
     paper: ClassVar[str]
@@ -45,6 +47,7 @@ class Mixer(nnx.Module):
     has_positions: ClassVar[bool] = True
     needs_max_len: ClassVar[bool] = False
     samples: ClassVar[bool] = False
+    side_by_side: bool = False
 
     @staticmethod
     def within(budget: int) -> dict[str, int]:
@@ -101,7 +104,10 @@ class Mixer(nnx.Module):
         keys = example_keys(key, x.shape[0])
         # Whatever stands at padded positions, NaN included, reaches neither an output nor a gradient.
         x = x if mask is None else jnp.where(mask[..., None], x, 0)
-        out = self.mix(x, mask=mask, key=fold(keys, 0))
+        gathered = self.side_by_side and mask is not None
+        tokens, real = (compact(x, mask), compact(mask, mask)) if gathered else (x, mask)
+        out = self.mix(tokens, mask=real, key=fold(keys, 0))
+        out = spread(out, mask) if gathered else out
         out = dropout(out, self.dropout, fold(keys, 1))
         return out if mask is None else jnp.where(mask[..., None], out, 0)
 

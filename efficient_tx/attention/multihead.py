@@ -1,6 +1,7 @@
 """MultiHead: the token mixer made of projections, heads and one attention formula."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 import jax
@@ -9,10 +10,17 @@ from flax import nnx
 
 from efficient_tx.attention.mixer import Mixer
 from efficient_tx.attention.rotary import rotate
+from efficient_tx.attention.short_conv import ShortConv
+from efficient_tx.sizes import at_least
 
 
 class MultiHead(Mixer):
     """Projects tokens to heads, attends, projects back. A variant sets `projections` and writes `attend`.
+
+    Args:
+      conv: size of a depthwise convolution over the tokens of each projection (`ShortConv`), before positions turn
+        them: 4 is usual, 0 leaves it out. Causal if the mixer is, else centred, where an even size sees one token more
+        behind than ahead.
 
     Attributes:
       projections: names of the linear layers, each features -> heads · head_dim; `attend` gets them in this order.
@@ -33,6 +41,7 @@ class MultiHead(Mixer):
         causal: bool = False,
         positions: str | None = None,
         max_len: int | None = None,
+        conv: int = 0,
         dtype: jnp.dtype | None = None,
         rngs: nnx.Rngs,
     ):
@@ -47,6 +56,7 @@ class MultiHead(Mixer):
         for name in self.projections:
             setattr(self, name, linear(features, inner, dtype=dtype, rngs=rngs))
         self.out = linear(inner, features, dtype=dtype, rngs=rngs)
+        self.add_convolutions(dict.fromkeys(self.projections, inner), conv, rngs=rngs)
 
     def mix(self, x: jax.Array, *, mask: jax.Array | None, key: jax.Array | None) -> jax.Array:
         batch, length, features = x.shape
@@ -54,11 +64,23 @@ class MultiHead(Mixer):
         tokens = x.reshape(-1, features)
         split = (batch, length, self.heads, self.head_dim)
         projected = {name: getattr(self, name)(tokens).reshape(split) for name in self.projections}
+        projected = self.convolve(projected, mask)
         if self.positions:
             for name in self.rotated:
                 projected[name] = rotate(projected[name], mask, layout=self.positions)
         heads = self.attend(*projected.values(), mask=mask, key=key)
         return self.out(heads.reshape(batch * length, -1)).reshape(x.shape)
+
+    def add_convolutions(self, channels: dict[str, int], size: int, *, rngs: nnx.Rngs) -> None:
+        """Makes the convolutions that `convolve` applies to the projections of these names and widths."""
+        at_least(0, conv=size)
+        make = partial(ShortConv, size=size, causal=self.causal, rngs=rngs)
+        self.short_conv = nnx.Dict({name: make(count) for name, count in channels.items()} if size else {})
+        self.side_by_side = self.side_by_side or size > 0  # neighbours are real tokens
+
+    def convolve(self, projected: dict[str, jax.Array], mask: jax.Array | None) -> dict[str, jax.Array]:
+        """Each `[batch, length, heads, dim]` after the short convolution of its name, if there is one."""
+        return {name: self.short_conv[name](x, mask) if self.short_conv else x for name, x in projected.items()}
 
     def attend(self, *projected: jax.Array, mask: jax.Array | None, key: jax.Array | None) -> jax.Array:
         """The variant's formula: `[batch, length, heads, head_dim]` each -> the same shape.

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_tx.attention.multihead import MultiHead
-from efficient_tx.attention.shapes import compact, key_mask, repeat_heads, spread
+from efficient_tx.attention.shapes import key_mask, repeat_heads
 from efficient_tx.kernels import flash_attention
 from efficient_tx.numerics.random import evaluation_keys, sample_tokens, take_tokens
 from efficient_tx.sizes import at_least
@@ -115,6 +115,7 @@ class S3(MultiHead):
     function = staticmethod(s3)
     needs_max_len: ClassVar[bool] = True
     can_be_causal: ClassVar[bool] = False  # smoothing and rows see the whole sequence
+    side_by_side = True  # the smoothing and its neighbours count real tokens
 
     @staticmethod
     def within(budget):
@@ -130,9 +131,7 @@ class S3(MultiHead):
         self.shift = nnx.Param(jnp.zeros((2, self.heads * self.head_dim), jnp.float32))
 
     def mix(self, x, *, mask, key):
-        # Neighbours and the convolution count real tokens: these stand side by side from here on.
-        x, real = compact(x, mask), None if mask is None else compact(mask, mask)
-        return spread(super().mix(self.stem(self.smoother(x, real), x), mask=real, key=key), mask)
+        return super().mix(self.stem(self.smoother(x, mask), x), mask=mask, key=key)
 
     def attend(self, q, k, v, *, mask, key):
         return s3(q, k, v, mask=mask, columns=self.columns, rows=self.rows, gain=self.gain[...], shift=self.shift[...])

@@ -1,0 +1,130 @@
+"""The short convolution of queries, keys and values: its formula in NumPy, and what it is inside of a mixer.
+
+That every mixer keeps its promises with one is tested in tests/test_attention.py.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from efficient_tx.attention import ATTENTION, GLA, Softmax
+from efficient_tx.attention.short_conv import ShortConv, short_conv
+
+LENGTHS = (9, 5, 0)
+
+
+def inputs(size, length=9, channels=3):
+    generator = np.random.default_rng(size)
+    mask = np.arange(length) < np.array(LENGTHS)[:, None]
+    return generator.normal(size=(3, length, channels)), generator.normal(size=(size, channels)), mask
+
+
+def plain(x, weight, mask, causal):
+    """One token, one tap at a time."""
+    size = len(weight)
+    before = size - 1 if causal else size // 2
+    out = np.zeros_like(x)
+    for b, example in enumerate(x):
+        n = int(mask[b].sum())
+        for t in range(n):
+            for i in range(size):
+                if 0 <= t + i - before < n:
+                    out[b, t] += weight[i] * example[t + i - before]
+    return out
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("size", [1, 3, 4, 12])
+def test_the_formula(size, causal):
+    with jax.enable_x64(True):
+        x, weight, mask = inputs(size)
+        hostile = np.where(mask[..., None], x, np.nan)
+        out = short_conv(hostile, weight, mask, causal=causal)
+        assert out.dtype == jnp.float64
+        np.testing.assert_allclose(np.asarray(out)[mask], plain(x, weight, mask, causal)[mask], atol=1e-12)
+        everything = np.ones_like(mask)
+        np.testing.assert_allclose(
+            short_conv(x, weight, causal=causal), plain(x, weight, everything, causal), atol=1e-12
+        )
+
+
+def test_an_even_size_sees_one_token_more_behind_than_ahead():
+    """And a causal one none ahead, by the Jacobian."""
+    x = np.zeros((1, 9, 1))
+    for causal, seen in ((False, [2, 3, 4, 5]), (True, [1, 2, 3, 4])):
+        by_x = jax.grad(lambda x, causal=causal: short_conv(x, jnp.ones((4, 1)), causal=causal)[0, 4, 0])(x)
+        np.testing.assert_array_equal(np.flatnonzero(by_x), seen)
+
+
+def test_bfloat16_sums_in_float32():
+    """1 + 2⁻⁷ − 1 is 2⁻⁷ in float32; of bfloat16's 8 bits nothing would be left after 256 + 2⁻⁷."""
+    x = jnp.array([[[2.0**-7], [256.0], [-256.0]]], jnp.bfloat16)
+    out = short_conv(x, jnp.ones((3, 1)), causal=True)
+    assert out.dtype == jnp.bfloat16
+    assert float(out[0, 2, 0]) == 2.0**-7
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_softmax_mixer_is_attention_of_convolved_projections(causal):
+    """With an irregular mask and rotations, which come after the convolution, against a dense softmax in NumPy."""
+    with jax.enable_x64(True):
+        mixer = Softmax(8, heads=2, causal=causal, positions="rope", conv=4, rngs=nnx.Rngs(0))
+        graphdef, params = nnx.split(mixer)
+        mixer = nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(jnp.float64), params))
+        mask = np.array([[1, 0, 1, 1, 0, 1, 1]], bool)
+        x = np.random.default_rng(0).normal(size=(1, 7, 8))
+        tokens, n = x[mask], mask.sum()
+        heads = {}
+        for name in "qkv":
+            projected = tokens @ np.asarray(getattr(mixer, name).kernel) + np.asarray(getattr(mixer, name).bias)
+            weight = np.asarray(mixer.short_conv[name].weight)
+            heads[name] = plain(projected[None], weight, np.ones((1, n), bool), causal)[0].reshape(n, 2, 4)
+        angle = np.arange(n)[:, None, None] * 10000.0 ** (-np.arange(2) / 2)
+        turned = {}
+        for name in "qk":
+            pairs = (heads[name][..., :2] + 1j * heads[name][..., 2:]) * np.exp(1j * angle)
+            turned[name] = np.concatenate([pairs.real, pairs.imag], -1)
+        logits = np.einsum("ihc,jhc->hij", turned["q"], turned["k"]) / 2
+        logits = np.where(np.tri(n, dtype=bool) | (not causal), logits, -np.inf)
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        out = np.einsum("hij,jhc->ihc", weights, heads["v"]).reshape(n, 8)
+        out = out @ np.asarray(mixer.out.kernel) + np.asarray(mixer.out.bias)
+        np.testing.assert_allclose(mixer(x, mask=mask)[mask], out, atol=1e-10)
+
+
+def test_gla_convolves_what_takes_part_in_attention():
+    mixer = GLA(8, heads=2, conv=4, rngs=nnx.Rngs(0))
+    assert {name: conv.weight.shape for name, conv in mixer.short_conv.items()} == {
+        "q": (4, 4),
+        "k": (4, 4),
+        "v": (4, 8),
+    }
+
+
+def test_gla_with_a_convolution_refuses_to_step():
+    mixer = GLA(8, heads=2, causal=True, conv=4, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="no conv"):
+        mixer.step(jnp.zeros((1, 8)), mixer.init_state(1))
+
+
+@pytest.mark.parametrize("name", ["fourier", "pool"])
+def test_what_has_no_projections_has_no_convolution(name):
+    with pytest.raises(TypeError, match="conv"):
+        ATTENTION[name](8, heads=2, conv=4, rngs=nnx.Rngs(0))
+
+
+def test_a_size_below_zero_is_refused():
+    with pytest.raises(ValueError, match="conv is -1: it must be at least 0"):
+        Softmax(8, heads=2, conv=-1, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_it_starts_around_the_identity(causal):
+    """The own tap is uniform in 1 ± size^-½, the others in ± size^-½: 1000 draws cover 99 % of the range."""
+    weight = np.array(ShortConv(1000, 4, causal=causal, rngs=nnx.Rngs(0)).weight[...])
+    weight[3 if causal else 2] -= 1
+    assert np.abs(weight).max() <= 0.5
+    assert (np.abs(weight).max(axis=1) > 0.49).all()
