@@ -103,6 +103,14 @@ def test_departures_name_what_differs_from_the_protocol():
         ([LISTOPS, "--config.model.head_dim=abc"], ["model.head_dim", "type int", "'abc'"]),
         ([LISTOPS, "--config.model.heads=3"], ["config.model.heads is 3", "64 features"]),
         ([LISTOPS, "--confg.steps=1"], ["confg.steps"]),
+        (
+            ["--config=configs/recall.py:fourier", "--config.attention.fourier.conv=4"],
+            ["there is no key attention.fourier.conv", "the mixers here are fourier"],
+        ),
+        (
+            ["--config=configs/recall.py", "--config.task.kind=copy", "--config.task.pairs=4"],
+            ["config.task: pairs is 4, an option of kind 'mqar': 'copy' has max_len, vocab_size, tokens"],
+        ),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(arguments, words):

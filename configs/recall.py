@@ -1,0 +1,27 @@
+"""Recall: which value followed this key? Multi-query associative recall, and other tasks that tell mixers apart.
+
+Command:   python train.py --config=configs/recall.py:linear --workdir=runs/mqar --config.attention.linear.conv=4
+           (--config.task.pairs=16, --config.task.max_len=256, --config.model.causal=False for both directions;
+           --config.task.kind=copy, needle, parity or count, with their options: efficient_tx/data/recall/)
+Hardware:  2 CPU cores, a minute or two
+Expected:  MQAR of 8 pairs in 64 tokens: see README.md; who guesses among the 8 values has 12.5 %
+
+The short convolution, conv=4, shows a key to its value; without it that takes a layer of its own (Arora et al. 2023,
+arXiv 2312.04927). Rotary positions need queries and keys; `tensor`, `fourier`, `vmean` and `pool` take
+--config.model.positions=learned.
+"""
+
+from configs.base import make_config
+
+
+def get_config(argument=""):
+    return make_config(
+        "efficient_tx.data.recall",
+        argument,
+        steps=1000,
+        batch_size=64,
+        eval_every=200,
+        checkpoint_every=1000,
+        model={"causal": True, "dropout": 0.0, "positions": "rope"},
+        optimizer={"learning_rate": 3e-3, "warmup": 100},
+    )

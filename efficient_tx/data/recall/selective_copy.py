@@ -1,0 +1,52 @@
+"""Selective copying (Gu and Dao 2023, Mamba, arXiv 2312.00752)."""
+
+import dataclasses
+
+import numpy as np
+
+from efficient_tx.data.recall.draws import distinct, integers
+from efficient_tx.data.recall.example import BLANK, FIRST, answered
+
+MARKER = FIRST
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectiveCopy:
+    """`tokens` random tokens at random places among blanks; at the markers behind them, the same tokens in order.
+
+        inputs  _ a _ _ c _ b _ ? ? ?        labels  a c b at the ?
+
+    Published: 16 tokens of an alphabet of 16 with the blank, 4,096 places: max_len 4112, vocab_size 18.
+
+    Args:
+      max_len: tokens of every example, markers included.
+      vocab_size: token ids: the padding, the blank, the marker and the alphabet.
+      tokens: to be copied.
+    """
+
+    max_len: int
+    vocab_size: int = 18
+    tokens: int = 16
+
+    def __post_init__(self):
+        if self.tokens < 1 or 2 * self.tokens > self.max_len:
+            raise ValueError(
+                f"tokens is {self.tokens}: with max_len={self.max_len} it must be in [1, {self.max_len // 2}]"
+            )
+        if self.num_classes < 2:
+            raise ValueError(f"vocab_size is {self.vocab_size}: an alphabet of two needs at least {MARKER + 3}")
+
+    @property
+    def num_classes(self) -> int:
+        return self.vocab_size - MARKER - 1
+
+    def guess(self) -> dict[str, float]:
+        return {}
+
+    def example(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        data = integers(rng, 0, self.num_classes, self.tokens)
+        start = self.max_len - self.tokens
+        inputs = np.full(self.max_len, BLANK, np.int32)
+        inputs[np.sort(distinct(rng, 0, start, self.tokens))] = MARKER + 1 + data
+        inputs[start:] = MARKER
+        return answered(inputs, slice(start, None), data)
