@@ -1,4 +1,4 @@
-"""Training runs on small ListOps that the benchmarks make, and their learning curves in one picture."""
+"""Training runs that the benchmarks make, most of them on small ListOps, and their learning curves in one picture."""
 
 import json
 import subprocess
@@ -14,10 +14,10 @@ ROOT = Path(__file__).parent.parent
 Curve = list[tuple[int, float]]
 
 
-def train(workdir: Path, model: str, *, seed: int, steps: int, **settings: Any) -> None:
-    """Trains `configs/quickstart.py:MODEL` to its end; a finished workdir is left as it is."""
+def train(workdir: Path, model: str, *, config: str = "quickstart", seed: int, steps: int, **settings: Any) -> None:
+    """Trains `configs/CONFIG.py:MODEL` to its end; a finished workdir is left as it is."""
     settings = {"seed": seed, "steps": steps, "eval_every": 100, "checkpoint_every": 500, "loggers": "()"} | settings
-    command = [sys.executable, ROOT / "train.py", f"--config={ROOT}/configs/quickstart.py:{model}"]
+    command = [sys.executable, ROOT / "train.py", f"--config={ROOT}/configs/{config}.py:{model}"]
     command += [f"--workdir={workdir}", *(f"--config.{key}={value}" for key, value in settings.items())]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
