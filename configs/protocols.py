@@ -53,6 +53,13 @@ TEXT = {
     "task.validation": "test",  # both codes choose their checkpoint on test reviews
 }
 
+IMAGE = {
+    "task.train_size": 45000,
+    "task.val_size": 5000,
+    "task.test_size": 10000,
+    "task.legacy_mask": True,  # their mask is inputs > 0, which takes black pixels for padding
+}
+
 # Options of mixers count where a run has that mixer.
 SKYFORMER = {
     "attention.skyformer.landmarks": 128,
@@ -158,6 +165,29 @@ PROTOCOLS: dict[str, dict[str, dict[str, Any]]] = {
             "optimizer.weight_decay": 0.1,
             "optimizer.clip": 0.0,
         },
+        "lra.image": {
+            **LRA_ADAM,
+            **IMAGE,
+            "model.causal": False,
+            "model.layers": 1,
+            "model.heads": 8,
+            "model.head_dim": 8,
+            "model.features": 128,
+            "model.mlp_features": 128,
+            "model.dropout": 0.3,
+            "model.positions": "learned",
+            "model.pool": "cls",
+            "model.norm": "layer",
+            "model.mlp": "gelu",
+            "steps": 35000,
+            "batch_size": 256,
+            "eval_every": 175,
+            "optimizer.learning_rate": 5e-4,
+            "optimizer.schedule": "cosine",
+            "optimizer.warmup": 175,
+            "optimizer.weight_decay": 0.0,
+            "optimizer.clip": 0.0,
+        },
     },
     "skyformer": {
         "lra.listops": {
@@ -185,6 +215,14 @@ PROTOCOLS: dict[str, dict[str, dict[str, Any]]] = {
             "eval_every": 500,
             "optimizer.learning_rate": 1e-4,
             "optimizer.warmup": 80,
+        },
+        "lra.image": {
+            **SKYFORMER,
+            **IMAGE,
+            "batch_size": 256,
+            "eval_every": 50,
+            "optimizer.learning_rate": 1e-4,
+            "optimizer.warmup": 175,
         },
     },
 }

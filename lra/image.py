@@ -1,0 +1,222 @@
+"""Image: which of ten things does a small grey picture show? Pixel by pixel, row by row, 1,024 of them.
+
+CIFAR-10 (Krizhevsky 2009); as a task of Long Range Arena, Tay et al. 2020 (arXiv:2011.04006). Where there is no
+CIFAR-10, the Fashion-MNIST that `python -m efficient_tx.data.fetch fashion_mnist` fetches makes a task of the same form
+under a name of its own.
+"""
+
+import gzip
+import hashlib
+import pathlib
+import sys
+from typing import Any
+
+import numpy as np
+
+from efficient_tx.task import Task, data_directory
+from lra import cifar, generate, prepared
+
+KIND = "tokens"
+COUNTS = {"cifar10": (50000, 10000), "fashion_mnist": (60000, 10000)}  # images for training and for testing
+
+_SIDES = {"fashion_mnist": 28}
+_READER = "v1"  # part of the stored data's name: raise it with any change of how they are read
+_RIDGE = 1.0
+
+
+def sizes(*, source: str = "cifar10", **_) -> dict[str, int]:
+    """What a model has to know of the task, from the options of `get_task` alone."""
+    return {"num_classes": 10, "vocab_size": 256, "max_len": _SIDES.get(source, cifar.SIDE) ** 2}
+
+
+def get_task(
+    *,
+    data_dir: str | None = None,
+    source: str = "cifar10",
+    train_size: int = 45000,
+    val_size: int = 5000,
+    test_size: int = 10000,
+    legacy_mask: bool = False,
+) -> Task:
+    """The image task: grey values 0 to 255 as ids, row by row, labelled with the class. Nothing is padded.
+
+    Args:
+      data_dir: where data are kept, and what is made of them, default $EFFICIENT_TX_DATA or ~/.cache/efficient_tx.
+      source: "cifar10", as TensorFlow Datasets prepares it in array_record, or one of `cifar.PLACES`, in the data
+        directory; "fashion_mnist", the fetched one, 784 pixels; or the path of one of `cifar.PLACES`.
+      train_size, val_size, test_size: number of images, or as many as there are; `Task.source` says how many.
+        Validation takes the last ones of those for training, training and testing the first ones, in the order in
+        which they are stored: the arena's split with TensorFlow Datasets' order, where val_size is a tenth.
+      legacy_mask: mask black pixels as if they were padding, as the arena's code and the Skyformer paper's did.
+
+    Raises:
+      ValueError: a setting is out of range, or files are damaged.
+      FileNotFoundError: the source is not there.
+      OSError: the grey images cannot be stored.
+    """
+    for split, size in (("train", train_size), ("val", val_size), ("test", test_size)):
+        if size < 1:
+            raise ValueError(f"task.{split}_size={size}: a split needs at least one image")
+    place, root = _locate(source, data_dir), data_directory(data_dir) / "image"
+    key = _fingerprint(place)
+    arrays = generate.stored(root / f"{key}-{_READER}", lambda: _read(source, place))
+    count = len(arrays["labels"])
+    if val_size >= count:
+        raise ValueError(f"task.val_size={val_size}: of {count} images for training at least one has to be left")
+    cuts = {"train": slice(0, min(train_size, count - val_size)), "validation": slice(count - val_size, count)}
+    splits = [Images(arrays["pixels"][cut], arrays["labels"][cut], legacy_mask) for cut in cuts.values()]
+    splits.append(Images(arrays["test_pixels"][:test_size], arrays["test_labels"][:test_size], legacy_mask))
+    counts = "/".join(f"{len(split):,}" for split in splits)
+    fitted = root / f"baselines-{key}-{_READER}-{counts.replace('/', '-').replace(',', '')}"
+    return Task(
+        *splits,
+        kind=KIND,
+        **sizes(source=source),
+        name=("image-fashion_mnist" if source == "fashion_mnist" else "image") + "-legacy-mask" * legacy_mask,
+        source=f"{source} in {place}, {counts} images" if source in COUNTS else f"{place}, {counts} images",
+        baselines={k: float(v) for k, v in generate.stored(fitted, lambda: _baselines(splits[0], splits[2])).items()},
+    )
+
+
+def state(data_dir: str | None = None, source: str = "cifar10", **_: Any) -> tuple[bool, str]:
+    """Whether the data are there, and where, or what is missing; nothing is read."""
+    try:
+        return True, f"{source}: {_locate(source, data_dir)}"
+    except (FileNotFoundError, ValueError) as error:
+        return False, str(error)
+
+
+class Images:
+    """Flat grey images with labels, a random-access source; item i is a view, nothing is copied.
+
+    Attributes:
+      pixels: uint8 `[n, pixels]`.
+      labels: uint8 `[n]`.
+      legacy_mask: whether examples bring a mask that is False at black pixels.
+    """
+
+    def __init__(self, pixels: np.ndarray, labels: np.ndarray, legacy_mask: bool = False):
+        self.pixels, self.labels, self.legacy_mask = pixels, labels, legacy_mask
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """{"inputs": uint8 `[pixels]`, "label": int}, "mask" if legacy. Raises IndexError outside [0, len)."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        example = {"inputs": self.pixels[index], "label": int(self.labels[index])}
+        return example | {"mask": self.pixels[index] > 0} if self.legacy_mask else example
+
+
+def grey(colours: np.ndarray) -> np.ndarray:
+    """uint8 `[..., 3]` -> uint8 `[...]`, as tf.image.rgb_to_grayscale does, which the arena's code calls.
+
+    That is, in float32: bytes become fractions of 255, are weighted, and go back as the whole part of 255.5 times
+    the sum. What lies within float32's rounding of a whole number may come out as its neighbour.
+    """
+    weights = np.array([0.2989, 0.5870, 0.1140], np.float32)
+    fractions = colours.astype(np.float32) * np.float32(1 / 255)
+    return (fractions @ weights * np.float32(255.5)).astype(np.uint8)
+
+
+def _baselines(train: Images, test: Images) -> dict[str, np.ndarray]:
+    """Test accuracy of the constant answer and of least squares on the pixels, one output a class, a little ridge."""
+    print("image: fitting the linear baseline", file=sys.stderr, flush=True)
+    size = train.pixels.shape[1] + 1
+    gram, moment = np.zeros((size, size)), np.zeros((size, 10))
+    for start in range(0, len(train), 8192):
+        x = _with_one(train.pixels[start : start + 8192])
+        gram += x.T @ x
+        moment += x.T @ np.eye(10, dtype=np.float32)[train.labels[start : start + 8192]]
+    weights = np.linalg.solve(gram + _RIDGE * np.eye(size), moment).astype(np.float32)
+    answers = np.argmax(_with_one(test.pixels) @ weights, axis=1)
+    constant = np.bincount(train.labels, minlength=10).argmax()
+    return {"constant": np.mean(test.labels == constant), "linear": np.mean(test.labels == answers)}
+
+
+def _with_one(pixels: np.ndarray) -> np.ndarray:
+    return np.column_stack([pixels.astype(np.float32) / 255, np.ones(len(pixels), np.float32)])
+
+
+def _locate(source: str, data_dir: str | None) -> pathlib.Path:
+    """The folder or archive of a source.
+
+    Raises:
+      FileNotFoundError: it is not there.
+      ValueError: it is there in a form that cannot be read by index.
+    """
+    root = data_directory(data_dir)
+    if source == "fashion_mnist":
+        if not (root / source / "SHA256SUMS").is_file():
+            raise FileNotFoundError(
+                f"no images in {root / source}: python -m efficient_tx.data.fetch {source} gets them"
+            )
+        return root / source
+    if source == "cifar10":
+        if place := next((root / name for name in cifar.PLACES if (root / name).exists()), None):
+            return place
+        if folder := prepared.find("cifar10", data_dir):
+            return folder
+        looked = ", ".join(str(place / "cifar10") for place in prepared.places(data_dir))
+        raise FileNotFoundError(
+            f"no CIFAR-10: {root} has none of {', '.join(cifar.PLACES)} (of www.cs.toronto.edu/~kriz/cifar.html), and "
+            f"nothing is in {looked} ({prepared.command('cifar10')}); task.source=fashion_mnist takes fetched images"
+        )
+    if place := cifar.find(pathlib.Path(source).expanduser()):
+        return place
+    raise FileNotFoundError(
+        f"task.source={source!r}: neither cifar10 nor fashion_mnist, nor the path of one of {', '.join(cifar.PLACES)}"
+    )
+
+
+def _fingerprint(place: pathlib.Path) -> str:
+    """Of the files of a source: another one when they are others."""
+    files = sorted(path for path in place.iterdir() if path.is_file()) if place.is_dir() else [place]
+    stats = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.blake2b(repr(stats).encode(), digest_size=8).hexdigest()
+
+
+def _read(source: str, place: pathlib.Path) -> dict[str, np.ndarray]:
+    """pixels, labels, test_pixels, test_labels of a source, uint8, the pixels flat.
+
+    Raises:
+      ValueError: files are missing or damaged, or are not the whole data set.
+    """
+    if source == "fashion_mnist":
+        splits = [_idx(place, "train"), _idx(place, "t10k")]
+    elif (place / "dataset_info.json").is_file():
+        splits = [_prepared(place, split) for split in ("train", "test")]
+    else:
+        splits = [(grey(colours), labels) for colours, labels in cifar.read(place).values()]
+    for (_, labels), expected in zip(splits, COUNTS.get(source, COUNTS["cifar10"]), strict=True):
+        found = np.bincount(labels, minlength=10)
+        if len(found) > 10 or not np.all(found == expected // 10):
+            raise ValueError(f"{place} is not whole: {expected // 10:,} images of each class expected, not {found}")
+    names = ("pixels", "labels", "test_pixels", "test_labels")
+    return dict(zip(names, (array for split in splits for array in split), strict=True))
+
+
+def _prepared(place: pathlib.Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    pixels, labels = [], []
+    for item in prepared.read(place, split):
+        pixels.append(grey(np.asarray(item["image"]).reshape(-1, 3)))
+        labels.append(item["label"])
+    return np.array(pixels, np.uint8), np.array(labels, np.uint8)
+
+
+def _idx(place: pathlib.Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of the IDX files of MNIST and its kin: a header of big-endian numbers, then bytes."""
+    try:
+        images = gzip.decompress((place / f"{split}-images-idx3-ubyte.gz").read_bytes())
+        labels = gzip.decompress((place / f"{split}-labels-idx1-ubyte.gz").read_bytes())
+        magic, count, height, width = np.frombuffer(images, ">i4", 4).tolist()
+        pixels = np.frombuffer(images, np.uint8, offset=16).reshape(count, height * width)
+        labels = np.frombuffer(labels, np.uint8, offset=8)
+        if magic != 2051 or len(labels) != count:
+            raise ValueError("another header expected")
+    except Exception as error:  # a flipped bit can make the reader of gzip raise almost anything
+        raise ValueError(
+            f"{place} is damaged ({error}): python -m efficient_tx.data.fetch {place.name} gets it again"
+        ) from None
+    return pixels, labels
