@@ -63,6 +63,28 @@ def chunks(function: str, settings: dict[str, Any], workers: int | None = None) 
             process.stdout.close()
 
 
+def collect(function: str, settings: dict[str, Any], count: int, title: str) -> dict[str, np.ndarray]:
+    """The first `count` rows of the arrays that the chunks of a function hold by name, with a progress bar.
+
+    Raises:
+      ValueError: a chunk is a string instead, which says what is wrong.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    done = 0
+    with progress(title, count) as advance, contextlib.closing(chunks(function, settings)) as stream:
+        for chunk in stream:
+            if isinstance(chunk, str):
+                raise ValueError(chunk)
+            for name, values in chunk.items():
+                part = values[: count - done]
+                array = arrays.setdefault(name, np.empty((count, *values.shape[1:]), values.dtype))
+                array[done : done + len(part)] = part
+            done += len(part)
+            advance(done)
+            if done == count:
+                return arrays
+
+
 def available_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

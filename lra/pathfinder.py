@@ -6,7 +6,7 @@ files by lra.pathfinder_files. `python -m lra.pathfinder --preview=FILE.png` sho
 """
 
 import argparse
-import contextlib
+import functools
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from lra import generate, pathfinder_files, snakes
 
 KIND = "tokens"
 
-_GENERATOR = "v1"  # part of the stored data's name: raise it with any change of what is drawn
+_GENERATOR = "v2"  # part of the stored data's name: raise it with any change of what is drawn
 _PIXELS_PER_PART = 2**28  # a part is stored at once and held in memory while it is made; a killed run loses one
 _PIXELS_PER_CHUNK = 2**18  # what a process draws at a time
 _FITTED = 20000  # training images that the baseline is fitted on
@@ -148,23 +148,9 @@ def _generated(directory: pathlib.Path, total: int, resolution: int, contour_len
         count = min(size, total - first)
         settings = {"first": first, "count": chunk, "resolution": resolution, "contour_length": contour_length}
         title = f"Pathfinder {resolution} x {resolution}, images {first} to {first + count} of {total}"
-        make = lambda: collect("lra.snakes:draw_many", settings | {"seed": seed}, count, title)  # noqa: B023, E731
+        make = functools.partial(generate.collect, "lra.snakes:draw_many", settings | {"seed": seed}, count, title)
         parts.append(generate.stored(folder / f"{first}-{first + count}", make))
     return parts
-
-
-def collect(function: str, settings: dict[str, Any], count: int, title: str) -> dict[str, np.ndarray]:
-    """The first `count` images of the chunks of a function, see `generate.chunks`, with a progress bar."""
-    arrays, done = {}, 0
-    with generate.progress(title, count) as advance, contextlib.closing(generate.chunks(function, settings)) as stream:
-        for chunk in stream:
-            for name, values in chunk.items():
-                part = values[: count - done]
-                arrays.setdefault(name, np.empty((count, *values.shape[1:]), np.uint8))[done : done + len(part)] = part
-            done += len(part)
-            advance(done)
-            if done == count:
-                return arrays
 
 
 def brightness(pixels: np.ndarray) -> np.ndarray:

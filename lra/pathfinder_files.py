@@ -1,5 +1,6 @@
 """Pathfinder from the files of Long Range Arena: PNG images beside plain-text metadata."""
 
+import functools
 import hashlib
 import pathlib
 import sys
@@ -47,9 +48,11 @@ def read(
     parts = []
     for first in range(0, len(names), size):
         mine = names[first : first + size]
-        folder = directory / f"{resolution}px_length{contour_length}_files_{digest}" / f"{first}-{first + len(mine)}"
+        settings = {"level": str(level), "labels": {name: labels[name] for name in mine}, "resolution": resolution}
         title = f"Pathfinder, files {first} to {first + len(mine)} of {len(names)}"
-        parts.append(generate.stored(folder, lambda: _decoded(level, mine, labels, resolution, title)))  # noqa: B023
+        make = functools.partial(generate.collect, "lra.pathfinder_files:decode", settings, len(mine), title)
+        folder = directory / f"{resolution}px_length{contour_length}_files_{digest}" / f"{first}-{first + len(mine)}"
+        parts.append(generate.stored(folder, make))
     return level, parts
 
 
@@ -94,39 +97,22 @@ def _labels(level: pathlib.Path) -> dict[str, int]:
     return labels
 
 
-def _decoded(
-    level: pathlib.Path, names: list[str], labels: dict[str, int], resolution: int, title: str
-) -> dict[str, np.ndarray]:
-    pixels = np.empty((len(names), resolution**2), np.uint8)
-    settings = {"level": str(level), "names": names, "resolution": resolution}
-    with generate.progress(title, len(names)) as advance:
-        done = 0
-        for chunk in generate.chunks("lra.pathfinder_files:decode", settings):
-            if isinstance(chunk, str):
-                raise ValueError(chunk)
-            pixels[done : done + len(chunk)] = chunk
-            done += len(chunk)
-            advance(done)
-            if done == len(names):
-                break
-    return {"pixels": pixels, "labels": np.array([labels[name] for name in names], np.uint8)}
-
-
-def decode(index: int, *, level: str, names: list[str], resolution: int) -> np.ndarray | str:
-    """Chunk `index` of the named images, uint8 `[n, resolution^2]`, or what is wrong with one of them."""
+def decode(index: int, *, level: str, labels: dict[str, int], resolution: int) -> dict[str, np.ndarray] | str:
+    """Chunk `index` of the named images: `pixels` uint8 `[n, resolution^2]` and `labels`, or what is wrong with one."""
     from PIL import Image
 
-    images = []
-    for name in names[index * _FILES_PER_CHUNK : (index + 1) * _FILES_PER_CHUNK]:
+    names = list(labels)[index * _FILES_PER_CHUNK : (index + 1) * _FILES_PER_CHUNK]
+    pixels = np.empty((len(names), resolution**2), np.uint8)
+    for row, name in zip(pixels, names, strict=True):
         path = pathlib.Path(level, name)
         try:
             with Image.open(path) as image:
-                pixels = np.asarray(image.convert("L"))
+                values = np.asarray(image.convert("L"))
         except FileNotFoundError:
             return f"{path}: no such file, though the metadata beside it name it"
         except Exception as error:  # a damaged PNG can raise almost anything
             return f"{path}: no readable PNG image ({error}); unpack lra_release.gz again"
-        if pixels.shape != (resolution, resolution):
-            return f"{path}: {pixels.shape[1]} x {pixels.shape[0]} pixels, expected {resolution} x {resolution}"
-        images.append(pixels.ravel())
-    return np.array(images, np.uint8).reshape(-1, resolution**2)
+        if values.shape != (resolution, resolution):
+            return f"{path}: {values.shape[1]} x {values.shape[0]} pixels, expected {resolution} x {resolution}"
+        row[:] = values.ravel()
+    return {"pixels": pixels, "labels": np.array([labels[name] for name in names], np.uint8)}

@@ -6,6 +6,8 @@ arXiv:2011.04006, data/pathfinder.py). Dashes are drawn with Pillow, once for ea
 """
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -135,10 +137,15 @@ def _walks():
     return walks
 
 
-def displacement(distance: float, angle: float | np.ndarray) -> np.ndarray:
-    """Whole-pixel (y, x) displacement by `distance` at `angle` (radians, from x towards y), rounded up."""
-    exact = distance * np.stack([np.sin(angle), np.cos(angle)], axis=-1)
-    return np.ceil(exact.round(9)).astype(np.int64)  # a whole number stays one whatever sin's last bit
+def displacements(distance: float, angles: Sequence[float]) -> np.ndarray:
+    """(y, x) `[angles, 2]` by `distance` at each angle (radians, from x towards y)."""
+    # Not np.sin: its last bit, which counts, is not the same on every processor.
+    return np.array([(distance * math.sin(angle), distance * math.cos(angle)) for angle in angles])
+
+
+def turned(angle: float) -> float:
+    """The opposite direction."""
+    return angle + math.pi if angle < 0 else angle - math.pi
 
 
 def disc(radius: float) -> np.ndarray:
@@ -155,21 +162,21 @@ def candidates(radius: int) -> np.ndarray:
 
 
 @functools.lru_cache
-def angles(radius: int) -> np.ndarray:
+def angles(radius: int) -> list[float]:
     """The direction of each state of a dash: the whole degrees of first ones, then those of the candidates' heads."""
-    offsets = candidates(radius)
-    return np.concatenate([np.radians(np.arange(ANGLES) - 180), np.arctan2(offsets[:, 0], offsets[:, 1])])
+    first = [(degrees - 180) * math.pi / 180 for degrees in range(ANGLES)]
+    return first + [math.atan2(y, x) for y, x in candidates(radius).tolist()]
 
 
 @functools.lru_cache
 def make_tables(length: int, thickness: float, margin: int, continuity: float) -> "Tables":
     """The tables of lra.walks for one look of the dashes."""
     every = angles(length + margin)
-    first, later = np.split(every, [ANGLES])
-    turn = np.abs(every[:, None] - later)
+    first, later = every[:ANGLES], every[ANGLES:]
+    turn = np.abs(np.subtract.outer(every, later))
     turn = np.minimum(turn, 2 * np.pi - turn)
     weights = np.where(continuity * turn < np.pi / 2, np.cos(continuity * turn) ** 2, 0.0)
-    dashes = [draw_dash(angle, length, thickness, margin) for angle in [*first, *(later + np.pi)]]
+    dashes = [draw_dash(angle, length, thickness, margin) for angle in [*first, *map(turned, later)]]
     lines, masks = (np.stack(arrays) for arrays in zip(*dashes))
     # As published, a first dash is tried one pixel further than it is drawn, within a window of length + margin.
     half, reach = masks.shape[1] // 2, length + margin
@@ -179,15 +186,14 @@ def make_tables(length: int, thickness: float, margin: int, continuity: float) -
     padded = np.zeros((len(first), counts.max(), 2), np.int64)
     for row, shape in zip(padded, shapes, strict=True):
         row[: len(shape)] = shape[: len(row)]
-    heads = displacement(length, first)
     return _walks().Tables(
         lines=lines,
         masks=masks,
-        steps=displacement(length + 2 * margin, every),
+        steps=displacements(length + 2 * margin, every),
         offsets=candidates(length + margin),
         weights=weights,
-        heads=heads,
-        pivots=heads + displacement(length + margin, first + np.pi),
+        heads=displacements(length, first),
+        pivots=displacements(length + margin, [turned(angle) for angle in first]),
         shapes=padded,
         counts=counts,
         disc=disc(margin),
@@ -209,7 +215,7 @@ def draw_dash(angle: float, length: int, thickness: float, margin: int) -> tuple
 
     reach = length + int(np.ceil(thickness)) + margin
     centre = reach * _FINE
-    end_y, end_x = (centre + displacement(length * _FINE, angle)).tolist()
+    end_y, end_x = np.ceil(centre + displacements(length * _FINE, [angle])[0]).tolist()
     fine = Image.new("L", (2 * centre + 1, 2 * centre + 1))
     ImageDraw.Draw(fine).line([(centre, centre), (end_x, end_y)], fill=255, width=round(thickness * _FINE))
     pixels = np.asarray(fine)

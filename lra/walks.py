@@ -22,12 +22,15 @@ _DEAD_END = 1e-4  # total weight of the candidates
 class Tables(NamedTuple):
     """What depends on the look of the dashes only; offsets and displacements are (y, x).
 
+    Places are whole pixels: a place plus a displacement that is not whole is rounded up, as published, after the sum.
+    So the last bit of a sine counts near the upper and left borders, where the sum does not absorb it.
+
     Attributes:
       lines, masks: uint8 `[states, window, window]`, a dash and the room that it takes, around its start.
-      steps: int64 `[states, 2]`, from a dash's pivot to the next one.
+      steps: float64 `[states, 2]`, from a dash's pivot to the next one.
       offsets: int64 `[candidates, 2]`, displacements of heads from the pivot; candidate c has state 360 + c.
       weights: float64 `[states, candidates]`, how well a candidate continues a dash.
-      heads, pivots: int64 `[360, 2]`, displacements of head and pivot from the tail of a first dash.
+      heads, pivots: float64 `[360, 2]`, from the tail of a first dash to its head, and from there to its pivot.
       shapes: int64 `[360, most, 2]`, the pixels that a first dash takes, from its tail; the first `counts` `[360]` of
         them; none where no tail counts as free.
       disc: int64 `[pixels, 2]`, the pixels within the margin.
@@ -56,11 +59,17 @@ def _inside(y, x, size):
 
 
 @numba.njit(cache=True)
+def _moved(y, x, displacement):
+    return int(np.ceil(y + displacement[0])), int(np.ceil(x + displacement[1]))
+
+
+@numba.njit(cache=True)
 def _clashes(occupied, stamp, y, x):
     size, half = occupied.shape[0], stamp.shape[0] // 2
     for i in range(max(0, y - half), min(size, y + half + 1)):
         for j in range(max(0, x - half), min(size, x + half + 1)):
-            if np.int64(occupied[i, j]) + np.int64(stamp[i - y + half, j - x + half]) >= _CLASH:
+            taken, wanted = np.int64(occupied[i, j]), np.int64(stamp[i - y + half, j - x + half])
+            if taken + wanted >= _CLASH and taken / 255 + wanted / 255 >= 1.8:  # the sum of two quotients, as published
                 return True
     return False
 
@@ -87,7 +96,7 @@ def _nearby(occupied, offsets, count, y, x):
 def extend(rng, tables, occupied, pivot, dash, new):
     """Draws the next dash into `new` and moves the pivot to its own; False at a dead end."""
     size, state = occupied.shape[0], dash[2]
-    y, x = pivot[0] + tables.steps[state, 0], pivot[1] + tables.steps[state, 1]
+    y, x = _moved(pivot[0], pivot[1], tables.steps[state])
     cumulated = np.zeros(len(tables.offsets))
     total = 0.0
     for c in range(len(tables.offsets)):
@@ -112,10 +121,10 @@ def extend(rng, tables, occupied, pivot, dash, new):
 @numba.njit(cache=True)
 def _begin(tables, size, y, x, angle, pivot, dash):
     """Puts a first dash with its tail at (y, x); False if its head or its pivot is outside the image."""
-    pivot[0], pivot[1] = y + tables.pivots[angle, 0], x + tables.pivots[angle, 1]
+    head_y, head_x = _moved(y, x, tables.heads[angle])
+    pivot[0], pivot[1] = _moved(head_y, head_x, tables.pivots[angle])
     dash[0], dash[1], dash[2] = y, x, angle
-    head_inside = _inside(y + tables.heads[angle, 0], x + tables.heads[angle, 1], size)
-    return head_inside and _inside(pivot[0], pivot[1], size)
+    return _inside(head_y, head_x, size) and _inside(pivot[0], pivot[1], size)
 
 
 @numba.njit(cache=True)
