@@ -275,7 +275,7 @@ def test_published_settings_and_stand_ins():
 
 
 def test_fashion_mnist_as_it_is_fetched(monkeypatch):
-    monkeypatch.setattr(image, "COUNTS", {"fashion_mnist": (60000, 10000)})
+    monkeypatch.setattr(image, "COUNTS", {"cifar10": (50000, 10000), "fashion_mnist": (60000, 10000)})
     task = image.get_task(data_dir=str(fetched("fashion_mnist")), source="fashion_mnist")
     assert [len(split) for split in (task.train, task.validation, task.test)] == [45000, 5000, 10000]
     assert np.bincount(task.test.labels).tolist() == [1000] * 10
