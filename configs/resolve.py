@@ -150,13 +150,20 @@ def parse_value(config: ConfigDict, key: str, text: str, origin: str) -> Any:
       ValueError: there is no such key, or `text` is no such value.
     """
     kind = section_of(config, key, origin).get_type(key.rpartition(".")[2])
-    parse = {bool: {"true": True, "false": False}.__getitem__, tuple: lambda text: tuple(text.split(","))}.get(
-        kind, kind
-    )
+    parse = {bool: {"true": True, "false": False}.__getitem__, tuple: parse_tuple}.get(kind, kind)
     try:
         return parse(text.lower() if kind is bool else text)
     except (KeyError, ValueError):
         raise ValueError(f"{origin}: {key} takes a value of type {kind.__name__}, not {text!r}") from None
+
+
+def parse_tuple(text: str) -> tuple[int | str, ...]:
+    """The parts of `text` between commas, as numbers if all of them are."""
+    parts = text.split(",")
+    try:
+        return tuple(map(int, parts))
+    except ValueError:
+        return tuple(parts)
 
 
 def apply_settings(stored: Mapping[str, Any], settings: Mapping[str, str]) -> ConfigDict:

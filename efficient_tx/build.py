@@ -18,7 +18,7 @@ from ml_collections.config_dict import placeholder
 from efficient_tx.attention import ATTENTION
 from efficient_tx.linear import LINEAR, densify, structured_learning_rates
 from efficient_tx.linear.structured import Structured
-from efficient_tx.models import Classifier, DualEncoder, TokenClassifier, ViT
+from efficient_tx.models import Classifier, DualEncoder, Pyramid, TokenClassifier, ViT
 from efficient_tx.names import lookup
 from efficient_tx.numerics.random import check_rate
 from efficient_tx.sizes import at_least
@@ -32,7 +32,7 @@ MODELS: dict[str, dict[str, type[nnx.Module]]] = {
     "tokens": {"transformer": Classifier},
     "token_labels": {"transformer": TokenClassifier},
     "token_pairs": {"transformer": DualEncoder},
-    "image": {"vit": ViT},
+    "image": {"vit": ViT, "pyramid": Pyramid},
 }
 DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
 
@@ -200,7 +200,8 @@ def build_model(config: ConfigDict, task: Task) -> nnx.Module:
     arguments = dict(config.model)
     model = lookup(MODELS[task.kind], arguments.pop("name"), "config.model.name")
     features, heads = arguments["features"], arguments["heads"]
-    if isinstance(heads, int) and arguments.get("head_dim") is None and features % heads:
+    # A model of stages has a tuple of each.
+    if isinstance(features, int) and arguments.get("head_dim") is None and features % heads:
         raise ValueError(f"config.model.heads is {heads}: {features} features do not divide into it; set head_dim too")
     tokens = {"vocab_size": task.vocab_size, "max_len": task.max_len}
     projections = build_linear(config.linear.projections, "config.linear.projections")

@@ -42,8 +42,29 @@ def of_equation(equation):
         numbers = 2 if params["fft_type"] in (jax.lax.FftType.FFT, jax.lax.FftType.IFFT) else 1
         return math.prod(out.shape[:-1]) * numbers * length * math.ceil(math.log2(length))
     assert name not in ("while", "pallas_call", "conv_general_dilated"), f"cannot count {name}"
+    return of_inner(equation, total)
+
+
+def products(jaxpr):
+    """Those of the matrix products and convolutions of a jaxpr alone; the zeros around an image count as any number."""
+    return sum(map(of_product, jaxpr.eqns))
+
+
+def of_product(equation):
+    if equation.primitive.name == "dot_general":
+        return of_equation(equation)
+    if equation.primitive.name == "conv_general_dilated":
+        features = equation.params["dimension_numbers"].out_spec[1]
+        out, kernel = equation.outvars[0].aval, equation.invars[1].aval
+        return out.size * kernel.size // out.shape[features]
+    return of_inner(equation, products)
+
+
+def of_inner(equation, count):
+    """What `count` says of the jaxprs inside an equation, as often as they run."""
+    name, params = equation.primitive.name, equation.params
     inner = [
-        total(getattr(value, "jaxpr", value)) for value in jax.tree.leaves(params, is_leaf=is_jaxpr) if is_jaxpr(value)
+        count(getattr(value, "jaxpr", value)) for value in jax.tree.leaves(params, is_leaf=is_jaxpr) if is_jaxpr(value)
     ]
     if name == "cond":
         assert len(set(inner)) == 1, f"the branches make {inner} multiplications"

@@ -128,7 +128,8 @@ class Soft(MultiHead):
     Args:
       bottleneck: "mean" (no parameters, any length), or "convolution": see `Bottleneck`.
       value_conv: size of the depthwise convolution of the values, odd, on a grid in both directions (9, 5 and 3 in the
-        stages of the paper's image models); 0 leaves it out.
+        stages of the paper's image models); 0 leaves it out, −1 takes the stride s of the convolution bottleneck, made
+        odd: 2 ⌊s/2⌋ + 1, as those stages do.
 
     Raises:
       ValueError: `causal=True`, an option out of its range, or "convolution" without `max_len`.
@@ -165,6 +166,10 @@ class Soft(MultiHead):
         self.bottleneck = (
             Bottleneck(self.head_dim, landmarks, self.max_len, grid=grid, rngs=rngs) if convolved else None
         )
+        if value_conv == -1:
+            if not convolved:
+                raise ValueError("value_conv is -1, the stride of the bottleneck: that needs bottleneck='convolution'")
+            value_conv = self.bottleneck.stride // 2 * 2 + 1
         sizes = (value_conv,) * (2 if grid else 1)
         self.conv = nnx.Param(initial_weights(sizes, self.heads, rngs)) if value_conv else None
 

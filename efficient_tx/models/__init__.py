@@ -2,7 +2,8 @@
 
 from efficient_tx.models.classifier import Classifier, TokenClassifier
 from efficient_tx.models.dual_encoder import DualEncoder
+from efficient_tx.models.pyramid import Pyramid
 from efficient_tx.models.transformer import Block, Encoder, Mlp
 from efficient_tx.models.vit import ViT
 
-__all__ = ["Block", "Classifier", "DualEncoder", "Encoder", "Mlp", "TokenClassifier", "ViT"]
+__all__ = ["Block", "Classifier", "DualEncoder", "Encoder", "Mlp", "Pyramid", "TokenClassifier", "ViT"]

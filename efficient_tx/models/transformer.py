@@ -187,12 +187,19 @@ class Encoder(nnx.Module):
 
         `mask` is bool `[batch, length]`; `key` is None at evaluation, in training one key per example or a single one.
         """
-        keys = example_keys(key, x.shape[0])
-        for i, block in enumerate(self.blocks):
-            graphdef, params = nnx.split(block)
-
-            def run(params, x, mask, key, graphdef=graphdef):
-                return nnx.merge(graphdef, params)(x, mask=mask, key=key)
-
-            x = (jax.checkpoint(run) if self.remat else run)(params, x, mask, fold(keys, i))
+        x = run_blocks(self.blocks, x, mask=mask, keys=example_keys(key, x.shape[0]), remat=self.remat)
         return token_wise(self.norm, x)
+
+
+def run_blocks(
+    blocks: Sequence[Block], x: jax.Array, *, mask: jax.Array | None = None, keys: jax.Array | None, remat: bool
+) -> jax.Array:
+    """`x` `[batch, length, features]` through one block after the other; `keys` are `[batch]` or None (evaluation)."""
+    for i, block in enumerate(blocks):
+        graphdef, params = nnx.split(block)
+
+        def run(params, x, mask, key, graphdef=graphdef):
+            return nnx.merge(graphdef, params)(x, mask=mask, key=key)
+
+        x = (jax.checkpoint(run) if remat else run)(params, x, mask, fold(keys, i))
+    return x
