@@ -13,8 +13,9 @@ Kind = Literal["tokens", "token_pairs", "image", "token_labels"]
 # Example: one unbatched item, {"inputs": int32 [length], "label": int}; `inputs2` beside it for pairs.
 Example = Mapping[str, Any]
 
-# Batch: {"inputs": int32 [B, max_len], "mask": bool [B, max_len], "label": int32, "weight": float32}; label and
-# weight are both [B], or both [B, max_len] for per-token labels. `inputs2` and `mask2` are there for pairs.
+# Batch: {"inputs": int32 [B, L], "mask": bool [B, L], "label": int32, "weight": float32}; label and weight are both
+# [B], or both [B, L] for per-token labels. L is max_len, or under `bucket` a shorter length that fits the batch.
+# `inputs2` and `mask2` are there for pairs.
 # weight 0 marks what only fills up the batch (padding of an evaluation batch), so that it counts nowhere.
 Batch = dict[str, np.ndarray]
 
@@ -36,10 +37,11 @@ class Task:
       kind: what an example looks like, and so which model reads it.
       num_classes: labels are integers in [0, num_classes).
       vocab_size: token ids are integers in [0, vocab_size); id 0 is the padding. None for real-valued inputs.
-      max_len: the longest example; every batch is padded to it.
+      max_len: the longest example; every batch is padded to it, but under `bucket`.
       image_shape: (height, width, channels) of every image, for the kind "image"; None for the others.
       name: the task's short name, a column of the results ("listops").
       source: where the data come from, in words ("generated, seed 0").
+      bucket: batches hold examples of similar length and are padded to a power of two that fits them.
       baselines: test accuracy of answers that a model has to beat, by name, computed on this very test split.
     """
 
@@ -53,6 +55,7 @@ class Task:
     name: str
     source: str
     image_shape: tuple[int, int, int] | None = None
+    bucket: bool = False
     baselines: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 

@@ -45,6 +45,7 @@ def get_task(
     min_len: int = 500,
     max_len: int = 2000,
     drop_brackets: bool = False,
+    bucket: bool = False,
     seed: int = 0,
 ) -> Task:
     """The ListOps task: expressions with min_len < length < max_len tokens, labelled with their value.
@@ -62,6 +63,7 @@ def get_task(
       drop_brackets: leave out the closing brackets; the operators keep their ids. Same information as the arena's
         tokenizer before 2021-06-10 (alphanumeric runs only: `MAX 4 3 MIN 2 3 1`), which the Skyformer paper's
         pipeline kept. The expression can no longer be parsed, so these numbers do not compare with others.
+      bucket: batches of similar lengths, padded no further than need be.
       seed: of the generator; not used for files.
 
     Raises:
@@ -92,6 +94,7 @@ def get_task(
         **sizes(max_len=max_len),
         name="listops-no-brackets" if drop_brackets else "listops",
         source=described,
+        bucket=bucket,
         baselines=baselines,
     )
 

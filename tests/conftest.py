@@ -2,12 +2,16 @@
 
 Most of the time goes into compiling programs that run once, so LLVM does not optimise them: half the time. The tests
 of train.py and eval.py, which are processes of their own, run what users run.
+
+XLA gets more threads than devices: jaxlib 0.10.2's batched Cholesky holds a thread while it waits for others, and with
+as many of them at once as there are threads, one for each fake device, all wait for ever.
 """
 
 import os
 from pathlib import Path
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
+os.environ["NPROC"] = "16"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 import jax

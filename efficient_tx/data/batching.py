@@ -1,4 +1,8 @@
-"""Batches of a run: batch i is a pure function of (seed, i), so the data position of a run is its step."""
+"""Batches of a run: batch i is a pure function of (seed, i), so the data position of a run is its step.
+
+Under `task.bucket` a batch holds sequences of similar length and is as long as a power of two that fits the longest of
+them, so that no more than a few programs are compiled and little of their work is padding.
+"""
 
 import functools
 import sys
@@ -9,6 +13,9 @@ import numpy as np
 
 from efficient_tx.task import Batch, Example, Source, Task
 
+SHORTEST_BUCKET = 64  # lengths below this are not told apart
+WINDOW = 64  # batches that are sorted by length together
+
 
 def train_batches(
     task: Task, *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
@@ -17,7 +24,8 @@ def train_batches(
 
     The split is shuffled anew in every epoch, and the epochs follow one another without a gap, so that every batch is
     full. Of the global batch of `batch_size` rows process p holds rows p::process_count: its row j is the global row
-    p + j * process_count.
+    p + j * process_count. Under `task.bucket` the examples of WINDOW consecutive batches are dealt out by length, and
+    these batches come in a random order.
 
     Args:
       task: its `train` split is read.
@@ -40,10 +48,28 @@ def train_batches(
         # Not `permutation`: NumPy keeps the stream of `random` over its versions, but not that one's.
         return np.argsort(generator.random(count), kind="stable")
 
+    def items(start: int, stop: int) -> np.ndarray:
+        """The items at places start to stop of the stream of shuffled epochs."""
+        epochs, places = np.divmod(np.arange(start, stop), count)
+        return np.array([order(epoch)[place] for epoch, place in zip(epochs.tolist(), places.tolist())])
+
+    @functools.lru_cache(maxsize=2)
+    def window(index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Items `[WINDOW, batch_size]` of the batches of a window, and how long each batch is."""
+        size = WINDOW * batch_size
+        chosen = items(index * size, (index + 1) * size)
+        lengths = np.array([_length(task.train[int(item)]) for item in chosen])
+        generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(index, 1)))
+        batches = np.argsort(lengths, kind="stable").reshape(WINDOW, batch_size)
+        batches = batches[np.argsort(generator.random(WINDOW), kind="stable")]
+        return chosen[batches], lengths[batches].max(axis=1)
+
     def batch(step: int) -> Batch:
-        epochs, places = np.divmod(step * batch_size + rows, count)
-        items = [order(epoch)[place] for epoch, place in zip(epochs.tolist(), places.tolist())]
-        return collate([task.train[int(item)] for item in items], task)
+        if task.bucket:
+            chosen, longest = (part[step % WINDOW] for part in window(step // WINDOW))
+        else:
+            chosen, longest = items(step * batch_size, (step + 1) * batch_size), task.max_len
+        return collate([task.train[int(item)] for item in chosen[rows]], task, bucket(longest, task.max_len))
 
     return grain.MapDataset.source(_Lazy(sys.maxsize // batch_size, batch))
 
@@ -53,9 +79,9 @@ def evaluation_batches(
 ) -> grain.MapDataset[Batch]:
     """Batches in which every item of `source` counts exactly once over all processes.
 
-    Row r of global batch i is item i * batch_size + r, and process p holds rows p::process_count of every batch, so
-    all processes have the same number of batches. What fills up the last one is the first item with weight 0 (a real
-    example, as a model need not be finite on an empty one).
+    Row r of global batch i is item i * batch_size + r (under `task.bucket`, of the items sorted by length), and process
+    p holds rows p::process_count of every batch, so all processes have the same number of batches. What fills up the
+    last one is the first item with weight 0 (a real example, as a model need not be finite on an empty one).
 
     Args:
       source: a split of `task`.
@@ -67,57 +93,79 @@ def evaluation_batches(
     rows = _rows(batch_size, process_index, process_count)
     count = len(source)
 
+    @functools.cache
+    def by_length() -> tuple[np.ndarray, np.ndarray]:
+        """The items, shortest first, and their lengths."""
+        lengths = np.array([_length(source[item]) for item in range(count)])
+        order = np.argsort(lengths, kind="stable")
+        return order, lengths[order]
+
     def batch(index: int) -> Batch:
-        items = index * batch_size + rows
-        real = items < count
-        result = collate([source[int(item)] for item in np.where(real, items, 0)], task)
+        places = index * batch_size + rows
+        real = places < count
+        places, longest = np.where(real, places, 0), task.max_len
+        if task.bucket:
+            order, lengths = by_length()
+            places, longest = order[places], lengths[min((index + 1) * batch_size, count) - 1]
+        result = collate([source[int(item)] for item in places], task, bucket(longest, task.max_len))
         result["weight"][~real] = 0.0
         return result
 
     return grain.MapDataset.source(_Lazy(-(-count // batch_size), batch))
 
 
-def collate(examples: Sequence[Example], task: Task) -> Batch:
-    """One batch of unpadded examples, padded with zeros on the right to `task.max_len`.
+def bucket(longest: int, max_len: int) -> int:
+    """How long a batch is whose longest sequence has `longest` tokens: a power of two, at most `max_len`."""
+    return min(max_len, max(SHORTEST_BUCKET, 1 << int(longest - 1).bit_length()))
+
+
+def collate(examples: Sequence[Example], task: Task, length: int | None = None) -> Batch:
+    """One batch of unpadded examples, padded with zeros on the right to `length`, by default `task.max_len`.
 
     An example may carry its own "weight" (a number, or `[length]` for per-token labels); otherwise it is 1.
 
     Returns:
-      `inputs` `[B, max_len]` int32 (float32 where the task has no vocabulary; further axes of an example follow),
-      `mask` bool `[B, max_len]`, True up to the example's length whatever its values; `inputs2` and `mask2` likewise
-      for pairs; `label` int32 and `weight` float32, `[B]`, or `[B, max_len]` for per-token labels, with weight 0
-      beyond the length. Images are stacked as they are and have no mask.
+      `inputs` `[B, length]` int32 (float32 where the task has no vocabulary; further axes of an example follow),
+      `mask` bool `[B, length]`, True up to the example's length whatever its values; `inputs2` and `mask2` likewise
+      for pairs; `label` int32 and `weight` float32, `[B]`, or `[B, length]` for per-token labels, with weight 0
+      beyond the example's end. Images are stacked as they are and have no mask.
 
     Raises:
-      ValueError: an example is longer than `task.max_len`.
+      ValueError: an example is longer than `length`.
     """
+    length = task.max_len if length is None else length
     if task.kind == "image":
         batch = {"inputs": np.stack([example["inputs"] for example in examples])}
     else:
         dtype = np.float32 if task.vocab_size is None else np.int32
-        inputs, mask = _pad([example["inputs"] for example in examples], task, dtype)
+        inputs, mask = _pad([example["inputs"] for example in examples], length, task, dtype)
         batch = {"inputs": inputs, "mask": mask}
         if task.kind == "token_pairs":
-            batch["inputs2"], batch["mask2"] = _pad([example["inputs2"] for example in examples], task, dtype)
+            batch["inputs2"], batch["mask2"] = _pad([example["inputs2"] for example in examples], length, task, dtype)
     if task.kind == "token_labels":
-        ones = np.ones(task.max_len, np.float32)
+        ones = np.ones(length, np.float32)
         weights = [example.get("weight", ones[: len(example["inputs"])]) for example in examples]
-        batch["label"], _ = _pad([example["label"] for example in examples], task, np.int32)
-        batch["weight"], _ = _pad(weights, task, np.float32)
+        batch["label"], _ = _pad([example["label"] for example in examples], length, task, np.int32)
+        batch["weight"], _ = _pad(weights, length, task, np.float32)
     else:
         batch["label"] = np.array([example["label"] for example in examples], np.int32)
         batch["weight"] = np.array([example.get("weight", 1.0) for example in examples], np.float32)
     return batch
 
 
-def _pad(arrays: Sequence[np.ndarray], task: Task, dtype: type) -> tuple[np.ndarray, np.ndarray]:
+def _length(example: Example) -> int:
+    """Tokens of an example; of a pair, those of its longer sequence."""
+    return max(len(example["inputs"]), len(example.get("inputs2", ())), 1)
+
+
+def _pad(arrays: Sequence[np.ndarray], length: int, task: Task, dtype: type) -> tuple[np.ndarray, np.ndarray]:
     lengths = np.array([len(array) for array in arrays])
-    if lengths.max() > task.max_len:
+    if lengths.max() > length:
         raise ValueError(f"an example of {task.name} has {lengths.max()} tokens, more than task.max_len={task.max_len}")
-    padded = np.zeros((len(arrays), task.max_len, *np.shape(arrays[0])[1:]), dtype)
+    padded = np.zeros((len(arrays), length, *np.shape(arrays[0])[1:]), dtype)
     for row, array in zip(padded, arrays):
         row[: len(array)] = array
-    return padded, np.arange(task.max_len) < lengths[:, None]
+    return padded, np.arange(length) < lengths[:, None]
 
 
 def _rows(batch_size: int, process_index: int, process_count: int) -> np.ndarray:

@@ -52,14 +52,21 @@ class DualEncoder(TokenEncoder):
         """Logits, float32 `[batch, num_classes]`.
 
         Args:
-          inputs, inputs2: token ids, int `[batch, length]` and `[batch, length2]`.
-          mask, mask2: bool of these shapes, True for real tokens; None means all are.
+          inputs, inputs2: token ids, both int `[batch, length]`.
+          mask, mask2: bool of that shape, True for real tokens; None, both of them, means all are.
           key: None at evaluation; in training one key per example `[batch]`, or one key, folded per row.
+
+        Raises:
+          ValueError: the two have other shapes.
         """
+        if inputs.shape != inputs2.shape:
+            raise ValueError(f"a pair has inputs of shape {inputs.shape} and {inputs2.shape}: pad both to one length")
+        # As one batch of twice the rows. Apart, the two passes would run side by side, and jaxlib 0.10.2's batched
+        # Cholesky on CPU waits for ever where more of them run at once than there are threads.
         keys = example_keys(key, inputs.shape[0])
-        x1, x2 = (
-            pool_tokens(*self.encode(tokens, real, fold(keys, i)), self.pool)
-            for i, (tokens, real) in enumerate([(inputs, mask), (inputs2, mask2)])
-        )
+        keys = None if keys is None else jnp.concatenate([fold(keys, 0), fold(keys, 1)])
+        both = jnp.concatenate([inputs, inputs2])
+        real = None if mask is None else jnp.concatenate([mask, mask2])
+        x1, x2 = jnp.split(pool_tokens(*self.encode(both, real, keys), self.pool), 2)
         parts = [x1, x2, x1 * x2, x1 - x2] if self.pair_head == "interaction" else [x1, x2]
         return self.head(jnp.concatenate(parts, axis=-1))

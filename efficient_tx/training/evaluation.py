@@ -27,7 +27,8 @@ class Scores(NamedTuple):
       loss: cross-entropy, nats, mean over items.
       accuracy: share of right answers.
       count: items (labels, where there is one per token) that were counted.
-      examples_per_second: rows of batches over wall time, without the first batch, which compiles; None if alone.
+      examples_per_second: rows of batches over wall time, without the first batch of each shape, which compiles; None
+        if there are no others.
     """
 
     loss: float
@@ -53,23 +54,30 @@ def make_evaluate(graphdef: nnx.GraphDef) -> Callable[..., Scores]:
 
     def evaluate(params: nnx.State, batches: grain.MapDataset, check: Callable[[], None] | None = None) -> Scores:
         params = replicate(params)
-        sums, pending, rows, started = metrics.zeros("loss", "accuracy"), None, 0, None
+        sums, pending, compiled = metrics.zeros("loss", "accuracy"), None, set()
+        rows, seconds, started = 0, 0.0, None
         for batch in prefetch(batches):
             if check is not None:
                 check()
+            shape = batch["inputs"].shape
+            first = shape not in compiled
+            if first and started is not None:
+                jax.block_until_ready(pending)
+                seconds += time.perf_counter() - started
             part = step(params, batch)
             # One batch behind, so that the device need not wait for the host; Python's floats add up exactly.
             if pending is not None:
                 sums = metrics.add(sums, metrics.fetch(pending))
             pending = part
-            if started is None:
+            if first:
                 jax.block_until_ready(part)
+                compiled.add(shape)
                 started = time.perf_counter()
             else:
                 rows += batch["label"].shape[0] * batch["label"].shape[1] * jax.process_count()
         sums = metrics.add(sums, metrics.fetch(pending))
         means = metrics.means(sums)
-        speed = rows / (time.perf_counter() - started) if rows else None
+        speed = rows / (seconds + time.perf_counter() - started) if rows else None
         return Scores(means["loss"], means["accuracy"], round(sums["loss"][1]), speed)
 
     return evaluate

@@ -67,10 +67,10 @@ class Stopwatch:
         """Forgets the time so far."""
         self.steps, self.seconds, self.data_seconds = 0, 0.0, 0.0
 
-    def start(self) -> None:
-        """Training begins, or goes on; nothing if it is running."""
+    def start(self, at: float) -> None:
+        """Training began, or went on, at this time; nothing if it is running."""
         if self._started is None:
-            self._started = time.perf_counter()
+            self._started = at
 
     def stop(self) -> None:
         """Training pauses; nothing if it is not running."""
@@ -122,10 +122,10 @@ class Loop:
         self._use(stages[0])
 
     def _use(self, stage: Stage) -> None:
-        """Trains and evaluates what `stage` says from here on; its first step compiles."""
+        """Trains and evaluates what `stage` says from here on; its first step with each shape of batches compiles."""
         graphdef = nnx.split(stage.model)[0]
         self._stage = stage
-        self._compiled = False
+        self._compiled = set()
         self._train_step = make_train_step(
             graphdef,
             stage.optimizer,
@@ -139,8 +139,8 @@ class Loop:
     def run(self) -> State:
         """Trains up to the last step and returns the state there.
 
-        `compile_seconds` is then what the first steps of this process took, one in each stage: tracing, compilation (or
-        the compiled program's way out of the cache) and the step itself.
+        `compile_seconds` is then what the first steps of this process took, one for each stage and shape of batches:
+        tracing, compilation (or the compiled program's way out of the cache) and the step itself.
 
         Raises:
           Interrupted: by a signal; the state is saved.
@@ -202,21 +202,25 @@ class Loop:
 
     def _advance(self, state: State, batches: Iterator[Batch]) -> State:
         """One step. The host waits for a batch, never for the device, but for a first step, which compiles."""
-        compiled, self._compiled = self._compiled, True
-        if compiled:
-            self._watch.start()
         asked = time.perf_counter()
         batch = next(batches)
         arrived = time.perf_counter()
-        state = self._train_step(state, batch)
-        if compiled:
+        shape = batch["inputs"].shape
+        if shape in self._compiled:
+            self._watch.start(asked)
+            state = self._train_step(state, batch)
             self._watch.steps += 1
             self._watch.data_seconds += arrived - asked
-        else:
-            jax.block_until_ready(state)
-            seconds = time.perf_counter() - arrived
-            self.compile_seconds += seconds
-            self._report.say(f"first step: {seconds:.1f} s with compilation")
+            return state
+        jax.block_until_ready(state)
+        self._watch.stop()
+        state = self._train_step(state, batch)
+        jax.block_until_ready(state)
+        seconds = time.perf_counter() - arrived
+        self.compile_seconds += seconds
+        length = f" of length {shape[2]}" if self._compiled else ""
+        self._report.say(f"first step{length}: {seconds:.1f} s with compilation")
+        self._compiled.add(shape)
         return state
 
     def _log(self, state: State, step: int) -> State:
