@@ -178,6 +178,28 @@ def test_real_valued_sequences_and_images():
     assert batch.keys() == {"inputs", "label", "weight"}
 
 
+def test_a_row_is_augmented_alike_on_any_number_of_processes():
+    """And differently in another row, step or run; evaluation sees the example as it is."""
+
+    def augment(example, generator):
+        mixed = {"mix": generator.random(), "label2": generator.integers(5)}
+        return {"inputs": example["inputs"], "label": example["label"], **mixed}
+
+    task = toy(20, augment=augment)
+    whole = train_batches(task, batch_size=6, seed=1)
+    parts = [train_batches(task, batch_size=6, seed=1, process_index=p, process_count=2) for p in range(2)]
+    for step in (5, 0, 3):
+        for p, part in enumerate(parts):
+            assert same(part[step], {key: value[p::2] for key, value in whole[step].items()})
+    assert (whole[0]["mix"].dtype, whole[0]["label2"].dtype) == (np.float32, np.int32)
+    other = train_batches(task, batch_size=6, seed=2)
+    draws = np.concatenate([batches[step]["mix"] for batches in (whole, other) for step in range(50)])
+    assert len(set(draws.tolist())) == len(draws)
+    assert abs(draws.mean() - 0.5) < 4 * 0.012  # 600 uniform draws: standard deviation 1/sqrt(12 x 600)
+    assert items(whole[0]) == items(train_batches(toy(20), batch_size=6, seed=1)[0])
+    assert "mix" not in evaluation_batches(task.train, task, batch_size=6)[0]
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [

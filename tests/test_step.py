@@ -92,6 +92,24 @@ def test_loss_gradient_and_metrics_are_the_closed_form(shape, grad_accum):
     assert all(np.isnan(mean) for mean in metrics.means(clear_window(state).window).values())
 
 
+def test_the_loss_of_mixed_examples_is_mixed():
+    """mix · loss of `label` + (1 − mix) · loss of `label2`; the accuracy is that of `label`."""
+    batch = batch_of((8,), 1, WEIGHTS)
+    second, mix = batch_of((8,), 2)["label"], np.linspace(0, 1, 8).astype(np.float32)
+    model = Linear()
+    state, step = trainer(model, optax.sgd(0.5))
+    weights = np.asarray(model.weight[...], np.float64)
+    after = step(state, {**batch, "label2": second, "mix": mix})
+    loss, gradient, right = 0.0, 0.0, closed_form(weights, batch)[2]
+    for label, share in [(batch["label"], mix), (second, 1 - mix)]:
+        part = closed_form(weights, {**batch, "label": label, "weight": WEIGHTS * share})
+        loss += part[0] * (WEIGHTS * share).sum() / WEIGHTS.sum()
+        gradient += part[1] * (WEIGHTS * share).sum() / WEIGHTS.sum()
+    means = metrics.means(after.window)
+    np.testing.assert_allclose([means["loss"], means["accuracy"]], [loss, right], rtol=1e-5)  # float32
+    np.testing.assert_allclose(jax.tree.leaves(after.params)[0], weights - 0.5 * gradient, atol=1e-5)
+
+
 def test_evaluation_is_the_closed_form():
     batch, model, devices = batch_of((8,), 2, WEIGHTS), Linear(), jax.local_devices()[:1]
     graphdef, params = nnx.split(model)

@@ -28,7 +28,7 @@ def train_batches(
     these batches come in a random order.
 
     Args:
-      task: its `train` split is read.
+      task: its `train` split is read, and its `augment` applied: a row draws from a generator of (seed, step, row).
       batch_size: rows of the global batch; a multiple of `process_count`.
       seed: of the shuffling, at least 0.
 
@@ -69,7 +69,10 @@ def train_batches(
             chosen, longest = (part[step % WINDOW] for part in window(step // WINDOW))
         else:
             chosen, longest = items(step * batch_size, (step + 1) * batch_size), task.max_len
-        return collate([task.train[int(item)] for item in chosen[rows]], task, bucket(longest, task.max_len))
+        examples = [task.train[int(item)] for item in chosen[rows]]
+        if task.augment is not None:
+            examples = [task.augment(example, _generator(seed, step, int(row))) for example, row in zip(examples, rows)]
+        return collate(examples, task, bucket(longest, task.max_len))
 
     return grain.MapDataset.source(_Lazy(sys.maxsize // batch_size, batch))
 
@@ -122,7 +125,8 @@ def bucket(longest: int, max_len: int) -> int:
 def collate(examples: Sequence[Example], task: Task, length: int | None = None) -> Batch:
     """One batch of unpadded examples, padded with zeros on the right to `length`, by default `task.max_len`.
 
-    An example may carry its own "weight" (a number, or `[length]` for per-token labels); otherwise it is 1.
+    An example may carry its own "weight" (a number, or `[length]` for per-token labels); otherwise it is 1. Where the
+    examples carry "label2" and "mix" (numbers), these are stacked too.
 
     Returns:
       `inputs` `[B, length]` int32 (float32 where the task has no vocabulary; further axes of an example follow),
@@ -150,6 +154,9 @@ def collate(examples: Sequence[Example], task: Task, length: int | None = None) 
     else:
         batch["label"] = np.array([example["label"] for example in examples], np.int32)
         batch["weight"] = np.array([example.get("weight", 1.0) for example in examples], np.float32)
+    if "mix" in examples[0]:
+        batch["label2"] = np.array([example["label2"] for example in examples], np.int32)
+        batch["mix"] = np.array([example["mix"] for example in examples], np.float32)
     return batch
 
 
@@ -166,6 +173,11 @@ def _pad(arrays: Sequence[np.ndarray], length: int, task: Task, dtype: type) -> 
     for row, array in zip(padded, arrays):
         row[: len(array)] = array
     return padded, np.arange(length) < lengths[:, None]
+
+
+def _generator(seed: int, step: int, row: int) -> np.random.Generator:
+    """What a row of a step draws from, whichever process holds it."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(step, row)))
 
 
 def _rows(batch_size: int, process_index: int, process_count: int) -> np.ndarray:

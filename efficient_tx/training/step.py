@@ -21,6 +21,8 @@ from efficient_tx.training import metrics
 from efficient_tx.training.metrics import Metrics
 
 AXIS = "devices"
+# Entries of a batch that a model does not see.
+NOT_READ = ("label", "label2", "mix", "weight", "row", "seed")
 
 
 class State(NamedTuple):
@@ -92,14 +94,20 @@ def check_batch_size(batch_size: int, *, devices: int, grad_accum: int) -> None:
 def score(model: nnx.Module, batch: Batch, keys: jax.Array | None) -> Metrics:
     """Sums over the rows of one micro-batch: cross-entropy (nats) and right answers, each with the sum of weights.
 
-    The model gets every entry of the batch but `label`, `weight`, `row` and `seed`, by name, and one key per example
-    (None at evaluation); it returns logits `[B, classes]`, or `[B, L, classes]` where label and weight are `[B, L]`.
+    The model gets every entry of the batch but `label`, `label2`, `mix`, `weight`, `row` and `seed`, by name, and one
+    key per example (None at evaluation); it returns logits `[B, classes]`, or `[B, L, classes]` where label and weight
+    are `[B, L]`. Where there is a `mix`, the loss of an example is that share of `label`'s and the rest of `label2`'s;
+    right is `label`.
     """
-    features = {name: array for name, array in batch.items() if name not in ("label", "weight", "row", "seed")}
+    features = {name: array for name, array in batch.items() if name not in NOT_READ}
     logits = model(**features, key=keys).astype(jnp.float32)
     weight = batch["weight"].astype(jnp.float32)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+    if "mix" in batch:
+        other = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label2"])
+        loss = batch["mix"] * loss + (1 - batch["mix"]) * other
     # Rows of weight 0 only fill up the batch: whatever their labels and logits are, the loss stays finite.
-    loss = jnp.where(weight > 0, optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]), 0.0)
+    loss = jnp.where(weight > 0, loss, 0.0)
     right = jnp.argmax(logits, -1) == batch["label"]
     total = weight.sum()
     return {"loss": ((loss * weight).sum(), total), "accuracy": ((right * weight).sum(), total)}
