@@ -177,7 +177,7 @@ def _pad(arrays: Sequence[np.ndarray], length: int, task: Task, dtype: type) -> 
 
 def _generator(seed: int, step: int, row: int) -> np.random.Generator:
     """What a row of a step draws from, whichever process holds it."""
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(step, row)))
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(step, row, 2)))
 
 
 def _rows(batch_size: int, process_index: int, process_count: int) -> np.ndarray:

@@ -1,0 +1,116 @@
+"""Pictures: stored images, what evaluation sees of them, and what training draws out of them."""
+
+import io
+from collections.abc import Callable
+
+import numpy as np
+
+from efficient_tx.data.randaugment import randaugment
+
+# Zero padding of flip_crop, as a share of the side: 4 pixels at 32 (He et al. 2015, arXiv 1512.03385).
+_PADDING = 1 / 8
+# Of inception: areas and width / height (Szegedy et al. 2014, arXiv 1409.4842), and how often a crop is tried.
+_AREAS, _RATIOS, _TRIES = (0.05, 1.0), (3 / 4, 4 / 3), 100
+
+
+class Picture:
+    """A stored image, decoded when it is looked at; as a numpy array it is what evaluation sees.
+
+    That is the middle of the picture, a square with 1/`margin` of its smaller side, resized to `shape` and normalised.
+
+    Args:
+      stored: uint8 `[height, width, channels]`, or the bytes of a JPEG or PNG file.
+      shape: (side, side, channels) of the array; three channels are red, green and blue, one is grey.
+      margin: at least 1.
+    """
+
+    def __init__(self, stored: bytes | np.ndarray, shape: tuple[int, int, int], margin: float = 1.0):
+        self.stored, self.shape, self.margin = stored, shape, margin
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        """Float32 of `shape`, in [-1, 1]."""
+        as_it_is = isinstance(self.stored, np.ndarray) and self.stored.shape == self.shape and self.margin == 1
+        array = normalise(self.stored if as_it_is else self.middle())
+        return array if dtype is None else array.astype(dtype)
+
+    def image(self):
+        """The whole picture, a `PIL.Image` in grey or in red, green and blue."""
+        from PIL import Image
+
+        if isinstance(self.stored, bytes):
+            image = Image.open(io.BytesIO(self.stored))
+        else:
+            image = Image.fromarray(self.stored[..., 0] if self.stored.shape[-1] == 1 else self.stored)
+        return image.convert("L" if self.shape[-1] == 1 else "RGB")
+
+    def middle(self):
+        """What evaluation sees, as a `PIL.Image`."""
+        image = self.image()
+        width, height = image.size
+        side = min(width, height) / self.margin
+        return self._view(image, (width - side) / 2, (height - side) / 2, side, side)
+
+    def crop(self, rng: np.random.Generator):
+        """A part of the picture, of random area, aspect ratio and place, as a `PIL.Image`; all of it if none fits."""
+        image = self.image()
+        width, height = image.size
+        for _ in range(_TRIES):
+            ratio = rng.uniform(*_RATIOS)
+            low, high = np.sqrt(np.multiply(_AREAS, width * height) / ratio)
+            high = min(high, height, width / ratio)
+            if low <= high:
+                tall = rng.uniform(low, high)
+                wide = tall * ratio
+                return self._view(image, rng.uniform(0, width - wide), rng.uniform(0, height - tall), wide, tall)
+        return self._view(image, 0, 0, width, height)
+
+    def _view(self, image, left: float, top: float, width: float, height: float):
+        from PIL import Image
+
+        box = (left, top, min(left + width, image.width), min(top + height, image.height))
+        return image.resize((self.shape[1], self.shape[0]), Image.Resampling.BILINEAR, box=box)
+
+
+def normalise(image) -> np.ndarray:
+    """A `PIL.Image` or uint8 array to float32 `[height, width, channels]`: 0 becomes -1 and 255 becomes 1."""
+    array = np.asarray(image, np.uint8).astype(np.float32) / np.float32(127.5) - np.float32(1)
+    return array[..., None] if array.ndim == 2 else array
+
+
+def flip(image, rng: np.random.Generator):
+    """The image or, with probability 1/2, its mirror image."""
+    from PIL import ImageOps
+
+    return ImageOps.mirror(image) if rng.random() < 0.5 else image
+
+
+def none(picture: Picture, rng: np.random.Generator):
+    """What evaluation sees."""
+    return picture.middle()
+
+
+def flip_crop(picture: Picture, rng: np.random.Generator):
+    """Mirrored or not, and moved by up to an eighth of the side both ways, with zeros where nothing is."""
+    image = flip(picture.middle(), rng)
+    reach = round(_PADDING * image.width)
+    left, top = (int(shift) for shift in rng.integers(-reach, reach + 1, 2))
+    return image.crop((left, top, left + image.width, top + image.height))
+
+
+def inception(picture: Picture, rng: np.random.Generator):
+    """A random part (Szegedy et al. 2014, arXiv 1409.4842), mirrored or not."""
+    return flip(picture.crop(rng), rng)
+
+
+def inception_randaugment(picture: Picture, rng: np.random.Generator):
+    """`inception`, then RandAugment with two operations of level 10, as Beyer et al. 2022 (arXiv 2205.01580) use it."""
+    return randaugment(inception(picture, rng), rng, operations=2, level=10)
+
+
+# Picture and generator to a `PIL.Image` of the picture's shape, by the name that a config gives.
+AUGMENTATIONS: dict[str, Callable] = {
+    "none": none,
+    "flip_crop": flip_crop,
+    "inception": inception,
+    "randaugment": inception_randaugment,
+}

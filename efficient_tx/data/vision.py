@@ -1,0 +1,285 @@
+"""Images with one label each: Fashion-MNIST, CIFAR-10 and ImageNet-1k, and what training draws out of them.
+
+Pixels are float32 in [-1, 1], 0 is -1 and 255 is 1, as in big_vision (value_range(-1, 1)).
+"""
+
+import dataclasses
+import gzip
+import json
+import os
+import pathlib
+import zlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from efficient_tx.data.pictures import AUGMENTATIONS, Picture, normalise
+from efficient_tx.task import Example, Source, Task, data_directory
+
+KIND = "image"
+
+
+@dataclasses.dataclass(frozen=True)
+class Collection:
+    """Images that can be read.
+
+    Attributes:
+      title: its name and who made it.
+      num_classes: labels are in [0, num_classes).
+      side: of the square images that a model sees, unless a task says otherwise.
+      channels: 1, grey, or 3.
+      margin: an image's smaller side over that of the square in its middle which evaluation sees.
+      val_size: images of the training split that are held out, unless a task says otherwise.
+      in_order: these are the last ones as they are stored; otherwise drawn with the task's seed.
+      read: (name, directory of data) to the images of the training and the test split, each
+        {"image": uint8 [height, width, channels] or the bytes of a file, "label": int}.
+    """
+
+    title: str
+    num_classes: int
+    side: int
+    channels: int
+    margin: float
+    val_size: int
+    in_order: bool
+    read: Callable[[str, pathlib.Path], tuple[Sequence, Sequence]]
+
+
+def sizes(
+    *,
+    source: str = "fashion_mnist",
+    image_size: int | None = None,
+    augment: str = "none",
+    mixup: float = 0.0,
+    seed: int = 0,
+    **_,
+) -> dict:
+    """What a model has to know of the task, from the options alone; refuses what `get_task` cannot do."""
+    for name, value, known in [("source", source, COLLECTIONS), ("augment", augment, AUGMENTATIONS)]:
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}: choose one of {', '.join(known)}")
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size is {image_size}: it must be at least 1")
+    if not 0 <= mixup < float("inf"):
+        raise ValueError(f"mixup is {mixup}: it must be 0 (none) or a positive number")
+    if seed < 0:
+        raise ValueError(f"seed is {seed}: it must be at least 0")
+    collection = COLLECTIONS[source]
+    side = image_size or collection.side
+    return {
+        "num_classes": collection.num_classes,
+        "vocab_size": None,
+        "max_len": side * side,
+        "image_shape": (side, side, collection.channels),
+    }
+
+
+def get_task(
+    *,
+    data_dir: str | os.PathLike | None = None,
+    source: str = "fashion_mnist",
+    image_size: int | None = None,
+    train_size: int | None = None,
+    val_size: int | None = None,
+    test_size: int | None = None,
+    augment: str = "none",
+    mixup: float = 0.0,
+    seed: int = 0,
+) -> Task:
+    """Images of one collection. The validation split is taken out of the training images, the test split is theirs.
+
+    Args:
+      data_dir: where data lie, see `task.data_directory`.
+      source: "fashion_mnist" (Xiao et al. 2017, arXiv 1708.07747), below data_dir as data.fetch puts it; "cifar10"
+        (Krizhevsky 2009) or "imagenet2012" (Russakovsky et al. 2014, arXiv 1409.0575), as tensorflow_datasets prepares
+        it in the file format array_record, below data_dir, $TFDS_DATA_DIR or ~/tensorflow_datasets. ImageNet's test
+        split is its validation set.
+      image_size: side of the images that a model sees; None is 28, 32 and 224.
+      train_size, val_size, test_size: number of images. None is all there are, but for val_size: 5,000 drawn with
+        `seed`, of ImageNet the last 1 % of the stored order (12,812), as Beyer et al. 2022 (arXiv 2205.01580) have it.
+      augment: a key of `pictures.AUGMENTATIONS`: "none"; "flip_crop", mirror images and shifts by up to an eighth of
+        the side; "inception", random crops and mirror images; "randaugment", the same and then RandAugment(2, 10).
+      mixup: α, 0 is none (Zhang et al. 2017, arXiv 1710.09412): every training image is a mixture of two, with weights
+        λ and 1 − λ, λ ~ Beta(α, α) and at least 1/2 as in big_vision, but drawn for each image, and with any image of
+        the split rather than the next one of the batch: so a row of a batch needs no other one, at the price of
+        decoding and augmenting twice as many.
+      seed: of the validation split.
+
+    Raises:
+      ValueError: a setting is out of range, the collection has fewer images, or a file is damaged.
+      FileNotFoundError: the images are not there.
+    """
+    model = sizes(source=source, image_size=image_size, augment=augment, mixup=mixup, seed=seed)
+    collection, shape = COLLECTIONS[source], model["image_shape"]
+    training, testing = collection.read(source, data_directory(data_dir))
+    val_size = collection.val_size if val_size is None else val_size
+    counts = {
+        "train": len(training) - val_size if train_size is None else train_size,
+        "val": val_size,
+        "test": len(testing) if test_size is None else test_size,
+    }
+    for split, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{split}_size is {count}: a split needs at least one image")
+    for names, images in [(("train", "val"), training), (("test",), testing)]:
+        if sum(counts[name] for name in names) > len(images):
+            asked = " and ".join(f"{name}_size={counts[name]}" for name in names)
+            raise ValueError(f"{asked}: {source} has {len(images)} images for that")
+    # Not `permutation`: NumPy keeps the stream of `random` over its versions, but not that one's.
+    order = np.arange(len(training))
+    if not collection.in_order:
+        order = np.argsort(np.random.default_rng(seed).random(len(training)), kind="stable")
+    places = {
+        "train": (training, order[: counts["train"]]),
+        "val": (training, order[len(order) - val_size :]),
+        "test": (testing, np.arange(counts["test"])),
+    }
+    train, validation, test = (Images(*place, shape, collection.margin) for place in places.values())
+    return Task(
+        train,
+        validation,
+        test,
+        kind=KIND,
+        name=source,
+        source=f"{collection.title}, {'/'.join(str(count) for count in counts.values())} images",
+        baselines=_baselines(train, test, collection.num_classes),
+        augment=None if augment == "none" and not mixup else Augment(train, augment, mixup),
+        **model,
+    )
+
+
+class Images:
+    """Some images of a collection, a random-access source: item i is {"inputs": Picture, "label": int}."""
+
+    def __init__(self, stored: Sequence, order: np.ndarray, shape: tuple[int, int, int], margin: float):
+        self.stored, self.order, self.shape, self.margin = stored, order, shape, margin
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> Example:
+        record = self.stored[int(self.order[index])]
+        return {"inputs": Picture(record["image"], self.shape, self.margin), "label": int(record["label"])}
+
+
+class Augment:
+    """What training makes of a picture of the split `train`: see `get_task`."""
+
+    def __init__(self, train: Source, name: str, mixup: float):
+        self.train, self.draw, self.mixup = train, AUGMENTATIONS[name], mixup
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        inputs = normalise(self.draw(example["inputs"], rng))
+        if not self.mixup:
+            return {**example, "inputs": inputs}
+        partner = self.train[int(rng.integers(len(self.train)))]
+        share = rng.beta(self.mixup, self.mixup)
+        share = np.float32(max(share, 1 - share))
+        inputs = share * inputs + (1 - share) * normalise(self.draw(partner["inputs"], rng))
+        return {**example, "inputs": inputs, "label2": partner["label"], "mix": share}
+
+
+class Arrays:
+    """Images in memory, uint8 `[n, height, width, channels]`, and their labels `[n]`, as a sequence of records."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray):
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"image": self.images[index], "label": self.labels[index]}
+
+
+def _baselines(train: Images, test: Images, num_classes: int) -> dict[str, float]:
+    """The commonest label, and of images in memory the class whose mean is nearest, pixel by pixel.
+
+    Of ImageNet no label is read: it has as many images of each class.
+    """
+    if not isinstance(train.stored, Arrays):
+        return {"constant": 1 / num_classes}
+    labels, truth = train.stored.labels[train.order], test.stored.labels[test.order]
+    pixels, queries = (split.stored.images[split.order].reshape(len(split), -1) for split in (train, test))
+    present = np.unique(labels)
+    means = np.stack([pixels[labels == label].mean(axis=0) for label in present])
+    distance = (means**2).sum(axis=1) - 2 * queries.astype(np.float64) @ means.T
+    return {
+        "constant": float((truth == np.bincount(labels).argmax()).mean()),
+        "nearest class mean": float((truth == present[distance.argmin(axis=1)]).mean()),
+    }
+
+
+def _read_fashion(name: str, root: pathlib.Path) -> tuple[Arrays, Arrays]:
+    """The four files of data.fetch, in the format of the MNIST database."""
+    folder = root / name
+    splits = []
+    for split in ("train", "t10k"):
+        images = _read_idx(folder / f"{split}-images-idx3-ubyte.gz", axes=3)
+        labels = _read_idx(folder / f"{split}-labels-idx1-ubyte.gz", axes=1)
+        splits.append(Arrays(images[..., None], labels))
+    return tuple(splits)
+
+
+def _read_idx(path: pathlib.Path, axes: int) -> np.ndarray:
+    """A file of bytes: magic number 2048 + axes, then the axes' lengths, each a big-endian int32, then the values."""
+    fetch = f"python -m efficient_tx.data.fetch fashion_mnist --data_dir={path.parent.parent}"
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}: {fetch} puts it there")
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged ({error}): {fetch} makes it whole") from None
+    header = np.frombuffer(content[: 4 + 4 * axes].ljust(4 + 4 * axes, b"\0"), ">i4")
+    values, shape = np.frombuffer(content[4 + 4 * axes :], np.uint8), header[1:]
+    if header[0] != 2048 + axes or values.size != np.prod(shape):
+        raise ValueError(f"{path} is damaged (no idx file of {axes} axes): {fetch} makes it whole")
+    return values.reshape(shape)
+
+
+def _read_prepared(name: str, root: pathlib.Path) -> tuple[Sequence, Sequence]:
+    """Two splits that tensorflow_datasets prepared, with undecoded images; TensorFlow is not needed."""
+    import tensorflow_datasets as tfds
+
+    theirs = pathlib.Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    places = [root / name, theirs / name]
+    infos = [path for place in places for path in sorted(place.glob("*/dataset_info.json"), reverse=True)]
+    readable = [path for path in infos if json.loads(path.read_text()).get("fileFormat") == "array_record"]
+    if not readable:
+        nowhere = f"{name} is in neither of {places[0]}, {places[1]}"
+        found = f"{infos[0].parent} is not stored as array_record" if infos else nowhere
+        archives = (
+            " with ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar of image-net.org in its downloads/manual"
+            if name == "imagenet2012"
+            else ""
+        )
+        raise FileNotFoundError(
+            f"{found}: prepare it once, where tensorflow is installed{archives}: import tensorflow_datasets; "
+            f"tensorflow_datasets.builder('{name}', file_format='array_record').download_and_prepare()"
+        )
+    builder = tfds.builder_from_directory(readable[0].parent)
+    decoders = {"image": tfds.decode.SkipDecoding()}
+    test = "validation" if name == "imagenet2012" else "test"
+    return tuple(builder.as_data_source(split=split, decoders=decoders) for split in ("train", test))
+
+
+def _read_into_memory(name: str, root: pathlib.Path) -> tuple[Arrays, Arrays]:
+    """The same, decoded once."""
+    collection = COLLECTIONS[name]
+    splits = []
+    for records in _read_prepared(name, root):
+        shape = (collection.side, collection.side, collection.channels)
+        images = np.stack([np.asarray(Picture(record["image"], shape).image()) for record in records])
+        splits.append(Arrays(images, np.array([record["label"] for record in records])))
+    return tuple(splits)
+
+
+COLLECTIONS = {
+    "fashion_mnist": Collection(
+        "Fashion-MNIST (Zalando)", 10, 28, 1, margin=1, val_size=5000, in_order=False, read=_read_fashion
+    ),
+    "cifar10": Collection("CIFAR-10", 10, 32, 3, margin=1, val_size=5000, in_order=False, read=_read_into_memory),
+    "imagenet2012": Collection(
+        "ImageNet-1k", 1000, 224, 3, margin=256 / 224, val_size=12812, in_order=True, read=_read_prepared
+    ),
+}
