@@ -1,5 +1,6 @@
 """ViT against plain numpy, and the branches of the shared block that it brought along: drop path and layer scale."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -73,7 +74,7 @@ def test_what_is_around_the_encoder_is_its_formula(pool, positions, representati
     if representation:
         x = np.tanh(x @ np.asarray(model.representation.kernel[...]))
     expected = x @ np.asarray(model.head.kernel[...])
-    np.testing.assert_allclose(model(inputs), expected, rtol=1e-4, atol=1e-5)  # float32
+    np.testing.assert_allclose(run(model, inputs), expected, rtol=1e-4, atol=1e-5)  # float32
 
 
 def test_patches_are_a_convolution():
@@ -142,7 +143,7 @@ def test_parameters_are_as_many_as_published(features, heads, pool, millions):
 
 def test_the_head_starts_at_zero():
     model = ViT(mixers=[Softmax], rngs=nnx.Rngs(0), mlp_features=16, **TINY)
-    np.testing.assert_array_equal(model(images()), 0)
+    np.testing.assert_array_equal(run(model, images()), 0)
 
 
 def test_draws_belong_to_the_example():
@@ -202,17 +203,19 @@ def test_a_block_drops_its_branches_by_example_and_scales_them():
     block = Block(8, mixer=partial(Softmax, heads=2), mlp_features=16, drop_path=0.5, layer_scale=0.1, rngs=nnx.Rngs(0))
     block.mlp_scale[...] = jnp.arange(8.0)
     x = np.random.default_rng(0).normal(size=(64, 5, 8)).astype(np.float32)
-    out = np.asarray(block(x, key=jax.random.split(jax.random.key(0), 64)))
-    ways = []
-    for mixed in (0, 2):
-        middle = x + mixed * 0.1 * np.asarray(block.mixer(block.mixer_norm(x)))
-        ways += [middle + kept * np.arange(8) * np.asarray(block.mlp(block.mlp_norm(middle))) for kept in (0, 2)]
-    fits = np.array([np.abs(out - way).max(axis=(1, 2)) < 1e-4 for way in ways])  # float32; else about 1
+
+    @jax.jit
+    def everything(x, keys):
+        ways = {}
+        for mixed, kept in itertools.product((0, 1, 2), (0, 1, 2)):
+            middle = x + mixed * 0.1 * block.mixer(block.mixer_norm(x))
+            ways[mixed, kept] = middle + kept * jnp.arange(8) * block.mlp(block.mlp_norm(middle))
+        return block(x), block(x, key=keys), ways
+
+    evaluated, out, ways = everything(x, jax.random.split(jax.random.key(0), 64))
+    np.testing.assert_allclose(evaluated, ways[1, 1], atol=1e-4)  # float32; branches are about 1
+    fits = np.array([np.abs(out - ways[way]).max(axis=(1, 2)) < 1e-4 for way in itertools.product((0, 2), (0, 2))])
     assert (fits.sum(0) == 1).all() and fits.any(axis=1).all()
-    np.testing.assert_allclose(
-        block(x), x + (ways[2] - x) / 2 + np.arange(8) * np.asarray(block.mlp(block.mlp_norm(x + (ways[2] - x) / 2))),
-        atol=1e-4,
-    )  # fmt: skip
 
 
 def test_the_rate_of_drop_path_rises_linearly():
