@@ -3,7 +3,7 @@
 Command:   python -m efficient_tx.data.fetch fashion_mnist
            python train.py --config=configs/vit_fashion.py:skyformer --workdir=runs/fashion
 Hardware:  2 CPU cores, minutes
-Expected:  TODO; the best constant answer has 10 %, the nearest class mean 67.8 %
+Expected:  at least 88 % test accuracy; the best constant answer has 10 %, the nearest class mean 67.8 %
 """
 
 from configs.base import make_config
