@@ -39,6 +39,7 @@ def get_task(
     test_size: int | None = None,
     max_len: int = 4000,
     validation: str = "split",
+    bucket: bool = False,
     seed: int = 0,
 ) -> Task:
     """The text task: the bytes of a text, its first `max_len`, as ids byte + 1, labelled 1 if positive (or spam).
@@ -53,6 +54,7 @@ def get_task(
       max_len: longer texts are cut there.
       validation: "split" keeps a part of the training texts for it; "test" validates on test texts, as the arena's
         code and the Skyformer paper's do, so that a checkpoint chosen on it has seen the test.
+      bucket: batches of similar lengths, padded no further than need be.
       seed: of the splits. They do not depend on the order of files, nor on max_len; equal texts lie side by side in
         the drawn order, so that hardly any is in two splits.
 
@@ -97,6 +99,7 @@ def get_task(
         **sizes(max_len=max_len),
         name=name,
         source=f"{described}, {counts} texts, seed {seed}" + ", validated on test texts" * (validation == "test"),
+        bucket=bucket,
         baselines=_baselines(splits[0], splits[2], data_directory(data_dir) / "text"),
     )
 

@@ -96,7 +96,8 @@ def test_reusable_parts_bring_nothing_along(name):
 
 def test_nothing_imports_tensorflow():
     program = (
-        "import sys; import efficient_tx.build, efficient_tx.data.batching, lra.listops, configs.resolve; "
+        "import sys; import efficient_tx.build, efficient_tx.data.batching, configs.resolve; "
+        "import lra.listops, lra.text, lra.image; "
         "print('tensorflow' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)

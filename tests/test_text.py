@@ -90,6 +90,9 @@ def test_bytes_are_ids_and_masks_go_by_length(tmp_path):
     with pytest.raises(IndexError, match="40 of 40"):
         task.test[40]
     assert np.shape(train_batches(task, batch_size=8, seed=0)[3]["inputs"]) == (8, 20)
+    bucketed = text.get_task(source=str(tmp_path / "x"), data_dir=str(tmp_path), bucket=True)
+    lengths = {train_batches(bucketed, batch_size=8, seed=0)[step]["inputs"].shape[1] for step in range(64)}
+    assert max(lengths) <= 128 < bucketed.max_len  # no review here is longer than 128 bytes
 
 
 def test_splits_depend_on_the_seed_alone(tmp_path):
