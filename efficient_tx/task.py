@@ -10,8 +10,9 @@ import numpy as np
 
 Kind = Literal["tokens", "token_pairs", "image", "token_labels"]
 
-# Example: one unbatched item, {"inputs": int32 [length], "label": int}; `inputs2` beside it for pairs. A training one
-# may have a second label, `label2`, and the share `mix` in [0, 1] of the loss that is the first one's (mixup).
+# Example: one unbatched item, {"inputs": int32 [length], "label": int}; `inputs2` beside it for pairs. All its tokens
+# are real, whatever their values, unless it brings a bool "mask" [length] (and "mask2" for pairs). A training one may
+# have a second label, `label2`, and the share `mix` in [0, 1] of the loss that is the first one's (mixup).
 Example = Mapping[str, Any]
 
 # Batch: {"inputs": int32 [B, L], "mask": bool [B, L], "label": int32, "weight": float32}; label and weight are both

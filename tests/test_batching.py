@@ -143,6 +143,20 @@ def test_pairs():
     assert batch["label"].shape == (7,)
 
 
+@pytest.mark.parametrize("kind", ["tokens", "token_pairs"])
+def test_an_example_may_bring_its_mask(kind):
+    def example(item):
+        one = sequence(item)
+        return one | {"mask": one["inputs"] > 0, "inputs2": one["inputs"][::-1], "mask2": one["inputs"][::-1] > 1}
+
+    batch = collate([example(item) for item in (3, 11, 1)], toy(1, kind))
+    np.testing.assert_array_equal(batch["mask"], batch["inputs"] > 0)
+    if kind == "token_pairs":
+        np.testing.assert_array_equal(batch["mask2"], batch["inputs2"] > 1)
+    plain = collate([sequence(11), example(11)], toy(1))
+    assert plain["mask"][0].all() and not plain["mask"][1].all()
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_labels_per_token(weighted):
     def example(item):

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from configs import protocols, resolve
+from efficient_tx.data.batching import collate
 from efficient_tx.task import Task
 from lra import pathfinder, pathfinder_files, snakes
 
@@ -56,6 +57,17 @@ def test_parts_and_what_a_killed_run_leaves(tmp_path, monkeypatch):
     paths[1].unlink()
     assert contents(get_task(tmp_path).train) == whole
     assert [path.stat().st_mtime_ns == time for path, time in zip(paths, times, strict=True)] == [True, False, True]
+
+
+def test_black_pixels_are_tokens_unless_the_old_mask_is_asked_for(tmp_path):
+    task = get_task(tmp_path)
+    batch = collate([task.test[i] for i in range(8)], task)
+    assert batch["mask"].all() and (batch["inputs"] == 0).any()
+    old = get_task(tmp_path, legacy_mask=True)
+    assert old.name == "pathfinder-length-6-legacy-mask"
+    legacy = collate([old.test[i] for i in range(8)], old)
+    np.testing.assert_array_equal(legacy["mask"], batch["inputs"] > 0)
+    np.testing.assert_array_equal(legacy["inputs"], batch["inputs"])
 
 
 @pytest.mark.parametrize(
