@@ -6,7 +6,8 @@ config file says.
 
 What these settings leave different from the original code: the Skyformer code cycles Adam's b1 with the learning rate,
 keeps the best checkpoint only after a fifth of the steps, averages over padded positions too, and drops attention
-weights where we drop the mixer's output at the same rate; both read files, not data generated here.
+weights where we drop the mixer's output at the same rate; both read files, not data generated here. The arena's code
+for Retrieval pools the first position of encoders without a class token; here "cls" adds one.
 """
 
 from collections.abc import Mapping
@@ -51,6 +52,13 @@ TEXT = {
     "task.test_size": 25000,
     "task.max_len": 4000,  # of the paper's table; base_text_classification_config.py says 1000
     "task.validation": "test",  # both codes choose their checkpoint on test reviews
+}
+
+RETRIEVAL = {
+    "task.train_size": 147086,
+    "task.val_size": 18090,
+    "task.test_size": 17437,
+    "task.max_len": 4000,
 }
 
 IMAGE = {
@@ -165,6 +173,30 @@ PROTOCOLS: dict[str, dict[str, dict[str, Any]]] = {
             "optimizer.weight_decay": 0.1,
             "optimizer.clip": 0.0,
         },
+        "lra.retrieval": {
+            **LRA_ADAM,
+            **RETRIEVAL,
+            "model.causal": False,
+            "model.layers": 4,
+            "model.heads": 4,
+            "model.head_dim": 32,
+            "model.features": 128,
+            "model.mlp_features": 512,
+            "model.dropout": 0.1,
+            "model.positions": "sinusoidal",
+            "model.pool": "cls",
+            "model.pair_head": "concatenation",
+            "model.norm": "layer",
+            "model.mlp": "gelu",
+            "steps": 5000,
+            "batch_size": 32,
+            "eval_every": 100,
+            "optimizer.learning_rate": 0.05,
+            "optimizer.schedule": "rsqrt",
+            "optimizer.warmup": 8000,
+            "optimizer.weight_decay": 0.1,
+            "optimizer.clip": 0.0,
+        },
         "lra.image": {
             **LRA_ADAM,
             **IMAGE,
@@ -215,6 +247,15 @@ PROTOCOLS: dict[str, dict[str, dict[str, Any]]] = {
             "eval_every": 500,
             "optimizer.learning_rate": 1e-4,
             "optimizer.warmup": 80,
+        },
+        "lra.retrieval": {
+            **SKYFORMER,
+            **RETRIEVAL,
+            "model.pair_head": "interaction",
+            "batch_size": 16,
+            "eval_every": 1000,
+            "optimizer.learning_rate": 2e-4,
+            "optimizer.warmup": 800,
         },
         "lra.image": {
             **SKYFORMER,

@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import pathlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -97,6 +97,16 @@ def get_task(
         bucket=bucket,
         baselines=baselines,
     )
+
+
+def state(data_dir: str | None = None, source: str = "generated", **_: Any) -> tuple[bool, str]:
+    """Whether the data are there, or can be made, and where, or what is missing; nothing is read."""
+    if source == "generated":
+        return True, f"generated on first use, {data_directory(data_dir) / 'listops'}"
+    try:
+        return True, str(_release(source))
+    except FileNotFoundError as error:
+        return False, str(error)
 
 
 class Expressions:

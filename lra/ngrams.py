@@ -1,10 +1,12 @@
-"""A text classifier without order: which byte n-grams occur, weighted linearly. What a model of sequences has to beat.
+"""Texts without order: which byte n-grams occur. What a model of sequences has to beat.
 
-Wang and Manning 2012 ("Baselines and bigrams", NB-SVM), with logistic loss: every feature is scaled by its log-count
-ratio between the classes, which is naive Bayes' weight, before a regularised linear model is fitted.
+`accuracy` is of a classifier, Wang and Manning 2012 ("Baselines and bigrams", NB-SVM), with logistic loss: every
+feature is scaled by its log-count ratio between the classes, which is naive Bayes' weight, before a regularised linear
+model is fitted. `Similarity` is the cosine of two texts' n-grams, the rarer ones weighing more.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -72,3 +74,36 @@ def accuracy(train: Sequence[bytes], train_labels: np.ndarray, test: Sequence[by
 
 def _norm(values: np.ndarray) -> float:
     return float(np.sqrt(np.square(values, dtype=np.float64).sum())) or 1.0
+
+
+class Similarity:
+    """The cosine of the n-grams of two texts, each weighted by ln((1 + texts) / (1 + texts that have it)) + 1.
+
+    Args:
+      pairs: of texts, from which the weights are counted.
+    """
+
+    def __init__(self, pairs: Iterable[tuple[bytes, bytes]]):
+        having, count = np.zeros(2**BITS), 0
+        self._features = functools.lru_cache(maxsize=4096)(features)
+        for pair in pairs:
+            for text in pair:
+                having[self._features(text)] += 1
+                count += 1
+        self._squares = (np.log((1 + count) / (1 + having)) + 1) ** 2
+
+    def __call__(self, one: bytes, two: bytes) -> float:
+        """In [0, 1]; 0 where a text is too short for an n-gram."""
+        rows = [self._features(text) for text in (one, two)]
+        common = self._squares[np.intersect1d(*rows, assume_unique=True)].sum()
+        norms = np.sqrt(np.prod([self._squares[row].sum() for row in rows]))
+        return float(common / norms) if norms else 0.0
+
+
+def threshold(scores: np.ndarray, labels: np.ndarray) -> float:
+    """The t at which most of the answers scores > t are the labels, 0 or 1, midway between two scores."""
+    order = np.argsort(scores, kind="stable")
+    ordered, positive = scores[order], np.asarray(labels)[order] == 1
+    right = np.concatenate([[0], np.cumsum(~positive)]) + positive.sum() - np.concatenate([[0], np.cumsum(positive)])
+    edges = np.concatenate([[ordered[0] - 1], (ordered[1:] + ordered[:-1]) / 2, [ordered[-1] + 1]])
+    return float(edges[right.argmax()])

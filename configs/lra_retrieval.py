@@ -1,0 +1,23 @@
+"""Retrieval of Long Range Arena: do two documents belong together? Both byte by byte, up to 4,000 of each.
+
+Command:   python train.py --config=configs/lra_retrieval.py:skyformer --workdir=runs/retrieval
+           (--config.protocol=lra or skyformer for the published settings; without the AAN files, speeches instead:
+           python -m efficient_tx.data.fetch sotu, then --config.task.source=sotu; lra/README.md says more)
+Hardware:  one accelerator; or 2 CPU cores with --config.grad_accum=16, four times the time of a step of lra_listops.py
+Expected:  protocol skyformer: 82.06 % with skyformer, 80.69 % with softmax (Chen et al. 2021, arXiv 2111.00035,
+           table 1, mean of 3 seeds); protocol lra: 57.46 % with softmax (Long Range Arena's README). Not reproduced
+           here: the AAN files were not at hand. The best constant answer has 50 %. On speeches the
+           similarity of the two documents' byte n-grams has 63.6 %.
+"""
+
+from configs.base import make_config
+
+
+def get_config(argument=""):
+    return make_config(
+        "lra.retrieval",
+        argument,
+        steps=5000,
+        batch_size=32,
+        optimizer={"learning_rate": 1e-3, "warmup": 500},
+    )

@@ -1,0 +1,43 @@
+"""What there is of Long Range Arena's data: python -m lra --check [--data_dir=DIR]
+
+Lists every task with the state of its data: where they are, or what is missing, where it was looked for and how to get
+it. Nothing is read or made. Exit status 0; 2 for a mistake on the command line.
+"""
+
+import argparse
+import importlib
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from efficient_tx.task import data_directory
+from lra.tasks import TASKS
+
+
+def check(data_dir: str | None = None) -> list[tuple[str, bool, str]]:
+    """(name, whether it can be loaded, where from or what is missing) of every task."""
+    found = []
+    for name, (module, options) in TASKS.items():
+        there, where = importlib.import_module(module).state(data_dir, **options)
+        found.append((name, there, where))
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser("python -m lra", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"{message}\n")
+    parser.add_argument("--check", action="store_true", required=True, help="list every task's data")
+    parser.add_argument("--data_dir", help="default $EFFICIENT_TX_DATA or ~/.cache/efficient_tx")
+    options = parser.parse_args(arguments)
+    table = Table("task", "data", "where, or what is missing", title=f"Data in {data_directory(options.data_dir)}")
+    for name, there, where in check(options.data_dir):
+        table.add_row(name, "yes" if there else "missing", where)
+    console = Console(highlight=False, markup=False)
+    console.print(table)
+    console.print("Other places: --config.task.source=... (lra/README.md), or $EFFICIENT_TX_DATA for all of them.")
+
+
+if __name__ == "__main__":
+    main()

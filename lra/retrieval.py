@@ -1,0 +1,295 @@
+"""Retrieval: do two documents belong together? Both are read byte by byte, up to 4,000 of each.
+
+Does one paper cite the other, in the ACL Anthology Network (Radev et al. 2013); as a task of Long Range Arena, Tay et
+al. 2020 (arXiv:2011.04006). Where there is no such file, the State of the Union addresses that `python -m
+efficient_tx.data.fetch sotu` fetches make a task of the same form under a name of its own: are two pieces of 4 KB of
+the same address? There the splits have no address in common.
+"""
+
+import hashlib
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from efficient_tx.task import Task, data_directory
+from lra import generate, ngrams
+
+KIND = "token_pairs"
+FILES = {"train": "new_aan_pairs.train.tsv", "val": "new_aan_pairs.eval.tsv", "test": "new_aan_pairs.test.tsv"}
+PAIRS = {"train": 147086, "val": 18090, "test": 17437}  # of the ACL Anthology Network
+PIECE = 4096  # bytes of an address that make a document
+SOTU_PAIRS = {"train": 20000, "val": 2000, "test": 4000}
+
+_LONGEST = 10000  # the arena's code cuts papers here, before max_len
+_SCANNED = 2**26
+_JUDGED = 2000  # training pairs on which the baseline chooses its threshold
+_BASELINES = "v1"  # part of the stored baselines' name: raise it with any change of how they are computed
+
+
+def sizes(*, max_len: int, **_) -> dict[str, int]:
+    """What a model has to know of the task, from the options of `get_task` alone."""
+    return {"num_classes": 2, "vocab_size": 257, "max_len": max_len}
+
+
+def get_task(
+    *,
+    data_dir: str | None = None,
+    source: str = "aan",
+    train_size: int | None = None,
+    val_size: int | None = None,
+    test_size: int | None = None,
+    max_len: int = 4000,
+    bucket: bool = False,
+    seed: int = 0,
+) -> Task:
+    """The retrieval task: the first `max_len` bytes of two documents as ids byte + 1, label 1 if they belong together.
+
+    Args:
+      data_dir: where data and baselines are kept, default $EFFICIENT_TX_DATA or ~/.cache/efficient_tx.
+      source: "aan", the three files of FILES in the data directory (in `lra_release` and its `tsv_data`, or beside
+        them); "sotu", the fetched addresses; or the path of a folder with such files or of an `lra_release`.
+      train_size, val_size, test_size: number of pairs, or as many as a file has; unset is all of them, or SOTU_PAIRS.
+      max_len: longer documents are cut there.
+      bucket: batches of similar lengths, padded no further than need be.
+      seed: of the addresses' splits and pairs; not used for files.
+
+    Raises:
+      ValueError: a setting is out of range, or a file is damaged.
+      FileNotFoundError: the source is not there.
+      OSError: the baselines cannot be stored.
+    """
+    counts = {"train": train_size, "val": val_size, "test": test_size}
+    for split, size in counts.items():
+        if size is not None and size < 1:
+            raise ValueError(f"task.{split}_size={size}: a split needs at least one pair")
+    if max_len < 1:
+        raise ValueError(f"task.max_len={max_len}: must be at least 1")
+    if seed < 0:
+        raise ValueError(f"task.seed={seed}: must be 0 or more")
+    place = _locate(source, data_dir)
+    splits: list[FilePairs | PiecePairs]
+    if source == "sotu":
+        name, described = "retrieval-sotu", f"sotu in {place}, seed {seed}"
+        parts = _split(_addresses(place), seed)
+        splits = [
+            PiecePairs(part, counts[split] or SOTU_PAIRS[split], max_len, seed, number)
+            for number, (split, part) in enumerate(zip(counts, parts))
+        ]
+    else:
+        splits = [FilePairs(place / file, max_len) for file in FILES.values()]
+        complete = {split: len(pairs) for split, pairs in zip(FILES, splits)} == PAIRS
+        if source == "aan" and not complete:
+            raise ValueError(
+                f"{place} holds {'/'.join(f'{len(pairs):,}' for pairs in splits)} pairs, not the "
+                f"{'/'.join(f'{count:,}' for count in PAIRS.values())} of the ACL Anthology Network: it is not whole; "
+                "for other pairs in this form give its path as task.source"
+            )
+        name, described = "retrieval" if complete else f"retrieval-{place.name}", str(place)
+        splits = [pairs.first(size) for pairs, size in zip(splits, counts.values())]
+    return Task(
+        *splits,
+        kind=KIND,
+        **sizes(max_len=max_len),
+        name=name,
+        source=f"{described}, {'/'.join(f'{len(pairs):,}' for pairs in splits)} pairs",
+        bucket=bucket,
+        baselines=_baselines(splits[0], splits[2], data_directory(data_dir) / "retrieval"),
+    )
+
+
+def state(data_dir: str | None = None, source: str = "aan", **_: Any) -> tuple[bool, str]:
+    """Whether the data are there, and where, or what is missing; nothing is read."""
+    try:
+        return True, f"{source}: {_locate(source, data_dir)}"
+    except FileNotFoundError as error:
+        return False, str(error)
+
+
+class FilePairs:
+    """The pairs of a file, a line each: label, two names, two texts, with tabs between them. Read when asked for.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: a line begins with no label 0.0 or 1.0.
+    """
+
+    def __init__(self, path: pathlib.Path, max_len: int):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file (retrieval needs {', '.join(FILES.values())})")
+        self.path, self.max_len = path, max_len
+        self._bytes = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
+        starts = range(0, len(self._bytes), _SCANNED)
+        ends = [start + np.flatnonzero(self._bytes[start : start + _SCANNED] == ord("\n")) for start in starts]
+        self._offsets = np.concatenate([[0], *(found + 1 for found in ends)])
+        if self._offsets[-1] < len(self._bytes):
+            self._offsets = np.append(self._offsets, len(self._bytes))
+        letters = self._bytes[self._offsets[:-1]]
+        wrong = np.flatnonzero((letters != ord("0")) & (letters != ord("1")))
+        if len(wrong) or not len(letters):
+            raise ValueError(f"{path}, line {wrong[0] + 1 if len(wrong) else 1}: must begin with a label, 0.0 or 1.0")
+        self.labels = (letters == ord("1")).astype(np.uint8)
+
+    def first(self, count: int | None) -> "FilePairs":
+        """Self, with no more than the first `count` pairs."""
+        self.labels = self.labels[:count]
+        return self
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def texts(self, index: int) -> tuple[bytes, bytes]:
+        """Both texts, cut. Raises IndexError outside [0, len), ValueError if the line is damaged."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"pair {index} of {len(self)}")
+        line = self._bytes[self._offsets[index] : self._offsets[index + 1]].tobytes().rstrip(b"\r\n")
+        fields = line.split(b"\t")
+        if len(fields) != 5 or fields[0] not in (b"0", b"1", b"0.0", b"1.0"):
+            raise ValueError(
+                f"{self.path}, line {index + 1}: expected a label, two names and two texts with tabs between them, "
+                f"found {len(fields)} fields"
+            )
+        length = min(self.max_len, _LONGEST)
+        return fields[3][:length], fields[4][:length]
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray | int]:
+        """{"inputs", "inputs2": uint16 `[length]`, "label": int}."""
+        return _example(*self.texts(index), self.labels[index])
+
+
+class PiecePairs:
+    """Pairs of pieces of the same address (1) or of two (0). Pair i is a pure function of (seed, split, i).
+
+    Each piece is uniform over all pieces, whatever the label (but for who speaks most), so that one alone tells
+    nothing.
+
+    Args:
+      addresses: the pieces of each one, at least two addresses of at least two pieces.
+      count: number of pairs.
+      max_len: pieces are cut there.
+      seed, split: of the pairs.
+    """
+
+    def __init__(self, addresses: Sequence[Sequence[bytes]], count: int, max_len: int, seed: int, split: int):
+        self.pieces = [piece[:max_len] for address in addresses for piece in address]
+        lengths = np.array([len(address) for address in addresses])
+        self._address = np.repeat(np.arange(len(addresses)), lengths)
+        self._starts, self._lengths = np.cumsum(lengths) - lengths, lengths
+        self._count, self._seed, self._split = count, seed, split
+
+    def __len__(self) -> int:
+        return self._count
+
+    def draw(self, index: int) -> tuple[int, int, int]:
+        """Two pieces and their label. Raises IndexError outside [0, len)."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"pair {index} of {len(self)}")
+        # Only `random` is drawn: its stream is as stable over NumPy versions as the bit generator's.
+        label, one, two = np.random.default_rng([self._seed, self._split, index]).random(3)
+        first = int(one * len(self.pieces))
+        start, length = (int(part[self._address[first]]) for part in (self._starts, self._lengths))
+        if label < 0.5:
+            second = int(two * (len(self.pieces) - length))
+            return first, second + length * (second >= start), 0
+        second = start + int(two * (length - 1))
+        return first, second + (second >= first), 1
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Of all pairs, uint8 `[n]`."""
+        return np.array([self.draw(index)[2] for index in range(len(self))], np.uint8)
+
+    def texts(self, index: int) -> tuple[bytes, bytes]:
+        """Both pieces."""
+        first, second, _ = self.draw(index)
+        return self.pieces[first], self.pieces[second]
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray | int]:
+        """{"inputs", "inputs2": uint16 `[length]`, "label": int}."""
+        first, second, label = self.draw(index)
+        return _example(self.pieces[first], self.pieces[second], label)
+
+
+def _example(one: bytes, two: bytes, label: int) -> dict[str, np.ndarray | int]:
+    ids = (np.frombuffer(text, np.uint8).astype(np.uint16) + np.uint16(1) for text in (one, two))
+    return {"inputs": next(ids), "inputs2": next(ids), "label": int(label)}
+
+
+def _baselines(
+    train: FilePairs | PiecePairs, test: FilePairs | PiecePairs, directory: pathlib.Path
+) -> dict[str, float]:
+    """Test accuracy of the constant answer and of the texts' similarity in byte n-grams, stored under their digest."""
+    digest = hashlib.blake2b(digest_size=16)
+    judged = np.unique(np.linspace(0, len(train) - 1, _JUDGED).astype(int))
+    train_labels, test_labels = train.labels, test.labels
+    for pairs, chosen in ((train, judged), (test, range(len(test)))):
+        for index in chosen:
+            for text in pairs.texts(int(index)):
+                digest.update(len(text).to_bytes(8, "little") + text)
+    digest.update(train_labels.tobytes() + test_labels.tobytes())
+
+    def compute() -> dict[str, np.ndarray]:
+        print("retrieval: fitting the baseline of byte n-grams", file=sys.stderr, flush=True)
+        known = ngrams.Similarity(train.texts(int(index)) for index in judged)
+        scores = np.array([known(*train.texts(int(index))) for index in judged])
+        threshold = ngrams.threshold(scores, train_labels[judged])
+        answers = np.array([known(*test.texts(index)) for index in range(len(test))]) > threshold
+        return {"similarity": np.array(np.mean(answers == test_labels))}
+
+    stored = generate.stored(directory / f"baselines-{digest.hexdigest()}-{_BASELINES}", compute)
+    constant = np.bincount(train_labels, minlength=2).argmax()
+    return {"constant": float(np.mean(test_labels == constant)), "n-gram similarity": float(stored["similarity"])}
+
+
+def _locate(source: str, data_dir: str | None) -> pathlib.Path:
+    """The folder of a source. Raises FileNotFoundError."""
+    root = data_directory(data_dir)
+    if source == "sotu":
+        if not (root / "sotu" / "SHA256SUMS").is_file():
+            raise FileNotFoundError(
+                f"no addresses in {root / 'sotu'}: python -m efficient_tx.data.fetch sotu gets them"
+            )
+        return root / "sotu"
+    folder = root if source == "aan" else pathlib.Path(source).expanduser()
+    inside = ("lra_release/lra_release/tsv_data", "lra_release/tsv_data", "tsv_data", ".")
+    places = [folder / place for place in inside]
+    for place in places:
+        if (place / FILES["train"]).is_file():
+            return place
+    hint = "; task.source=sotu takes fetched addresses instead" if source == "aan" else ""
+    origin = "task.source=aan" if source == "aan" else f"task.source={source!r}, neither aan nor sotu"
+    raise FileNotFoundError(
+        f"{origin}: no {FILES['train']} (with {FILES['val']} and {FILES['test']}, of Long Range Arena's "
+        f"lra_release.gz, folder tsv_data) in {', '.join(str(place) for place in places)}{hint}"
+    )
+
+
+def _addresses(place: pathlib.Path) -> dict[str, list[bytes]]:
+    """File name -> its pieces of PIECE bytes; what is left over at the end, and addresses of one piece, are left out.
+
+    Raises:
+      ValueError: a file is missing or is not the one that was fetched.
+    """
+    addresses = {}
+    for line in (place / "SHA256SUMS").read_text().splitlines():
+        checksum, _, name = line.partition("  ")
+        path = place / name
+        text = path.read_bytes() if path.is_file() else b""
+        if hashlib.sha256(text).hexdigest() != checksum:
+            raise ValueError(f"{path} is missing or damaged: python -m efficient_tx.data.fetch sotu gets it again")
+        if len(text) >= 2 * PIECE:
+            addresses[name] = [text[i : i + PIECE] for i in range(0, len(text) - PIECE + 1, PIECE)]
+    return addresses
+
+
+def _split(addresses: dict[str, list[bytes]], seed: int) -> list[list[list[bytes]]]:
+    """Eight tenths of the addresses for training, a tenth for validation, a tenth for testing, drawn by `seed`."""
+    key = str(seed).encode()
+    names = sorted(addresses, key=lambda name: hashlib.blake2b(name.encode(), key=key, digest_size=16).digest())
+    cut = len(names) // 10
+    if cut < 2:
+        raise ValueError(f"{len(names)} addresses of two pieces or more: a split needs two, so there must be 20")
+    parts = (names[2 * cut :], names[cut : 2 * cut], names[:cut])
+    return [[addresses[name] for name in part] for part in parts]
