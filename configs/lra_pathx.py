@@ -2,7 +2,7 @@
 
 Command:   python train.py --config=configs/lra_pathx.py:skyformer --workdir=runs/pathx
            (--config.protocol=lra for the published settings). Generated images need numba: pip install -e
-           '.[pathfinder]'; 200,000 of them take 25 minutes on 2 cores, once, and 3.3 GB of disk
+           '.[pathfinder]'; 200,000 of them take about half an hour on 2 cores, once, and 3.3 GB of disk
 Hardware:  one accelerator; --config.grad_accum=16 or --config.remat=True where memory is short
 Expected:  chance, 50 %: protocol lra, all twelve models of Long Range Arena's README, softmax among them
 """
