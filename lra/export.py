@@ -9,13 +9,12 @@ DIR/TASK then holds, readable with numpy alone,
 
 In a shard, "label" is int32 `[n]`; the tokens of example i are inputs[offsets[i]:offsets[i + 1]], and of pairs also
 inputs2[offsets2[i]:offsets2[i + 1]]; "mask", where a task has its own, lies like inputs. Nothing is padded. The folder
-appears complete or not at all, and the same options make the same bytes.
+appears complete or not at all, and the same options make the same shards.
 
 Exit status: 0 written; 1 the disk is full; 2 anything else that went wrong, in one line; 130 stopped by Ctrl-C.
 """
 
 import argparse
-import dataclasses
 import errno
 import hashlib
 import importlib
@@ -36,18 +35,17 @@ from lra import generate
 from lra.tasks import TASKS
 
 SHARD = 8192
+ABOUT = ("name", "source", "kind", "num_classes", "vocab_size", "max_len")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def export(task: Task, folder: pathlib.Path, options: dict[str, Any]) -> None:
-    """Writes `task`, made with `options`, into `folder`, which must not exist or be empty.
+    """Writes `task`, made with `options`, into `folder`.
 
     Raises:
-      FileExistsError: there is something in it.
-      OSError: it cannot be written.
+      OSError: it cannot be written; a FileExistsError if there is something in it.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(errno.EEXIST, "is not empty: remove it, or choose another --out", str(folder))
+    check_empty(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = pathlib.Path(tempfile.mkdtemp(prefix=".exporting-", dir=folder.parent))
     try:
@@ -56,11 +54,7 @@ def export(task: Task, folder: pathlib.Path, options: dict[str, Any]) -> None:
             source = getattr(task, split)
             sizes[split] = len(source)
             _write_split(source, split, work)
-        about = {
-            field.name: getattr(task, field.name)
-            for field in dataclasses.fields(task)
-            if field.name not in (*sizes, "bucket") and not callable(getattr(task, field.name))
-        }
+        about = {name: getattr(task, name) for name in ABOUT}
         about |= {"baselines": dict(task.baselines), "options": options, "sizes": sizes, "shard": SHARD}
         (work / "task.json").write_text(json.dumps(about, indent=2) + "\n")
         sums = [f"{_checksum(path)}  {path.name}\n" for path in sorted(work.iterdir())]
@@ -69,6 +63,12 @@ def export(task: Task, folder: pathlib.Path, options: dict[str, Any]) -> None:
         os.replace(work, folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def check_empty(folder: pathlib.Path) -> None:
+    """Raises FileExistsError unless `folder` does not exist, or is a folder with nothing in it."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(errno.EEXIST, "is not empty: remove it, or choose another --out", str(folder))
 
 
 def _write_split(source: Source, split: str, folder: pathlib.Path) -> None:
@@ -133,6 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(_parser(name).parse_args(arguments))
     name, out = options.pop("task"), options.pop("out")
     try:
+        check_empty(out / name)
         task = importlib.import_module(TASKS[name][0]).get_task(**options)
         # Where the data lie is the reader's affair, and would make the same data look different.
         export(task, out / name, {key: value for key, value in options.items() if key != "data_dir"})

@@ -6,6 +6,7 @@ files by lra.pathfinder_files. `python -m lra.pathfinder --preview=FILE.png` sho
 """
 
 import argparse
+import importlib.util
 import functools
 import pathlib
 import sys
@@ -101,6 +102,24 @@ def get_task(
         source=described,
         baselines=_baselines(train, test),
     )
+
+
+def state(
+    data_dir: str | None = None,
+    source: str = "generated",
+    resolution: int = 32,
+    contour_length: int = 14,
+    **_: Any,
+) -> tuple[bool, str]:
+    """Whether the data are there, or can be made, and where, or what is missing; nothing is read."""
+    if source == "generated":
+        numba = importlib.util.find_spec("numba") is not None
+        where = f"generated on first use, {data_directory(data_dir) / 'pathfinder'}"
+        return numba, where if numba else "numba, which generates the images: pip install -e '.[pathfinder]'"
+    try:
+        return True, str(pathfinder_files.find(source, resolution, contour_length))
+    except FileNotFoundError as error:
+        return False, str(error)
 
 
 class Images:

@@ -35,7 +35,7 @@ def read(
       FileNotFoundError: what is missing, and where it was looked for.
       ValueError: a damaged image or line of metadata.
     """
-    level = _find(source, resolution, contour_length)
+    level = find(source, resolution, contour_length)
     labels = _labels(level)
     skipped = [name for name in labels if (level.parent.name, level.name, name) == _KNOWN_EMPTY]
     for name in skipped:
@@ -62,7 +62,8 @@ def split(count: int, seed: int) -> list[np.ndarray]:
     return np.split(order, [count - 2 * (count // 10), count - count // 10])
 
 
-def _find(source: str, resolution: int, contour_length: int) -> pathlib.Path:
+def find(source: str, resolution: int, contour_length: int) -> pathlib.Path:
+    """The directory of a level in an unpacked `lra_release`. Raises FileNotFoundError."""
     root = pathlib.Path(source).expanduser()
     layout = _LAYOUT.format(resolution, LEVELS[contour_length])
     if not root.is_dir():
