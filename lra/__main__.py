@@ -8,9 +8,6 @@ import argparse
 import importlib
 from collections.abc import Sequence
 
-from rich.console import Console
-from rich.table import Table
-
 from efficient_tx.task import data_directory
 from lra.tasks import TASKS
 
@@ -31,12 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true", required=True, help="list every task's data")
     parser.add_argument("--data_dir", help="default $EFFICIENT_TX_DATA or ~/.cache/efficient_tx")
     options = parser.parse_args(arguments)
-    table = Table("task", "data", "where, or what is missing", title=f"Data in {data_directory(options.data_dir)}")
+    print(f"Data in {data_directory(options.data_dir)}; other places: task.source (lra/README.md)")
+    width = max(map(len, TASKS))
+    # A line each, uncut: what is missing comes with commands and paths to copy.
     for name, there, where in check(options.data_dir):
-        table.add_row(name, "yes" if there else "missing", where)
-    console = Console(highlight=False, markup=False)
-    console.print(table)
-    console.print("Other places: --config.task.source=... (lra/README.md), or $EFFICIENT_TX_DATA for all of them.")
+        print(f"{name:{width}}  {'ready  ' if there else 'missing'}  {where}")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ files by lra.pathfinder_files. `python -m lra.pathfinder --preview=FILE.png` sho
 """
 
 import argparse
-import importlib.util
 import functools
+import importlib.util
 import pathlib
 import sys
 from collections.abc import Sequence
