@@ -152,6 +152,8 @@ def test_sizes_and_masks(tmp_path):
     assert not item["mask"][: 8 * 32].any() and item["mask"][8 * 32 :].all()
     assert "mask" not in plain.train[1]
     assert evaluation_batches(plain.train, plain, batch_size=4)[0]["mask"].all()
+    batch = evaluation_batches(task.train, task, batch_size=4)[0]
+    assert np.array_equal(batch["mask"], batch["inputs"] > 0)
     with pytest.raises(IndexError, match="20 of 20"):
         plain.test[20]
 
