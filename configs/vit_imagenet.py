@@ -6,7 +6,7 @@ Command:   python train.py --config=configs/vit_imagenet.py --workdir=runs/image
 Hardware:  accelerators; theirs was a TPU v3 with 8 cores, 6 to 7 hours. Nothing but two steps on small images has run
            here. Two threads of the host prepare the batches, about 170 images a second each (processor time here, JPEGs
            of 500 × 375 pixels): anything that trains faster waits for them.
-Expected:  76.5 % on the validation set after 90 epochs, 80.0 % after 300 (google-research/big_vision,
+Expected:  76.5 % on the validation set after 90 epochs, 80 % after 300 (google-research/big_vision,
            configs/vit_s16_i1k.py, and the paper's abstract)
 
 What is left different from theirs: weight decay takes every parameter, not matrices only; the cosine would end a

@@ -77,7 +77,7 @@ def normalise(image) -> np.ndarray:
     return array[..., None] if array.ndim == 2 else array
 
 
-def flip(image, rng: np.random.Generator):
+def _flipped(image, rng: np.random.Generator):
     """The image or, with probability 1/2, its mirror image."""
     from PIL import ImageOps
 
@@ -89,9 +89,14 @@ def none(picture: Picture, rng: np.random.Generator):
     return picture.middle()
 
 
+def flip(picture: Picture, rng: np.random.Generator):
+    """Mirrored or not."""
+    return _flipped(picture.middle(), rng)
+
+
 def flip_crop(picture: Picture, rng: np.random.Generator):
     """Mirrored or not, and moved by up to an eighth of the side both ways, with zeros where nothing is."""
-    image = flip(picture.middle(), rng)
+    image = flip(picture, rng)
     reach = round(_PADDING * image.width)
     left, top = (int(shift) for shift in rng.integers(-reach, reach + 1, 2))
     return image.crop((left, top, left + image.width, top + image.height))
@@ -99,7 +104,7 @@ def flip_crop(picture: Picture, rng: np.random.Generator):
 
 def inception(picture: Picture, rng: np.random.Generator):
     """A random part (Szegedy et al. 2014, arXiv 1409.4842), mirrored or not."""
-    return flip(picture.crop(rng), rng)
+    return _flipped(picture.crop(rng), rng)
 
 
 def inception_randaugment(picture: Picture, rng: np.random.Generator):
@@ -110,6 +115,7 @@ def inception_randaugment(picture: Picture, rng: np.random.Generator):
 # Picture and generator to a `PIL.Image` of the picture's shape, by the name that a config gives.
 AUGMENTATIONS: dict[str, Callable] = {
     "none": none,
+    "flip": flip,
     "flip_crop": flip_crop,
     "inception": inception,
     "randaugment": inception_randaugment,

@@ -97,8 +97,9 @@ def get_task(
       image_size: side of the images that a model sees; None is 28, 32 and 224.
       train_size, val_size, test_size: number of images. None is all there are, but for val_size: 5,000 drawn with
         `seed`, of ImageNet the last 1 % of the stored order (12,812), as Beyer et al. 2022 (arXiv 2205.01580) have it.
-      augment: a key of `pictures.AUGMENTATIONS`: "none"; "flip_crop", mirror images and shifts by up to an eighth of
-        the side; "inception", random crops and mirror images; "randaugment", the same and then RandAugment(2, 10).
+      augment: a key of `pictures.AUGMENTATIONS`: "none"; "flip", mirror images; "flip_crop", these and shifts by
+        up to an eighth of the side; "inception", random crops and mirror images; "randaugment", the same and then
+        RandAugment(2, 10).
       mixup: α, 0 is none (Zhang et al. 2017, arXiv 1710.09412): every training image is a mixture of two, with weights
         λ and 1 − λ, λ ~ Beta(α, α) and at least 1/2 as in big_vision, but drawn for each image, and with any image of
         the split rather than the next one of the batch: so a row of a batch needs no other one, at the price of
