@@ -117,6 +117,8 @@ def train(config: ConfigDict, workdir: Workdir) -> None:
     evaluate = loop.evaluate if stage is stages[-1] else make_evaluate(nnx.split(stage.model)[0])
     best = evaluate(parameters, test)
     result = {
+        "task": task.name,
+        "source": task.source,
         "best_step": best_step,
         "val_accuracy": next(line["accuracy"] for line in history.of("validation") if line["step"] == best_step),
         "test_accuracy": best.accuracy,

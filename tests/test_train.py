@@ -34,10 +34,11 @@ def test_the_summary_agrees_with_the_lines():
     path, out = finished_run()
     summary = read(path / "summary.json")
     assert set(summary) == {
-        "best_step", "val_accuracy", "test_accuracy", "last_test_accuracy", "baselines", "parameters",
+        "task", "source", "best_step", "val_accuracy", "test_accuracy", "last_test_accuracy", "baselines", "parameters",
         "steps_per_second", "compile_seconds", "peak_memory_bytes", "peak_memory_of", "protocol",
         "protocol_departures", "versions", "device",
     }  # fmt: skip
+    assert (summary["task"], summary["source"]) == ("listops", "generated, seed 0")
     validation = {line["step"]: line["accuracy"] for line in toy.lines(path) if line["split"] == "validation"}
     assert summary["val_accuracy"] == max(validation.values()) == validation[summary["best_step"]]
     assert summary["best_step"] in Checkpoints(path / "checkpoints").steps()
