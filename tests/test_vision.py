@@ -7,6 +7,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 from test_config import fingerprint
 from test_pictures import gradient_image
@@ -17,6 +18,7 @@ from efficient_tx import build
 from efficient_tx.data import vision
 from efficient_tx.data.batching import evaluation_batches, train_batches
 from efficient_tx.data.pictures import AUGMENTATIONS, normalise
+from efficient_tx.task import Task
 
 TRAIN, TEST = 60, 20
 
@@ -232,7 +234,6 @@ def test_two_steps_of_imagenet(imagenet):
     """The shipped recipe, smaller, through the real loading code."""
     import jax
     import tensorflow_datasets as tfds
-    from flax import nnx
 
     from efficient_tx.training.evaluation import make_evaluate
     from efficient_tx.training.metrics import means
@@ -310,3 +311,11 @@ def test_no_key_of_images_is_dead(key):
     config = make_config("efficient_tx.data.vision", "", **TINY)
     value = OTHER[key] if key in OTHER else 2 * resolve.flatten(config)[key] + 1
     assert fingerprint(resolve.resolve(config, {key: value})) != base_fingerprint()
+
+
+@pytest.mark.parametrize("name", build.MODELS["image"])
+def test_the_name_chooses_the_model(name):
+    config = make_config("efficient_tx.data.vision", "softmax", task={"image_size": 64}, model={"name": name})
+    build.check(config)
+    task = Task((), (), (), kind="image", name="", source="", **vision.sizes(**config.task))
+    assert type(nnx.eval_shape(lambda: build.build_model(config, task))) is build.MODELS["image"][name]
