@@ -13,13 +13,14 @@ import dataclasses
 import numpy as np
 
 from efficient_tx.data.recall.counting import Count, Parity
+from efficient_tx.data.recall.kind import Kind
 from efficient_tx.data.recall.mqar import Mqar
 from efficient_tx.data.recall.needle import Needle
 from efficient_tx.data.recall.selective_copy import SelectiveCopy
 from efficient_tx.task import Task
 
 KIND = "token_labels"
-KINDS = {"mqar": Mqar, "copy": SelectiveCopy, "needle": Needle, "parity": Parity, "count": Count}
+KINDS: dict[str, type[Kind]] = {"mqar": Mqar, "copy": SelectiveCopy, "needle": Needle, "parity": Parity, "count": Count}
 
 
 def sizes(*, kind: str = "mqar", max_len: int = 64, **options) -> dict[str, int]:
@@ -84,14 +85,14 @@ def get_task(
         **sizes(kind=kind, max_len=max_len, **options),
         name=kind,
         source=f"generated, seed {seed}",
-        baselines={"constant": constant(splits[-1], made.num_classes), **made.guess()},
+        baselines={"constant": constant(splits[-1]), **made.guess()},
     )
 
 
 class Examples:
     """`count` examples of one split, a random-access source; each is made anew at every access."""
 
-    def __init__(self, kind: Mqar | SelectiveCopy | Needle | Parity | Count, seed: int, split: int, count: int):
+    def __init__(self, kind: Kind, seed: int, split: int, count: int):
         self.kind, self.seed, self.split, self.count = kind, seed, split, count
 
     def __len__(self) -> int:
@@ -105,22 +106,25 @@ class Examples:
         return self.kind.example(np.random.Generator(np.random.PCG64(seeds)))
 
 
-def make(kind: str, max_len: int, options: dict) -> Mqar | SelectiveCopy | Needle | Parity | Count:
+def make(kind: str, max_len: int, options: dict) -> Kind:
     """The generator of a kind, with those of `options` that are not None and belong to any kind."""
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}: choose one of {', '.join(KINDS)}")
     known = {name: [field.name for field in dataclasses.fields(KINDS[name])] for name in KINDS}
-    given = {key: x for key, x in options.items() if x is not None and any(key in names for names in known.values())}
-    for key, value in given.items():
+    given = {}
+    for key, value in options.items():
+        owners = [repr(name) for name in KINDS if key in known[name]]
+        if value is None or not owners:
+            continue
         if key not in known[kind]:
-            owners = [repr(name) for name in KINDS if key in known[name]]
             raise ValueError(
                 f"{key} is {value}, an option of kind {' and '.join(owners)}: {kind!r} has {', '.join(known[kind])}"
             )
+        given[key] = value
     return KINDS[kind](max_len=max_len, **given)
 
 
-def constant(split: Examples, num_classes: int) -> float:
+def constant(split: Examples) -> float:
     """Accuracy of the best constant answer on this split."""
     counts = collections.Counter()
     for index in range(len(split)):

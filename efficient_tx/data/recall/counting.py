@@ -5,27 +5,19 @@ import dataclasses
 import numpy as np
 
 from efficient_tx.data.recall.draws import integers
-from efficient_tx.data.recall.example import FIRST, answered
+from efficient_tx.data.recall.kind import FIRST, Kind, answered
 
 
 @dataclasses.dataclass(frozen=True)
-class Parity:
+class Parity(Kind):
     """Random bits; at every token, whether the ones up to it are odd in number (Hahn 2020, arXiv 1906.06755).
 
     Args:
       max_len: bits of every example.
     """
 
-    max_len: int
-
     num_classes = 2
     vocab_size = FIRST + 2
-
-    def __post_init__(self):
-        check_length(self.max_len)
-
-    def guess(self) -> dict[str, float]:
-        return {}
 
     def example(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
         bits = integers(rng, 0, 2, self.max_len)
@@ -33,7 +25,7 @@ class Parity:
 
 
 @dataclasses.dataclass(frozen=True)
-class Count:
+class Count(Kind):
     """Random symbols; at every token, how often it has occurred before, modulo `modulus`.
 
     The causal form of the histogram of Weiss et al. 2021 (arXiv 2106.06981).
@@ -44,12 +36,11 @@ class Count:
       modulus: number of answers, at least 2.
     """
 
-    max_len: int
     vocab_size: int = 10
     modulus: int = 16
 
     def __post_init__(self):
-        check_length(self.max_len)
+        super().__post_init__()
         if self.vocab_size <= FIRST:
             raise ValueError(f"vocab_size is {self.vocab_size}: one symbol needs at least {FIRST + 1}")
         if self.modulus < 2:
@@ -59,9 +50,6 @@ class Count:
     def num_classes(self) -> int:
         return self.modulus
 
-    def guess(self) -> dict[str, float]:
-        return {}
-
     def example(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
         inputs = integers(rng, FIRST, self.vocab_size, self.max_len)
         order = np.argsort(inputs, kind="stable")
@@ -70,9 +58,3 @@ class Count:
         before = np.empty(self.max_len, np.int64)
         before[order] = np.arange(self.max_len) - starts
         return answered(inputs, slice(None), before % self.modulus)
-
-
-def check_length(max_len: int) -> None:
-    """Raises ValueError unless there is a token."""
-    if max_len < 1:
-        raise ValueError(f"max_len is {max_len}: it must be at least 1")

@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 
 from efficient_tx.data.recall.draws import distinct, integers, weighted_distinct
-from efficient_tx.data.recall.example import BLANK, FIRST, answered
+from efficient_tx.data.recall.kind import BLANK, FIRST, Kind, answered
 
 
 @dataclasses.dataclass(frozen=True)
-class Mqar:
+class Mqar(Kind):
     """`pairs` keys, each followed by its value; then every key again, once, and there its value is the answer.
 
         inputs  k₁ v₁ k₂ v₂ … _ _ k₂ _ _ _ k₁ _        labels  v₂ at the second k₂, v₁ at the second k₁
@@ -27,7 +27,6 @@ class Mqar:
       noise: the other places hold random tokens instead of blanks, keys and values too.
     """
 
-    max_len: int
     vocab_size: int = 130
     pairs: int = 8
     gap_power: float = 0.01

@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 
 from efficient_tx.data.recall.draws import distinct, integers
-from efficient_tx.data.recall.example import FIRST, answered
+from efficient_tx.data.recall.kind import FIRST, Kind, answered
 
 
 @dataclasses.dataclass(frozen=True)
-class Needle:
+class Needle(Kind):
     """`needles` keys, each followed by a word, at random places of a text of random words; at the end one of the keys.
 
         inputs  w w w k₁ a w w w w w k₂ b w w … w k₁        label  a at the end
@@ -22,7 +22,6 @@ class Needle:
       needles: how many, of which one is asked for.
     """
 
-    max_len: int
     vocab_size: int = 66
     needles: int = 1
 
@@ -44,9 +43,6 @@ class Needle:
     @property
     def num_classes(self) -> int:
         return self.vocab_size - self.first_word
-
-    def guess(self) -> dict[str, float]:
-        return {}
 
     def example(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
         inputs = integers(rng, self.first_word, self.vocab_size, self.max_len)

@@ -5,13 +5,13 @@ import dataclasses
 import numpy as np
 
 from efficient_tx.data.recall.draws import distinct, integers
-from efficient_tx.data.recall.example import BLANK, FIRST, answered
+from efficient_tx.data.recall.kind import BLANK, FIRST, Kind, answered
 
 MARKER = FIRST
 
 
 @dataclasses.dataclass(frozen=True)
-class SelectiveCopy:
+class SelectiveCopy(Kind):
     """`tokens` random tokens at random places among blanks; at the markers behind them, the same tokens in order.
 
         inputs  _ a _ _ c _ b _ ? ? ?        labels  a c b at the ?
@@ -24,7 +24,6 @@ class SelectiveCopy:
       tokens: to be copied.
     """
 
-    max_len: int
     vocab_size: int = 18
     tokens: int = 16
 
@@ -39,9 +38,6 @@ class SelectiveCopy:
     @property
     def num_classes(self) -> int:
         return self.vocab_size - MARKER - 1
-
-    def guess(self) -> dict[str, float]:
-        return {}
 
     def example(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
         data = integers(rng, 0, self.num_classes, self.tokens)

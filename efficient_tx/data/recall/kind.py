@@ -1,0 +1,42 @@
+"""Kind: what makes the examples of one kind of recall task."""
+
+import dataclasses
+
+import numpy as np
+
+# Token ids: 0 is the padding, which does not occur; 1 stands where there is nothing to read; the others follow.
+BLANK, FIRST = 1, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A subclass has its options as fields, refuses with ValueError what is out of range, and writes `example`.
+
+    Args:
+      max_len: tokens of every example.
+
+    Attributes:
+      vocab_size: token ids are in [1, vocab_size).
+      num_classes: answers are in [0, num_classes).
+    """
+
+    max_len: int
+
+    def __post_init__(self):
+        if self.max_len < 1:
+            raise ValueError(f"max_len is {self.max_len}: it must be at least 1")
+
+    def guess(self) -> dict[str, float]:
+        """Accuracies of guesses that can be had without remembering what was asked for, by name."""
+        return {}
+
+    def example(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """{"inputs": int32, "label": int32, "weight": float32}, `[max_len]` each."""
+        raise NotImplementedError
+
+
+def answered(inputs: np.ndarray, places: np.ndarray | slice, answers: np.ndarray | int) -> dict[str, np.ndarray]:
+    """An example with these answers, of weight 1; all other tokens have weight 0."""
+    label, weight = np.zeros(len(inputs), np.int32), np.zeros(len(inputs), np.float32)
+    label[places], weight[places] = answers, 1.0
+    return {"inputs": inputs, "label": label, "weight": weight}
