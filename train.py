@@ -24,6 +24,7 @@ from configs import resolve
 from efficient_tx import build
 from efficient_tx.data.batching import evaluation_batches, train_batches
 from efficient_tx.linear.replace import dotted, relative_error, transfer
+from efficient_tx.models.pretrained import SUFFIXES, load_pretrained
 from efficient_tx.task import Task, data_directory
 from efficient_tx.training import summary
 from efficient_tx.training.checkpoint import Checkpoints
@@ -71,7 +72,7 @@ def train(config: ConfigDict, workdir: Workdir) -> None:
             "device": summary.device(),
         }
     checkpoints = Checkpoints(workdir.path / "checkpoints")
-    started = warm_start(model, task, config.init_from) if config.init_from and not checkpoints.steps() else []
+    started = warm_start(model, task, config) if config.init_from and not checkpoints.steps() else []
     workdir.begin()
 
     rows = {
@@ -137,29 +138,45 @@ def train(config: ConfigDict, workdir: Workdir) -> None:
         report.say(line)
 
 
-def warm_start(model: nnx.Module, task: Task, path: str) -> list[str]:
-    """Gives `model` the parameters of the best checkpoint of another run; returns the lines that tell of it.
+def warm_start(model: nnx.Module, task: Task, config: ConfigDict) -> list[str]:
+    """Gives `model` the parameters of `config.init_from`, another run or a file; returns the lines that tell of it.
 
-    Linear layers of another structure, or with other options of it, become the nearest ones to the other run's.
+    Linear layers of another structure, or with other options of it, become the nearest ones to those there.
     """
+    path = config.init_from
     try:
-        with refusing():
-            config = resolve.restore(read_config(path))
-            # The other run's data are not needed: what depends on their sizes has to fit this run's.
-            task = dataclasses.replace(task, kind=build.task_module(config.task.name).KIND)
-            stages, _ = build.build_stages(config, nnx.eval_shape(lambda: build.build_model(config, task)))
-        step, stage, parameters = trained_parameters(path, "best", stages, print)
-        source = nnx.merge(nnx.split(stage.model)[0], parameters)
+        source, lines = (from_file if path.endswith(SUFFIXES) else from_run)(config, task)
         with refusing():
             projections = transfer(source, model)
     except Refused as error:
         raise Refused(f"config.init_from={path}: {error}") from None
-    lines = [f"parameters of {path}, step {step}, its best on validation"]
     for projection in projections:
         lines.append(f"  {dotted(projection.path)} projected, relative error {relative_error([projection]):.4f}")
     if projections:
         lines.append(f"  all {len(projections)} projected layers, relative error {relative_error(projections):.4f}")
     return lines
+
+
+def from_run(config: ConfigDict, task: Task) -> tuple[nnx.Module, list[str]]:
+    """The model of the best checkpoint of the run that `config` starts from, and a line that names it."""
+    path = config.init_from
+    with refusing():
+        other = resolve.restore(read_config(path))
+        # The other run's data are not needed: what depends on their sizes has to fit this run's.
+        task = dataclasses.replace(task, kind=build.task_module(other.task.name).KIND)
+        stages, _ = build.build_stages(other, nnx.eval_shape(lambda: build.build_model(other, task)))
+    step, stage, parameters = trained_parameters(path, "best", stages, print)
+    model = nnx.merge(nnx.split(stage.model)[0], parameters)
+    return model, [f"parameters of {path}, step {step}, its best on validation"]
+
+
+def from_file(config: ConfigDict, task: Task) -> tuple[nnx.Module, list[str]]:
+    """A model as `config` has it, but with dense weights and those of a published checkpoint; and lines about it."""
+    with refusing():
+        if (task.kind, config.model.name) != ("image", "vit"):
+            raise ValueError(f"a file has the parameters of a vit for images, here is {config.model.name}")
+        model = build.build_model(build.with_dense_weights(config), task)
+        return model, load_pretrained(model, config.init_from)
 
 
 def run() -> None:

@@ -25,7 +25,7 @@ def run_settings() -> ConfigDict:
             "keep": 2,  # newest checkpoints that stay on disk, the best one aside
             "dtype": "float32",  # of the computation: float32 or bfloat16; parameters are float32
             "remat": False,  # recompute each block in the backward pass, to save memory (XLA undoes it on CPU)
-            "init_from": placeholder(str),  # workdir of a run whose best parameters this one starts from
+            "init_from": placeholder(str),  # workdir whose best parameters to start from, or a .npz or .safetensors ViT
             "densify_at": placeholder(int),  # step after which structured weights go on as dense ones; unset = never
             "densify_warmup": 100,  # steps over which the learning rate of those weights rises again
             "loggers": ("tensorboard",),  # beside metrics.jsonl: tensorboard, wandb

@@ -120,6 +120,14 @@ def complete(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def with_dense_weights(config: ConfigDict) -> ConfigDict:
+    """A copy whose linear layers are all dense."""
+    config = copy.deepcopy(config)
+    with config.unlocked():
+        config.linear = ConfigDict({place: {"name": "dense"} for place in ("mlp", "projections")})
+    return complete(config)
+
+
 def named(section: ConfigDict, table: Mapping[str, type], given: set[str], where: str) -> ConfigDict:
     """The options of the class that `section.name` names in `table`, with the values that `section` has of them."""
     fresh = options(lookup(table, section.name, f"{where}.name"), given)

@@ -1,0 +1,295 @@
+"""Pretrained: published ViT checkpoints, given as a file, onto our ViT.
+
+Three families name and lay out the same tensors differently (facts from google-research/big_vision `models/vit.py`,
+google-research/vision_transformer `checkpoint.py`, huggingface/pytorch-image-models `timm/models/vision_transformer.py`
+and transformers' ViT): `.npz` files of big_vision and AugReg, `.safetensors` of timm, which DeiT shares, and those of
+Hugging Face.
+"""
+
+import math
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from scipy.ndimage import zoom
+
+from efficient_tx.models.vit import ViT
+
+SUFFIXES = (".npz", ".safetensors")
+Tensors = dict[str, np.ndarray]
+
+
+class Family(NamedTuple):
+    """How a family of checkpoints names things.
+
+    Attributes:
+      embedding: name of the tensor by which it is known.
+      renamed: (pattern of a name, our name) with the pattern's groups in braces, tried in this order.
+      words: what those groups become in our names, where they are not ours already.
+      layout: (our name, tensor) -> the tensor as we lay it out.
+      mlp, norm_epsilon: options of ViT with which such a checkpoint computes what it was trained to.
+    """
+
+    embedding: str
+    renamed: list[tuple[str, str]]
+    words: dict[str, str]
+    layout: Callable[[str, np.ndarray], np.ndarray]
+    mlp: str
+    norm_epsilon: float
+
+
+def flax_layout(name: str, x: np.ndarray) -> np.ndarray:
+    """Of a linen module: heads are an axis of their own, kernels `[in, out]`, images `[height, width, channels]`."""
+    part, leaf = name.rpartition(".")[::2]
+    if part.endswith((".q", ".k", ".v")):
+        return x.reshape(len(x), -1) if leaf == "kernel" else x.reshape(-1)
+    if leaf == "kernel":
+        return x.reshape(-1, x.shape[-1])
+    return x[0] if name in ("cls", "learned") else x
+
+
+def torch_layout(name: str, x: np.ndarray) -> np.ndarray:
+    """Of a torch module: weights `[out, in]`, images `[channels, height, width]`."""
+    if x.ndim == 4:
+        x = x.transpose(0, 2, 3, 1).reshape(len(x), -1)
+    if name.endswith(".kernel"):
+        return x.T
+    return x[0] if name in ("cls", "learned") else x
+
+
+BLOCK = "encoder.blocks.{}"
+FAMILIES = {
+    "big_vision": Family(
+        embedding="embedding/kernel",
+        renamed=[
+            (r"(embedding|head)/(kernel|bias)", "{}.{}"),
+            (r"cls", "cls"),
+            (r"(?:Transformer/)?(?:posembed_input/)?pos_embedding", "learned"),
+            (r"Transformer/encoderblock_(\d+)/LayerNorm_0/(scale|bias)", f"{BLOCK}.mixer_norm.{{}}"),
+            (r"Transformer/encoderblock_(\d+)/LayerNorm_[12]/(scale|bias)", f"{BLOCK}.mlp_norm.{{}}"),
+            (
+                r"Transformer/encoderblock_(\d+)/MultiHeadDotProductAttention_[01]/(query|key|value|out)/(kernel|bias)",
+                f"{BLOCK}.mixer.{{}}.{{}}",
+            ),
+            (r"Transformer/encoderblock_(\d+)/MlpBlock_[03]/(Dense_0|Dense_1)/(kernel|bias)", f"{BLOCK}.mlp.{{}}.{{}}"),
+            (r"Transformer/encoder_norm/(scale|bias)", "encoder.norm.{}"),
+            (r"pre_logits/(kernel|bias)", "representation.{}"),
+        ],
+        words={"query": "q", "key": "k", "value": "v", "Dense_0": "up", "Dense_1": "down"},
+        layout=flax_layout,
+        mlp="gelu",
+        norm_epsilon=1e-6,
+    ),
+    "timm": Family(
+        embedding="patch_embed.proj.weight",
+        renamed=[
+            (r"patch_embed\.proj\.(weight|bias)", "embedding.{}"),
+            (r"cls_token", "cls"),
+            (r"pos_embed", "learned"),
+            (r"blocks\.(\d+)\.(norm1|norm2)\.(weight|bias)", f"{BLOCK}.{{}}.{{}}"),
+            (r"blocks\.(\d+)\.attn\.(q|k|v|proj)\.(weight|bias)", f"{BLOCK}.mixer.{{}}.{{}}"),
+            (r"blocks\.(\d+)\.mlp\.(fc1|fc2)\.(weight|bias)", f"{BLOCK}.mlp.{{}}.{{}}"),
+            (r"blocks\.(\d+)\.(ls1\.gamma|ls2\.gamma|gamma_1|gamma_2)", f"{BLOCK}.{{}}"),
+            (r"norm\.(weight|bias)", "encoder.norm.{}"),
+            (r"pre_logits\.fc\.(weight|bias)", "representation.{}"),
+            (r"head\.(weight|bias)", "head.{}"),
+        ],
+        words={
+            "norm1": "mixer_norm", "norm2": "mlp_norm", "proj": "out", "fc1": "up", "fc2": "down",
+            "ls1.gamma": "mixer_scale", "ls2.gamma": "mlp_scale", "gamma_1": "mixer_scale", "gamma_2": "mlp_scale",
+        },
+        layout=torch_layout,
+        mlp="gelu_erf",
+        norm_epsilon=1e-6,
+    ),
+    "Hugging Face": Family(
+        embedding="embeddings.patch_embeddings.projection.weight",
+        renamed=[
+            (r"embeddings\.patch_embeddings\.projection\.(weight|bias)", "embedding.{}"),
+            (r"embeddings\.cls_token", "cls"),
+            (r"embeddings\.position_embeddings", "learned"),
+            (r"encoder\.layer\.(\d+)\.(layernorm_before|layernorm_after)\.(weight|bias)", f"{BLOCK}.{{}}.{{}}"),
+            (
+                r"encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.(weight|bias)",
+                f"{BLOCK}.mixer.{{}}.{{}}",
+            ),
+            (r"encoder\.layer\.(\d+)\.attention\.output\.dense\.(weight|bias)", f"{BLOCK}.mixer.out.{{}}"),
+            (r"encoder\.layer\.(\d+)\.(intermediate|output)\.dense\.(weight|bias)", f"{BLOCK}.mlp.{{}}.{{}}"),
+            (r"layernorm\.(weight|bias)", "encoder.norm.{}"),
+            (r"pooler\.dense\.(weight|bias)", "representation.{}"),
+            (r"classifier\.(weight|bias)", "head.{}"),
+        ],
+        words={
+            "query": "q", "key": "k", "value": "v", "intermediate": "up", "output": "down",
+            "layernorm_before": "mixer_norm", "layernorm_after": "mlp_norm",
+        },
+        layout=torch_layout,
+        mlp="gelu_erf",
+        norm_epsilon=1e-12,
+    ),
+}  # fmt: skip
+# Tokens beside the patches and one class token, which our ViT doesn't have.
+MORE_TOKENS = re.compile(r"dist_token|head_dist|distillation|reg_token")
+
+
+def load_pretrained(model: ViT, path: str | Path) -> list[str]:
+    """Gives a ViT with dense linear layers the tensors of a published checkpoint.
+
+    A head of another number of classes stays as it is; position embeddings of another grid are resized, bilinearly with
+    the corners kept, as big_vision does. Torch's files don't say how many heads there are: `model` must have as many.
+
+    Args:
+      model: is changed, unless something is refused.
+      path: a file ending in .npz or .safetensors.
+
+    Returns:
+      Lines that tell what was done: the family; what differs in the options of `model`; a line for each tensor that is
+      missing there (it stays as initialised) or has no place here.
+
+    Raises:
+      ValueError: one line: no such file, one that cannot be read, or that is no ViT's; tokens that our ViT doesn't have
+        (DeiT's distillation, registers); heads, or any other shape, that differ.
+    """
+    tensors = read(path)
+    name, family, tensors = identify(tensors, path)
+    if extra := next(filter(MORE_TOKENS.search, tensors), None):
+        raise ValueError(
+            f"{path} has {extra}: a token more than the patches and one class token (distilled DeiT, registers), which "
+            "this ViT does not have; take a checkpoint without"
+        )
+    lines = [f"parameters of {path}, a checkpoint of {name}", *differences(model, family, name)]
+    wanted = {".".join(map(str, place)): x for place, x in nnx.iter_graph(model) if isinstance(x, nnx.Param)}
+    found, unknown = rename(tensors, family)
+    check_heads(model, tensors, path)
+    lines += fit_positions(model, found)
+    if "head.kernel" in found and found["head.kernel"].shape[-1] != model.head.out_features:
+        classes = found["head.kernel"].shape[-1]
+        lines.append(
+            f"  its head has {classes} classes: the one here, of {model.head.out_features}, stays as initialised"
+        )
+        found = {key: x for key, x in found.items() if not key.startswith("head.")}
+        wanted = {key: x for key, x in wanted.items() if not key.startswith("head.")}
+    wrong = [key for key, x in found.items() if key in wanted and x.shape != wanted[key].shape]
+    if wrong:
+        key, rest = wrong[0], f"; {len(wrong) - 1} others differ too" if wrong[1:] else ""
+        raise ValueError(f"{key} is {found[key].shape} in {path} and {wanted[key].shape} here{rest}")
+    lines += [f"  {key} is not there: it stays as initialised" for key in wanted if key not in found]
+    lines += [f"  {key} has no place here" for key in [*unknown, *(key for key in found if key not in wanted)]]
+    for key, x in wanted.items():
+        if key in found:
+            x.set_value(jnp.asarray(found[key], x.dtype))
+    return lines
+
+
+def read(path: str | Path) -> Tensors:
+    """The tensors of a file by name.
+
+    Raises:
+      ValueError: one line: it is not there, or cannot be read.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"there is no file {path}")
+    try:
+        if str(path).endswith(".npz"):
+            with np.load(path, allow_pickle=False) as file:
+                return dict(file)
+        from safetensors import SafetensorError
+        from safetensors.flax import load_file  # its numpy counterpart has no bfloat16
+
+        try:
+            return {name: np.asarray(x) for name, x in load_file(path).items()}
+        except SafetensorError as error:
+            raise ValueError(error) from None
+    except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def identify(tensors: Tensors, path: str | Path) -> tuple[str, Family, Tensors]:
+    """Which family a checkpoint is of, and its tensors without what stands in front of all their names."""
+    for name, family in FAMILIES.items():
+        for prefix in ("", "params/", "opt/target/", "vit.", "deit.", "model."):
+            if prefix + family.embedding in tensors:
+                return name, family, split_projections({key.removeprefix(prefix): x for key, x in tensors.items()})
+    looked = ", ".join(family.embedding for family in FAMILIES.values())
+    raise ValueError(f"{path} is no checkpoint of a ViT: of the patches' embeddings it has none of {looked}")
+
+
+def split_projections(tensors: Tensors) -> Tensors:
+    """timm's q, k and v, which are one tensor there, each by itself."""
+    split = {}
+    for name, x in tensors.items():
+        if ".attn.qkv." in name and len(x) % 3 == 0:
+            split |= {name.replace("qkv", part): piece for part, piece in zip("qkv", np.split(x, 3))}
+        else:
+            split[name] = x
+    return split
+
+
+def rename(tensors: Tensors, family: Family) -> tuple[Tensors, list[str]]:
+    """The tensors under our names and in our layout, and the names of those that we have none for."""
+    found, unknown = {}, []
+    for name, x in tensors.items():
+        for pattern, ours in family.renamed:
+            if match := re.fullmatch(pattern, name):
+                key = ours.format(*(family.words.get(word, word) for word in match.groups()))
+                if family.layout is torch_layout and key.endswith(".weight"):
+                    key = key.removesuffix("weight") + ("scale" if "norm." in key else "kernel")
+                found[key] = family.layout(key, x)
+                break
+        else:
+            unknown.append(name)
+    return found, unknown
+
+
+def differences(model: ViT, family: Family, name: str) -> list[str]:
+    """A line for each option of `model` with which it computes something else than the checkpoint's authors."""
+    block = model.encoder.blocks[0]
+    mlp = "swiglu" if block.mlp.gate is not None else "gelu_erf" if block.mlp.exact else "gelu"
+    here = {"mlp": mlp, "norm_epsilon": model.encoder.norm.epsilon}
+    return [
+        f"  {name} has {option}={getattr(family, option)}, here it is {value}: "
+        f"--config.model.{option}={getattr(family, option)} computes the same as there"
+        for option, value in here.items()
+        if value != getattr(family, option)
+    ]
+
+
+def check_heads(model: ViT, tensors: Mapping[str, np.ndarray], path: str | Path) -> None:
+    """Raises ValueError if a linen checkpoint, whose projections have an axis of heads, has others than `model`."""
+    heads = getattr(model.encoder.blocks[0].mixer, "heads", None)
+    for name, x in tensors.items():
+        if name.endswith("/query/kernel") and x.ndim == 3 and heads not in (None, x.shape[1]):
+            raise ValueError(f"{name} has {x.shape[1]} heads in {path} and {heads} here")
+
+
+def fit_positions(model: ViT, found: Tensors) -> list[str]:
+    """Makes the position embeddings in `found` fit the grid and the class token of `model`; returns lines that say so.
+
+    Some checkpoints have an embedding for the class token too, others (big_vision since 2022, DeiT III) do not: there
+    it is zero.
+    """
+    if "learned" not in found or model.learned is None:
+        return []
+    height, width, _ = model.image_shape
+    new = height // model.patch_size, width // model.patch_size
+    table = found["learned"]
+    old = math.isqrt(len(table))
+    first, grid = table[: len(table) - old**2], table[len(table) - old**2 :]
+    if len(first) > 1:
+        raise ValueError(f"learned has {len(table)} positions: neither a square of patches nor one more than that")
+    lines = []
+    if new != (old, old):
+        factors = (new[0] / old, new[1] / old, 1)
+        grid = zoom(grid.reshape(old, old, -1).astype(np.float32), factors, order=1).reshape(new[0] * new[1], -1)
+        lines = [f"  position embeddings resized from {old} × {old} to {new[0]} × {new[1]}"]
+    if model.cls is None:
+        first = first[:0]
+    elif not len(first):
+        first = np.zeros_like(grid[:1])
+    found["learned"] = np.concatenate([first, grid])
+    return lines
