@@ -139,7 +139,7 @@ def test_settings_of_an_evaluation():
     changed = resolve.apply_settings(stored, {"attention.skyformer.landmarks": "32"})
     assert changed.attention.skyformer.landmarks == 32
     other = resolve.apply_settings(stored, {"attention.linformer.rank": "4", "mixers": "linformer"})
-    assert other.attention.to_dict() == {"linformer": {"rank": 4}}
+    assert other.attention.to_dict() == {"linformer": {"rank": 4, "conv": 0}}
     assert resolve.apply_settings(stored, {"task.data_dir": "5", "task.drop_brackets": "true"}).task.data_dir == "5"
 
 
@@ -150,7 +150,7 @@ def test_typed_names_bring_their_sections():
     )  # fmt: skip
     assert (code, error) == (0, "")
     config = json.loads(out)
-    assert config["attention"] == {"linformer": {"rank": 8}}
+    assert config["attention"] == {"linformer": {"rank": 8, "conv": 0}}
     assert config["linear"]["mlp"] == {"name": "monarch", "blocks": 2, "init": "variance"}
 
 
