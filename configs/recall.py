@@ -3,8 +3,10 @@
 Command:   python train.py --config=configs/recall.py:linear --workdir=runs/mqar --config.attention.linear.conv=4
            (--config.task.pairs=16, --config.task.max_len=256, --config.model.causal=False for both directions;
            --config.task.kind=copy, needle, parity or count, with their options: efficient_tx/data/recall/)
-Hardware:  2 CPU cores, a minute or two
-Expected:  MQAR of 8 pairs in 64 tokens: see README.md; who guesses among the 8 values has 12.5 %
+Hardware:  2 CPU cores, about 70 seconds of one core's time for softmax, starting included; five minutes under load
+Expected:  MQAR, 8 pairs in 64 tokens, test accuracy, measured here: softmax with conv=4 99.99 to 100 % (three seeds),
+           linear with conv=4 99.6 % (one seed); who guesses among the 8 values has 12.5 %. gla (14 %) and, in both
+           directions, skyformer with 16 landmarks (12 %) do not get beyond that at this learning rate (one seed)
 
 The short convolution, conv=4, shows a key to its value; without it that takes a layer of its own (Arora et al. 2023,
 arXiv 2312.04927). Rotary positions need queries and keys; `tensor`, `fourier`, `vmean` and `pool` take
