@@ -25,7 +25,7 @@ def get_config(argument=""):
             "pool": "mean",
             "positions": "sincos",
         },
-        optimizer={"learning_rate": 2e-3, "warmup": 500, "weight_decay": 0.05},
+        optimizer={"learning_rate": 1e-3, "warmup": 300, "weight_decay": 0.05},
     )
     for name, key in [("skyformer", "landmarks"), ("soft", "landmarks"), ("lev", "budget")]:
         if name in config.attention:
