@@ -154,6 +154,10 @@ def test_later_tokens_change_nothing_however_large(name):
 
 
 # Options that take other ways through the code than the defaults do.
+# The convolution is MultiHead's: those that project otherwise, and one for each number of projections.
+CONVOLVED = [name for name, m in ATTENTION.items() if issubclass(m, MultiHead) and m.mix is not MultiHead.mix]
+CONVOLVED += ["softmax", "soft", "tensor", "vmean"]
+
 MODES = [
     ("softmax", {"positions": "rope"}),
     ("softmax", {"positions": "rope2d", "max_len": 49}),
@@ -170,7 +174,7 @@ MODES = [
     ("sparse", {"pattern": "fixed"}),
     ("pool", {"grid": True, "kind": "max"}),
     ("softmax", {"positions": "rope", "conv": 3}),
-    *((name, {"conv": 4, "causal": m.can_be_causal}) for name, m in ATTENTION.items() if issubclass(m, MultiHead)),
+    *((name, {"conv": 4, "causal": ATTENTION[name].can_be_causal}) for name in CONVOLVED),
 ]
 
 

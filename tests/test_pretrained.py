@@ -256,6 +256,7 @@ def train(folder, name, *arguments):
     return command.finish(command.start("train.py", *arguments, environment={"PYTHONPATH": paths}))
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_file(tmp_path):
     """With structured MLPs: dense weights of the file, projected."""
     path = tmp_path / "vit.safetensors"

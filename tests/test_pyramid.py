@@ -334,6 +334,7 @@ def config(mixers="soft*2,softmax", **model):
     return made
 
 
+@pytest.mark.slow
 def test_it_learns_a_batch_by_heart(pictures):
     """From a config, on images of the size of Fashion-MNIST's, with SOFT on 7 × 7 and 4 × 4 tokens."""
     settings = config(features=(8, 16, 16), heads=(1, 2, 2), depths=(1, 1, 1))

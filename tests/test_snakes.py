@@ -176,7 +176,7 @@ class Plain:
 
 @pytest.mark.parametrize(
     ("resolution", "contour_length", "indices"),
-    [(32, 6, range(6)), (32, 14, (3, 10)), (64, 6, (0, 1)), (128, 6, (0, 1))],
+    [(32, 6, range(3)), (32, 14, (3,)), (64, 6, (0,)), (128, 6, (0, 1))],
 )
 def test_images_are_those_of_the_published_procedure(resolution, contour_length, indices):
     for index in indices:

@@ -103,6 +103,7 @@ def test_a_run_can_start_from_the_parameters_of_another(tmp_path):
     assert read(tmp_path / "run" / "summary.json")["test_accuracy"] == source["test_accuracy"]
 
 
+@pytest.mark.slow
 def test_a_run_can_start_from_the_projected_layers_of_another(tmp_path):
     """At full rank the projection is exact, so the accuracy is again the other run's; at a lower one it is not."""
     other = finished_run()[0]
