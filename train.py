@@ -163,7 +163,10 @@ def from_run(config: ConfigDict, task: Task) -> tuple[nnx.Module, list[str]]:
     with refusing():
         other = resolve.restore(read_config(path))
         # The other run's data are not needed: what depends on their sizes has to fit this run's.
-        task = dataclasses.replace(task, kind=build.task_module(other.task.name).KIND)
+        kind = build.task_module(other.task.name).KIND
+        if (kind == "image") != (task.kind == "image"):
+            raise ValueError(f"its task {other.task.name} is of kind {kind!r}, and this one of {task.kind!r}")
+        task = dataclasses.replace(task, kind=kind)
         stages, _ = build.build_stages(other, nnx.eval_shape(lambda: build.build_model(other, task)))
     step, stage, parameters = trained_parameters(path, "best", stages, print)
     model = nnx.merge(nnx.split(stage.model)[0], parameters)
@@ -185,7 +188,12 @@ def run() -> None:
     config = resolve.run_config()
     keep_programs(data_directory(config.task.data_dir) / "compilation")
     jax.config.update("jax_debug_nans", config.debug_nans)
-    workdir = Workdir(FLAGS.workdir, config.to_dict(), writer=jax.process_index() == 0)
+    workdir = Workdir(
+        FLAGS.workdir,
+        config.to_dict(),
+        writer=jax.process_index() == 0,
+        complete=lambda stored: resolve.restore(stored).to_dict(),
+    )
     workdir.claim()
     result = workdir.summary()
     if result is None:

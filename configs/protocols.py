@@ -7,7 +7,8 @@ config file says.
 What these settings leave different from the original code: the Skyformer code cycles Adam's b1 with the learning rate,
 keeps the best checkpoint only after a fifth of the steps, averages over padded positions too, and drops attention
 weights where we drop the mixer's output at the same rate; both read files, not data generated here. The arena's code
-for Retrieval pools the first position of encoders without a class token; here "cls" adds one.
+drops attention weights at another rate than the rest for Image (.2 beside .3) and Pathfinder (.1 beside .2); for
+Retrieval it pools the first position of encoders without a class token, where "cls" here adds one.
 """
 
 from collections.abc import Mapping
@@ -73,6 +74,9 @@ SKYFORMER = {
     "attention.skyformer.landmarks": 128,
     "attention.skyformer.ridge": 0.1,
     "attention.linformer.rank": 128,
+    "attention.performer.random_features": 128,
+    "attention.nystromformer.landmarks": 128,
+    "attention.nystromformer.value_conv": 0,
     "model.causal": False,
     "model.layers": 2,
     "model.features": 64,
@@ -251,6 +255,7 @@ PROTOCOLS: dict[str, dict[str, dict[str, Any]]] = {
         "lra.retrieval": {
             **SKYFORMER,
             **RETRIEVAL,
+            "task.val_size": 4800,  # 300 batches; theirs go round the validation pairs
             "model.pair_head": "interaction",
             "batch_size": 16,
             "eval_every": 1000,

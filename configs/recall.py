@@ -5,8 +5,8 @@ Command:   python train.py --config=configs/recall.py:linear --workdir=runs/mqar
            --config.task.kind=copy, needle, parity or count, with their options: efficient_tx/data/recall/)
 Hardware:  2 CPU cores, under two minutes of processor time for softmax, starting included
 Expected:  MQAR, 8 pairs in 64 tokens, test accuracy, measured here: softmax with conv=4 99.99 to 100 % (three seeds),
-           linear with conv=4 99.6 % (one seed); who guesses among the 8 values has 12.5 %. gla (14 %) and, in both
-           directions, skyformer with 16 landmarks (12 %) do not get beyond that at this learning rate (one seed)
+           linear with conv=4 99.6 % (one seed); who guesses among the 8 values has 12.5 %, and skyformer with 16
+           landmarks, in both directions, does not get beyond that at this learning rate (one seed)
 
 The short convolution, conv=4, shows a key to its value; without it that takes a layer of its own (Arora et al. 2023,
 arXiv 2312.04927). Rotary positions need queries and keys; `tensor`, `fourier`, `vmean` and `pool` take

@@ -106,8 +106,8 @@ def _parser(name: str | None) -> argparse.ArgumentParser:
     if name in TASKS:
         module, fixed = TASKS[name]
         for option, parameter in inspect.signature(importlib.import_module(module).get_task).parameters.items():
-            if option != "bucket":
-                default = fixed.get(option, parameter.default)
+            if option != "bucket" and option not in fixed:
+                default = parameter.default
                 parser.add_argument(f"--{option}", type=_type(parameter), default=default, help=f"default {default}")
     return parser
 
@@ -129,9 +129,12 @@ def _type(parameter: inspect.Parameter) -> Any:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    name = next((argument for argument in arguments if not argument.startswith("-")), None)
+    # The task says which options there are, wherever it stands among them.
+    pairs = zip(["", *arguments], arguments)
+    name = next((argument for before, argument in pairs if argument in TASKS and before != "--out"), None)
     options = vars(_parser(name).parse_args(arguments))
     name, out = options.pop("task"), options.pop("out")
+    options |= TASKS[name][1]
     try:
         check_empty(out / name)
         task = importlib.import_module(TASKS[name][0]).get_task(**options)

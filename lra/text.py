@@ -50,7 +50,7 @@ def get_task(
         data directory; "spam", the fetched e-mails; or the path of a folder in the form of `aclImdb`.
       train_size, val_size, test_size: number of texts, or as many as there are; `Task.source` says how many. Unset is
         all for training; a tenth of the training texts for validation (with validation="test" all test texts); all
-        test texts, or a fifth of the e-mails, for testing.
+        texts for testing. Of the e-mails a fifth is for testing, whatever the sizes.
       max_len: longer texts are cut there.
       validation: "split" keeps a part of the training texts for it; "test" validates on test texts, as the arena's
         code and the Skyformer paper's do, so that a checkpoint chosen on it has seen the test.
@@ -75,7 +75,7 @@ def get_task(
     place = _locate(source, data_dir)
     if source == "spam":
         name, everything = "text-spam", _ordered(_emails(place), seed)
-        cut = _size(test_size, len(everything), 5)
+        cut = max(len(everything) // 5, 1)
         test, pool = everything[:cut], everything[cut:]
     else:
         pool, test = (_ordered(_reviews(place, split), seed) for split in ("train", "test"))
@@ -86,8 +86,12 @@ def get_task(
                 "whole; for other texts in this form give its path as task.source"
             )
         name = "text" if complete else f"text-{place.name}"
-        test = test[:test_size]
-    cut = 0 if validation == "test" else _size(val_size, len(pool), 10)
+    test = test[:test_size]
+    cut = 0
+    if validation == "split":
+        cut = max(len(pool) // 10, 1) if val_size is None else val_size
+        if cut >= len(pool):
+            raise ValueError(f"task.val_size={cut}: of {len(pool)} training texts at least one has to be left")
     held_out = test[:val_size] if validation == "test" else pool[:cut]
     train = pool[cut:][:train_size]
     counts = "/".join(f"{len(split):,}" for split in (train, held_out, test))
@@ -139,12 +143,6 @@ class Texts:
     def cut(self) -> list[bytes]:
         """The texts as far as they are read."""
         return [text[: self.max_len] for text in self.texts]
-
-
-def _size(size: int | None, count: int, part: int) -> int:
-    """How many of `count` texts a split takes: `size`, by default one in `part`; one is left for training."""
-    wanted = count // part if size is None else size
-    return max(min(wanted, count - 1), 1)
 
 
 def _ordered(texts: Labelled, seed: int) -> Labelled:

@@ -12,6 +12,7 @@ from efficient_tx.attention import Hyper, Skyformer
 from efficient_tx.data.batching import SHORTEST_BUCKET, WINDOW, evaluation_batches, train_batches
 from efficient_tx.models import Classifier, DualEncoder
 from efficient_tx.task import Task
+from efficient_tx.training import loop as loop_module
 from efficient_tx.training.evaluation import make_evaluate
 
 LONGEST = 300
@@ -121,3 +122,18 @@ def test_a_run_compiles_each_length_once_and_tells_of_it(tmp_path, capsys):
     train = [line for line in loop._history.of("train") if line["examples_per_second"]]
     assert sum(line["seconds"] for line in train) > 0
     assert all(0 <= line["data_seconds"] <= line["seconds"] for line in train)
+
+
+def test_waiting_for_a_batch_of_a_new_length_counts_as_waiting(tmp_path, monkeypatch):
+    """Else the share of data_seconds would be smallest where a window of batches is being prepared."""
+    batches = [{"inputs": np.zeros((1, 8, length))} for length in (64, 64, 128, 64)]
+    loop = toy.make_loop(tmp_path)
+    clock = iter(float(i) for i in range(1000))
+    monkeypatch.setattr(loop_module.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(loop, "_train_step", lambda state, batch: state)
+    state, stream = np.zeros(()), iter(batches)
+    for _ in batches:
+        state = loop._advance(state, stream)
+    # The clock ticks at every look: a batch that is waited for takes one second, of the second to the fourth step.
+    assert loop._watch.data_seconds == 3
+    assert loop._watch.steps == 2

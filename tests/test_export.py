@@ -61,6 +61,19 @@ def test_shards_hold_the_examples_in_order(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "again" / "listops" / "SHA256SUMS").read_text() == (folder / "SHA256SUMS").read_text()
 
 
+@pytest.mark.parametrize("at", [0, 2, 8])
+def test_the_task_may_stand_anywhere(tmp_path, at):
+    arguments = ["--out", str(tmp_path), *SMALL]
+    assert export.main([*arguments[:at], "listops", *arguments[at:]]) == 0
+    assert json.loads((tmp_path / "listops" / "task.json").read_text())["options"]["seed"] == 3
+
+
+def test_what_makes_a_task_what_it_is_cannot_be_changed(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        export.main(["path-x", f"--out={tmp_path}", "--resolution=32"])
+    assert "--resolution=32" in capsys.readouterr().err
+
+
 def test_pairs_and_masks_are_written_too(tmp_path):
     generator = np.random.default_rng(0)
 

@@ -117,6 +117,7 @@ class Parts(nnx.Module):
 
     def __init__(self, rngs):
         self.tokens = nnx.Embed(5, 4, rngs=rngs)
+        self.embedding = nnx.Linear(6, 4, rngs=rngs)  # of patches, in a ViT
         self.positions = nnx.Param(jnp.ones((6, 4)))
         self.query = nnx.Linear(4, 6, rngs=rngs)
         self.blocks = nnx.Param(jnp.ones((2, 3, 3)))

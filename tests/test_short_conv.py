@@ -146,6 +146,31 @@ def test_gla_convolves_what_takes_part_in_attention():
     }
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_gla_is_the_recurrence_of_convolved_projections_behind_a_silu(causal):
+    """In plain Python: one state a head and direction, one token at a time."""
+    mixer = GLA(8, heads=2, conv=4, causal=causal, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(size=(1, 7, 8)).astype(np.float32)
+    q, k, v, log_decay = (np.asarray(part, np.float64) for part in mixer.project(jnp.asarray(x[0])))
+
+    def convolved(part, conv):
+        weight, before = np.asarray(conv.weight[...], np.float64), 3 if causal else 2
+        padded = np.pad(part.reshape(7, -1), ((before, 3 - before), (0, 0)))
+        out = sum(weight[i] * padded[i : i + 7] for i in range(4))
+        return (out / (1 + np.exp(-out))).reshape(part.shape)
+
+    q, k, v = (convolved(part, mixer.short_conv[name]) for part, name in ((q, "q"), (k, "k"), (v, "v")))
+    directions = []
+    for order in [range(7)] if causal else [range(7), range(6, -1, -1)]:
+        state, out = np.zeros((2, q.shape[-1], v.shape[-1])), np.zeros(v.shape)
+        for t in order:
+            state = np.exp(log_decay[t])[..., None] * state + k[t][..., None] * v[t][:, None]
+            out[t] = np.einsum("hk,hkv->hv", q[t], state) * q.shape[-1] ** -0.5
+        directions.append(out)
+    expected = mixer.finish(jnp.asarray(np.mean(directions, axis=0), jnp.float32), jnp.asarray(x[0]))
+    np.testing.assert_allclose(mixer(jnp.asarray(x))[0], expected, atol=1e-5)  # float32
+
+
 def test_gla_with_a_convolution_refuses_to_step():
     mixer = GLA(8, heads=2, causal=True, conv=4, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="no conv"):

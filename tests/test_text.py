@@ -156,7 +156,7 @@ EMAILS = {
 def test_emails_lose_their_headers_and_their_doubles(tmp_path):
     write_spam(tmp_path, EMAILS)
     task = text.get_task(source="spam", data_dir=str(tmp_path), test_size=2, val_size=1)
-    assert (task.name, len(task.train), len(task.validation), len(task.test)) == ("text-spam", 2, 1, 2)
+    assert (task.name, len(task.train), len(task.validation), len(task.test)) == ("text-spam", 3, 1, 1)
     everything = [item for split in (task.train, task.validation, task.test) for item in contents(split)]
     assert sorted(everything) == sorted(
         [
@@ -167,7 +167,7 @@ def test_emails_lose_their_headers_and_their_doubles(tmp_path):
             (b"y" * 500, 1),
         ]
     )
-    assert task.source == f"spam in {tmp_path}/spam, 2/1/2 texts, seed 0"
+    assert task.source == f"spam in {tmp_path}/spam, 3/1/1 texts, seed 0"
     (tmp_path / "spam" / "spam-2" / "7.txt").write_bytes(b"From: g\n\nother")
     with pytest.raises(ValueError, match=r"spam-2/7\.txt is missing or damaged: .*fetch spam"):
         text.get_task(source="spam", data_dir=str(tmp_path))
@@ -213,6 +213,7 @@ def test_a_damaged_prepared_data_set_is_one_line(tmp_path, small):
     ("options", "says"),
     [
         ({"val_size": 0}, "task.val_size=0"),
+        ({"val_size": 10**6}, "task.val_size=1000000: of "),
         ({"max_len": 0}, "task.max_len=0"),
         ({"seed": -1}, "task.seed=-1"),
         ({"validation": "tset"}, "task.validation='tset'"),
@@ -323,6 +324,17 @@ def test_spam_is_learnt_by_its_ngrams():
     # Another tool's linear model of n-grams has 0.993 where only equal bodies count as doubles (reference/
     # ecosystem.md 1); with stricter ones, and on 1,131 e-mails of a standard error of 0.003, a point less is near.
     assert task.baselines["byte n-grams"] == pytest.approx(0.99, abs=0.01)
+    # Published sizes are more than there are: the test e-mails stay, and so does the training.
+    published = text.get_task(
+        data_dir=str(fetched("spam")),
+        source="spam",
+        train_size=25000,
+        val_size=6400,
+        test_size=25000,
+        validation="test",
+    )
+    assert (len(published.train), len(published.validation), len(published.test)) == (4526, 1131, 1131)
+    assert published.test.texts == task.test.texts
     heads = [
         {b" ".join(content.lower().split())[:1024] for content in split.texts} for split in (task.train, task.test)
     ]

@@ -9,6 +9,7 @@ import pytest
 import toy
 from command import TINY, finish, finished_run, start, train
 
+from configs.base import make_config
 from efficient_tx.training.checkpoint import Checkpoints
 from efficient_tx.training.history import read_lines
 
@@ -73,6 +74,11 @@ def test_what_cannot_be_is_refused_in_one_line_and_nothing_is_written(tmp_path):
         (tmp_path / "b", [], {"devices": 3, "data": data}, "batch_size=8 cannot be shared out over devices=3"),
         (tmp_path / "d", [f"--config.init_from={path}", "--config.model.mlp_features=48"], {}, "encoder.blocks.0.mlp"),
     ]
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "config.json").write_text(make_config("efficient_tx.data.vision").to_json())
+    cases.append(
+        (tmp_path / "e", [f"--config.init_from={tmp_path / 'images'}"], {}, "is of kind 'image', and this one")
+    )
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()}
     for first in range(0, len(cases), 2):
         running = [
@@ -83,6 +89,7 @@ def test_what_cannot_be_is_refused_in_one_line_and_nothing_is_written(tmp_path):
             status, _, error = finish(process)
             assert status == 2 and error.count("\n") == 1 and wanted in error, error
     assert {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()} == before
+    shutil.rmtree(tmp_path / "images")
     assert [entry.name for entry in tmp_path.rglob("*") if "compilation" not in entry.parts] in ([], ["data"])
 
 

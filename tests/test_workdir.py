@@ -42,6 +42,30 @@ def test_config_is_stored_and_another_is_refused_by_key(tmp_path):
     open_run(tmp_path / "run").release()
 
 
+def test_a_run_of_an_older_version_goes_on_with_the_defaults_of_new_keys(tmp_path):
+    """`complete` adds what has come since; a config that it cannot complete is compared as it is stored."""
+    run = Workdir(tmp_path / "run", {"steps": 10})
+    run.claim()
+    run.begin()
+    run.release()
+
+    def complete(stored):
+        if "steps" not in stored:
+            raise ValueError("config.json has no steps")
+        return {"conv": 0, **stored}
+
+    today = Workdir(tmp_path / "run", {"steps": 10, "conv": 0}, complete=complete)
+    today.claim()
+    today.begin()
+    assert read_config(tmp_path / "run") == {"steps": 10, "conv": 0}
+    today.release()
+    with pytest.raises(Refused, match="conv is 0 there and 4 here"):
+        Workdir(tmp_path / "run", {"steps": 10, "conv": 4}, complete=complete).claim()
+    (tmp_path / "run" / "config.json").write_text('{"stops": 10}')
+    with pytest.raises(Refused, match="steps is 'absent' there and 10 here; stops is 10 there and 'absent' here"):
+        Workdir(tmp_path / "run", {"steps": 10}, complete=complete).claim()
+
+
 def test_some_keys_may_change_and_are_stored_anew(tmp_path):
     open_run(tmp_path / "run").release()
     changes = {"log_every": 1, "loggers": [], "task": {"name": "toy", "data_dir": "/elsewhere"}}

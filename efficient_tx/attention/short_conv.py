@@ -4,8 +4,8 @@
 
 It shows a token its neighbours before attention does, so that one layer can store or look up pairs of tokens: the
 shift of H3 (Fu et al. 2022, arXiv 2212.14052), the convolution of four taps of Mamba (Gu and Dao 2023, arXiv
-2312.00752) and of today's linear attention (flash-linear-attention). Those have a SiLU behind it, which is left out
-here: queries and keys of a softmax, or of a Gaussian kernel, need both signs.
+2312.00752) and of today's linear attention (flash-linear-attention). Those have a SiLU behind it, which `GLA` adds and
+the others leave out: queries and keys of a softmax, or of a Gaussian kernel, need both signs.
 
 They begin with PyTorch's weights, uniform within ± size^-½, where the token itself counts no more than its neighbours.
 Here 1 is added to its tap, as by the residual link of Allen-Zhu's Canon layers (2025): the mixer begins near what it

@@ -72,11 +72,13 @@ class Stopwatch:
         if self._started is None:
             self._started = at
 
-    def stop(self) -> None:
-        """Training pauses; nothing if it is not running."""
-        if self._started is not None:
+    def stop(self) -> bool:
+        """Training pauses; nothing if it is not running. Whether it was."""
+        running = self._started is not None
+        if running:
             self.seconds += time.perf_counter() - self._started
             self._started = None
+        return running
 
 
 class Loop:
@@ -213,7 +215,8 @@ class Loop:
             self._watch.data_seconds += arrived - asked
             return state
         jax.block_until_ready(state)
-        self._watch.stop()
+        if self._watch.stop():
+            self._watch.data_seconds += arrived - asked
         state = self._train_step(state, batch)
         jax.block_until_ready(state)
         seconds = time.perf_counter() - arrived

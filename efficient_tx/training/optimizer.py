@@ -80,14 +80,16 @@ def muon(
 ) -> optax.GradientTransformation:
     """Muon (Jordan et al., 2024) for the matrices between input and output, adamw for everything else.
 
-    A matrix is a two-dimensional parameter called `kernel`, as `nnx.Linear`'s, unless a module called `head` holds
-    it: the output layer, embeddings, positions, vectors and the factors of structured weights are adamw's. Updates
-    are scaled to adamw's root mean square (0.2, Liu et al., 2025, arXiv 2502.16982), so both share one learning rate.
+    A matrix is a two-dimensional parameter called `kernel`, as `nnx.Linear`'s, unless a module called `head` or
+    `embedding` holds it: the output layer, embeddings, positions, vectors and the factors of structured weights are
+    adamw's. Updates are scaled to adamw's root mean square (0.2, Liu et al., 2025, arXiv 2502.16982), so both share one
+    learning rate.
     """
 
     def label(path, param):
         names = [getattr(entry, "key", None) for entry in path]
-        return "muon" if param.ndim == 2 and "kernel" in names and "head" not in names else "adamw"
+        inner = "kernel" in names and not {"head", "embedding"} & set(names)
+        return "muon" if param.ndim == 2 and inner else "adamw"
 
     matrices = optax.contrib.muon(learning_rate, beta=b1, eps=eps, weight_decay=weight_decay, consistent_rms=0.2)
     rest = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)

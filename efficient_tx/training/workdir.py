@@ -4,7 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +57,21 @@ class Workdir:
       path: the folder; it holds config.json, metrics.jsonl, checkpoints/, event files, curve.png and summary.json.
       config: what identifies the run, plain JSON values.
       writer: whether this process writes.
+      complete: what makes a stored config one of today: the keys that have come since get their defaults.
     """
 
-    def __init__(self, path: str | os.PathLike, config: Mapping[str, Any], *, writer: bool = True):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        config: Mapping[str, Any],
+        *,
+        writer: bool = True,
+        complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda stored: stored,
+    ):
         self.path = Path(path)
         self.config = json.loads(json.dumps(config))
         self.writer = writer
+        self.complete = complete
         self._lock = None
 
     def claim(self) -> None:
@@ -121,6 +130,8 @@ class Workdir:
         stored = self._stored_config()
         if stored is None:
             return
+        with contextlib.suppress(ValueError):  # where it cannot be completed, what differs is told as it is stored
+            stored = json.loads(json.dumps(self.complete(stored)))
         old, new = flatten(stored), flatten(self.config)
         differing = [
             f"{key} is {old.get(key, 'absent')!r} there and {new.get(key, 'absent')!r} here"

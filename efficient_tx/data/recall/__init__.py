@@ -4,7 +4,7 @@
     parity  of the bits so far                   count   of a token so far
 
 Every example has `max_len` tokens; labels are per token, and only where a question is does the weight differ from 0.
-They can be learnt causally and in both directions: no answer stands in the inputs next to its question.
+They can be learnt causally and in both directions: no answer follows its question in the inputs, unless by chance.
 """
 
 import collections
