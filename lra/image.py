@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from efficient_tx.task import Task, data_directory
-from lra import cifar, generate, prepared
+from lra import cifar, fetched, generate, prepared
+from lra.checks import check_settings
 
 KIND = "tokens"
 COUNTS = {"cifar10": (50000, 10000), "fashion_mnist": (60000, 10000)}  # images for training and for testing
@@ -54,9 +55,7 @@ def get_task(
       FileNotFoundError: the source is not there.
       OSError: the grey images cannot be stored.
     """
-    for split, size in (("train", train_size), ("val", val_size), ("test", test_size)):
-        if size < 1:
-            raise ValueError(f"task.{split}_size={size}: a split needs at least one image")
+    check_settings("image", train_size=train_size, val_size=val_size, test_size=test_size)
     place, root = _locate(source, data_dir), data_directory(data_dir) / "image"
     key = _fingerprint(place)
     arrays = generate.stored(root / f"{key}-{_READER}", lambda: _read(source, place))
@@ -148,11 +147,7 @@ def _locate(source: str, data_dir: str | None) -> pathlib.Path:
     """
     root = data_directory(data_dir)
     if source == "fashion_mnist":
-        if not (root / source / "SHA256SUMS").is_file():
-            raise FileNotFoundError(
-                f"no images in {root / source}: python -m efficient_tx.data.fetch {source} gets them"
-            )
-        return root / source
+        return fetched.find(source, data_dir, "images")
     if source == "cifar10":
         if place := next((root / name for name in cifar.PLACES if (root / name).exists()), None):
             return place

@@ -15,6 +15,7 @@ import numpy as np
 
 from efficient_tx.task import Task, data_directory
 from lra import generate
+from lra.checks import check_settings
 
 KIND = "tokens"
 VOCABULARY = ("<pad>", *"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]")  # a token's id is its index
@@ -72,7 +73,8 @@ def get_task(
       OSError: generated data cannot be stored.
     """
     counts = {"train": train_size, "val": val_size, "test": test_size}
-    _check(counts, min_len, max_len, seed)
+    check_settings("expression", train_size=train_size, val_size=val_size, test_size=test_size, seed=seed)
+    _check_lengths(min_len, max_len)
     if source == "generated":
         name = f"{train_size}-{val_size}-{test_size}_len{min_len}-{max_len}_seed{seed}_{_GENERATOR}"
         directory = data_directory(data_dir) / "listops" / name
@@ -150,17 +152,12 @@ def _offsets(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
-def _check(counts: dict[str, int], min_len: int, max_len: int, seed: int) -> None:
-    for split, size in counts.items():
-        if size < 1:
-            raise ValueError(f"task.{split}_size={size}: a split needs at least one expression")
+def _check_lengths(min_len: int, max_len: int) -> None:
     if min_len < 0 or max_len - min_len < 2:
         raise ValueError(
             f"task.min_len={min_len}, task.max_len={max_len}: no length lies between them (both are excluded); "
             "set 0 <= min_len and max_len >= min_len + 2"
         )
-    if seed < 0:
-        raise ValueError(f"task.seed={seed}: must be 0 or more")
 
 
 def _baselines(train: Expressions, test: Expressions) -> dict[str, float]:

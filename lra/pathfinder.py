@@ -7,6 +7,7 @@ files by lra.pathfinder_files. `python -m lra.pathfinder --preview=FILE.png` sho
 
 import argparse
 import functools
+import hashlib
 import importlib.util
 import pathlib
 import sys
@@ -17,12 +18,14 @@ import numpy as np
 
 from efficient_tx.task import Task, data_directory
 from lra import generate, pathfinder_files, snakes
+from lra.checks import check_settings
 
 KIND = "tokens"
 
 _GENERATOR = "v2"  # part of the stored data's name: raise it with any change of what is drawn
 _PIXELS_PER_PART = 2**28  # a part is stored at once and held in memory while it is made; a killed run loses one
 _PIXELS_PER_CHUNK = 2**18  # what a process draws at a time
+_BASELINES = "v1"  # part of the stored baselines' name: raise it with any change of how they are computed
 _FITTED = 20000  # training images that the baseline is fitted on
 
 
@@ -72,11 +75,7 @@ def get_task(
     """
     known = sizes(resolution=resolution, contour_length=contour_length)
     counts = {"train": train_size, "val": val_size, "test": test_size}
-    for split, count in counts.items():
-        if count < 1:
-            raise ValueError(f"task.{split}_size={count}: a split needs at least one image")
-    if seed < 0:
-        raise ValueError(f"task.seed={seed}: must be 0 or more")
+    check_settings("image", train_size=train_size, val_size=val_size, test_size=test_size, seed=seed)
     directory = data_directory(data_dir) / "pathfinder"
     if source == "generated":
         parts = _generated(directory, sum(counts.values()), resolution, contour_length, seed)
@@ -100,7 +99,7 @@ def get_task(
         **known,
         name=name + ("-legacy-mask" if legacy_mask else ""),
         source=described,
-        baselines=_baselines(train, test),
+        baselines=_baselines(train, test, directory),
     )
 
 
@@ -204,18 +203,29 @@ def fit_logistic(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return weights
 
 
-def _baselines(train: Images, test: Images) -> dict[str, float]:
-    """Test accuracy of the best constant answer and of a logistic regression on brightness, fitted on train."""
+def _baselines(train: Images, test: Images, directory: pathlib.Path) -> dict[str, float]:
+    """Test accuracy of the best constant answer and of a logistic regression on brightness, fitted on train.
+
+    Stored under the digest of the images.
+    """
     pixels, labels = train.arrays(_FITTED)
     test_pixels, test_labels = test.arrays()
-    features = brightness(pixels)
-    centre, scale = features.mean(0), features.std(0) + 1e-6
-    weights = fit_logistic((features - centre) / scale, labels)
-    answers = ((brightness(test_pixels) - centre) / scale) @ weights[:-1] + weights[-1] > 0
-    return {
-        "constant": float(np.mean(test_labels == (labels.mean() > 0.5))),
-        "brightness": float(np.mean(test_labels == answers)),
-    }
+    digest = hashlib.blake2b(digest_size=16)
+    for array in (pixels, labels, test_pixels, test_labels):
+        digest.update(array)
+
+    def compute() -> dict[str, np.ndarray]:
+        features = brightness(pixels)
+        centre, scale = features.mean(0), features.std(0) + 1e-6
+        weights = fit_logistic((features - centre) / scale, labels)
+        answers = ((brightness(test_pixels) - centre) / scale) @ weights[:-1] + weights[-1] > 0
+        return {
+            "constant": np.mean(test_labels == (labels.mean() > 0.5)),
+            "brightness": np.mean(test_labels == answers),
+        }
+
+    stored = generate.stored(directory / f"baselines-{digest.hexdigest()}-{_BASELINES}", compute)
+    return {name: float(accuracy) for name, accuracy in stored.items()}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from efficient_tx.task import Task, data_directory
-from lra import generate, ngrams
+from lra import fetched, generate, ngrams
+from lra.checks import check_settings
 
 KIND = "token_pairs"
 FILES = {"train": "new_aan_pairs.train.tsv", "val": "new_aan_pairs.eval.tsv", "test": "new_aan_pairs.test.tsv"}
@@ -62,13 +63,7 @@ def get_task(
       OSError: the baselines cannot be stored.
     """
     counts = {"train": train_size, "val": val_size, "test": test_size}
-    for split, size in counts.items():
-        if size is not None and size < 1:
-            raise ValueError(f"task.{split}_size={size}: a split needs at least one pair")
-    if max_len < 1:
-        raise ValueError(f"task.max_len={max_len}: must be at least 1")
-    if seed < 0:
-        raise ValueError(f"task.seed={seed}: must be 0 or more")
+    check_settings("pair", train_size=train_size, val_size=val_size, test_size=test_size, max_len=max_len, seed=seed)
     place = _locate(source, data_dir)
     splits: list[FilePairs | PiecePairs]
     if source == "sotu":
@@ -245,14 +240,9 @@ def _baselines(
 
 def _locate(source: str, data_dir: str | None) -> pathlib.Path:
     """The folder of a source. Raises FileNotFoundError."""
-    root = data_directory(data_dir)
     if source == "sotu":
-        if not (root / "sotu" / "SHA256SUMS").is_file():
-            raise FileNotFoundError(
-                f"no addresses in {root / 'sotu'}: python -m efficient_tx.data.fetch sotu gets them"
-            )
-        return root / "sotu"
-    folder = root if source == "aan" else pathlib.Path(source).expanduser()
+        return fetched.find("sotu", data_dir, "addresses")
+    folder = data_directory(data_dir) if source == "aan" else pathlib.Path(source).expanduser()
     inside = ("lra_release/lra_release/tsv_data", "lra_release/tsv_data", "tsv_data", ".")
     places = [folder / place for place in inside]
     for place in places:
@@ -272,16 +262,11 @@ def _addresses(place: pathlib.Path) -> dict[str, list[bytes]]:
     Raises:
       ValueError: a file is missing or is not the one that was fetched.
     """
-    addresses = {}
-    for line in (place / "SHA256SUMS").read_text().splitlines():
-        checksum, _, name = line.partition("  ")
-        path = place / name
-        text = path.read_bytes() if path.is_file() else b""
-        if hashlib.sha256(text).hexdigest() != checksum:
-            raise ValueError(f"{path} is missing or damaged: python -m efficient_tx.data.fetch sotu gets it again")
-        if len(text) >= 2 * PIECE:
-            addresses[name] = [text[i : i + PIECE] for i in range(0, len(text) - PIECE + 1, PIECE)]
-    return addresses
+    return {
+        name: [text[i : i + PIECE] for i in range(0, len(text) - PIECE + 1, PIECE)]
+        for name, text in fetched.read(place)
+        if len(text) >= 2 * PIECE
+    }
 
 
 def _split(addresses: dict[str, list[bytes]], seed: int) -> list[list[list[bytes]]]:

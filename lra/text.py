@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from efficient_tx.task import Task, data_directory
-from lra import generate, ngrams, prepared
+from lra import fetched, generate, ngrams, prepared
+from lra.checks import check_settings
 
 KIND = "tokens"
 REVIEWS = 25000  # of IMDb, in the training split and in the test split
@@ -63,13 +64,7 @@ def get_task(
       FileNotFoundError: the source is not there.
       OSError: the baselines cannot be stored.
     """
-    for split, size in (("train", train_size), ("val", val_size), ("test", test_size)):
-        if size is not None and size < 1:
-            raise ValueError(f"task.{split}_size={size}: a split needs at least one text")
-    if max_len < 1:
-        raise ValueError(f"task.max_len={max_len}: must be at least 1")
-    if seed < 0:
-        raise ValueError(f"task.seed={seed}: must be 0 or more")
+    check_settings("text", train_size=train_size, val_size=val_size, test_size=test_size, max_len=max_len, seed=seed)
     if validation not in ("split", "test"):
         raise ValueError(f'task.validation={validation!r}: must be "split" or "test"')
     place = _locate(source, data_dir)
@@ -180,9 +175,7 @@ def _locate(source: str, data_dir: str | None) -> pathlib.Path:
     """
     root = data_directory(data_dir)
     if source == "spam":
-        if not (root / "spam" / "SHA256SUMS").is_file():
-            raise FileNotFoundError(f"no e-mails in {root / 'spam'}: python -m efficient_tx.data.fetch spam gets them")
-        return root / "spam"
+        return fetched.find("spam", data_dir, "e-mails")
     if source == "imdb":
         unpacked = root / "aclImdb"
         if (unpacked / "train").is_dir():
@@ -224,12 +217,7 @@ def _emails(place: pathlib.Path) -> Labelled:
       ValueError: a file is missing or is not the one that was fetched.
     """
     bodies: dict[bytes, tuple[bytes, int]] = {}
-    for line in (place / "SHA256SUMS").read_text().splitlines():
-        checksum, _, name = line.partition("  ")
-        path = place / name
-        email = path.read_bytes() if path.is_file() else b""
-        if hashlib.sha256(email).hexdigest() != checksum:
-            raise ValueError(f"{path} is missing or damaged: python -m efficient_tx.data.fetch spam gets it again")
+    for name, email in fetched.read(place):
         body = re.split(rb"\r?\n\r?\n", email, maxsplit=1)[-1].strip()
         bodies.setdefault(b" ".join(body.lower().split())[:_SAME], (body, int(name.startswith("spam"))))
     return list(bodies.values())

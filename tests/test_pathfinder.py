@@ -104,7 +104,7 @@ def test_neither_jax_nor_numba_to_import():
     assert done.stdout == "set()\n"
 
 
-def test_baselines():
+def test_baselines(tmp_path):
     # Closed form: with one feature of two values, a logistic regression answers each by its majority.
     dark, bright = np.zeros((40, 1024), np.uint8), np.full((40, 1024), 9, np.uint8)
     parts = [
@@ -112,8 +112,10 @@ def test_baselines():
     ]
     parts[0]["labels"] = np.concatenate([parts[0]["labels"]] * 2)
     train, test = pathfinder.Images(parts, np.arange(80)), pathfinder.Images(parts, np.arange(80, 160))
-    found = pathfinder._baselines(train, test)
-    assert found == {"constant": 44 / 80, "brightness": (36 + 40) / 80}
+    expected = {"constant": 44 / 80, "brightness": (36 + 40) / 80}
+    assert pathfinder._baselines(train, test, tmp_path) == expected
+    assert pathfinder._baselines(train, test, tmp_path) == expected  # stored
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_brightness_features_are_plain_statistics():
