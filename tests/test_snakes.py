@@ -289,7 +289,7 @@ def test_the_number_of_workers_changes_nothing():
     assert len(np.unique(together["pixels"], axis=0)) == 15
 
 
-def test_brightness_does_not_tell_the_label(hard):
+def test_brightness_does_not_tell_the_label(hard, tmp_path):
     # 2,000 images to fit on, 2,000 to test: chance has a standard error of 1.1 points, the interval is four of them.
     others = snakes.draw_many(0, first=10_000, count=2000, resolution=32, contour_length=14, seed=2)
     pixels = np.stack([drawing.pixels.ravel() for drawing in hard])
@@ -298,7 +298,7 @@ def test_brightness_does_not_tell_the_label(hard):
     def accuracy(train, test):
         parts = [{"pixels": np.concatenate([train, test]), "labels": np.concatenate([labels, others["labels"]])}]
         train, test = (pathfinder.Images(parts, items) for items in np.split(np.arange(4000), 2))
-        return pathfinder._baselines(train, test)["brightness"]
+        return pathfinder._baselines(train, test, tmp_path)["brightness"]
 
     def leaking(pixels, labels):
         return pixels + ((pixels > 0) & (pixels < 255) & (labels[:, None] > 0))
