@@ -22,8 +22,9 @@ from lra.checks import check_settings
 
 KIND = "tokens"
 
-_GENERATOR = "v2"  # part of the stored data's name: raise it with any change of what is drawn
-_PIXELS_PER_PART = 2**28  # a part is stored at once and held in memory while it is made; a killed run loses one
+_FIRST = {"test": 0, "val": 2**30, "train": 2**31}  # where the splits lie in a seed's stream: sizes never mix them
+_GENERATOR = "v3"  # part of the stored data's name: raise it with any change of what is drawn
+_PIXELS_PER_PART = 2**26  # a part is stored at once and held in memory while it is made; a killed run loses one
 _PIXELS_PER_CHUNK = 2**18  # what a process draws at a time
 _BASELINES = "v1"  # part of the stored baselines' name: raise it with any change of how they are computed
 _FITTED = 20000  # training images that the baseline is fitted on
@@ -54,8 +55,7 @@ def get_task(
 ) -> Task:
     """The Pathfinder task: grey values 0 to 255, row by row, labelled 1 if both markers are on one contour.
 
-    Image i of a seed is the same whatever the sizes: the test split comes first, then validation, then training, so
-    that a run with fewer training images is tested on the same ones.
+    Image i of a split is a function of (seed, split, i), the same whatever the sizes, and in no other split.
 
     Args:
       data_dir: where generated and decoded images are kept, default $EFFICIENT_TX_DATA or ~/.cache/efficient_tx.
@@ -68,7 +68,7 @@ def get_task(
       legacy_mask: mask black pixels as if they were padding, as the arena's code and the Skyformer paper's did.
 
     Raises:
-      ValueError: a setting is out of range, or a file is damaged.
+      ValueError: a setting is out of range, or a file is damaged, or there are too few.
       FileNotFoundError: `source` is no directory, or files in it are missing.
       ModuleNotFoundError: numba is not installed, and the images have to be generated.
       OSError: generated data cannot be stored.
@@ -78,17 +78,17 @@ def get_task(
     check_settings("image", train_size=train_size, val_size=val_size, test_size=test_size, seed=seed)
     directory = data_directory(data_dir) / "pathfinder"
     if source == "generated":
-        parts = _generated(directory, sum(counts.values()), resolution, contour_length, seed)
-        ends = np.cumsum([test_size, val_size, train_size])
-        test, validation, train = np.split(np.arange(ends[-1]), ends[:-1])
+        folder = directory / f"{resolution}px_length{contour_length}_seed{seed}_{_GENERATOR}"
+        settings = {"resolution": resolution, "contour_length": contour_length, "seed": seed}
+        splits = [(_generated(folder, split, count, settings), np.arange(count)) for split, count in counts.items()]
         described = f"generated, seed {seed}"
     else:
         folder, parts = pathfinder_files.read(source, directory, resolution, contour_length)
-        splits = pathfinder_files.split(sum(len(part["labels"]) for part in parts), seed)
-        train, validation, test = (items[:count] for items, count in zip(splits, counts.values(), strict=True))
-        taken = "/".join(str(len(items)) for items in (train, validation, test))
+        drawn = pathfinder_files.split(sum(len(part["labels"]) for part in parts), seed)
+        splits = [(parts, items[:count]) for items, count in zip(drawn, counts.values(), strict=True)]
+        taken = "/".join(str(len(items)) for _, items in splits)
         described = f"{folder}, {taken} images, split with seed {seed}"
-    train, validation, test = (Images(parts, items, legacy_mask) for items in (train, validation, test))
+    train, validation, test = (Images(parts, items, legacy_mask) for parts, items in splits)
     name = {32: "pathfinder", 128: "path-x"}.get(resolution, f"pathfinder-{resolution}")
     name += "" if contour_length == 14 else f"-length-{contour_length}"
     return Task(
@@ -157,17 +157,17 @@ class Images:
         return pixels, labels
 
 
-def _generated(directory: pathlib.Path, total: int, resolution: int, contour_length: int, seed: int) -> list[dict]:
-    """The first `total` images of the seed's stream, in parts; those that are not stored yet are drawn."""
-    folder = directory / f"{resolution}px_length{contour_length}_seed{seed}_{_GENERATOR}"
-    size, chunk = _PIXELS_PER_PART // resolution**2, _PIXELS_PER_CHUNK // resolution**2
+def _generated(folder: pathlib.Path, split: str, total: int, settings: dict[str, int]) -> list[dict]:
+    """The first `total` images of a split, in parts; those that are not stored yet are drawn."""
+    resolution = settings["resolution"]
+    size, chunk = (pixels // resolution**2 for pixels in (_PIXELS_PER_PART, _PIXELS_PER_CHUNK))
     parts = []
     for first in range(0, total, size):
         count = min(size, total - first)
-        settings = {"first": first, "count": chunk, "resolution": resolution, "contour_length": contour_length}
-        title = f"Pathfinder {resolution} x {resolution}, images {first} to {first + count} of {total}"
-        make = functools.partial(generate.collect, "lra.snakes:draw_many", settings | {"seed": seed}, count, title)
-        parts.append(generate.stored(folder / f"{first}-{first + count}", make))
+        drawn = settings | {"first": _FIRST[split] + first, "count": chunk}
+        title = f"Pathfinder {resolution} x {resolution}, {split} images {first} to {first + count} of {total}"
+        make = functools.partial(generate.collect, "lra.snakes:draw_many", drawn, count, title)
+        parts.append(generate.stored(folder / f"{split}-{first}-{first + count}", make))
     return parts
 
 

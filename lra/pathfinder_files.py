@@ -12,6 +12,7 @@ from lra import generate
 LEVELS = {6: "curv_baseline", 9: "curv_contour_length_9", 14: "curv_contour_length_14"}
 _PIXELS_PER_PART = 2**28
 _FILES_PER_CHUNK = 256
+_FEWEST = 10  # of which validation and test have one each
 _LAYOUT = "pathfinder{0}/{1}/imgs/<batch>/sample_<i>.png and pathfinder{0}/{1}/metadata/<batch>.npy (lines of text)"
 _KNOWN_EMPTY = ("pathfinder32", "curv_baseline", "imgs/0/sample_172.png")  # in the arena's archive
 
@@ -36,14 +37,15 @@ def read(
       ValueError: a damaged image or line of metadata.
     """
     level = find(source, resolution, contour_length)
-    labels = _labels(level)
+    labels, digest = _labels(level)
     skipped = [name for name in labels if (level.parent.name, level.name, name) == _KNOWN_EMPTY]
     for name in skipped:
         if (level / name).is_file() and (level / name).stat().st_size == 0:
             print(f"{level / name} is empty, as in the arena's archive: left out", file=sys.stderr)
             del labels[name]
     names = sorted(labels)
-    digest = hashlib.blake2b(f"{level.resolve()} {sorted(labels.items())}".encode(), digest_size=8).hexdigest()
+    if len(names) < _FEWEST:
+        raise ValueError(f"{level} has {len(names)} images: fewer than {_FEWEST} cannot be split")
     size = _PIXELS_PER_PART // resolution**2
     parts = []
     for first in range(0, len(names), size):
@@ -82,11 +84,15 @@ def find(source: str, resolution: int, contour_length: int) -> pathlib.Path:
     )
 
 
-def _labels(level: pathlib.Path) -> dict[str, int]:
-    """File name, from the level's directory -> label, of all metadata files."""
+def _labels(level: pathlib.Path) -> tuple[dict[str, int], str]:
+    """File name, from the level's directory -> label, of all metadata files; and a digest of place and lines."""
     labels = {}
+    # The lines also tell how each image was drawn, so other images of the same names have other ones.
+    digest = hashlib.blake2b(str(level.resolve()).encode(), digest_size=8)
     for path in sorted((level / "metadata").glob("*.npy")):
-        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        content = path.read_bytes()
+        digest.update(content)
+        for number, line in enumerate(content.decode(errors="replace").splitlines(), 1):
             fields = line.split()
             if len(fields) < 4 or fields[3] not in ("0", "1"):
                 raise ValueError(
@@ -95,7 +101,7 @@ def _labels(level: pathlib.Path) -> dict[str, int]:
             labels[f"{fields[0]}/{fields[1]}"] = int(fields[3])
     if not labels:
         raise FileNotFoundError(f"{level / 'metadata'}: no line of metadata in any .npy file there")
-    return labels
+    return labels, digest.hexdigest()
 
 
 def decode(index: int, *, level: str, labels: dict[str, int], resolution: int) -> dict[str, np.ndarray] | str:

@@ -24,19 +24,21 @@ def contents(split):
     return [(item["inputs"].tolist(), item["label"]) for item in split]
 
 
-def test_splits_are_disjoint_and_the_test_set_stays(tmp_path):
+def test_no_size_of_a_split_moves_another(tmp_path):
     task = get_task(tmp_path)
     assert (len(task.train), len(task.validation), len(task.test)) == (30, 6, 8)
     assert (task.kind, task.num_classes, task.vocab_size, task.max_len) == ("tokens", 2, 256, 1024)
     assert (task.name, task.source) == ("pathfinder-length-6", "generated, seed 0")
+    for split, first in ((task.test, 0), (task.validation, 2**30), (task.train, 2**31)):
+        for index, (pixels, label) in enumerate(contents(split), start=first):
+            drawing = snakes.draw(index, resolution=32, contour_length=6, seed=0)
+            assert (pixels, label) == (drawing.pixels.ravel().tolist(), drawing.label)
     everything = contents(task.test) + contents(task.validation) + contents(task.train)
-    for index, (pixels, label) in enumerate(everything):
-        drawing = snakes.draw(index, resolution=32, contour_length=6, seed=0)
-        assert (pixels, label) == (drawing.pixels.ravel().tolist(), drawing.label)
     assert len({tuple(pixels) for pixels, _ in everything}) == 44
-    smaller = get_task(tmp_path, train_size=3)
-    assert contents(smaller.test) == contents(task.test)
-    assert contents(smaller.train) == contents(task.train)[:3]
+    other = get_task(tmp_path, train_size=3, val_size=9)
+    assert contents(other.test) == contents(task.test)
+    assert contents(other.train) == contents(task.train)[:3]
+    assert contents(other.validation)[:6] == contents(task.validation)
     assert contents(get_task(tmp_path, seed=1).test) != contents(task.test)
     with pytest.raises(IndexError):
         task.train[30]
@@ -44,19 +46,19 @@ def test_splits_are_disjoint_and_the_test_set_stays(tmp_path):
 
 def test_parts_and_what_a_killed_run_leaves(tmp_path, monkeypatch):
     whole = contents(get_task(tmp_path / "whole").train)
-    monkeypatch.setattr(pathfinder, "_PIXELS_PER_PART", 16 * 1024)  # 16 images: three parts of 16, 16 and 12
+    monkeypatch.setattr(pathfinder, "_PIXELS_PER_PART", 16 * 1024)  # 16 images: two parts of 16 and 14
     monkeypatch.setattr(pathfinder, "_PIXELS_PER_CHUNK", 16 * 1024)
     task = get_task(tmp_path)
-    assert [len(part["labels"]) for part in task.train.parts] == [16, 16, 12]
+    assert [len(part["labels"]) for part in task.train.parts] == [16, 14]
     assert contents(task.train) == whole
     pixels, labels = task.train.arrays(20)
     assert [(row.tolist(), label) for row, label in zip(pixels, labels.tolist(), strict=True)] == whole[:20]
     # Only the part that is missing is drawn again.
-    paths = sorted(tmp_path.glob("pathfinder/*/*/data.npz"))
+    paths = sorted(tmp_path.glob("pathfinder/*/train-*/data.npz"))
     times = [path.stat().st_mtime_ns for path in paths]
     paths[1].unlink()
     assert contents(get_task(tmp_path).train) == whole
-    assert [path.stat().st_mtime_ns == time for path, time in zip(paths, times, strict=True)] == [True, False, True]
+    assert [path.stat().st_mtime_ns == time for path, time in zip(paths, times, strict=True)] == [True, False]
 
 
 def test_black_pixels_are_tokens_unless_the_old_mask_is_asked_for(tmp_path):
@@ -178,6 +180,17 @@ def test_the_arenas_files(tmp_path, capsys):
     assert contents(get_task(tmp_path / "data", **settings).train) == contents(task.train)
     parts = pathfinder_files.read(settings["source"], tmp_path / "data" / "pathfinder", 32, 14)[1]
     assert contents(pathfinder.Images(parts, np.arange(40))) == [expected[name] for name in sorted(expected)]
+    # Other images in the same place are decoded anew: the metadata tell how each was drawn.
+    metadata = level / "metadata/1.npy"
+    metadata.write_text(metadata.read_text().replace(" 0.5 1 1", " 0.5 2 1"))
+    contents(get_task(tmp_path / "data", **settings).train)
+    assert "to make" in capsys.readouterr().err
+
+
+def test_files_too_few_to_be_split_are_refused(tmp_path):
+    level, _ = release(tmp_path, {"0": 9}, lambda batch, i: 0)
+    with pytest.raises(ValueError, match=rf"{level} has 9 images: fewer than 10 cannot be split"):
+        get_task(tmp_path / "data", source=str(tmp_path), contour_length=14)
 
 
 def test_the_inner_directory_of_the_archive_is_preferred(tmp_path):
