@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, config_flags
 from configs import protocols
 from configs.base import make_config
 from efficient_tx.attention import ATTENTION
-from efficient_tx.build import check, complete
+from efficient_tx.build import check, complete, task_module
 from efficient_tx.linear import LINEAR
 from efficient_tx.names import nearest
 from efficient_tx.training import workdir
@@ -169,17 +169,28 @@ def parse_tuple(text: str) -> tuple[int | str, ...]:
 def apply_settings(stored: Mapping[str, Any], settings: Mapping[str, str]) -> ConfigDict:
     """The config of a run's config.json with eval.py's `--set KEY=VALUE`; names of mixers and structures come first.
 
+    An option that moves the splits of generated data (`SPLIT_BY` of the task's module) brings the next seed with it,
+    whose examples the run was not trained on.
+
     Raises:
-      ValueError: an unknown key, a value of another type, or a key that evaluation does not read.
+      ValueError: an unknown key, a value of another type, or a key that evaluation does not read or must not change.
     """
     config = restore(stored)
-    for key in sorted(settings, key=lambda key: key not in NAMES):
+    names = (*NAMES, "model.name")
+    split_by = {f"task.{option}" for option in getattr(task_module(config.task.name), "SPLIT_BY", ())}
+    trained = flatten(config)
+    for key in sorted(settings, key=lambda key: key not in names):
         origin = f"--set {key}={settings[key]}"
         value = parse_value(config, key, settings[key], origin)
         if key.split(".")[0] not in EVALUATED:
             raise ValueError(f"{origin}: evaluation does not depend on {key}; it does on {', '.join(EVALUATED)}")
+        if key in split_by and value != trained[key] and trained.get("task.source") != "generated":
+            raise ValueError(f"{origin}: {key} says which examples the run was trained on; evaluation keeps it")
         assign(config, key, value, origin)
-        config = complete(config) if key in NAMES else config
+        config = complete(config) if key in names else config
+    chosen = flatten(config)
+    if "task.seed" not in settings and any(chosen[key] != trained[key] for key in split_by):
+        config.task.seed += 1
     return config
 
 

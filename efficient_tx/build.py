@@ -129,10 +129,14 @@ def with_dense_weights(config: ConfigDict) -> ConfigDict:
 
 
 def named(section: ConfigDict, table: Mapping[str, type], given: set[str], where: str) -> ConfigDict:
-    """The options of the class that `section.name` names in `table`, with the values that `section` has of them."""
+    """The options of the class that `section.name` names in `table`, with the values that `section` has of them.
+
+    Those of another type are another class's: where that has a number, this one may have a tuple of the same name.
+    """
     fresh = options(lookup(table, section.name, f"{where}.name"), given)
     fresh.name = section.name
-    fresh.update({key: section[key] for key in fresh if key in section})
+    kept = [key for key in fresh if key in section and section.get_type(key) == fresh.get_type(key)]
+    fresh.update({key: section[key] for key in kept})
     return fresh
 
 
@@ -140,7 +144,8 @@ def task_module(name: str) -> ModuleType:
     """The module that makes a task with `get_task`.
 
     With `KIND` it says what the examples look like, and with `sizes`, from the options of `get_task` and without
-    touching data, the num_classes, vocab_size, max_len and image_shape of the task.
+    touching data, the num_classes, vocab_size, max_len and image_shape of the task. `SPLIT_BY`, if it has one, names
+    the options that say which examples are trained on, so that no evaluation may change them.
 
     Raises:
       ValueError: there is no such module, or it makes no task.

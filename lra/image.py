@@ -18,6 +18,7 @@ from lra import cifar, fetched, generate, prepared
 from lra.checks import check_settings
 
 KIND = "tokens"
+SPLIT_BY = ("val_size",)  # options that say which examples are trained on
 COUNTS = {"cifar10": (50000, 10000), "fashion_mnist": (60000, 10000)}  # images for training and for testing
 
 _SIDES = {"fashion_mnist": 28}

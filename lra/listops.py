@@ -18,6 +18,8 @@ from lra import generate
 from lra.checks import check_settings
 
 KIND = "tokens"
+# Options that say which examples are trained on.
+SPLIT_BY = ("train_size", "val_size", "min_len", "max_len", "seed")
 VOCABULARY = ("<pad>", *"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]")  # a token's id is its index
 _DIGIT, _OPERATOR, _CLOSER = VOCABULARY.index("0"), VOCABULARY.index("[MIN"), VOCABULARY.index("]")
 

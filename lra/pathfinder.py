@@ -21,6 +21,7 @@ from lra import generate, pathfinder_files, snakes
 from lra.checks import check_settings
 
 KIND = "tokens"
+SPLIT_BY = ("seed",)  # options that say which examples are trained on
 
 _FIRST = {"test": 0, "val": 2**30, "train": 2**31}  # where the splits lie in a seed's stream: sizes never mix them
 _GENERATOR = "v3"  # part of the stored data's name: raise it with any change of what is drawn

@@ -19,6 +19,7 @@ from lra import fetched, generate, ngrams
 from lra.checks import check_settings
 
 KIND = "token_pairs"
+SPLIT_BY = ("seed",)  # options that say which examples are trained on
 FILES = {"train": "new_aan_pairs.train.tsv", "val": "new_aan_pairs.eval.tsv", "test": "new_aan_pairs.test.tsv"}
 PAIRS = {"train": 147086, "val": 18090, "test": 17437}  # of the ACL Anthology Network
 PIECE = 4096  # bytes of an address that make a document

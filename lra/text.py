@@ -17,6 +17,7 @@ from lra import fetched, generate, ngrams, prepared
 from lra.checks import check_settings
 
 KIND = "tokens"
+SPLIT_BY = ("val_size", "validation", "seed")  # options that say which examples are trained on
 REVIEWS = 25000  # of IMDb, in the training split and in the test split
 
 _IMDB = "imdb_reviews/plain_text"

@@ -144,6 +144,28 @@ def test_settings_of_an_evaluation():
     assert resolve.apply_settings(stored, {"task.data_dir": "5", "task.drop_brackets": "true"}).task.data_dir == "5"
 
 
+def test_no_setting_of_an_evaluation_tests_on_training_examples():
+    stored = make_config("lra.listops", "", task={"train_size": 10, "val_size": 4, "test_size": 4}).to_dict()
+    seed = lambda **settings: resolve.apply_settings(stored, {f"task.{k}": v for k, v in settings.items()}).task.seed
+    assert seed(test_size="9") == seed(max_len="2000") == 0  # nothing else moves
+    assert seed(max_len="300") == seed(train_size="5", val_size="9") == 1
+    assert seed(max_len="300", seed="7") == 7
+    texts = make_config("lra.text", "", task={"source": "spam"}).to_dict()
+    with pytest.raises(ValueError, match="--set task.val_size=9: task.val_size says which examples the run was trained"):
+        resolve.apply_settings(texts, {"task.val_size": "9"})
+    assert resolve.apply_settings(texts, {"task.test_size": "9", "task.max_len": "50"}).task.test_size == 9
+
+
+def test_the_model_may_be_another_one_that_has_options_of_the_same_names():
+    """A ViT has one number of features and heads, a pyramid a tuple of them."""
+    vit = resolve.load("configs/vit_fashion.py:softmax")
+    pyramid = resolve.resolve(vit, {"model.name": "pyramid", "task.image_size": 64})
+    assert (pyramid.model.features, pyramid.model.dropout) == (None, vit.model.dropout)
+    build.check(pyramid)
+    back = resolve.apply_settings(json.loads(pyramid.to_json()), {"model.name": "vit", "model.heads": "2"})
+    assert (back.model.features, back.model.heads) == (384, 2)
+
+
 def test_typed_names_bring_their_sections():
     code, out, error = parsed(
         "--config.linear.mlp.blocks=2", "--config.linear.mlp.name=monarch", "--config.attention.linformer.rank=8",

@@ -17,6 +17,7 @@ from efficient_tx.data.pictures import AUGMENTATIONS, Picture, normalise
 from efficient_tx.task import Example, Source, Task, data_directory
 
 KIND = "image"
+SPLIT_BY = ("val_size", "seed")  # options that say which examples are trained on
 
 
 @dataclasses.dataclass(frozen=True)
