@@ -10,7 +10,7 @@ _COLUMNS = 4
 
 
 def write(path: pathlib.Path, count: int, resolution: int, contour_length: int, seed: int) -> None:
-    """Draws the first `count` images of a seed into `path`, whose ending says the format."""
+    """Draws the first `count` images of a seed into `path`, whose ending says the format; PNG if there is none."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -37,4 +37,4 @@ def write(path: pathlib.Path, count: int, resolution: int, contour_length: int, 
         for y, x in drawing.markers:
             circle = np.stack([np.sin(np.linspace(0, 7, 60)), np.cos(np.linspace(0, 7, 60))]) * (radius + 1)
             traced.plot(x + circle[1], y + circle[0], color="tab:red", linewidth=1.2)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, format=path.suffix[1:] or "png", dpi=110)

@@ -19,13 +19,18 @@ def find(name: str, data_dir: str | None) -> pathlib.Path | None:
     """The folder of the newest version of `name` ("cifar10", or "imdb_reviews/plain_text" with its configuration).
 
     Raises:
-      ValueError: there are only some that cannot be read by index, as they are stored as TFRecords.
+      ValueError: there are only some that cannot be read by index, as they are stored as TFRecords, or what describes
+        one is damaged.
     """
     unreadable = None
     for place in places(data_dir):
         versions = [path.parent for path in (place / name).glob("*/dataset_info.json")]
         for folder in sorted(versions, key=lambda path: [int(n) for n in path.name.split(".") if n.isdigit()])[::-1]:
-            if json.loads((folder / "dataset_info.json").read_text()).get("fileFormat") == "array_record":
+            try:
+                about = json.loads((folder / "dataset_info.json").read_text())
+            except ValueError as error:
+                raise ValueError(f"{folder / 'dataset_info.json'} is damaged ({error}): {command(name)}") from None
+            if about.get("fileFormat") == "array_record":
                 return folder
             unreadable = folder
     if unreadable:

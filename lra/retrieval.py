@@ -83,7 +83,7 @@ def get_task(
                 f"{'/'.join(f'{count:,}' for count in PAIRS.values())} of the ACL Anthology Network: it is not whole; "
                 "for other pairs in this form give its path as task.source"
             )
-        name, described = "retrieval" if complete else f"retrieval-{place.name}", str(place)
+        name, described = "retrieval" if complete else f"retrieval-{place.resolve().name}", str(place)
         splits = [pairs.first(size) for pairs, size in zip(splits, counts.values())]
     return Task(
         *splits,
@@ -109,7 +109,7 @@ class FilePairs:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: a line begins with no label 0.0 or 1.0.
+      ValueError: a line has no label 0.0 or 1.0, two names and two texts.
     """
 
     def __init__(self, path: pathlib.Path, max_len: int):
@@ -117,16 +117,24 @@ class FilePairs:
             raise FileNotFoundError(f"{path}: no such file (retrieval needs {', '.join(FILES.values())})")
         self.path, self.max_len = path, max_len
         self._bytes = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
-        starts = range(0, len(self._bytes), _SCANNED)
-        ends = [start + np.flatnonzero(self._bytes[start : start + _SCANNED] == ord("\n")) for start in starts]
-        self._offsets = np.concatenate([[0], *(found + 1 for found in ends)])
+        self._offsets = np.append(0, self._places("\n") + 1)
         if self._offsets[-1] < len(self._bytes):
             self._offsets = np.append(self._offsets, len(self._bytes))
+        fields = np.diff(np.searchsorted(self._places("\t"), self._offsets)) + 1
         letters = self._bytes[self._offsets[:-1]]
-        wrong = np.flatnonzero((letters != ord("0")) & (letters != ord("1")))
+        wrong = np.flatnonzero(((letters != ord("0")) & (letters != ord("1"))) | (fields != 5))
         if len(wrong) or not len(letters):
-            raise ValueError(f"{path}, line {wrong[0] + 1 if len(wrong) else 1}: must begin with a label, 0.0 or 1.0")
+            raise ValueError(
+                f"{path}, line {wrong[0] + 1 if len(wrong) else 1}: expected a label 0.0 or 1.0, two names and two "
+                f"texts with tabs between them, found {fields[wrong[0]] if len(wrong) else 0} fields"
+            )
         self.labels = (letters == ord("1")).astype(np.uint8)
+
+    def _places(self, letter: str) -> np.ndarray:
+        """Where a letter is in the file, int64; read in blocks, as the file may be larger than the memory."""
+        starts = range(0, len(self._bytes), _SCANNED)
+        found = [start + np.flatnonzero(self._bytes[start : start + _SCANNED] == ord(letter)) for start in starts]
+        return np.concatenate([np.zeros(0, np.int64), *found])
 
     def first(self, count: int | None) -> "FilePairs":
         """Self, with no more than the first `count` pairs."""
@@ -137,16 +145,13 @@ class FilePairs:
         return len(self.labels)
 
     def texts(self, index: int) -> tuple[bytes, bytes]:
-        """Both texts, cut. Raises IndexError outside [0, len), ValueError if the line is damaged."""
+        """Both texts, cut. Raises IndexError outside [0, len), ValueError if the label is damaged."""
         if not 0 <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
         line = self._bytes[self._offsets[index] : self._offsets[index + 1]].tobytes().rstrip(b"\r\n")
         fields = line.split(b"\t")
-        if len(fields) != 5 or fields[0] not in (b"0", b"1", b"0.0", b"1.0"):
-            raise ValueError(
-                f"{self.path}, line {index + 1}: expected a label, two names and two texts with tabs between them, "
-                f"found {len(fields)} fields"
-            )
+        if fields[0] not in (b"0", b"1", b"0.0", b"1.0"):
+            raise ValueError(f"{self.path}, line {index + 1}: its label is {fields[0]!r}, expected 0.0 or 1.0")
         length = min(self.max_len, _LONGEST)
         return fields[3][:length], fields[4][:length]
 

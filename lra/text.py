@@ -81,7 +81,7 @@ def get_task(
                 f"{place} holds {len(pool):,} and {len(test):,} reviews, IMDb {REVIEWS:,} and {REVIEWS:,}: it is not "
                 "whole; for other texts in this form give its path as task.source"
             )
-        name = "text" if complete else f"text-{place.name}"
+        name = "text" if complete else f"text-{place.resolve().name}"
     test = test[:test_size]
     cut = 0
     if validation == "split":

@@ -146,12 +146,17 @@ def test_settings_of_an_evaluation():
 
 def test_no_setting_of_an_evaluation_tests_on_training_examples():
     stored = make_config("lra.listops", "", task={"train_size": 10, "val_size": 4, "test_size": 4}).to_dict()
-    seed = lambda **settings: resolve.apply_settings(stored, {f"task.{k}": v for k, v in settings.items()}).task.seed
+
+    def seed(**settings):
+        return resolve.apply_settings(stored, {f"task.{key}": value for key, value in settings.items()}).task.seed
+
     assert seed(test_size="9") == seed(max_len="2000") == 0  # nothing else moves
     assert seed(max_len="300") == seed(train_size="5", val_size="9") == 1
     assert seed(max_len="300", seed="7") == 7
     texts = make_config("lra.text", "", task={"source": "spam"}).to_dict()
-    with pytest.raises(ValueError, match="--set task.val_size=9: task.val_size says which examples the run was trained"):
+    with pytest.raises(
+        ValueError, match=r"--set task\.val_size=9: task\.val_size says which examples the run was train"
+    ):
         resolve.apply_settings(texts, {"task.val_size": "9"})
     assert resolve.apply_settings(texts, {"task.test_size": "9", "task.max_len": "50"}).task.test_size == 9
 

@@ -118,6 +118,7 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
         (["listops", "--out=x", "--max_len=2"], ["task.max_len=2"]),
         (["text", "--out=x"], ["aclImdb", "fetch"]),
         (["retrieval-sotu", "--out=x"], ["python -m efficient_tx.data.fetch sotu"]),
+        (["listops", "--out=/dev/null/x"], ["/dev/null: no folder can be made there"]),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(arguments, words, capsys, tmp_path, monkeypatch):

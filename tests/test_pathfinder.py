@@ -285,8 +285,9 @@ def test_mistakes_of_the_preview_are_one_line(arguments, says, tmp_path, monkeyp
     assert says in error
 
 
-def test_the_preview_is_a_picture(tmp_path):
-    path = tmp_path / "sheet.png"
+@pytest.mark.parametrize("name", ["sheet.png", "sheet"])
+def test_the_preview_is_a_picture(tmp_path, name):
+    path = tmp_path / name
     pathfinder.main([f"--preview={path}", "--count=5", "--contour_length=6"])
     with Image.open(path) as image:
         assert image.width > 1000 and image.height > 300

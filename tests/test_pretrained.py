@@ -82,13 +82,15 @@ def test_hugging_face(tmp_path):
     close(model(images()), timm_logits(tensors, images(), epsilon=1e-12))
 
 
-def test_bfloat16(tmp_path):
-    from safetensors.flax import save_file as save
+@pytest.mark.parametrize("suffix", ["safetensors", "npz"])
+def test_bfloat16(tmp_path, suffix):
+    from safetensors.flax import save_file
 
     tensors = {name: jnp.asarray(x, jnp.bfloat16) for name, x in draw(timm_shapes()).items()}
-    save(tensors, tmp_path / "half.safetensors")
+    save = {"safetensors": save_file, "npz": lambda tensors, path: np.savez(path, **tensors)}[suffix]
+    save(tensors, tmp_path / f"half.{suffix}")
     model = vit(**TORCH)
-    load_pretrained(model, tmp_path / "half.safetensors")
+    load_pretrained(model, tmp_path / f"half.{suffix}")
     assert model.head.kernel.dtype == jnp.float32
     rounded = {name: np.asarray(x, np.float32) for name, x in tensors.items()}
     close(model(images()), timm_logits(rounded, images()))

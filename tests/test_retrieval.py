@@ -58,12 +58,16 @@ def test_a_file_without_a_last_newline_and_across_blocks(files, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "line 1: must begin with a label"),
-        (ROWS[0] + b"two\tP1\tP2\tx\ty\n", "line 2: must begin with a label"),
-        (ROWS[0] + b"1.0\tP1\tP2\tx\n", "line 2: expected a label, two names and two texts .* found 4 fields"),
+        (b"", "line 1: expected a label"),
+        (ROWS[0] + b"two\tP1\tP2\tx\ty\n", "line 2: expected a label"),
+        (ROWS[0] + b"1.0\tP1\tP2\tx\n", "line 2: expected a label .* two names and two texts .* found 4 fields"),
+        (ROWS[0] * 2 + b"1.0\tP1\tP2\tx\ty\tz", "line 3: expected a label .* found 6 fields"),
+        (ROWS[0] + b"1.5\tP1\tP2\tx\ty\n", r"line 2: its label is b'1\.5', expected 0\.0 or 1\.0"),
     ],
 )
-def test_damaged_files_are_named_with_their_line(files, content, says):
+@pytest.mark.parametrize("block", [5, 2**24])
+def test_damaged_files_are_named_with_their_line(files, content, says, block, monkeypatch):
+    monkeypatch.setattr(retrieval, "_SCANNED", block)
     (files / "lra_release" / "tsv_data" / retrieval.FILES["train"]).write_bytes(content)
     with pytest.raises(ValueError, match=says):
         retrieval.get_task(source=str(files), data_dir=str(files))

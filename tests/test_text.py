@@ -207,6 +207,9 @@ def test_a_damaged_prepared_data_set_is_one_line(tmp_path, small):
     with pytest.raises(ValueError, match=r"plain_text/1\.0\.0: the split test cannot be read") as error:
         text.get_task(data_dir=str(tmp_path))
     assert "\n" not in str(error.value)
+    (folder / "dataset_info.json").write_text("{")
+    with pytest.raises(ValueError, match=rf"{folder}/dataset_info.json is damaged .*download_and_prepare"):
+        text.get_task(data_dir=str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -241,3 +241,9 @@ def test_the_epsilon_of_the_norms():
     expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 0.5)
     for norm in norms:
         np.testing.assert_allclose(norm(x), expected, atol=1e-5)  # float32
+
+
+@pytest.mark.parametrize("options", [{"norm_epsilon": 0.0}, {"norm_epsilon": np.inf}, {"layer_scale": np.nan}])
+def test_what_makes_no_number_is_refused(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} is .*: it must be a positive number"):
+        vit(**options)

@@ -246,7 +246,10 @@ def _read_prepared(name: str, root: pathlib.Path) -> tuple[Sequence, Sequence]:
     theirs = pathlib.Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     places = [root / name, theirs / name]
     infos = [path for place in places for path in sorted(place.glob("*/dataset_info.json"), reverse=True)]
-    readable = [path for path in infos if json.loads(path.read_text()).get("fileFormat") == "array_record"]
+    try:
+        readable = [path for path in infos if json.loads(path.read_text()).get("fileFormat") == "array_record"]
+    except ValueError as error:
+        raise ValueError(f"of {', '.join(map(str, infos))} one is damaged ({error}): prepare {name} again") from None
     if not readable:
         nowhere = f"{name} is in neither of {places[0]}, {places[1]}"
         found = f"{infos[0].parent} is not stored as array_record" if infos else nowhere

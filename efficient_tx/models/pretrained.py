@@ -197,7 +197,8 @@ def read(path: str | Path) -> Tensors:
     try:
         if str(path).endswith(".npz"):
             with np.load(path, allow_pickle=False) as file:
-                return dict(file)
+                # numpy has no bfloat16, and stores it as two bytes of no type.
+                return {name: x.view(jnp.bfloat16) if x.dtype == "V2" else x for name, x in file.items()}
         from safetensors import SafetensorError
         from safetensors.flax import load_file  # its numpy counterpart has no bfloat16
 

@@ -17,6 +17,8 @@ def make_norm(
     name: str, features: int, *, epsilon: float = 1e-6, dtype: jnp.dtype | None, rngs: nnx.Rngs
 ) -> nnx.Module:
     """LayerNorm ("layer") or RMSNorm ("rms") over the last axis; statistics are float32."""
+    if not 0 < epsilon < float("inf"):
+        raise ValueError(f"norm_epsilon is {epsilon}: it must be a positive number")
     if name not in NORMS:
         raise ValueError(f"norm is {name!r}: choose one of {', '.join(NORMS)}")
     return NORMS[name](features, epsilon=epsilon, dtype=dtype, rngs=rngs)
@@ -111,6 +113,8 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_rate(drop_path, "drop_path")
+        if layer_scale is not None and not 0 < layer_scale < float("inf"):
+            raise ValueError(f"layer_scale is {layer_scale}: it must be a positive number, or left out")
         self.mixer_norm = make_norm(norm, features, epsilon=norm_epsilon, dtype=dtype, rngs=rngs)
         self.mixer = mixer(features, dropout=dropout, dtype=dtype, rngs=rngs)
         self.mlp_norm = make_norm(norm, features, epsilon=norm_epsilon, dtype=dtype, rngs=rngs)
