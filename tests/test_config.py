@@ -331,6 +331,7 @@ def base_fingerprint(argument, context=()):
 KEYS = [key for key in resolve.flatten(base_config("skyformer+monarch+low_rank")) if key not in OUTPUTS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", KEYS)
 def test_no_key_is_dead(key):
     argument = "skyformer+monarch+low_rank"
@@ -345,6 +346,7 @@ def test_the_fingerprint_of_one_config_is_the_same_twice():
     assert fingerprint(base_config(argument)) == base_fingerprint(argument)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ATTENTION)
 def test_no_option_of_a_variant_is_dead(name):
     config = make_config("lra.listops", name, **TINY)
@@ -362,6 +364,7 @@ def variant_fingerprint(name, context=()):
     return fingerprint(resolve.resolve(make_config("lra.listops", name, **TINY), dict(context)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LINEAR)
 def test_no_option_of_a_structure_is_dead(name):
     argument = f"softmax+{name}"

@@ -309,6 +309,7 @@ KEYS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", KEYS)
 def test_no_key_of_images_is_dead(key):
     config = make_config("efficient_tx.data.vision", "", **TINY)
