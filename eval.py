@@ -26,7 +26,6 @@ from efficient_tx import build
 from efficient_tx.data.batching import evaluation_batches
 from efficient_tx.task import data_directory
 from efficient_tx.training import summary
-from efficient_tx.training.allocation import keep_freed_memory
 from efficient_tx.training.compilation import keep_programs
 from efficient_tx.training.errors import Refused, RunError, refusing
 from efficient_tx.training.evaluation import make_evaluate, trained_parameters
@@ -130,7 +129,6 @@ def table(protocol: str, rows: list[tuple[str, Mapping[str, Any]]]) -> Table:
 def main(arguments: list[str]) -> int:
     """Evaluates every workdir; those that cannot be get a line, and then the exit status is 2 (1: a full disk)."""
     options = parse(arguments)
-    keep_freed_memory()
     keep_programs(data_directory() / "compilation")
     rows, status = [], 0
     for path in options.workdir:

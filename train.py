@@ -27,7 +27,6 @@ from efficient_tx.linear.replace import dotted, relative_error, transfer
 from efficient_tx.models.pretrained import SUFFIXES, load_pretrained
 from efficient_tx.task import Task, data_directory
 from efficient_tx.training import summary
-from efficient_tx.training.allocation import keep_freed_memory
 from efficient_tx.training.checkpoint import Checkpoints
 from efficient_tx.training.compilation import keep_programs
 from efficient_tx.training.errors import NonFinite, Refused, RunError, refusing
@@ -187,7 +186,6 @@ def run() -> None:
     """Does what the flags say, unless it is done already."""
     connect()
     config = resolve.run_config()
-    keep_freed_memory()
     keep_programs(data_directory(config.task.data_dir) / "compilation")
     jax.config.update("jax_debug_nans", config.debug_nans)
     workdir = Workdir(
