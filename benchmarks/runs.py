@@ -11,15 +11,32 @@ import numpy as np
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
+TERMINATED = 143  # train.py's exit status after SIGTERM
 Curve = list[tuple[int, float]]
 
 
-def train(workdir: Path, model: str, *, config: str = "quickstart", seed: int, steps: int, **settings: Any) -> None:
-    """Trains `configs/CONFIG.py:MODEL` to its end; a finished workdir is left as it is."""
+def train(
+    workdir: Path,
+    model: str,
+    *,
+    config: str = "quickstart",
+    seed: int,
+    steps: int,
+    seconds: float | None = None,
+    **settings: Any,
+) -> None:
+    """Trains `configs/CONFIG.py:MODEL` to its end, or `seconds` further; a finished workdir is left as it is."""
     settings = {"seed": seed, "steps": steps, "eval_every": 100, "checkpoint_every": 500, "loggers": "()"} | settings
     command = [sys.executable, ROOT / "train.py", f"--config={ROOT}/configs/{config}.py:{model}"]
     command += [f"--workdir={workdir}", *(f"--config.{key}={value}" for key, value in settings.items())]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        status = run.wait(seconds)
+    except subprocess.TimeoutExpired:
+        run.terminate()
+        status = run.wait() - TERMINATED  # it has saved where it was
+    if status:
+        raise SystemExit(status)  # train.py has said why
 
 
 def validation(workdir: Path) -> Curve:
@@ -39,7 +56,12 @@ def last_accuracy(workdirs: Sequence[Path]) -> str:
     return f"{np.mean(last):.3f}  ({min(last):.3f} to {max(last):.3f})"
 
 
-def draw(path: Path, curves: Mapping[str, Sequence[Curve]], baselines: Mapping[str, float]) -> None:
+def draw(
+    path: Path,
+    curves: Mapping[str, Sequence[Curve]],
+    baselines: Mapping[str, float],
+    title: str = "ListOps below 128 tokens",
+) -> None:
     """Writes the picture: mean and range of the accuracy over the runs of each model, best model first."""
     figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots()
@@ -55,7 +77,7 @@ def draw(path: Path, curves: Mapping[str, Sequence[Curve]], baselines: Mapping[s
     for name, accuracy in baselines.items():
         axes.axhline(accuracy, color="gray", linestyle="-.", linewidth=1)
         axes.annotate(name, (first, accuracy), textcoords="offset points", xytext=(0, 3), color="gray")
-    axes.set(xlabel="step", ylabel="validation accuracy (mean and range over seeds)", title="ListOps below 128 tokens")
+    axes.set(xlabel="step", ylabel="validation accuracy (mean and range over seeds)", title=title)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", title="model (at the end)")
     figure.savefig(path, dpi=120)

@@ -1,0 +1,73 @@
+"""Pathfinder: at which step does a mixer leave chance?
+
+    python benchmarks/pathfinder.py --out=DIR [--mixers=skyformer,softmax] [--contour_length=6] [--hours=3]
+
+Every run is `train.py --config=configs/lra_pathfinder.py:MIXER` with rotary positions, 32 images a step and 2,000 for
+validation, in the workdir DIR/MIXER, one after the other, for at most `--hours` each. Started again, it goes on where
+it was stopped, for as long again.
+
+A run has left chance at the first evaluation from which on the 95 % interval of every accuracy lies above 1/2: with
+2,000 images, above 52.2 %. A single one above it means little: of 40 evaluations at chance one is expected there.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from runs import Curve, draw, train, validation
+
+from efficient_tx.attention import ATTENTION
+from lra.snakes import CONTOUR_LENGTHS
+
+IMAGES = 2000
+SETTINGS = {
+    "batch_size": 32,
+    "task.val_size": IMAGES,
+    "task.test_size": IMAGES,
+    "model.positions": "rope",
+    "optimizer.warmup": 500,
+    "eval_every": 250,
+    "checkpoint_every": 250,
+}
+
+
+def leaves_chance(curve: Curve, images: int) -> int | None:
+    """The step from which on every accuracy's normal 95 % interval lies above 1/2, or None."""
+    left = None
+    for step, accuracy in curve:
+        above = accuracy - 1.96 * math.sqrt(accuracy * (1 - accuracy) / images) > 0.5
+        left = (left or step) if above else None
+    return left
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="where the runs and pathfinder.png go")
+    parser.add_argument("--mixers", default="skyformer,softmax", help="by commas")
+    parser.add_argument("--contour_length", type=int, default=6, choices=CONTOUR_LENGTHS, help="dashes of a contour")
+    parser.add_argument("--steps", type=int, default=12000, help="of a whole run")
+    parser.add_argument("--hours", type=float, default=3, help="that a run may take")
+    options = parser.parse_args(arguments)
+    mixers = options.mixers.split(",")
+    if unknown := [mixer for mixer in mixers if mixer not in ATTENTION]:
+        parser.error(f"--mixers has {unknown[0]!r}: use some of {', '.join(ATTENTION)}")
+    settings = SETTINGS | {"task.contour_length": options.contour_length, "steps": options.steps}
+    curves = {}
+    for mixer in mixers:
+        workdir = options.out / mixer
+        train(workdir, mixer, config="lra_pathfinder", seed=0, seconds=3600 * options.hours, **settings)
+        curve = validation(workdir)
+        if not curve:
+            print(f"{mixer:15s} not evaluated yet: start again, it goes on", flush=True)
+            continue
+        curves[mixer] = [curve]
+        left = leaves_chance(curve, IMAGES)
+        said = "still at chance" if left is None else f"left chance at step {left:,}"
+        print(f"{mixer:15s} {said}; {curve[-1][1]:.4f} at step {curve[-1][0]:,}, the last of {len(curve)} evaluations")
+        title = f"Pathfinder, 32 x 32 pixels, {options.contour_length} dashes"
+        draw(options.out / "pathfinder.png", curves, {"chance": 0.5}, title)
+
+
+if __name__ == "__main__":
+    main()
