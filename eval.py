@@ -65,7 +65,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def evaluate(path: str, options: argparse.Namespace) -> dict[str, Any]:
     """What the run in `path` scores under the command line's options."""
     with refusing(path):
-        config = resolve.apply_settings(read_config(path), options.settings)
+        config = resolve.apply_settings(read_config(path), options.settings, options.split)
         build.check(config)
         task = build.build_task(config)
         stages, _ = build.build_stages(config, nnx.eval_shape(lambda: build.build_model(config, task)))

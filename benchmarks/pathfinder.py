@@ -6,8 +6,8 @@ Every run is `train.py --config=configs/lra_pathfinder.py:MIXER` with rotary pos
 validation, in the workdir DIR/MIXER, one after the other, for at most `--hours` each. Started again, it goes on where
 it was stopped, for as long again.
 
-A run has left chance at the first evaluation from which on the 95 % interval of every accuracy lies above 1/2: with
-2,000 images, above 52.2 %. A single one above it means little: of 40 evaluations at chance one is expected there.
+A run has left chance at the first evaluation from which on the 95 % interval of every accuracy lies above 1/2 (with
+2,000 images, above 52.2 %), if these are three at least: of 40 evaluations at chance one is expected there.
 """
 
 import argparse
@@ -33,12 +33,12 @@ SETTINGS = {
 
 
 def leaves_chance(curve: Curve, images: int) -> int | None:
-    """The step from which on every accuracy's normal 95 % interval lies above 1/2, or None."""
-    left = None
+    """The step from which on three or more accuracies, to the last, have a normal 95 % interval above 1/2, or None."""
+    above: list[int] = []
     for step, accuracy in curve:
-        above = accuracy - 1.96 * math.sqrt(accuracy * (1 - accuracy) / images) > 0.5
-        left = (left or step) if above else None
-    return left
+        lowest = accuracy - 1.96 * math.sqrt(accuracy * (1 - accuracy) / images)
+        above = [*above, step] if lowest > 0.5 else []
+    return above[0] if len(above) >= 3 else None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,6 +1,7 @@
 """Training runs that the benchmarks make, most of them on small ListOps, and their learning curves in one picture."""
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
-TERMINATED = 143  # train.py's exit status after SIGTERM
 Curve = list[tuple[int, float]]
 
 
@@ -30,18 +30,21 @@ def train(
     command = [sys.executable, ROOT / "train.py", f"--config={ROOT}/configs/{config}.py:{model}"]
     command += [f"--workdir={workdir}", *(f"--config.{key}={value}" for key, value in settings.items())]
     run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    allowed = [0]
     try:
         status = run.wait(seconds)
     except subprocess.TimeoutExpired:
         run.terminate()
-        status = run.wait() - TERMINATED  # it has saved where it was
-    if status:
+        status = run.wait()
+        allowed += [128 + signal.SIGTERM, -signal.SIGTERM]  # it has saved where it was, or had not begun
+    if status not in allowed:
         raise SystemExit(status)  # train.py has said why
 
 
 def validation(workdir: Path) -> Curve:
-    """(step, accuracy) of every evaluation."""
-    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    """(step, accuracy) of every evaluation so far."""
+    path = workdir / "metrics.jsonl"
+    lines = map(json.loads, path.read_text().splitlines() if path.exists() else [])
     return [(line["step"], line["accuracy"]) for line in lines if line["split"] == "validation"]
 
 

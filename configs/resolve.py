@@ -25,6 +25,8 @@ from efficient_tx.training import workdir
 
 # What the argument after the colon names.
 NAMES = ("mixers", "linear.mlp.name", "linear.projections.name")
+# Between a run's seed and that of generated data for evaluating it where the splits have moved.
+FAR = 2**31
 # Keys and sections that evaluation reads: what `--set` may change.
 EVALUATED = ("mixers", "attention", "linear", "model", "task", "dtype")
 
@@ -166,32 +168,61 @@ def parse_tuple(text: str) -> tuple[int | str, ...]:
         return tuple(parts)
 
 
-def apply_settings(stored: Mapping[str, Any], settings: Mapping[str, str]) -> ConfigDict:
+def apply_settings(stored: Mapping[str, Any], settings: Mapping[str, str], split: str = "test") -> ConfigDict:
     """The config of a run's config.json with eval.py's `--set KEY=VALUE`; names of mixers and structures come first.
 
-    An option that moves the splits of generated data (`SPLIT_BY` of the task's module) brings the next seed with it,
-    whose examples the run was not trained on.
+    No example of the evaluated split is one that the run was trained on (`hold_out`).
 
     Raises:
-      ValueError: an unknown key, a value of another type, or a key that evaluation does not read or must not change.
+      ValueError: an unknown key, a value of another type, or a key that evaluation does not read, or must not change.
     """
     config = restore(stored)
     names = (*NAMES, "model.name")
-    split_by = {f"task.{option}" for option in getattr(task_module(config.task.name), "SPLIT_BY", ())}
-    trained = flatten(config)
+    trained = copy.deepcopy(config.task)
     for key in sorted(settings, key=lambda key: key not in names):
         origin = f"--set {key}={settings[key]}"
         value = parse_value(config, key, settings[key], origin)
         if key.split(".")[0] not in EVALUATED:
             raise ValueError(f"{origin}: evaluation does not depend on {key}; it does on {', '.join(EVALUATED)}")
-        if key in split_by and value != trained[key] and trained.get("task.source") != "generated":
-            raise ValueError(f"{origin}: {key} says which examples the run was trained on; evaluation keeps it")
         assign(config, key, value, origin)
         config = complete(config) if key in names else config
-    chosen = flatten(config)
-    if "task.seed" not in settings and any(chosen[key] != trained[key] for key in split_by):
-        config.task.seed += 1
+    if split != "train":
+        hold_out(config.task, trained, split, typed="task.seed" in settings)
     return config
+
+
+def hold_out(task: ConfigDict, trained: ConfigDict, split: str, *, typed: bool) -> None:
+    """Keeps training examples out of an evaluation whose options may move the splits.
+
+    Generated data come from a seed far away instead.
+
+    Args:
+      task: the options to evaluate with; its seed may be changed.
+      trained: those that the run was trained with.
+      split: "validation" or "test".
+      typed: whether the seed is asked for.
+
+    Raises:
+      ValueError: the data are given, so there are no others, or their seed is.
+    """
+    source = trained.get("source")
+    if task.name != trained.name or task.get("source") != source:
+        if split == "validation":
+            raise ValueError(
+                "--set task.source: of other data only the test split is known to be new; use --split=test"
+            )
+        return
+    split_by = getattr(task_module(task.name), "split_by", lambda source: ())
+    moved = [option for option in split_by(source) if task[option] != trained[option]]
+    if not moved or (source == "generated" and task.seed != trained.seed):
+        return
+    if source != "generated" or typed:
+        other = "; or set another task.seed" if source == "generated" else ""
+        raise ValueError(
+            f"--set task.{moved[0]}={task[moved[0]]}: training examples would be in the {split} split, keep "
+            f"{trained[moved[0]]}{other}"
+        )
+    task.seed += FAR
 
 
 def departures(config: ConfigDict, path: str) -> list[str]:

@@ -144,8 +144,8 @@ def task_module(name: str) -> ModuleType:
     """The module that makes a task with `get_task`.
 
     With `KIND` it says what the examples look like, and with `sizes`, from the options of `get_task` and without
-    touching data, the num_classes, vocab_size, max_len and image_shape of the task. `SPLIT_BY`, if it has one, names
-    the options that say which examples are trained on, so that no evaluation may change them.
+    touching data, the num_classes, vocab_size, max_len and image_shape of the task. With `split_by`, if it has one, it
+    names the options that may move an example from one split into another, for a source of the data.
 
     Raises:
       ValueError: there is no such module, or it makes no task.
@@ -277,6 +277,11 @@ def check(config: ConfigDict) -> None:
     for name in config.loggers:
         lookup(LOGGERS, name, "config.loggers")
     module = task_module(config.task.name)
+    if other := set(config.task) ^ set(task_options(config.task.name)):
+        raise ValueError(
+            f"config.task.name is {config.task.name!r}, but {min(other)} is an option of one task only: choose the "
+            "task by its config file"
+        )
     with naming("config.task"):
         sizes = module.sizes(**config.task)
     shape = Task(*((),) * 3, kind=module.KIND, name="", source="", **sizes)

@@ -18,7 +18,6 @@ from lra import cifar, fetched, generate, prepared
 from lra.checks import check_settings
 
 KIND = "tokens"
-SPLIT_BY = ("val_size",)  # options that say which examples are trained on
 COUNTS = {"cifar10": (50000, 10000), "fashion_mnist": (60000, 10000)}  # images for training and for testing
 
 _SIDES = {"fashion_mnist": 28}
@@ -29,6 +28,12 @@ _RIDGE = 1.0
 def sizes(*, source: str = "cifar10", **_) -> dict[str, int]:
     """What a model has to know of the task, from the options of `get_task` alone."""
     return {"num_classes": 10, "vocab_size": 256, "max_len": _SIDES.get(source, cifar.SIDE) ** 2}
+
+
+def split_by(source: str) -> tuple[str, ...]:
+    """Options that may move an example from one split into another, which no evaluation may."""
+    del source
+    return ("val_size",)
 
 
 def get_task(

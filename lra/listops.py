@@ -18,8 +18,6 @@ from lra import generate
 from lra.checks import check_settings
 
 KIND = "tokens"
-# Options that say which examples are trained on.
-SPLIT_BY = ("train_size", "val_size", "min_len", "max_len", "seed")
 VOCABULARY = ("<pad>", *"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]")  # a token's id is its index
 _DIGIT, _OPERATOR, _CLOSER = VOCABULARY.index("0"), VOCABULARY.index("[MIN"), VOCABULARY.index("]")
 
@@ -36,6 +34,11 @@ _LEAST_GAIN_PER_TRIAL = 0.01
 def sizes(*, max_len: int, **_) -> dict[str, int]:
     """What a model has to know of the task, from the options of `get_task` alone."""
     return {"num_classes": 10, "vocab_size": len(VOCABULARY), "max_len": max_len}
+
+
+def split_by(source: str) -> tuple[str, ...]:
+    """Options that may move an example from one split into another, which no evaluation may."""
+    return ("train_size", "val_size", "min_len", "max_len", "seed") if source == "generated" else ()
 
 
 def get_task(

@@ -21,7 +21,6 @@ from lra import generate, pathfinder_files, snakes
 from lra.checks import check_settings
 
 KIND = "tokens"
-SPLIT_BY = ("seed",)  # options that say which examples are trained on
 
 _FIRST = {"test": 0, "val": 2**30, "train": 2**31}  # where the splits lie in a seed's stream: sizes never mix them
 _GENERATOR = "v3"  # part of the stored data's name: raise it with any change of what is drawn
@@ -40,6 +39,11 @@ def sizes(*, resolution: int = 32, contour_length: int = 14, **_) -> dict[str, i
         if value not in known:
             raise ValueError(f"task.{name}={value}: the arena has {', '.join(map(str, known))}")
     return {"num_classes": 2, "vocab_size": 256, "max_len": resolution**2}
+
+
+def split_by(source: str) -> tuple[str, ...]:
+    """Options that may move an example from one split into another, which no evaluation may."""
+    return () if source == "generated" else ("seed",)
 
 
 def get_task(

@@ -17,7 +17,6 @@ from lra import fetched, generate, ngrams, prepared
 from lra.checks import check_settings
 
 KIND = "tokens"
-SPLIT_BY = ("val_size", "validation", "seed")  # options that say which examples are trained on
 REVIEWS = 25000  # of IMDb, in the training split and in the test split
 
 _IMDB = "imdb_reviews/plain_text"
@@ -30,6 +29,12 @@ Labelled = list[tuple[bytes, int]]
 def sizes(*, max_len: int, **_) -> dict[str, int]:
     """What a model has to know of the task, from the options of `get_task` alone."""
     return {"num_classes": 2, "vocab_size": 257, "max_len": max_len}
+
+
+def split_by(source: str) -> tuple[str, ...]:
+    """Options that may move an example from one split into another, which no evaluation may."""
+    del source
+    return ("val_size", "validation", "seed")
 
 
 def get_task(

@@ -147,18 +147,52 @@ def test_settings_of_an_evaluation():
 def test_no_setting_of_an_evaluation_tests_on_training_examples():
     stored = make_config("lra.listops", "", task={"train_size": 10, "val_size": 4, "test_size": 4}).to_dict()
 
+    def evaluated(split="test", **settings):
+        return resolve.apply_settings(stored, {f"task.{key}": x for key, x in settings.items()}, split).task
+
     def seed(**settings):
-        return resolve.apply_settings(stored, {f"task.{key}": value for key, value in settings.items()}).task.seed
+        return evaluated(**settings).seed
 
     assert seed(test_size="9") == seed(max_len="2000") == 0  # nothing else moves
-    assert seed(max_len="300") == seed(train_size="5", val_size="9") == 1
+    far = seed(max_len="300")
+    assert far == seed(train_size="5", val_size="9") == seed(val_size="9", split="validation") == 2**31
     assert seed(max_len="300", seed="7") == 7
-    texts = make_config("lra.text", "", task={"source": "spam"}).to_dict()
+    assert seed(train_size="5", split="train") == 0  # the first five of those trained on
     with pytest.raises(
-        ValueError, match=r"--set task\.val_size=9: task\.val_size says which examples the run was train"
+        ValueError, match=r"--set task\.val_size=9: training examples would be in the test split, keep 4"
     ):
-        resolve.apply_settings(texts, {"task.val_size": "9"})
+        evaluated(val_size="9", seed="0")
+
+    texts = make_config("lra.text", "", task={"source": "spam"}).to_dict()
+    for key in ("val_size", "seed"):
+        with pytest.raises(ValueError, match=rf"--set task\.{key}=9: training examples would be in the test split"):
+            resolve.apply_settings(texts, {f"task.{key}": "9"})
     assert resolve.apply_settings(texts, {"task.test_size": "9", "task.max_len": "50"}).task.test_size == 9
+    assert resolve.apply_settings(texts, {"task.source": "/mine", "task.seed": "9"}).task.seed == 9
+    with pytest.raises(ValueError, match="of other data only the test split is known to be new"):
+        resolve.apply_settings(texts, {"task.source": "/mine"}, "validation")
+
+    files = make_config("lra.listops", "", task={"source": "/mine"}).to_dict()
+    shorter = resolve.apply_settings(files, {"task.max_len": "900", "task.seed": "3"}).task
+    assert (shorter.max_len, shorter.seed) == (900, 3)  # files have splits of their own
+
+
+def test_no_expression_of_another_length_was_trained_on(tmp_path):
+    """Shorter ones of the same stream would be: here all of the test split."""
+    options = {
+        "train_size": 300,
+        "val_size": 5,
+        "test_size": 20,
+        "min_len": 8,
+        "max_len": 40,
+        "data_dir": str(tmp_path),
+    }
+    stored = make_config("lra.listops", "", task=options).to_dict()
+    longer = resolve.apply_settings(stored, {"task.max_len": "90"})
+    task, other = build.build_task(resolve.restore(stored)), build.build_task(longer)
+    trained = {item["inputs"].tobytes() for item in task.train}
+    long_enough = [item["inputs"] for item in other.test if len(item["inputs"]) > 20]  # short ones repeat by chance
+    assert len(long_enough) > 3 and not any(inputs.tobytes() in trained for inputs in long_enough)
 
 
 def test_the_model_may_be_another_one_that_has_options_of_the_same_names():
@@ -331,8 +365,18 @@ def base_fingerprint(argument, context=()):
 KEYS = [key for key in resolve.flatten(base_config("skyformer+monarch+low_rank")) if key not in OUTPUTS]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("key", KEYS)
+# One of each section is asked at once, all others by the slow tests.
+QUICK = (
+    "batch_size",
+    "task.max_len",
+    "model.layers",
+    "optimizer.warmup",
+    "attention.skyformer.landmarks",
+    "linear.mlp.blocks",
+)
+
+
+@pytest.mark.parametrize("key", [key if key in QUICK else pytest.param(key, marks=pytest.mark.slow) for key in KEYS])
 def test_no_key_is_dead(key):
     argument = "skyformer+monarch+low_rank"
     value = alternative(key, resolve.flatten(base_config(argument))[key])

@@ -21,6 +21,7 @@ def root(monkeypatch):
     ("path", "typed", "words"),
     [
         ("configs/lra_listops.py:softmax+monrach", {}, ["'monrach'", "nearest: 'monarch'"]),
+        ("skyformer", {"task.name": "lra.text"}, ["config.task.name is 'lra.text'", "choose the task by its config"]),
         ("configs/lra_listops.py:softmax*0", {}, ["'softmax*0'", "NAME*COUNT"]),
         ("configs/lra_listops.py:a+b+c+d", {}, ["at most three parts"]),
         ("configs/lra_listop.py", {}, ["configs/lra_listop.py", "nearest is configs/lra_listops.py"]),

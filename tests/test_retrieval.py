@@ -59,9 +59,10 @@ def test_a_file_without_a_last_newline_and_across_blocks(files, monkeypatch):
     ("content", "says"),
     [
         (b"", "line 1: expected a label"),
-        (ROWS[0] + b"two\tP1\tP2\tx\ty\n", "line 2: expected a label"),
-        (ROWS[0] + b"1.0\tP1\tP2\tx\n", "line 2: expected a label .* two names and two texts .* found 4 fields"),
-        (ROWS[0] * 2 + b"1.0\tP1\tP2\tx\ty\tz", "line 3: expected a label .* found 6 fields"),
+        (ROWS[0] + b"two\tP1\tP2\tx\ty\n", "line 2: its label is b'two', expected 0.0 or 1.0"),
+        (ROWS[0] * 3000 + b"\tP1\tP2\tx\ty\n", "line 3001: its label is b'', expected 0.0 or 1.0"),
+        (ROWS[0] + b"1.0\tP1\tP2\tx\n", "line 2: expected a label, two names and two texts .* found 4 fields"),
+        (ROWS[0] * 2 + b"1.0\tP1\tP2\tx\ty\tz", "line 3: expected a label.* found 6 fields"),
         (ROWS[0] + b"1.5\tP1\tP2\tx\ty\n", r"line 2: its label is b'1\.5', expected 0\.0 or 1\.0"),
     ],
 )

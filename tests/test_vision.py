@@ -229,7 +229,7 @@ def test_files_of_another_format_are_named(imagenet, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"5.1.0 is not stored as array_record: .*ILSVRC2012_img_train"):
         vision.get_task(source="imagenet2012", data_dir=tmp_path)
     info.write_text(info.read_text()[:20])
-    with pytest.raises(ValueError, match=rf"{info} one is damaged .*: prepare imagenet2012 again"):
+    with pytest.raises(ValueError, match=rf"{info} is damaged .*prepare the data set again"):
         vision.get_task(source="imagenet2012", data_dir=tmp_path)
 
 

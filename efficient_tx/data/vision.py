@@ -17,7 +17,6 @@ from efficient_tx.data.pictures import AUGMENTATIONS, Picture, normalise
 from efficient_tx.task import Example, Source, Task, data_directory
 
 KIND = "image"
-SPLIT_BY = ("val_size", "seed")  # options that say which examples are trained on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +72,12 @@ def sizes(
         "max_len": side * side,
         "image_shape": (side, side, collection.channels),
     }
+
+
+def split_by(source: str) -> tuple[str, ...]:
+    """Options that may move an example from one split into another, which no evaluation may."""
+    del source
+    return ("val_size", "seed")
 
 
 def get_task(
@@ -239,6 +244,14 @@ def _read_idx(path: pathlib.Path, axes: int) -> np.ndarray:
     return values.reshape(shape)
 
 
+def _file_format(path: pathlib.Path) -> str | None:
+    """Of a data set that tensorflow_datasets prepared, from its dataset_info.json."""
+    try:
+        return json.loads(path.read_text()).get("fileFormat")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove its folder or prepare the data set again") from None
+
+
 def _read_prepared(name: str, root: pathlib.Path) -> tuple[Sequence, Sequence]:
     """Two splits that tensorflow_datasets prepared, with undecoded images; TensorFlow is not needed."""
     import tensorflow_datasets as tfds
@@ -246,10 +259,7 @@ def _read_prepared(name: str, root: pathlib.Path) -> tuple[Sequence, Sequence]:
     theirs = pathlib.Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     places = [root / name, theirs / name]
     infos = [path for place in places for path in sorted(place.glob("*/dataset_info.json"), reverse=True)]
-    try:
-        readable = [path for path in infos if json.loads(path.read_text()).get("fileFormat") == "array_record"]
-    except ValueError as error:
-        raise ValueError(f"of {', '.join(map(str, infos))} one is damaged ({error}): prepare {name} again") from None
+    readable = [path for path in infos if _file_format(path) == "array_record"]
     if not readable:
         nowhere = f"{name} is in neither of {places[0]}, {places[1]}"
         found = f"{infos[0].parent} is not stored as array_record" if infos else nowhere
