@@ -2,9 +2,9 @@
 
 Command:   python -m efficient_tx.data.fetch fashion_mnist
            python train.py --config=configs/vit_fashion.py:skyformer --workdir=runs/fashion
-Hardware:  2 CPU cores
-Expected:  88.0 % test accuracy with softmax after 6,000 steps without mirror images (measured here, one seed); the best
-           constant answer has 10 %, the nearest class mean 67.8 %
+Hardware:  2 CPU cores, 0.1 s a step, 20 minutes
+Expected:  test accuracy measured here, one seed: softmax and skyformer 88.8 %, lev and soft 88.1 %; the best constant
+           answer has 10 %, the nearest class mean 67.8 %
 """
 
 from configs.base import make_config

@@ -1,13 +1,10 @@
 """Mistakes in a config: one line that names the place, the value and what would work."""
 
-import json
-import re
 from pathlib import Path
 
 import pytest
 
 from configs import resolve
-from configs.base import make_config
 from efficient_tx import build
 
 
@@ -65,23 +62,6 @@ def test_what_is_wrong_is_named_with_its_place(path, typed, words):
         build.check(resolve.resolve(resolve.load(path), typed))
     for word in words:
         assert word in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "words"),
-    [
-        ("attention.skyformer.landmark", "32", "nearest is attention.skyformer.landmarks"),
-        ("attention.skyformer.landmarks", "many", "takes a value of type int, not 'many'"),
-        ("model.head_dim", "abc", "takes a value of type int, not 'abc'"),
-        ("mixers", "skyfromer", "nearest: 'skyformer'"),
-        ("protocol", "skyformer", "evaluation does not depend on protocol"),
-        ("optimizer.learning_rate", "1", "evaluation does not depend on optimizer.learning_rate"),
-    ],
-)
-def test_settings_that_an_evaluation_cannot_have_are_named(key, value, words):
-    stored = json.loads(make_config("lra.listops", "skyformer").to_json())
-    with pytest.raises(ValueError, match=re.escape(words)):
-        resolve.apply_settings(stored, {key: value})
 
 
 def test_a_damaged_config_is_named():
