@@ -178,6 +178,7 @@ MODES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "mode"), MODES, ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x)))
 def test_modes_keep_the_promises_about_padding(name, mode):
     params, forward = program(name, **mode)

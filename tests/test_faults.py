@@ -17,6 +17,7 @@ from efficient_tx.training.checkpoint import Checkpoints
 ENDLESS = ["--config.steps=1000000", "--config.eval_every=1000000", "--config.checkpoint_every=1000000"]
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(tmp_path):
     """SIGKILL before the first checkpoint, before one is complete, while files change names."""
     toy.make_loop(tmp_path / "straight").run()

@@ -70,6 +70,7 @@ def output_changes(name, width):
     return jax.jit(lambda keys: jax.lax.map(changes, keys).mean(0))(keys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LINEAR)
 def test_one_step_of_adam_moves_the_output_alike_at_every_width(name):
     scaled, plain = np.array([output_changes(name, width) for width in WIDTHS]).T

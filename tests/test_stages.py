@@ -198,6 +198,7 @@ def test_stopped_around_the_change_is_as_if_never_stopped(straight, tmp_path, mo
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
+@pytest.mark.slow
 def test_killed_around_the_change(straight, tmp_path):
     """SIGKILL before the transform, in the checkpoint right after it, and before the next one is written."""
     for moment, number in [("enter", 1), ("save", 1), ("save", 2)]:
