@@ -109,11 +109,10 @@ def draw(path: Path, results: Mapping[Point, Result], baselines: Mapping[int, Ma
                 axes.plot([x for x, _ in points], [np.mean(y) for _, y in points], label=label, **look)
         for name, accuracy in baselines[pairs].items():
             axes.axhline(accuracy, color="gray", linestyle=":", linewidth=1)
-            place = {"xy": (0.01, accuracy), "xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-            axes.annotate(name, xytext=(0, 2), fontsize=8, color="gray", **place)
+            axes.text(0.01, accuracy + 0.01, name, transform=axes.get_yaxis_transform(), fontsize=8, color="gray")
         axes.set(xlabel="state, KiB", title=f"{pairs} pairs, {LENGTH} tokens", ylim=(0, 1.03))
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda bytes, _: f"{bytes / 1024:g}")
+        axes.xaxis.set_major_formatter(lambda size, _: f"{size / 1024:g}")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("test accuracy")
     figure.legend(loc="outside right upper")

@@ -121,12 +121,10 @@ class FilePairs:
             raise FileNotFoundError(f"{path}: no such file (retrieval needs {', '.join(FILES.values())})")
         self.path, self.max_len = path, max_len
         self._bytes = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
-        places = self._separators()
-        newlines = self._bytes[places] == ord("\n")
-        self._offsets = np.append(0, places[newlines] + 1)
+        newlines, tabs = self._separators()
+        self._offsets = np.append(0, newlines + 1)
         if self._offsets[-1] < len(self._bytes):
             self._offsets = np.append(self._offsets, len(self._bytes))
-        tabs = places[~newlines]
         first = np.searchsorted(tabs, self._offsets)
         fields = np.diff(first) + 1
         wrong = np.flatnonzero(fields != 5)
@@ -136,23 +134,28 @@ class FilePairs:
                 f"{path}, line {line}: expected a label, two names and two texts with tabs between them, found {found} "
                 "fields"
             )
-        starts, lengths = self._offsets[:-1], tabs[first[:-1]] - self._offsets[:-1]
-        one = self._bytes[starts] == ord("1")
-        plain = one | (self._bytes[starts] == ord("0"))
-        decimal = (self._bytes[starts + 1] == ord(".")) & (self._bytes[starts + 2] == ord("0"))
-        wrong = np.flatnonzero(~(plain & ((lengths == 1) | ((lengths == 3) & decimal))))
-        if len(wrong):
-            label = bytes(self._bytes[starts[wrong[0]] :][: lengths[wrong[0]]])
-            raise ValueError(f"{path}, line {wrong[0] + 1}: its label is {label!r}, expected 0.0 or 1.0")
-        self.labels = one.astype(np.uint8)
+        self.labels = self._read_labels(tabs[first[:-1]])
 
-    def _separators(self) -> np.ndarray:
-        """Where tabs and newlines are in the file, int64; read in blocks, as it may be larger than the memory."""
-        found = [np.zeros(0, np.int64)]
+    def _separators(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where newlines and tabs are in the file, int64; read in blocks, as it may be larger than the memory."""
+        found = {letter: [np.zeros(0, np.int64)] for letter in "\n\t"}
         for start in range(0, len(self._bytes), _SCANNED):
             block = self._bytes[start : start + _SCANNED]
-            found.append(start + np.flatnonzero((block == ord("\t")) | (block == ord("\n"))))
-        return np.concatenate(found)
+            for letter, places in found.items():
+                places.append(start + np.flatnonzero(block == ord(letter)))
+        return tuple(np.concatenate(places) for places in found.values())
+
+    def _read_labels(self, ends: np.ndarray) -> np.ndarray:
+        """uint8 `[n]`, from the first field of each line, which ends at `ends`; it is 0 or 1, with or without ".0"."""
+        starts = self._offsets[:-1]
+        first, second, third = (self._bytes[starts + i] for i in range(3))
+        whole = ends - starts == 1
+        decimal = (ends - starts == 3) & (second == ord(".")) & (third == ord("0"))
+        wrong = np.flatnonzero(~(((first == ord("0")) | (first == ord("1"))) & (whole | decimal)))
+        if len(wrong):
+            label = self._bytes[starts[wrong[0]] : ends[wrong[0]]].tobytes()
+            raise ValueError(f"{self.path}, line {wrong[0] + 1}: its label is {label!r}, expected 0.0 or 1.0")
+        return (first == ord("1")).astype(np.uint8)
 
     def first(self, count: int | None) -> "FilePairs":
         """Self, with no more than the first `count` pairs."""
