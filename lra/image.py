@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from efficient_tx.data import prepared
+from efficient_tx.sizes import at_least
 from efficient_tx.task import Task, data_directory
-from lra import cifar, fetched, generate, prepared
-from lra.checks import check_settings
+from lra import cifar, fetched, generate
 
 KIND = "tokens"
 COUNTS = {"cifar10": (50000, 10000), "fashion_mnist": (60000, 10000)}  # images for training and for testing
@@ -61,13 +62,13 @@ def get_task(
       FileNotFoundError: the source is not there.
       OSError: the grey images cannot be stored.
     """
-    check_settings("image", train_size=train_size, val_size=val_size, test_size=test_size)
+    at_least(1, train_size=train_size, val_size=val_size, test_size=test_size)
     place, root = _locate(source, data_dir), data_directory(data_dir) / "image"
     key = _fingerprint(place)
     arrays = generate.stored(root / f"{key}-{_READER}", lambda: _read(source, place))
     count = len(arrays["labels"])
     if val_size >= count:
-        raise ValueError(f"task.val_size={val_size}: of {count} images for training at least one has to be left")
+        raise ValueError(f"val_size is {val_size}: of {count} images for training at least one has to be left")
     cuts = {"train": slice(0, min(train_size, count - val_size)), "validation": slice(count - val_size, count)}
     splits = [Images(arrays["pixels"][cut], arrays["labels"][cut], legacy_mask) for cut in cuts.values()]
     splits.append(Images(arrays["test_pixels"][:test_size], arrays["test_labels"][:test_size], legacy_mask))

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from efficient_tx.sizes import at_least
 from efficient_tx.task import Task, data_directory
 from lra import generate
-from lra.checks import check_settings
 
 KIND = "tokens"
 VOCABULARY = ("<pad>", *"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]")  # a token's id is its index
@@ -78,7 +78,8 @@ def get_task(
       OSError: generated data cannot be stored.
     """
     counts = {"train": train_size, "val": val_size, "test": test_size}
-    check_settings("expression", train_size=train_size, val_size=val_size, test_size=test_size, seed=seed)
+    at_least(1, train_size=train_size, val_size=val_size, test_size=test_size)
+    at_least(0, seed=seed)
     _check_lengths(min_len, max_len)
     if source == "generated":
         name = f"{train_size}-{val_size}-{test_size}_len{min_len}-{max_len}_seed{seed}_{_GENERATOR}"
@@ -160,7 +161,7 @@ def _offsets(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
 def _check_lengths(min_len: int, max_len: int) -> None:
     if min_len < 0 or max_len - min_len < 2:
         raise ValueError(
-            f"task.min_len={min_len}, task.max_len={max_len}: no length lies between them (both are excluded); "
+            f"min_len is {min_len} and max_len {max_len}: no length lies between them (both are excluded); "
             "set 0 <= min_len and max_len >= min_len + 2"
         )
 
@@ -205,7 +206,7 @@ def _generate(total: int, min_len: int, max_len: int, seed: int) -> dict[str, np
             if draws - trial[0] >= _DRAWS_PER_TRIAL:
                 if len(seen) - trial[1] < _LEAST_GAIN_PER_TRIAL * (total - len(seen)):
                     raise ValueError(
-                        f"task.min_len={min_len}, task.max_len={max_len}: only {len(seen)} of the {total} distinct "
+                        f"min_len is {min_len} and max_len {max_len}: only {len(seen)} of the {total} distinct "
                         f"expressions wanted turned up in {draws} draws; widen the bounds or lower the sizes"
                     )
                 trial = (draws, len(seen))
@@ -361,7 +362,7 @@ def _read(path: pathlib.Path, size: int, min_len: int, max_len: int) -> Expressi
                 if len(lines) == size:
                     break
     if not lines:
-        raise ValueError(f"{path}: no expression longer than task.min_len={min_len} and shorter than {max_len=}")
+        raise ValueError(f"{path}: no expression longer than {min_len=} and shorter than {max_len=}")
     offsets = _offsets([len(expression) for expression in tokens])
     flat = np.frombuffer(b"".join(tokens), np.uint8)
     step = (flat == _CLOSER).astype(np.int8) - ((flat >= _OPERATOR) & (flat < _CLOSER))

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from efficient_tx.sizes import at_least
 from efficient_tx.task import Task, data_directory
 from lra import generate, pathfinder_files, snakes
-from lra.checks import check_settings
 
 KIND = "tokens"
 
@@ -37,7 +37,7 @@ def sizes(*, resolution: int = 32, contour_length: int = 14, **_) -> dict[str, i
         ("contour_length", contour_length, snakes.CONTOUR_LENGTHS),
     ):
         if value not in known:
-            raise ValueError(f"task.{name}={value}: the arena has {', '.join(map(str, known))}")
+            raise ValueError(f"{name} is {value}: the arena has {', '.join(map(str, known))}")
     return {"num_classes": 2, "vocab_size": 256, "max_len": resolution**2}
 
 
@@ -80,7 +80,8 @@ def get_task(
     """
     known = sizes(resolution=resolution, contour_length=contour_length)
     counts = {"train": train_size, "val": val_size, "test": test_size}
-    check_settings("image", train_size=train_size, val_size=val_size, test_size=test_size, seed=seed)
+    at_least(1, train_size=train_size, val_size=val_size, test_size=test_size)
+    at_least(0, seed=seed)
     directory = data_directory(data_dir) / "pathfinder"
     if source == "generated":
         folder = directory / f"{resolution}px_length{contour_length}_seed{seed}_{_GENERATOR}"

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from efficient_tx.sizes import at_least
 from efficient_tx.task import Task, data_directory
 from lra import fetched, generate, ngrams
-from lra.checks import check_settings
 
 KIND = "token_pairs"
 FILES = {"train": "new_aan_pairs.train.tsv", "val": "new_aan_pairs.eval.tsv", "test": "new_aan_pairs.test.tsv"}
@@ -68,7 +68,8 @@ def get_task(
       OSError: the baselines cannot be stored.
     """
     counts = {"train": train_size, "val": val_size, "test": test_size}
-    check_settings("pair", train_size=train_size, val_size=val_size, test_size=test_size, max_len=max_len, seed=seed)
+    at_least(1, train_size=train_size, val_size=val_size, test_size=test_size, max_len=max_len)
+    at_least(0, seed=seed)
     place = _locate(source, data_dir)
     splits: list[FilePairs | PiecePairs]
     if source == "sotu":

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from efficient_tx.data import prepared
+from efficient_tx.sizes import at_least
 from efficient_tx.task import Task, data_directory
-from lra import fetched, generate, ngrams, prepared
-from lra.checks import check_settings
+from lra import fetched, generate, ngrams
 
 KIND = "tokens"
 REVIEWS = 25000  # of IMDb, in the training split and in the test split
@@ -70,9 +71,10 @@ def get_task(
       FileNotFoundError: the source is not there.
       OSError: the baselines cannot be stored.
     """
-    check_settings("text", train_size=train_size, val_size=val_size, test_size=test_size, max_len=max_len, seed=seed)
+    at_least(1, train_size=train_size, val_size=val_size, test_size=test_size, max_len=max_len)
+    at_least(0, seed=seed)
     if validation not in ("split", "test"):
-        raise ValueError(f'task.validation={validation!r}: must be "split" or "test"')
+        raise ValueError(f'validation is {validation!r}: it must be "split" or "test"')
     place = _locate(source, data_dir)
     if source == "spam":
         name, everything = "text-spam", _ordered(_emails(place), seed)
@@ -92,7 +94,7 @@ def get_task(
     if validation == "split":
         cut = max(len(pool) // 10, 1) if val_size is None else val_size
         if cut >= len(pool):
-            raise ValueError(f"task.val_size={cut}: of {len(pool)} training texts at least one has to be left")
+            raise ValueError(f"val_size is {cut}: of {len(pool)} training texts at least one has to be left")
     held_out = test[:val_size] if validation == "test" else pool[:cut]
     train = pool[cut:][:train_size]
     counts = "/".join(f"{len(split):,}" for split in (train, held_out, test))

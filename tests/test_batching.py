@@ -220,7 +220,7 @@ def test_a_row_is_augmented_alike_on_any_number_of_processes():
         ({"batch_size": 0, "seed": 0}, "batch_size=0"),
         ({"batch_size": 7, "seed": 0, "process_count": 2}, "batch_size=7: must be a positive multiple of the 2"),
         ({"batch_size": 4, "seed": 0, "process_index": 2, "process_count": 2}, r"process_index=2: must be in \[0, 2\)"),
-        ({"batch_size": 4, "seed": -1}, "seed=-1"),
+        ({"batch_size": 4, "seed": -1}, "seed is -1: it must be at least 0"),
     ],
 )
 def test_wrong_settings_are_named(settings, says):

@@ -14,8 +14,9 @@ import tfds_folder
 from fetched import fetched
 
 from configs import resolve
+from efficient_tx.data import prepared
 from efficient_tx.data.batching import evaluation_batches
-from lra import cifar, image, prepared
+from lra import cifar, image
 
 RNG = np.random.default_rng(0)
 LABELS = {"train": np.tile(np.arange(10), 5), "test": np.tile(np.arange(10)[::-1], 2)}  # five and two of each class
@@ -262,7 +263,10 @@ def test_missing_and_damaged_data_are_one_line(tmp_path, monkeypatch):
 
 def test_impossible_sizes_are_one_line(tmp_path):
     write_binary(tmp_path / "cifar-10-batches-bin")
-    for options, says in [({"val_size": 0}, "task.val_size=0"), ({"val_size": 50}, "task.val_size=50: of 50 images")]:
+    for options, says in [
+        ({"val_size": 0}, "val_size is 0: it must be at least 1"),
+        ({"val_size": 50}, "val_size is 50: of 50 images"),
+    ]:
         with pytest.raises(ValueError, match=says):
             image.get_task(data_dir=str(tmp_path), **SIZES | options)
 

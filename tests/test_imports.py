@@ -41,14 +41,14 @@ ALLOWED = {
         "efficient_tx.attention",
         "efficient_tx.training",
     },
-    "efficient_tx.data": {"efficient_tx.task"},
+    "efficient_tx.data": {"efficient_tx.sizes", "efficient_tx.task"},
     "efficient_tx.training": {
         "efficient_tx.files",
         "efficient_tx.names",
         "efficient_tx.numerics",
         "efficient_tx.task",
     },
-    "lra": {"efficient_tx.task"},
+    "lra": {"efficient_tx.data", "efficient_tx.sizes", "efficient_tx.task"},
 }
 
 

@@ -288,7 +288,7 @@ def test_release_files_are_read(tmp_path, folder):
         ("( ( ( [AVG 1 ) 2 ) ] )\t2", "line 2: expected"),
         ("( ( ( [MAX 1 ) 2 ) ] )\t12", "line 2: expected"),
         ("( ( ( [MAX 1 ) 2 ) ] ) 2", "line 2: expected"),
-        ("( ( ( [MAX 1 ) 2 ) ] )\t2", "no expression longer than task.min_len=5"),
+        ("( ( ( [MAX 1 ) 2 ) ] )\t2", "no expression longer than min_len=5"),
     ],
 )
 def test_damaged_release_files_are_named(tmp_path, line, says):
@@ -315,10 +315,10 @@ def test_missing_release_files_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"min_len": 100, "max_len": 101}, "task.min_len=100, task.max_len=101: no length"),
-        ({"min_len": -1}, "task.min_len=-1"),
-        ({"val_size": 0}, "task.val_size=0"),
-        ({"seed": -1}, "task.seed=-1"),
+        ({"min_len": 100, "max_len": 101}, "min_len is 100 and max_len 101: no length"),
+        ({"min_len": -1}, "min_len is -1 and"),
+        ({"val_size": 0}, "val_size is 0: it must be at least 1"),
+        ({"seed": -1}, "seed is -1: it must be at least 0"),
         ({"min_len": 3, "max_len": 5}, "only 400 of the 510 distinct expressions"),  # 4 operators x 10 x 10 digits
         ({"min_len": 1, "max_len": 4}, "only 0 of the 510 distinct expressions"),
     ],

@@ -75,10 +75,10 @@ def test_black_pixels_are_tokens_unless_the_old_mask_is_asked_for(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"resolution": 48}, "task.resolution=48: the arena has 32, 64, 128, 256"),
-        ({"contour_length": 5}, "task.contour_length=5: the arena has 6, 9, 14"),
-        ({"test_size": 0}, "task.test_size=0: a split needs at least one image"),
-        ({"seed": -1}, "task.seed=-1: must be 0 or more"),
+        ({"resolution": 48}, "resolution is 48: the arena has 32, 64, 128, 256"),
+        ({"contour_length": 5}, "contour_length is 5: the arena has 6, 9, 14"),
+        ({"test_size": 0}, "test_size is 0: it must be at least 1"),
+        ({"seed": -1}, "seed is -1: it must be at least 0"),
     ],
 )
 def test_wrong_settings_are_named(settings, says, tmp_path):

@@ -243,8 +243,8 @@ MISTAKES = [
     ({"kind": "parity", "max_len": 0}, "max_len is 0: it must be at least 1"),
     ({"kind": "count", "vocab_size": 2}, "vocab_size is 2: one symbol needs at least 3"),
     ({"kind": "count", "modulus": 1}, "modulus is 1: it must be at least 2"),
-    ({"test_size": 0}, "test_size is 0: a split needs at least one example"),
-    ({"seed": -1}, "seed is -1: it must be 0 or more"),
+    ({"test_size": 0}, "test_size is 0: it must be at least 1"),
+    ({"seed": -1}, "seed is -1: it must be at least 0"),
 ]
 
 

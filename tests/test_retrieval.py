@@ -85,7 +85,7 @@ def test_missing_data_and_wrong_settings_are_one_line(files, tmp_path):
         retrieval.get_task(data_dir=str(files))
     assert retrieval.state(str(files))[0]
     for wrong in ({"train_size": 0}, {"max_len": 0}, {"seed": -1}):
-        with pytest.raises(ValueError, match=f"task.{next(iter(wrong))}"):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} is"):
             retrieval.get_task(source=str(files), data_dir=str(files), **wrong)
 
 

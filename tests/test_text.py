@@ -9,8 +9,9 @@ import tfds_folder
 from fetched import fetched
 
 from configs import resolve
+from efficient_tx.data import prepared
 from efficient_tx.data.batching import evaluation_batches, train_batches
-from lra import ngrams, prepared, text
+from lra import ngrams, text
 
 WORDS = {0: ["dull", "bad", "a bore", "tiresome", "worst"], 1: ["fine", "great", "a joy", "lovely", "best"]}
 
@@ -215,11 +216,11 @@ def test_a_damaged_prepared_data_set_is_one_line(tmp_path, small):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"val_size": 0}, "task.val_size=0"),
-        ({"val_size": 10**6}, "task.val_size=1000000: of "),
-        ({"max_len": 0}, "task.max_len=0"),
-        ({"seed": -1}, "task.seed=-1"),
-        ({"validation": "tset"}, "task.validation='tset'"),
+        ({"val_size": 0}, "val_size is 0: it must be at least 1"),
+        ({"val_size": 10**6}, "val_size is 1000000: of "),
+        ({"max_len": 0}, "max_len is 0: it must be at least 1"),
+        ({"seed": -1}, "seed is -1: it must be at least 0"),
+        ({"validation": "tset"}, "validation is 'tset'"),
     ],
 )
 def test_impossible_settings_are_one_line(tmp_path, options, says):

@@ -7,6 +7,8 @@ from functools import cache
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
+import tfds_folder
 from flax import nnx
 from PIL import Image
 from test_config import fingerprint
@@ -112,8 +114,8 @@ def test_baselines_by_hand():
         ({"mixup": -1.0}, "mixup is -1.0"),
         ({"image_size": 0}, "image_size is 0"),
         ({"seed": -1}, "seed is -1"),
-        ({"val_size": 0}, "val_size is 0: a split needs"),
-        ({"val_size": 60}, "train_size is 0: a split needs"),
+        ({"val_size": 0}, "val_size is 0: it must be at least 1"),
+        ({"val_size": 60}, "val_size is 60: of 60 images"),
         ({"train_size": 55}, "train_size=55 and val_size=10: fashion_mnist has 60 images"),
         ({"test_size": 21}, "test_size=21: fashion_mnist has 20 images"),
     ],
@@ -126,8 +128,12 @@ def test_wrong_settings_are_named(options, message):
 def test_missing_and_damaged_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"train-images-idx3-ubyte.gz: python -m .*fetch fashion_mnist"):
         get_task(data_dir=tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"cifar10 is in neither of .*/cifar10: prepare it once"):
-        get_task(source="cifar10", data_dir=tmp_path)
+    for source, says in [
+        ("cifar10", r"/cifar10, .*/cifar10: prepare it once.*build"),
+        ("imagenet2012", "ILSVRC2012_img_train"),
+    ]:
+        with pytest.raises(FileNotFoundError, match=rf"{source} is in none of .*{says}"):
+            get_task(source=source, data_dir=tmp_path)
     (tmp_path / "fashion_mnist").mkdir()
     path = tmp_path / "fashion_mnist" / "train-images-idx3-ubyte.gz"
     write_idx(path, np.zeros((3, 28, 28)))
@@ -171,28 +177,14 @@ def test_a_row_is_the_same_on_one_process_and_on_two(augment):
 
 
 def prepare(name, root, splits, num_classes, form, picture):
-    """A directory as tensorflow_datasets prepares it, through its own writer: image i is the file picture(i)."""
-    import tensorflow_datasets as tfds
-
-    published = tfds.builder(name)
-
-    class Small(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        VERSION = published.version
-
-        def _info(self):
-            label = tfds.features.ClassLabel(num_classes=num_classes)
-            features = {"image": tfds.features.Image(encoding_format=form), "label": label}
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-        def _split_generators(self, manager):
-            return {split: self._generate_examples(count) for split, count in splits.items()}
-
-        def _generate_examples(self, count):
-            for i in range(count):
-                yield f"{i:02d}", {"image": io.BytesIO(picture(i)), "label": 10 * i % num_classes}
-
-    Small.name = name
-    Small(data_dir=root, file_format="array_record").download_and_prepare()
+    """A directory as tensorflow_datasets prepares it: image i of a split of so many is the file picture(i)."""
+    features = tfds.features
+    features = {"image": features.Image(encoding_format=form), "label": features.ClassLabel(num_classes=num_classes)}
+    items = {
+        split: [{"image": io.BytesIO(picture(i)), "label": 10 * i % num_classes} for i in range(count)]
+        for split, count in splits.items()
+    }
+    tfds_folder.write(root, name, features, items, version=str(tfds.builder(name).version))
 
 
 def encoded(pixels, form):
@@ -226,17 +218,16 @@ def test_files_of_another_format_are_named(imagenet, tmp_path):
     shutil.copytree(imagenet / "imagenet2012", tmp_path / "imagenet2012")
     (info,) = tmp_path.glob("imagenet2012/*/dataset_info.json")
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
-    with pytest.raises(FileNotFoundError, match=r"5.1.0 is not stored as array_record: .*ILSVRC2012_img_train"):
+    with pytest.raises(ValueError, match=r"5.1.0 is not stored as array_record"):
         vision.get_task(source="imagenet2012", data_dir=tmp_path)
     info.write_text(info.read_text()[:20])
-    with pytest.raises(ValueError, match=rf"{info} is damaged .*prepare the data set again"):
+    with pytest.raises(ValueError, match=rf"{info} is damaged .*download_and_prepare"):
         vision.get_task(source="imagenet2012", data_dir=tmp_path)
 
 
 def test_two_steps_of_imagenet(imagenet):
     """The shipped recipe, smaller, through the real loading code."""
     import jax
-    import tensorflow_datasets as tfds
 
     from efficient_tx.training.evaluation import make_evaluate
     from efficient_tx.training.metrics import means

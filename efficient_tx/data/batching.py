@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
+from efficient_tx.sizes import at_least
 from efficient_tx.task import Batch, Example, Source, Task
 
 SHORTEST_BUCKET = 64  # lengths below this are not told apart
@@ -39,8 +40,7 @@ def train_batches(
     count = len(task.train)
     if count == 0:
         raise ValueError(f"the train split of {task.name} is empty")
-    if seed < 0:
-        raise ValueError(f"seed={seed}: must be 0 or more")
+    at_least(0, seed=seed)
 
     @functools.lru_cache(maxsize=4)  # one epoch's order at a time, two where epochs meet
     def order(epoch: int) -> np.ndarray:

@@ -5,7 +5,6 @@ Pixels are float32 in [-1, 1], 0 is -1 and 255 is 1, as in big_vision (value_ran
 
 import dataclasses
 import gzip
-import json
 import os
 import pathlib
 import zlib
@@ -13,7 +12,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from efficient_tx.data import prepared
 from efficient_tx.data.pictures import AUGMENTATIONS, Picture, normalise
+from efficient_tx.sizes import at_least
 from efficient_tx.task import Example, Source, Task, data_directory
 
 KIND = "image"
@@ -58,12 +59,10 @@ def sizes(
     for name, value, known in [("source", source, COLLECTIONS), ("augment", augment, AUGMENTATIONS)]:
         if value not in known:
             raise ValueError(f"{name} is {value!r}: choose one of {', '.join(known)}")
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size is {image_size}: it must be at least 1")
+    at_least(1, image_size=image_size)
+    at_least(0, seed=seed)
     if not 0 <= mixup < float("inf"):
         raise ValueError(f"mixup is {mixup}: it must be 0 (none) or a positive number")
-    if seed < 0:
-        raise ValueError(f"seed is {seed}: it must be at least 0")
     collection = COLLECTIONS[source]
     side = image_size or collection.side
     return {
@@ -116,6 +115,7 @@ def get_task(
       ValueError: a setting is out of range, the collection has fewer images, or a file is damaged.
       FileNotFoundError: the images are not there.
     """
+    at_least(1, train_size=train_size, val_size=val_size, test_size=test_size)
     model = sizes(source=source, image_size=image_size, augment=augment, mixup=mixup, seed=seed)
     collection, shape = COLLECTIONS[source], model["image_shape"]
     training, testing = collection.read(source, data_directory(data_dir))
@@ -125,9 +125,8 @@ def get_task(
         "val": val_size,
         "test": len(testing) if test_size is None else test_size,
     }
-    for split, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{split}_size is {count}: a split needs at least one image")
+    if counts["train"] < 1:
+        raise ValueError(f"val_size is {val_size}: of {len(training)} images for training at least one has to be left")
     for names, images in [(("train", "val"), training), (("test",), testing)]:
         if sum(counts[name] for name in names) > len(images):
             asked = " and ".join(f"{name}_size={counts[name]}" for name in names)
@@ -244,38 +243,20 @@ def _read_idx(path: pathlib.Path, axes: int) -> np.ndarray:
     return values.reshape(shape)
 
 
-def _file_format(path: pathlib.Path) -> str | None:
-    """Of a data set that tensorflow_datasets prepared, from its dataset_info.json."""
-    try:
-        return json.loads(path.read_text()).get("fileFormat")
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): remove its folder or prepare the data set again") from None
-
-
 def _read_prepared(name: str, root: pathlib.Path) -> tuple[Sequence, Sequence]:
-    """Two splits that tensorflow_datasets prepared, with undecoded images; TensorFlow is not needed."""
+    """Two splits that tensorflow_datasets prepared, with undecoded images."""
     import tensorflow_datasets as tfds
 
-    theirs = pathlib.Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
-    places = [root / name, theirs / name]
-    infos = [path for place in places for path in sorted(place.glob("*/dataset_info.json"), reverse=True)]
-    readable = [path for path in infos if _file_format(path) == "array_record"]
-    if not readable:
-        nowhere = f"{name} is in neither of {places[0]}, {places[1]}"
-        found = f"{infos[0].parent} is not stored as array_record" if infos else nowhere
-        archives = (
-            " with ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar of image-net.org in its downloads/manual"
-            if name == "imagenet2012"
-            else ""
-        )
+    folder = prepared.find(name, root)
+    if folder is None:
+        archives = " with ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar of image-net.org in its downloads/manual"
         raise FileNotFoundError(
-            f"{found}: prepare it once, where tensorflow is installed{archives}: import tensorflow_datasets; "
-            f"tensorflow_datasets.builder('{name}', file_format='array_record').download_and_prepare()"
+            f"{name} is in none of {', '.join(str(place / name) for place in prepared.places(root))}: prepare it once, "
+            f"where tensorflow is installed{archives * (name == 'imagenet2012')}: {prepared.command(name)}"
         )
-    builder = tfds.builder_from_directory(readable[0].parent)
-    decoders = {"image": tfds.decode.SkipDecoding()}
     test = "validation" if name == "imagenet2012" else "test"
-    return tuple(builder.as_data_source(split=split, decoders=decoders) for split in ("train", test))
+    decoders = {"image": tfds.decode.SkipDecoding()}
+    return tuple(prepared.records(folder, split, decoders) for split in ("train", test))
 
 
 def _read_into_memory(name: str, root: pathlib.Path) -> tuple[Arrays, Arrays]:

@@ -17,6 +17,7 @@ from efficient_tx.data.recall.kind import Kind
 from efficient_tx.data.recall.mqar import Mqar
 from efficient_tx.data.recall.needle import Needle
 from efficient_tx.data.recall.selective_copy import SelectiveCopy
+from efficient_tx.sizes import at_least
 from efficient_tx.task import Task
 
 KIND = "token_labels"
@@ -72,13 +73,9 @@ def get_task(
         "needles": needles, "modulus": modulus,
     }  # fmt: skip
     made = make(kind, max_len, options)
-    counts = {"train_size": train_size, "val_size": val_size, "test_size": test_size}
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} is {count}: a split needs at least one example")
-    if seed < 0:
-        raise ValueError(f"seed is {seed}: it must be 0 or more")
-    splits = [Examples(made, seed, split, count) for split, count in enumerate(counts.values())]
+    at_least(1, train_size=train_size, val_size=val_size, test_size=test_size)
+    at_least(0, seed=seed)
+    splits = [Examples(made, seed, split, count) for split, count in enumerate((train_size, val_size, test_size))]
     return Task(
         *splits,
         kind=KIND,

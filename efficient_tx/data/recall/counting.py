@@ -6,6 +6,7 @@ import numpy as np
 
 from efficient_tx.data.recall.draws import integers
 from efficient_tx.data.recall.kind import FIRST, Kind, answered
+from efficient_tx.sizes import at_least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +44,7 @@ class Count(Kind):
         super().__post_init__()
         if self.vocab_size <= FIRST:
             raise ValueError(f"vocab_size is {self.vocab_size}: one symbol needs at least {FIRST + 1}")
-        if self.modulus < 2:
-            raise ValueError(f"modulus is {self.modulus}: it must be at least 2")
+        at_least(2, modulus=self.modulus)
 
     @property
     def num_classes(self) -> int:

@@ -4,6 +4,8 @@ import dataclasses
 
 import numpy as np
 
+from efficient_tx.sizes import at_least
+
 # Token ids: 0 is the padding, which does not occur; 1 stands where there is nothing to read; the others follow.
 BLANK, FIRST = 1, 2
 
@@ -23,8 +25,7 @@ class Kind:
     max_len: int
 
     def __post_init__(self):
-        if self.max_len < 1:
-            raise ValueError(f"max_len is {self.max_len}: it must be at least 1")
+        at_least(1, max_len=self.max_len)
 
     def guess(self) -> dict[str, float]:
         """Accuracies of guesses that can be had without remembering what was asked for, by name."""

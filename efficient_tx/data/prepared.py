@@ -1,21 +1,22 @@
 """Data sets that TensorFlow Datasets prepared on this machine, read without TensorFlow."""
 
+import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from efficient_tx.task import data_directory
 
 
-def places(data_dir: str | None) -> list[pathlib.Path]:
+def places(data_dir: str | os.PathLike | None) -> list[pathlib.Path]:
     """Where prepared data sets are looked for: the data directory, then TensorFlow Datasets' own."""
     theirs = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     return [data_directory(data_dir), pathlib.Path(theirs).expanduser()]
 
 
-def find(name: str, data_dir: str | None) -> pathlib.Path | None:
+def find(name: str, data_dir: str | os.PathLike | None) -> pathlib.Path | None:
     """The folder of the newest version of `name` ("cifar10", or "imdb_reviews/plain_text" with its configuration).
 
     Raises:
@@ -46,16 +47,35 @@ def command(name: str) -> str:
     return f'tensorflow_datasets.builder("{name}", file_format="array_record").download_and_prepare()'
 
 
-def read(folder: pathlib.Path, split: str) -> Iterator[dict[str, Any]]:
-    """The examples of one split, in the order in which they are stored.
+def records(folder: pathlib.Path, split: str, decoders: Mapping[str, Any] | None = None) -> Sequence[dict[str, Any]]:
+    """The examples of one split, read by index, in the order in which they are stored.
+
+    Args:
+      decoders: of tensorflow_datasets, by feature; the others are decoded as usual.
 
     Raises:
       ValueError: the folder has no such split, or its files are missing or damaged.
     """
+    with _naming(folder, split):
+        return _open(folder, split, decoders)
+
+
+def read(folder: pathlib.Path, split: str) -> Iterator[dict[str, Any]]:
+    """The same one after the other, where whatever is damaged further on is a ValueError, too."""
+    with _naming(folder, split):
+        yield from _open(folder, split)
+
+
+def _open(folder: pathlib.Path, split: str, decoders: Mapping[str, Any] | None = None) -> Sequence[dict[str, Any]]:
     import tensorflow_datasets as tfds
 
+    return tfds.builder_from_directory(folder).as_data_source(split, decoders=decoders)
+
+
+@contextlib.contextmanager
+def _naming(folder: pathlib.Path, split: str) -> Iterator[None]:
     try:
-        yield from tfds.builder_from_directory(folder).as_data_source(split)
+        yield
     except Exception as error:  # of any kind: a missing shard, damaged metadata, an unknown split
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{folder}: the split {split} cannot be read ({type(error).__name__}: {reason})") from None
