@@ -171,7 +171,8 @@ def parse_tuple(text: str) -> tuple[int | str, ...]:
 def apply_settings(stored: Mapping[str, Any], settings: Mapping[str, str], split: str = "test") -> ConfigDict:
     """The config of a run's config.json with eval.py's `--set KEY=VALUE`; names of mixers and structures come first.
 
-    No example of the evaluated split is one that the run was trained on (`hold_out`).
+    No example of the evaluated split is one that the run was trained on (`hold_out`), but for short ListOps expressions
+    and the like, which chance draws again.
 
     Raises:
       ValueError: an unknown key, a value of another type, or a key that evaluation does not read, or must not change.
@@ -206,14 +207,14 @@ def hold_out(task: ConfigDict, trained: ConfigDict, split: str, *, typed: bool) 
       ValueError: the data are given, so there are no others, or their seed is.
     """
     source = trained.get("source")
-    if task.name != trained.name or task.get("source") != source:
+    if task.name != trained.name or not same_source(task.get("source"), source):
         if split == "validation":
             raise ValueError(
                 "--set task.source: of other data only the test split is known to be new; use --split=test"
             )
         return
-    split_by = getattr(task_module(task.name), "split_by", lambda source: ())
-    moved = [option for option in split_by(source) if task[option] != trained[option]]
+    split_by = getattr(task_module(task.name), "split_by", lambda source, split: ())
+    moved = [option for option in split_by(source, split) if task[option] != trained[option]]
     if not moved or (source == "generated" and task.seed != trained.seed):
         return
     if source != "generated" or typed:
@@ -223,6 +224,12 @@ def hold_out(task: ConfigDict, trained: ConfigDict, split: str, *, typed: bool) 
             f"{trained[moved[0]]}{other}"
         )
     task.seed += FAR
+
+
+def same_source(one: str | None, two: str | None) -> bool:
+    """Whether both are the same name, or the same place in two spellings."""
+    places = [path and Path(path).expanduser().resolve() for path in (one, two)]
+    return places[0] == places[1]
 
 
 def departures(config: ConfigDict, path: str) -> list[str]:

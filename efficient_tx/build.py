@@ -145,7 +145,7 @@ def task_module(name: str) -> ModuleType:
 
     With `KIND` it says what the examples look like, and with `sizes`, from the options of `get_task` and without
     touching data, the num_classes, vocab_size, max_len and image_shape of the task. With `split_by`, if it has one, it
-    names the options that may move an example from one split into another, for a source of the data.
+    names the options that may move a training example of a source into the validation or the test split.
 
     Raises:
       ValueError: there is no such module, or it makes no task.
@@ -270,7 +270,8 @@ def check(config: ConfigDict) -> None:
         raise ValueError(f"config.seed is {config.seed}: it must be in [0, 2^32)")
     with naming("config.model"):
         check_rate(config.model.dropout)
-    if config.task.get("max_len", 1) > LONGEST:
+    at_least(1, **{"config.task.max_len": config.task.get("max_len")})
+    if (config.task.get("max_len") or 1) > LONGEST:
         raise ValueError(f"config.task.max_len is {config.task.max_len}: it must be at most {LONGEST}")
     if config.batch_size % config.grad_accum:
         raise ValueError(f"config.grad_accum is {config.grad_accum}: it must divide batch_size {config.batch_size}")

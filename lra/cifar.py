@@ -4,7 +4,7 @@ import io
 import pathlib
 import pickle
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,14 +12,16 @@ import numpy as np
 SIDE = 32
 PLACES = ("cifar-10-batches-py", "cifar-10-batches-bin", "cifar-10-python.tar.gz", "cifar-10-binary.tar.gz")
 _BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
+_NAMES = [name for names in _BATCHES.values() for name in names]
 
 
 def find(path: pathlib.Path) -> pathlib.Path | None:
-    """The archive or folder of batches that `path` is or holds."""
-    if path.is_file():
-        return path
+    """The archive or folder of batches that `path` is or holds. Raises ValueError for a folder of some of them."""
     for place in (path, *(path / name for name in PLACES)):
-        if place.is_file() or (place / "test_batch").is_file() or (place / "test_batch.bin").is_file():
+        if place.is_file():
+            return place
+        if batches := _files(place):
+            _check_whole(place, batches)
             return place
     return None
 
@@ -30,11 +32,8 @@ def read(place: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     Raises:
       ValueError: a file is missing or damaged.
     """
-    wanted = [name for names in _BATCHES.values() for name in names]
-    batches = dict(_contents(place, wanted))
-    for name in wanted:
-        if name not in batches:
-            raise ValueError(f"{place} is not whole: it has no {name} and no {name}.bin")
+    batches = dict(_contents(place))
+    _check_whole(place, batches)
     read = {name: _batch(content, f"{place}: {name}") for name, content in batches.items()}
     return {
         split: tuple(np.concatenate([read[name][part] for name in names]) for part in range(2))
@@ -42,18 +41,28 @@ def read(place: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     }
 
 
-def _contents(place: pathlib.Path, names: list[str]) -> Iterator[tuple[str, bytes]]:
-    """The wanted files of a folder or an archive, by name, without the .bin of the binary ones."""
+def _check_whole(place: pathlib.Path, batches: Collection[str]) -> None:
+    for name in _NAMES:
+        if name not in batches:
+            raise ValueError(f"{place} is not whole: it has no {name} and no {name}.bin")
+
+
+def _files(place: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The batches in a folder, by name, without the .bin of the binary ones."""
+    paths = [path for name in _NAMES for path in (place / name, place / f"{name}.bin") if path.is_file()]
+    return {path.name.removesuffix(".bin"): path for path in paths}
+
+
+def _contents(place: pathlib.Path) -> Iterator[tuple[str, bytes]]:
+    """The batches of a folder or an archive, by name."""
     if place.is_dir():
-        for path in sorted(place.iterdir()):
-            if path.name.removesuffix(".bin") in names:
-                yield path.name.removesuffix(".bin"), path.read_bytes()
+        yield from ((name, path.read_bytes()) for name, path in _files(place).items())
         return
     try:
         with tarfile.open(place, "r:gz") as tar:
             for member in tar:
                 name = pathlib.PurePosixPath(member.name).name.removesuffix(".bin")
-                if member.isfile() and name in names:
+                if member.isfile() and name in _NAMES:
                     yield name, tar.extractfile(member).read()
     except Exception as error:  # a flipped bit can make the readers of tar and gzip raise almost anything
         raise ValueError(f"{place} is damaged or no archive of CIFAR-10 ({error})") from None

@@ -22,6 +22,7 @@ import inspect
 import json
 import os
 import pathlib
+import re
 import shutil
 import sys
 import tempfile
@@ -132,9 +133,9 @@ def _type(parameter: inspect.Parameter) -> Any:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    # The task says which options there are, wherever it stands among them.
+    # The task says which options there are, wherever it stands among them; what follows "--OPTION" is its value.
     pairs = zip(["", *arguments], arguments)
-    name = next((argument for before, argument in pairs if argument in TASKS and before != "--out"), None)
+    name = next((word for before, word in pairs if word in TASKS and not re.fullmatch(r"--\w+", before)), None)
     options = vars(_parser(name).parse_args(arguments))
     name, out = options.pop("task"), options.pop("out")
     options |= TASKS[name][1]

@@ -38,7 +38,7 @@ def chunks(function: str, settings: dict[str, Any], workers: int | None = None) 
       workers: number of processes, default one per available core; 1 starts none.
 
     Raises:
-      RuntimeError: a worker ended by itself; what it said is on stderr.
+      ChildProcessError: a worker ended by itself; what it said is on stderr.
     """
     workers = min(available_cores(), _MOST_WORKERS) if workers is None else workers
     f = _resolve(function)
@@ -54,7 +54,9 @@ def chunks(function: str, settings: dict[str, Any], workers: int | None = None) 
             try:
                 yield pickle.load(process.stdout)
             except (EOFError, pickle.UnpicklingError):
-                raise RuntimeError(f"a process computing {function} ended with exit code {process.wait()}") from None
+                raise ChildProcessError(
+                    f"a process computing {function} ended with exit code {process.wait()}"
+                ) from None
     finally:
         for process in processes:
             process.kill()
@@ -131,6 +133,7 @@ def stored(directory: pathlib.Path, make: Callable[[], dict[str, np.ndarray]]) -
 
     Raises:
       OSError: the directory cannot be read or written; the message names it and what to set.
+      ValueError: from `make`, also for what it could not read.
     """
     path = directory / _FILE
     try:
@@ -145,7 +148,7 @@ def stored(directory: pathlib.Path, make: Callable[[], dict[str, np.ndarray]]) -
             if alone:
                 for left_behind in directory.glob(f"{_TEMPORARY}*"):
                     left_behind.unlink(missing_ok=True)
-            _save(path, make())
+            _save(path, _made(make))
             return _map(path)
     except OSError as error:
         reason = error.strerror or str(error)
@@ -153,6 +156,13 @@ def stored(directory: pathlib.Path, make: Callable[[], dict[str, np.ndarray]]) -
         raise OSError(
             error.errno or errno.EIO, f"no data at {path} and none can be stored there ({reason}): {hint}"
         ) from None
+
+
+def _made(make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    try:
+        return make()
+    except OSError as error:
+        raise ValueError(str(error)) from error
 
 
 def _load(path: pathlib.Path) -> dict[str, np.ndarray] | None:

@@ -22,7 +22,7 @@ KIND = "tokens"
 COUNTS = {"cifar10": (50000, 10000), "fashion_mnist": (60000, 10000)}  # images for training and for testing
 
 _SIDES = {"fashion_mnist": 28}
-_READER = "v1"  # part of the stored data's name: raise it with any change of how they are read
+_READER = "v2"  # part of the stored data's name: raise it with any change of how they are read
 _RIDGE = 1.0
 
 
@@ -31,10 +31,10 @@ def sizes(*, source: str = "cifar10", **_) -> dict[str, int]:
     return {"num_classes": 10, "vocab_size": 256, "max_len": _SIDES.get(source, cifar.SIDE) ** 2}
 
 
-def split_by(source: str) -> tuple[str, ...]:
-    """Options that may move an example from one split into another, which no evaluation may."""
+def split_by(source: str, split: str) -> tuple[str, ...]:
+    """Options that may move a training example into `split`, which no evaluation may."""
     del source
-    return ("val_size",)
+    return ("val_size",) if split == "validation" else ()
 
 
 def get_task(
@@ -53,8 +53,9 @@ def get_task(
       source: "cifar10", as TensorFlow Datasets prepares it in array_record, or one of `cifar.PLACES`, in the data
         directory; "fashion_mnist", the fetched one, 784 pixels; or the path of one of `cifar.PLACES`.
       train_size, val_size, test_size: number of images, or as many as there are; `Task.source` says how many.
-        Validation takes the last ones of those for training, training and testing the first ones, in the order in
-        which they are stored: the arena's split with TensorFlow Datasets' order, where val_size is a tenth.
+        Validation takes the last ones of those for training, training and testing the first ones, in the order of
+        the pictures' checksums, as CIFAR-10's archives and TensorFlow Datasets store them in different ones. (The
+        arena's validation is the last tenth of the latter's.)
       legacy_mask: mask black pixels as if they were padding, as the arena's code and the Skyformer paper's did.
 
     Raises:
@@ -150,13 +151,13 @@ def _locate(source: str, data_dir: str | None) -> pathlib.Path:
 
     Raises:
       FileNotFoundError: it is not there.
-      ValueError: it is there in a form that cannot be read by index.
+      ValueError: it is not whole, or in a form that cannot be read by index.
     """
     root = data_directory(data_dir)
     if source == "fashion_mnist":
         return fetched.find(source, data_dir, "images")
     if source == "cifar10":
-        if place := next((root / name for name in cifar.PLACES if (root / name).exists()), None):
+        if place := next((place for name in cifar.PLACES if (place := cifar.find(root / name))), None):
             return place
         if folder := prepared.find("cifar10", data_dir):
             return folder
@@ -196,7 +197,15 @@ def _read(source: str, place: pathlib.Path) -> dict[str, np.ndarray]:
         if len(found) > 10 or not np.all(found == expected // 10):
             raise ValueError(f"{place} is not whole: {expected // 10:,} images of each class expected, not {found}")
     names = ("pixels", "labels", "test_pixels", "test_labels")
-    return dict(zip(names, (array for split in splits for array in split), strict=True))
+    return dict(zip(names, (array for split in splits for array in _ordered(*split)), strict=True))
+
+
+def _ordered(pixels: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same in an order that nothing but the pictures and their labels decides."""
+    contents = (row.tobytes() + bytes([label]) for row, label in zip(pixels, labels, strict=True))
+    sums = b"".join(hashlib.blake2b(content, digest_size=8).digest() for content in contents)
+    order = np.argsort(np.frombuffer(sums, ">u8"), kind="stable")
+    return pixels[order], labels[order]
 
 
 def _prepared(place: pathlib.Path, split: str) -> tuple[np.ndarray, np.ndarray]:

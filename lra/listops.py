@@ -36,8 +36,9 @@ def sizes(*, max_len: int, **_) -> dict[str, int]:
     return {"num_classes": 10, "vocab_size": len(VOCABULARY), "max_len": max_len}
 
 
-def split_by(source: str) -> tuple[str, ...]:
-    """Options that may move an example from one split into another, which no evaluation may."""
+def split_by(source: str, split: str) -> tuple[str, ...]:
+    """Options that may move a training example into `split`, which no evaluation may."""
+    del split
     return ("train_size", "val_size", "min_len", "max_len", "seed") if source == "generated" else ()
 
 
@@ -82,17 +83,19 @@ def get_task(
     at_least(0, seed=seed)
     _check_lengths(min_len, max_len)
     if source == "generated":
-        name = f"{train_size}-{val_size}-{test_size}_len{min_len}-{max_len}_seed{seed}_{_GENERATOR}"
-        directory = data_directory(data_dir) / "listops" / name
+        folder = f"{train_size}-{val_size}-{test_size}_len{min_len}-{max_len}_seed{seed}_{_GENERATOR}"
+        directory = data_directory(data_dir) / "listops" / folder
         arrays = generate.stored(directory, lambda: _generate(sum(counts.values()), min_len, max_len, seed))
         everything = Expressions(**arrays)
         ends = np.cumsum(list(counts.values()))
         splits = [everything.part(end - size, end) for size, end in zip(counts.values(), ends)]
-        described = f"generated, seed {seed}"
+        name, described = "listops", f"generated, seed {seed}"
     else:
         directory = _release(source)
         splits = [_read(directory / f"basic_{split}.tsv", size, min_len, max_len) for split, size in counts.items()]
-        described = f"{directory}, the first {'/'.join(str(len(split)) for split in splits)} expressions"
+        found = [len(split) for split in splits]
+        described = f"{directory}, the first {'/'.join(map(str, found))} expressions"
+        name = "listops" if found == list(counts.values()) else f"listops-{pathlib.Path(source).resolve().name}"
     baselines = _baselines(splits[0], splits[2])
     if drop_brackets:
         splits = [split.without_closers() for split in splits]
@@ -100,7 +103,7 @@ def get_task(
         *splits,
         kind=KIND,
         **sizes(max_len=max_len),
-        name="listops-no-brackets" if drop_brackets else "listops",
+        name=name + "-no-brackets" * drop_brackets,
         source=described,
         bucket=bucket,
         baselines=baselines,

@@ -101,9 +101,10 @@ class Similarity:
 
 
 def threshold(scores: np.ndarray, labels: np.ndarray) -> float:
-    """The t at which most of the answers scores > t are the labels, 0 or 1, midway between two scores."""
+    """The t at which most of the answers scores > t are the labels, 0 or 1, midway between two different scores."""
     order = np.argsort(scores, kind="stable")
     ordered, positive = scores[order], np.asarray(labels)[order] == 1
     right = np.concatenate([[0], np.cumsum(~positive)]) + positive.sum() - np.concatenate([[0], np.cumsum(positive)])
     edges = np.concatenate([[ordered[0] - 1], (ordered[1:] + ordered[:-1]) / 2, [ordered[-1] + 1]])
+    right[1:-1][ordered[1:] == ordered[:-1]] = 0  # no t parts equal scores
     return float(edges[right.argmax()])

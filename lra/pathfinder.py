@@ -41,8 +41,9 @@ def sizes(*, resolution: int = 32, contour_length: int = 14, **_) -> dict[str, i
     return {"num_classes": 2, "vocab_size": 256, "max_len": resolution**2}
 
 
-def split_by(source: str) -> tuple[str, ...]:
-    """Options that may move an example from one split into another, which no evaluation may."""
+def split_by(source: str, split: str) -> tuple[str, ...]:
+    """Options that may move a training example into `split`, which no evaluation may."""
+    del split
     return () if source == "generated" else ("seed",)
 
 
@@ -97,13 +98,15 @@ def get_task(
     train, validation, test = (Images(parts, items, legacy_mask) for parts, items in splits)
     name = {32: "pathfinder", 128: "path-x"}.get(resolution, f"pathfinder-{resolution}")
     name += "" if contour_length == 14 else f"-length-{contour_length}"
+    if any(len(items) < count - 1 for (_, items), count in zip(splits, counts.values())):  # the arena's may lack one
+        name += f"-{pathlib.Path(source).resolve().name}"
     return Task(
         train,
         validation,
         test,
         kind=KIND,
         **known,
-        name=name + ("-legacy-mask" if legacy_mask else ""),
+        name=name + "-legacy-mask" * legacy_mask,
         source=described,
         baselines=_baselines(train, test, directory),
     )

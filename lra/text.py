@@ -20,6 +20,7 @@ from lra import fetched, generate, ngrams
 KIND = "tokens"
 REVIEWS = 25000  # of IMDb, in the training split and in the test split
 
+_CLASSES = ("neg", "pos")
 _IMDB = "imdb_reviews/plain_text"
 _SAME = 1024  # e-mails that agree in so many bytes, white space and case aside, are taken for one
 _BASELINES = "v1"  # part of the stored baselines' name: raise it with any change of how they are computed
@@ -32,10 +33,11 @@ def sizes(*, max_len: int, **_) -> dict[str, int]:
     return {"num_classes": 2, "vocab_size": 257, "max_len": max_len}
 
 
-def split_by(source: str) -> tuple[str, ...]:
-    """Options that may move an example from one split into another, which no evaluation may."""
-    del source
-    return ("val_size", "validation", "seed")
+def split_by(source: str, split: str) -> tuple[str, ...]:
+    """Options that may move a training example into `split`, which no evaluation may."""
+    if split == "validation":
+        return ("val_size", "validation", "seed")
+    return ("seed",) if source == "spam" else ()
 
 
 def get_task(
@@ -187,7 +189,7 @@ def _locate(source: str, data_dir: str | None) -> pathlib.Path:
     if source == "imdb":
         unpacked = root / "aclImdb"
         if (unpacked / "train").is_dir():
-            return unpacked
+            return _with_all_folders(unpacked)
         if folder := prepared.find(_IMDB, data_dir):
             return folder
         looked = ", ".join(str(place / _IMDB) for place in prepared.places(data_dir))
@@ -198,11 +200,18 @@ def _locate(source: str, data_dir: str | None) -> pathlib.Path:
     folder = pathlib.Path(source).expanduser()
     for place in (folder, folder / "aclImdb"):
         if (place / "train").is_dir():
-            return place
+            return _with_all_folders(place)
     raise FileNotFoundError(
         f"task.source={source!r}: neither imdb nor spam, nor a folder that holds train/pos/*.txt, train/neg/*.txt, "
         "test/pos/*.txt and test/neg/*.txt, as the unpacked aclImdb_v1.tar.gz does"
     )
+
+
+def _with_all_folders(place: pathlib.Path) -> pathlib.Path:
+    for folder in (place / split / name for split in ("train", "test") for name in _CLASSES):
+        if next(folder.glob("*.txt"), None) is None:
+            raise FileNotFoundError(f"{folder}: no *.txt there, as the unpacked aclImdb_v1.tar.gz has")
+    return place
 
 
 def _reviews(place: pathlib.Path, split: str) -> Labelled:
@@ -210,11 +219,8 @@ def _reviews(place: pathlib.Path, split: str) -> Labelled:
     if (place / "dataset_info.json").is_file():
         return [(bytes(item["text"]), int(item["label"])) for item in prepared.read(place, split)]
     texts: Labelled = []
-    for label, name in enumerate(("neg", "pos")):
-        files = sorted((place / split / name).glob("*.txt"))
-        if not files:
-            raise FileNotFoundError(f"{place / split / name}: no *.txt there, which aclImdb has beside train and test")
-        texts += [(path.read_bytes(), label) for path in files]
+    for label, name in enumerate(_CLASSES):
+        texts += [(path.read_bytes(), label) for path in sorted((place / split / name).glob("*.txt"))]
     return texts
 
 

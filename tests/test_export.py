@@ -116,6 +116,7 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
         (["listops", "--out=x", "--seed=a"], ["--seed", "'a'"]),
         (["listops", "--out=x", "--drop_brackets=perhaps"], ["'perhaps'", "true"]),
         (["listops", "--out=x", "--max_len=2"], ["max_len 2: no length"]),
+        (["--data_dir", "text", "listops", "--out=x", "--max_len=2"], ["max_len 2: no length"]),
         (["text", "--out=x"], ["aclImdb", "fetch"]),
         (["retrieval-sotu", "--out=x"], ["python -m efficient_tx.data.fetch sotu"]),
         (["listops", "--out=/dev/null/x"], ["/dev/null: no folder can be made there"]),

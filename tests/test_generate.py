@@ -50,11 +50,16 @@ def fails_at_three(index):
 
 def test_a_worker_that_fails_is_reported(capfd):
     found = []
-    with pytest.raises(RuntimeError, match=r"test_generate:fails_at_three ended with exit code 1"):
+    with pytest.raises(ChildProcessError, match=r"test_generate:fails_at_three ended with exit code 1"):
         for result in generate.chunks("test_generate:fails_at_three", {}, 2):
             found.append(result)
     assert found == [0, 1, 2]
     assert "ArithmeticError: three" in capfd.readouterr().err
+
+
+def test_what_cannot_be_read_is_no_matter_of_the_data_directory(tmp_path):
+    with pytest.raises(ValueError, match=rf"^\[Errno 21\] Is a directory: '{tmp_path}'$"):
+        generate.stored(tmp_path / "data", lambda: {"a": np.frombuffer(tmp_path.read_bytes())})
 
 
 KILL_WHILE_GENERATING = """

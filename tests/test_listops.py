@@ -272,10 +272,13 @@ def test_release_files_are_read(tmp_path, folder):
             (plain_words(tree), value(tree)) for tree in TREES
         ]
     assert task.source == f"{place}, the first 5/5/5 expressions"
+    assert task.name == "listops-release"  # fewer than asked for: never the arena's own column
     fewer = listops.get_task(source=str(tmp_path / "release"), train_size=3, test_size=2, min_len=4, max_len=10)
     kept = [tree for tree in TREES if 4 < len(plain_words(tree)) < 10]
     assert [words(item["inputs"]) for item in fewer.train] == [plain_words(tree) for tree in kept[:3]]
     assert fewer.source.endswith("the first 3/3/2 expressions")
+    sizes = {"train_size": 3, "val_size": 3, "test_size": 2}
+    assert listops.get_task(source=str(tmp_path / "release"), **sizes, min_len=0, max_len=20).name == "listops"
     dropped = listops.get_task(source=str(tmp_path / "release"), min_len=0, max_len=20, drop_brackets=True)
     assert words(dropped.test[0]["inputs"]) == ["[MAX", "4", "3", "[MIN", "2", "3", "1"]
 

@@ -37,6 +37,7 @@ def root(monkeypatch):
         ("skyformer", {"model.head_dim": -4}, ["config.model.head_dim is -4"]),
         ("skyformer", {"model.positions": "rope2d"}, ["rope2d", "2000 is no square"]),
         ("skyformer", {"task.max_len": 10**11}, ["config.task.max_len"]),
+        ("skyformer", {"task.max_len": 0}, ["config.task.max_len is 0: it must be at least 1"]),
         ("README.md", {}, ["no config file README.md"]),
         ("skyformer", {"model.features": 0}, ["config.model.features is 0", "at least 1"]),
         ("skyformer", {"attention.skyformer.landmarks": 1}, ["config.attention.skyformer: landmarks is 1"]),

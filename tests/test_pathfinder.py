@@ -168,6 +168,8 @@ def test_the_arenas_files(tmp_path, capsys):
     task = get_task(tmp_path / "data", **settings)
     assert (len(task.train), len(task.validation), len(task.test)) == (32, 3, 4)
     assert task.source == f"{level}, 32/3/4 images, split with seed 0"
+    assert task.name == "pathfinder-lra_release"  # fewer than asked for: never the arena's own column
+    assert get_task(tmp_path / "data", **settings | {"train_size": 30}, test_size=5).name == "pathfinder"
     expected = {name: (pixels.ravel().tolist(), label) for name, (pixels, label) in images.items()}
     found = contents(task.train) + contents(task.validation) + contents(task.test)
     assert all(item in expected.values() for item in found)

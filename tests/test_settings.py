@@ -41,13 +41,19 @@ def test_no_setting_of_an_evaluation_tests_on_training_examples():
         evaluated(val_size="9", seed="0")
 
     texts = make_config("lra.text", "", task={"source": "spam"}).to_dict()
-    for key in ("val_size", "seed"):
-        with pytest.raises(ValueError, match=rf"--set task\.{key}=9: training examples would be in the test split"):
-            resolve.apply_settings(texts, {f"task.{key}": "9"})
+    for key, split in (("val_size", "validation"), ("seed", "validation"), ("seed", "test")):
+        with pytest.raises(ValueError, match=rf"--set task\.{key}=9: training examples would be in the {split} split"):
+            resolve.apply_settings(texts, {f"task.{key}": "9"}, split)
+    assert resolve.apply_settings(texts, {"task.val_size": "9"}).task.val_size == 9  # none of the test split's affair
     assert resolve.apply_settings(texts, {"task.test_size": "9", "task.max_len": "50"}).task.test_size == 9
     assert resolve.apply_settings(texts, {"task.source": "/mine", "task.seed": "9"}).task.seed == 9
     with pytest.raises(ValueError, match="of other data only the test split is known to be new"):
         resolve.apply_settings(texts, {"task.source": "/mine"}, "validation")
+
+    drawn = make_config("lra.pathfinder", "", task={"source": "/mine"}).to_dict()
+    for source in ("/mine", "/mine/", "/their/../mine"):
+        with pytest.raises(ValueError, match=r"--set task\.seed=9: training examples would be in the test split"):
+            resolve.apply_settings(drawn, {"task.source": source, "task.seed": "9"})
 
     files = make_config("lra.listops", "", task={"source": "/mine"}).to_dict()
     shorter = resolve.apply_settings(files, {"task.max_len": "900", "task.seed": "3"}).task

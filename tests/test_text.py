@@ -198,6 +198,7 @@ def test_missing_data_are_one_line(tmp_path, monkeypatch, small):
     shutil.rmtree(tmp_path / "aclImdb" / "test" / "neg")
     with pytest.raises(FileNotFoundError, match=r"aclImdb/test/neg: no \*.txt there"):
         text.get_task(data_dir=str(tmp_path))
+    assert not text.state(str(tmp_path))[0]
 
 
 def test_a_damaged_prepared_data_set_is_one_line(tmp_path, small):
@@ -208,9 +209,10 @@ def test_a_damaged_prepared_data_set_is_one_line(tmp_path, small):
     with pytest.raises(ValueError, match=r"plain_text/1\.0\.0: the split test cannot be read") as error:
         text.get_task(data_dir=str(tmp_path))
     assert "\n" not in str(error.value)
-    (folder / "dataset_info.json").write_text("{")
-    with pytest.raises(ValueError, match=rf"{folder}/dataset_info.json is damaged .*download_and_prepare"):
-        text.get_task(data_dir=str(tmp_path))
+    for damaged in ("{", "[]"):
+        (folder / "dataset_info.json").write_text(damaged)
+        with pytest.raises(ValueError, match=rf"{folder}/dataset_info.json is damaged .*download_and_prepare"):
+            text.get_task(data_dir=str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -28,10 +28,10 @@ def find(name: str, data_dir: str | os.PathLike | None) -> pathlib.Path | None:
         versions = [path.parent for path in (place / name).glob("*/dataset_info.json")]
         for folder in sorted(versions, key=lambda path: [int(n) for n in path.name.split(".") if n.isdigit()])[::-1]:
             try:
-                about = json.loads((folder / "dataset_info.json").read_text())
-            except ValueError as error:
+                form = json.loads((folder / "dataset_info.json").read_text()).get("fileFormat")
+            except (ValueError, AttributeError) as error:
                 raise ValueError(f"{folder / 'dataset_info.json'} is damaged ({error}): {command(name)}") from None
-            if about.get("fileFormat") == "array_record":
+            if form == "array_record":
                 return folder
             unreadable = folder
     if unreadable:

@@ -73,10 +73,10 @@ def sizes(
     }
 
 
-def split_by(source: str) -> tuple[str, ...]:
-    """Options that may move an example from one split into another, which no evaluation may."""
+def split_by(source: str, split: str) -> tuple[str, ...]:
+    """Options that may move a training example into `split`, which no evaluation may."""
     del source
-    return ("val_size", "seed")
+    return ("val_size", "seed") if split == "validation" else ()
 
 
 def get_task(

@@ -108,7 +108,7 @@ def trained_parameters(
     elif which == "best":
         ranked = History(Path(path) / "metrics.jsonl", writer=False).ranked()
         wanted = [step for step in ranked if step in steps] or steps[::-1]
-    elif which.isdigit() and int(which) in steps:
+    elif which.isdecimal() and int(which) in steps:
         wanted = [int(which)]
     else:
         raise Refused(f"--checkpoint={which}: {path} has best, last and the steps {', '.join(map(str, steps))}")
