@@ -123,6 +123,10 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def decimals(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="where the runs, recall.png and recall.json go")
@@ -130,11 +134,12 @@ def main() -> None:
     parser.add_argument("--pairs", type=numbers, default=[8], help="to be remembered, by commas")
     parser.add_argument("--sizes", type=numbers, default=[1], help="which of a mixer's sizes, 0 to 2, by commas")
     parser.add_argument("--conv", type=numbers, default=[0, 4], help="sizes of the convolution, by commas")
-    parser.add_argument("--rates", default="0.001,0.003,0.01", help="learning rates, by commas")
+    parser.add_argument("--rates", type=decimals, default="0.001,0.003,0.01", help="learning rates, by commas")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each setting")
     parser.add_argument("--steps", type=int, default=1000)
     arguments = parser.parse_args()
-    rates = [float(rate) for rate in arguments.rates.split(",")]
+    if arguments.seeds < 1:
+        parser.error(f"--seeds={arguments.seeds}: must be at least 1")
     mixers = arguments.mixers.split(",")
     if set(mixers) - set(SIZES):
         parser.error(f"--mixers has {min(set(mixers) - set(SIZES))!r}: use some of {', '.join(SIZES)}")
@@ -144,7 +149,7 @@ def main() -> None:
         point = Point(mixer, conv, pairs, sizes[min(index, len(sizes) - 1)])
         if point in results:
             continue
-        results[point] = measure(arguments.out, point, rates, arguments.seeds, arguments.steps)
+        results[point] = measure(arguments.out, point, arguments.rates, arguments.seeds, arguments.steps)
         print(
             f"{mixer:9s}  conv {conv}  {pairs:2d} pairs  {point.state_bytes():7,} bytes  {results[point]}", flush=True
         )

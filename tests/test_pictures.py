@@ -91,6 +91,9 @@ def test_operations_of_randaugment(channels):
     np.testing.assert_array_equal(outs["invert"], 255 - x)
     np.testing.assert_array_equal(outs["posterize"], x // 32 * 32)  # int(0.9 · 4) = 3 bits stay
     np.testing.assert_array_equal(outs["solarize"], np.where(x < 230, x, 255 - x))
+    full = {f.__name__: np.asarray(f(image, 1.0, np.random.default_rng(0))).astype(int) for f in OPERATIONS}
+    np.testing.assert_array_equal(full["solarize"], 255 - x)  # as in big_vision, where 256 is 0 in a byte
+    np.testing.assert_allclose(full["contrast"], np.clip(196 + 1.9 * (x - 196), 0, 255), atol=1)
     np.testing.assert_array_equal(outs["solarize_add"], np.where(x < 128, x + 99, x))
     low, high = x.min((0, 1)), x.max((0, 1))
     np.testing.assert_allclose(outs["autocontrast"], (x - low) * 255 / (high - low), atol=1)

@@ -225,6 +225,24 @@ def test_files_of_another_format_are_named(imagenet, tmp_path):
         vision.get_task(source="imagenet2012", data_dir=tmp_path)
 
 
+def test_a_damaged_image_is_named_also_where_it_is_decoded_late(tmp_path):
+    """CIFAR-10 is decoded at the start, ImageNet batch by batch."""
+    from efficient_tx.training.errors import Refused
+    from efficient_tx.training.evaluation import prefetch
+
+    whole = encoded(gradient_image(32, 32), "PNG")
+    prepare("cifar10", tmp_path, {"train": 12, "test": 5}, 10, "png", lambda i: whole[: -40 * (i == 3) or None])
+    with pytest.raises(ValueError, match=r"^cifar10, stored image \d+, cannot be decoded \(.+\)$"):
+        vision.get_task(source="cifar10", data_dir=tmp_path, val_size=3)
+    whole = encoded(gradient_image(60, 80), "JPEG")
+    splits = {"train": 12, "validation": 3}
+    prepare("imagenet2012", tmp_path, splits, 1000, "jpeg", lambda i: whole[: -40 * (i == 3) or None])
+    task = vision.get_task(source="imagenet2012", data_dir=tmp_path, val_size=3, image_size=32)
+    with pytest.raises(Refused, match=r"^imagenet2012, stored image \d+, cannot be decoded \(.+\)$"):
+        list(prefetch(evaluation_batches(task.train, task, batch_size=4)))
+        list(prefetch(evaluation_batches(task.validation, task, batch_size=4)))
+
+
 def test_two_steps_of_imagenet(imagenet):
     """The shipped recipe, smaller, through the real loading code."""
     import jax

@@ -22,10 +22,20 @@ class Picture:
       stored: uint8 `[height, width, channels]`, or the bytes of a JPEG or PNG file.
       shape: (side, side, channels) of the array; three channels are red, green and blue, one is grey.
       margin: at least 1.
+      name: what errors call it.
+
+    Raises:
+      ValueError: (when it is looked at) the file is damaged.
     """
 
-    def __init__(self, stored: bytes | np.ndarray, shape: tuple[int, int, int], margin: float = 1.0):
-        self.stored, self.shape, self.margin = stored, shape, margin
+    def __init__(
+        self,
+        stored: bytes | np.ndarray,
+        shape: tuple[int, int, int],
+        margin: float = 1.0,
+        name: str = "an image",
+    ):
+        self.stored, self.shape, self.margin, self.name = stored, shape, margin, name
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         """Float32 of `shape`, in [-1, 1]."""
@@ -37,11 +47,13 @@ class Picture:
         """The whole picture, a `PIL.Image` in grey or in red, green and blue."""
         from PIL import Image
 
-        if isinstance(self.stored, bytes):
-            image = Image.open(io.BytesIO(self.stored))
-        else:
-            image = Image.fromarray(self.stored[..., 0] if self.stored.shape[-1] == 1 else self.stored)
-        return image.convert("L" if self.shape[-1] == 1 else "RGB")
+        mode = "L" if self.shape[-1] == 1 else "RGB"
+        if not isinstance(self.stored, bytes):
+            return Image.fromarray(self.stored[..., 0] if self.stored.shape[-1] == 1 else self.stored).convert(mode)
+        try:
+            return Image.open(io.BytesIO(self.stored)).convert(mode)
+        except Exception as error:  # a damaged file can raise almost anything
+            raise ValueError(f"{self.name} cannot be decoded ({error})") from None
 
     def middle(self):
         """What evaluation sees, as a `PIL.Image`."""

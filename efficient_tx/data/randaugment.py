@@ -1,15 +1,18 @@
 """RandAugment (Cubuk et al. 2019, arXiv 1909.13719): a few random operations on an image, all of one strength.
 
 The 16 operations and what a level means to each are those of big_vision's `randaug` (google-research/big_vision,
-pp/autoaugment.py), quirks included: at level 10 `solarize` does nothing, and `posterize` is stronger at lower levels.
-Its distances in pixels are for images of 224; here they are shares of the side. PIL does the image processing. No
-library that does the rest could be depended on: torchvision, kornia and timm need torch, keras-cv TensorFlow,
-albumentations is no longer maintained, its successor has licence AGPL-3.0, and dm-pix has no such operation.
+pp/autoaugment.py), quirks included: at level 10 `solarize` inverts the whole image, as its threshold of 256 is 0 in a
+byte (its issue 110); `contrast` stretches about 196, the pixels of its images over 256, and not about their mean (its
+issue 109); `posterize` is stronger at lower levels. Its distances in pixels are for images of 224; here they are
+shares of the side. PIL does the image processing. No library that does the rest could be depended on: torchvision,
+kornia and timm need torch, keras-cv TensorFlow, albumentations is no longer maintained, its successor has licence
+AGPL-3.0, and dm-pix has no such operation.
 """
 
 import numpy as np
 
 _GREY = 128  # of what comes into view from outside
+_PIVOT = 224**2 // 256
 _MOST_DEGREES, _MOST_SHEAR = 30.0, 0.3
 _MOST_SHIFT, _MOST_CUT = 100 / 224, 40 / 224  # of the side
 _MOST_ADDED = 110
@@ -72,7 +75,7 @@ def posterize(image, strength, rng):
 def solarize(image, strength, rng):
     from PIL import ImageOps
 
-    return ImageOps.solarize(image, int(strength * 256))
+    return ImageOps.solarize(image, int(strength * 256) % 256)
 
 
 def solarize_add(image, strength, rng):
@@ -81,11 +84,23 @@ def solarize_add(image, strength, rng):
     return image.point(lambda value: min(value + added, 255) if value < 128 else value)
 
 
+def _factor(strength):
+    """From nearly nothing of a property to nearly twice of it."""
+    return 0.1 + 1.8 * strength
+
+
+def contrast(image, strength, rng):
+    from PIL import Image
+
+    pivot = Image.new(image.mode, image.size, _PIVOT if image.mode == "L" else (_PIVOT,) * 3)
+    return Image.blend(pivot, image, _factor(strength))
+
+
 def _enhance(name):
     def operation(image, strength, rng):
         from PIL import ImageEnhance
 
-        return getattr(ImageEnhance, name)(image).enhance(0.1 + 1.8 * strength)
+        return getattr(ImageEnhance, name)(image).enhance(_factor(strength))
 
     return operation
 
@@ -125,7 +140,7 @@ OPERATIONS = (
     solarize,
     solarize_add,
     _enhance("Color"),
-    _enhance("Contrast"),
+    contrast,
     _enhance("Brightness"),
     _enhance("Sharpness"),
     shear_x,

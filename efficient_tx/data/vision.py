@@ -140,7 +140,7 @@ def get_task(
         "val": (training, order[len(order) - val_size :]),
         "test": (testing, np.arange(counts["test"])),
     }
-    train, validation, test = (Images(*place, shape, collection.margin) for place in places.values())
+    train, validation, test = (Images(*place, shape, collection.margin, source) for place in places.values())
     return Task(
         train,
         validation,
@@ -157,15 +157,17 @@ def get_task(
 class Images:
     """Some images of a collection, a random-access source: item i is {"inputs": Picture, "label": int}."""
 
-    def __init__(self, stored: Sequence, order: np.ndarray, shape: tuple[int, int, int], margin: float):
-        self.stored, self.order, self.shape, self.margin = stored, order, shape, margin
+    def __init__(self, stored: Sequence, order: np.ndarray, shape: tuple[int, int, int], margin: float, name: str):
+        self.stored, self.order, self.shape, self.margin, self.name = stored, order, shape, margin, name
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __getitem__(self, index: int) -> Example:
-        record = self.stored[int(self.order[index])]
-        return {"inputs": Picture(record["image"], self.shape, self.margin), "label": int(record["label"])}
+        place = int(self.order[index])
+        record = self.stored[place]
+        picture = Picture(record["image"], self.shape, self.margin, f"{self.name}, stored image {place},")
+        return {"inputs": picture, "label": int(record["label"])}
 
 
 class Augment:
@@ -265,7 +267,10 @@ def _read_into_memory(name: str, root: pathlib.Path) -> tuple[Arrays, Arrays]:
     splits = []
     for records in _read_prepared(name, root):
         shape = (collection.side, collection.side, collection.channels)
-        images = np.stack([np.asarray(Picture(record["image"], shape).image()) for record in records])
+        pictures = (
+            Picture(record["image"], shape, name=f"{name}, stored image {i},") for i, record in enumerate(records)
+        )
+        images = np.stack([np.asarray(picture.image()) for picture in pictures])
         splits.append(Arrays(images, np.array([record["label"] for record in records])))
     return tuple(splits)
 

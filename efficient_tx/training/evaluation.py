@@ -13,7 +13,7 @@ from flax import nnx
 from efficient_tx.task import Batch
 from efficient_tx.training import metrics
 from efficient_tx.training.checkpoint import Checkpoints, Damaged
-from efficient_tx.training.errors import Refused
+from efficient_tx.training.errors import Refused, refusing
 from efficient_tx.training.history import History
 from efficient_tx.training.optimizer import evaluation_params
 from efficient_tx.training.stages import Stage, stage_at
@@ -38,11 +38,15 @@ class Scores(NamedTuple):
 
 
 def prefetch(batches: grain.MapDataset, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
-    """Batches start..stop, split over the local devices, a few of them prepared ahead in threads."""
+    """Batches start..stop, split over the local devices, a few of them prepared ahead in threads.
+
+    Raises:
+      Refused: (from the iterator) an example cannot be read.
+    """
     split = partial(split_batch, devices=jax.local_devices())
-    return iter(
-        batches[start:stop].map(split).to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
-    )
+    read = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    with refusing():
+        yield from batches[start:stop].map(split).to_iter_dataset(read)
 
 
 def make_evaluate(graphdef: nnx.GraphDef) -> Callable[..., Scores]:
