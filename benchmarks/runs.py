@@ -37,6 +37,9 @@ def train(
         run.terminate()
         status = run.wait()
         allowed += [128 + signal.SIGTERM, -signal.SIGTERM]  # it has saved where it was, or had not begun
+    except KeyboardInterrupt:
+        run.wait()  # the terminal has told it, too: it saves where it is
+        raise SystemExit(128 + signal.SIGINT) from None
     if status not in allowed:
         raise SystemExit(status)  # train.py has said why
 
