@@ -6,8 +6,9 @@ Command:   python train.py --config=configs/lra_retrieval.py:skyformer --workdir
 Hardware:  one accelerator; or 2 CPU cores with --config.grad_accum=16, about 2 to 3 s a step of skyformer
 Expected:  protocol skyformer: 82.06 % with skyformer, 80.69 % with softmax (Chen et al. 2021, arXiv 2111.00035,
            table 1, mean of 3 seeds); protocol lra: 57.46 % with softmax (Long Range Arena's README). Not reproduced
-           here: the AAN files were not at hand. The best constant answer has 50 %. On speeches the
-           similarity of the two documents' byte n-grams has 63.6 %.
+           here: the AAN files were not at hand. The best constant answer has 50 %. On speeches the similarity of
+           the two documents' byte n-grams has 63.6 %; on their first 1,024 bytes skyformer has 56.1 % after 1,500
+           steps, n-grams 58.6 %.
 """
 
 from configs.base import make_config
