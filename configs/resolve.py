@@ -228,8 +228,9 @@ def hold_out(task: ConfigDict, trained: ConfigDict, split: str, *, typed: bool) 
 
 def same_source(one: str | None, two: str | None) -> bool:
     """Whether both are the same name, or the same place in two spellings."""
-    places = [path and Path(path).expanduser().resolve() for path in (one, two)]
-    return places[0] == places[1]
+    if one is None or two is None:
+        return one == two
+    return Path(one).expanduser().resolve() == Path(two).expanduser().resolve()
 
 
 def departures(config: ConfigDict, path: str) -> list[str]:

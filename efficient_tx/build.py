@@ -270,9 +270,10 @@ def check(config: ConfigDict) -> None:
         raise ValueError(f"config.seed is {config.seed}: it must be in [0, 2^32)")
     with naming("config.model"):
         check_rate(config.model.dropout)
-    at_least(1, **{"config.task.max_len": config.task.get("max_len")})
-    if (config.task.get("max_len") or 1) > LONGEST:
-        raise ValueError(f"config.task.max_len is {config.task.max_len}: it must be at most {LONGEST}")
+    max_len = config.task.get("max_len", 1)
+    at_least(1, **{"config.task.max_len": max_len})
+    if max_len > LONGEST:
+        raise ValueError(f"config.task.max_len is {max_len}: it must be at most {LONGEST}")
     if config.batch_size % config.grad_accum:
         raise ValueError(f"config.grad_accum is {config.grad_accum}: it must divide batch_size {config.batch_size}")
     for name in config.loggers:

@@ -141,8 +141,12 @@ def test_sizes_and_masks(tmp_path):
     assert contents(task.validation) == contents(plain.train)[-6:] + contents(plain.validation)
     assert contents(task.test) == contents(plain.test)[:3]
     assert (task.name, plain.name) == ("image-legacy-mask", "image")
-    for item in task.train:
+    everything = image.get_task(data_dir=str(tmp_path), **SIZES, legacy_mask=True)
+    items = [item for split in (everything.train, everything.validation) for item in split]
+    for item in items:
         assert item["mask"].tolist() == [value > 0 for value in item["inputs"].tolist()]
+    (black,) = (item for item in items if not item["inputs"][: 8 * 32].any())  # image 1 of those stored
+    assert not black["mask"][: 8 * 32].any() and black["mask"][8 * 32 :].all()
     assert "mask" not in plain.train[1]
     assert evaluation_batches(plain.train, plain, batch_size=4)[0]["mask"].all()
     batch = evaluation_batches(task.train, task, batch_size=4)[0]

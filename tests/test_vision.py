@@ -178,8 +178,8 @@ def test_a_row_is_the_same_on_one_process_and_on_two(augment):
 
 def prepare(name, root, splits, num_classes, form, picture):
     """A directory as tensorflow_datasets prepares it: image i of a split of so many is the file picture(i)."""
-    features = tfds.features
-    features = {"image": features.Image(encoding_format=form), "label": features.ClassLabel(num_classes=num_classes)}
+    label = tfds.features.ClassLabel(num_classes=num_classes)
+    features = {"image": tfds.features.Image(encoding_format=form), "label": label}
     items = {
         split: [{"image": io.BytesIO(picture(i)), "label": 10 * i % num_classes} for i in range(count)]
         for split, count in splits.items()
