@@ -305,6 +305,8 @@ def empty_inputs(task: Task) -> dict[str, jax.Array]:
         return {"inputs": jnp.zeros((1, *task.image_shape))}
     tokens = jnp.zeros((1, task.max_len), jnp.float32 if task.vocab_size is None else jnp.int32)
     inputs = {"inputs": tokens, "mask": tokens == 0}
+    if task.own_masks:
+        inputs["positions"] = jnp.zeros((1, task.max_len), jnp.int32)
     return {**inputs, "inputs2": tokens, "mask2": tokens == 0} if task.kind == "token_pairs" else inputs
 
 

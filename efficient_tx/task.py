@@ -11,13 +11,14 @@ import numpy as np
 Kind = Literal["tokens", "token_pairs", "image", "token_labels"]
 
 # Example: one unbatched item, {"inputs": int32 [length], "label": int}; `inputs2` beside it for pairs. All its tokens
-# are real, whatever their values, unless it brings a bool "mask" [length] (and "mask2" for pairs). A training one may
-# have a second label, `label2`, and the share `mix` in [0, 1] of the loss that is the first one's (mixup).
+# are real, whatever their values, unless the task has `own_masks`: then it brings a bool "mask" [length]. One for
+# training may have a second label, `label2`, and the share `mix` in [0, 1] of the loss that is the first one's (mixup).
 Example = Mapping[str, Any]
 
 # Batch: {"inputs": int32 [B, L], "mask": bool [B, L], "label": int32, "weight": float32}; label and weight are both
 # [B], or both [B, L] for per-token labels. L is max_len, or under `bucket` a shorter length that fits the batch.
-# `inputs2` and `mask2` are there for pairs, `label2` int32 and `mix` float32, both [B], where the examples have them.
+# `inputs2` and `mask2` are there for pairs, `positions` int32 [B, L] under `own_masks`, `label2` int32 and `mix`
+# float32, both [B], where the examples have them.
 # weight 0 marks what only fills up the batch (padding of an evaluation batch), so that it counts nowhere.
 Batch = dict[str, np.ndarray]
 
@@ -43,6 +44,8 @@ class Task:
       image_shape: (height, width, channels) of every image, for the kind "image"; None for the others.
       name: the task's short name, a column of the results ("listops").
       source: where the data come from, in words ("generated, seed 0").
+      own_masks: examples of one sequence say themselves which of their tokens are real. These keep their places: their
+        positions count the others too, where otherwise they count the real tokens only.
       bucket: batches hold examples of similar length and are padded to a power of two that fits them.
       baselines: test accuracy of answers that a model has to beat, by name, computed on this very test split.
       augment: what training makes of an example of `train` each time it comes up, drawing from the generator it is
@@ -59,6 +62,7 @@ class Task:
     name: str
     source: str
     image_shape: tuple[int, int, int] | None = None
+    own_masks: bool = False
     bucket: bool = False
     baselines: Mapping[str, float] = dataclasses.field(default_factory=dict)
     augment: Callable[[Example, np.random.Generator], Example] | None = None

@@ -26,9 +26,10 @@ _READER = "v2"  # part of the stored data's name: raise it with any change of ho
 _RIDGE = 1.0
 
 
-def sizes(*, source: str = "cifar10", **_) -> dict[str, int]:
+def sizes(*, source: str = "cifar10", legacy_mask: bool = False, **_) -> dict[str, int]:
     """What a model has to know of the task, from the options of `get_task` alone."""
-    return {"num_classes": 10, "vocab_size": 256, "max_len": _SIDES.get(source, cifar.SIDE) ** 2}
+    side = _SIDES.get(source, cifar.SIDE)
+    return {"num_classes": 10, "vocab_size": 256, "max_len": side**2, "own_masks": legacy_mask}
 
 
 def split_by(source: str, split: str) -> tuple[str, ...]:
@@ -56,7 +57,8 @@ def get_task(
         Validation takes the last ones of those for training, training and testing the first ones, in the order of
         the pictures' checksums, as CIFAR-10's archives and TensorFlow Datasets store them in different ones. (The
         arena's validation is the last tenth of the latter's.)
-      legacy_mask: mask black pixels as if they were padding, as the arena's code and the Skyformer paper's did.
+      legacy_mask: mask black pixels as if they were padding, as the arena's code and the Skyformer paper's did; the
+        others keep their places in the picture.
 
     Raises:
       ValueError: a setting is out of range, or files are damaged.
@@ -78,7 +80,7 @@ def get_task(
     return Task(
         *splits,
         kind=KIND,
-        **sizes(source=source),
+        **sizes(source=source, legacy_mask=legacy_mask),
         name=("image-fashion_mnist" if source == "fashion_mnist" else "image") + "-legacy-mask" * legacy_mask,
         source=f"{source} in {place}, {counts} images" if source in COUNTS else f"{place}, {counts} images",
         baselines={k: float(v) for k, v in generate.stored(fitted, lambda: _baselines(splits[0], splits[2])).items()},

@@ -30,7 +30,7 @@ _BASELINES = "v1"  # part of the stored baselines' name: raise it with any chang
 _FITTED = 20000  # training images that the baseline is fitted on
 
 
-def sizes(*, resolution: int = 32, contour_length: int = 14, **_) -> dict[str, int]:
+def sizes(*, resolution: int = 32, contour_length: int = 14, legacy_mask: bool = False, **_) -> dict[str, int]:
     """What a model has to know of the task, from the options of `get_task` alone."""
     for name, value, known in (
         ("resolution", resolution, snakes.LOOKS),
@@ -38,7 +38,7 @@ def sizes(*, resolution: int = 32, contour_length: int = 14, **_) -> dict[str, i
     ):
         if value not in known:
             raise ValueError(f"{name} is {value}: the arena has {', '.join(map(str, known))}")
-    return {"num_classes": 2, "vocab_size": 256, "max_len": resolution**2}
+    return {"num_classes": 2, "vocab_size": 256, "max_len": resolution**2, "own_masks": legacy_mask}
 
 
 def split_by(source: str, split: str) -> tuple[str, ...]:
@@ -71,7 +71,8 @@ def get_task(
       resolution: 32, 64, 128 (Path-X) or 256 pixels a side.
       contour_length: dashes of the two contours, 6, 9 or 14 (the arena's task).
       seed: of the generator; for files, of the split.
-      legacy_mask: mask black pixels as if they were padding, as the arena's code and the Skyformer paper's did.
+      legacy_mask: mask black pixels as if they were padding, as the arena's code and the Skyformer paper's did; the
+        others keep their places in the picture.
 
     Raises:
       ValueError: a setting is out of range, or a file is damaged, or there are too few.
@@ -79,7 +80,7 @@ def get_task(
       ModuleNotFoundError: numba is not installed, and the images have to be generated.
       OSError: generated data cannot be stored.
     """
-    known = sizes(resolution=resolution, contour_length=contour_length)
+    known = sizes(resolution=resolution, contour_length=contour_length, legacy_mask=legacy_mask)
     counts = {"train": train_size, "val": val_size, "test": test_size}
     at_least(1, train_size=train_size, val_size=val_size, test_size=test_size)
     at_least(0, seed=seed)

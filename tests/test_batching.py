@@ -143,18 +143,19 @@ def test_pairs():
     assert batch["label"].shape == (7,)
 
 
-@pytest.mark.parametrize("kind", ["tokens", "token_pairs"])
-def test_an_example_may_bring_its_mask(kind):
+def test_an_example_may_bring_its_mask():
     def example(item):
         one = sequence(item)
-        return one | {"mask": one["inputs"] > 0, "inputs2": one["inputs"][::-1], "mask2": one["inputs"][::-1] > 1}
+        return one | {"mask": one["inputs"] > 1}
 
-    batch = collate([example(item) for item in (3, 11, 1)], toy(1, kind))
-    np.testing.assert_array_equal(batch["mask"], batch["inputs"] > 0)
-    if kind == "token_pairs":
-        np.testing.assert_array_equal(batch["mask2"], batch["inputs2"] > 1)
-    plain = collate([sequence(11), example(11)], toy(1))
-    assert plain["mask"][0].all() and not plain["mask"][1].all()
+    task = dataclasses.replace(toy(30, example=example), own_masks=True)
+    batch = train_batches(task, batch_size=5, seed=0)[1]
+    np.testing.assert_array_equal(batch["mask"], batch["inputs"] > 1)
+    assert ((batch["inputs"] == 1).any(), batch["positions"].dtype) == (True, np.int32)
+    np.testing.assert_array_equal(batch["positions"], [range(LENGTH)] * 5)
+    assert "positions" not in collate([sequence(3)], toy(1))
+    with pytest.raises(ValueError, match="an example of toy brings a mask: its task must have own_masks=True"):
+        collate([example(3)], toy(1))
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -151,6 +151,7 @@ def test_sizes_and_masks(tmp_path):
     assert evaluation_batches(plain.train, plain, batch_size=4)[0]["mask"].all()
     batch = evaluation_batches(task.train, task, batch_size=4)[0]
     assert np.array_equal(batch["mask"], batch["inputs"] > 0)
+    assert (batch["positions"] == np.arange(1024)).all()
     with pytest.raises(IndexError, match="20 of 20"):
         plain.test[20]
 

@@ -52,6 +52,27 @@ def test_logits_do_not_depend_on_padding(pool, positions):
     np.testing.assert_allclose(run(model, left, left_mask), logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
+def test_tokens_that_keep_their_places_tell_a_masked_picture_from_its_shift(positions):
+    model = classifier(positions=positions)
+    places = jnp.arange(12)[None]
+    picture = np.array([[0, 0, 3, 0, 0, 5, 2, 0, 0, 0, 0, 0]])
+    shifted = np.roll(picture, 4)
+    here, there = (np.asarray(model(x, mask=x > 0, positions=places)) for x in map(jnp.asarray, (picture, shifted)))
+    assert np.abs(here - there).max() > 1e-3
+    ranked = [np.asarray(model(x, mask=x > 0)) for x in map(jnp.asarray, (picture, shifted))]
+    np.testing.assert_allclose(*ranked, rtol=1e-5, atol=1e-5)  # as padding: float32, other groupings of sums
+    # What stands at a place is found there: the same tokens side by side, with their places given, are the picture.
+    side_by_side = model(jnp.array([[3, 5, 2]]), positions=jnp.array([[2, 5, 6]]))
+    np.testing.assert_allclose(side_by_side, here, rtol=1e-5, atol=1e-5)
+
+
+def test_rotary_positions_of_masked_pictures_are_refused():
+    model = classifier(positions="rope")
+    with pytest.raises(ValueError, match=r"positions is 'rope'.*legacy_mask.*use 'learned', 'sinusoidal' or 'none'"):
+        model(jnp.ones((1, 12), int), positions=jnp.arange(12)[None])
+
+
 def test_pooling_by_hand():
     x = np.random.default_rng(0).normal(size=(3, 12, 4)).astype(np.float32)
     mask = np.arange(12) < LENGTHS[:, None]

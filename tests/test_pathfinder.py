@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from configs import protocols, resolve
+from efficient_tx import build
 from efficient_tx.data.batching import collate
 from efficient_tx.task import Task
 from lra import pathfinder, pathfinder_files, snakes
@@ -70,6 +71,7 @@ def test_black_pixels_are_tokens_unless_the_old_mask_is_asked_for(tmp_path):
     legacy = collate([old.test[i] for i in range(8)], old)
     np.testing.assert_array_equal(legacy["mask"], batch["inputs"] > 0)
     np.testing.assert_array_equal(legacy["inputs"], batch["inputs"])
+    assert (legacy["positions"] == np.arange(1024)).all() and "positions" not in batch
 
 
 @pytest.mark.parametrize(
@@ -243,6 +245,15 @@ def test_damaged_and_missing_files_are_named(tmp_path, capsys):
     assert "sample_172.png is empty, as in the arena's archive: left out" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("positions", ["rope", "rope2d"])
+def test_rotary_positions_are_refused_with_the_old_mask_before_a_run(positions):
+    settings = {"task.legacy_mask": True, "model.positions": positions}
+    config = resolve.resolve(resolve.load("configs/lra_pathfinder.py:skyformer"), settings)
+    with pytest.raises(ValueError, match=rf"^config\.model.*positions is '{positions}'.*legacy_mask.*use 'learned'"):
+        build.check(config)
+    build.check(resolve.resolve(config, {"model.positions": "learned"}))
+
+
 @pytest.mark.parametrize("protocol", ["lra", "skyformer"])
 def test_protocols_tell_pathfinder_and_path_x_apart(protocol):
     typed = {"protocol": protocol}
@@ -262,7 +273,7 @@ def test_protocols_tell_pathfinder_and_path_x_apart(protocol):
 
 def test_sizes_are_those_of_the_task(tmp_path):
     task = get_task(tmp_path, resolution=64, contour_length=6, train_size=2, val_size=1, test_size=1)
-    known = pathfinder.sizes(resolution=64, contour_length=6, data_dir=None)
+    known = pathfinder.sizes(resolution=64, contour_length=6, legacy_mask=False, data_dir=None)
     assert isinstance(task, Task) and task.name == "pathfinder-64-length-6"
     assert known == {name: getattr(task, name) for name in known}
     assert len(task.train[0]["inputs"]) == known["max_len"] == 4096

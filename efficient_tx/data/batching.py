@@ -125,18 +125,19 @@ def bucket(longest: int, max_len: int) -> int:
 def collate(examples: Sequence[Example], task: Task, length: int | None = None) -> Batch:
     """One batch of unpadded examples, padded with zeros on the right to `length`, by default `task.max_len`.
 
-    An example may carry its own "weight" (a number, or `[length]` for per-token labels); otherwise it is 1. One with a
-    bool "mask" `[length]` says itself which of its tokens are real (`mask2` for the second sequence of a pair). Where
-    the examples carry "label2" and "mix" (numbers), these are stacked too.
+    An example may carry its own "weight" (a number, or `[length]` for per-token labels); otherwise it is 1. Under
+    `task.own_masks` its bool "mask" `[length]` says which of its tokens are real. Where the examples carry "label2" and
+    "mix" (numbers), these are stacked too.
 
     Returns:
       `inputs` `[B, length]` int32 (float32 where the task has no vocabulary; further axes of an example follow),
-      `mask` bool `[B, length]`, True up to the example's length whatever its values unless it brings its own; `inputs2`
-      and `mask2` likewise for pairs; `label` int32 and `weight` float32, `[B]`, or `[B, length]` for per-token labels,
-      with weight 0 beyond the example's end. Images are stacked as they are and have no mask.
+      `mask` bool `[B, length]`, True up to the example's length whatever its values unless it brings its own, and then
+      `positions` int32 `[B, length]`, the places of the tokens; `inputs2` and `mask2` for pairs; `label` int32 and
+      `weight` float32, `[B]`, or `[B, length]` for per-token labels, with weight 0 beyond the example's end. Images are
+      stacked as they are and have no mask.
 
     Raises:
-      ValueError: an example is longer than `length`.
+      ValueError: an example is longer than `length`, or brings a mask without `task.own_masks`.
     """
     length = task.max_len if length is None else length
     if task.kind == "image":
@@ -147,9 +148,12 @@ def collate(examples: Sequence[Example], task: Task, length: int | None = None) 
         batch = {"inputs": inputs, "mask": mask}
         if task.kind == "token_pairs":
             batch["inputs2"], batch["mask2"] = _pad([example["inputs2"] for example in examples], length, task, dtype)
-        for row, example in enumerate(examples):
-            for name in batch.keys() & example.keys() & {"mask", "mask2"}:
-                batch[name][row, : len(example[name])] &= example[name]
+        if task.own_masks:
+            for row, example in zip(mask, examples):
+                row[: len(example["mask"])] &= example["mask"]
+            batch["positions"] = np.tile(np.arange(length, dtype=np.int32), (len(examples), 1))
+        elif "mask" in examples[0]:
+            raise ValueError(f"an example of {task.name} brings a mask: its task must have own_masks=True")
     if task.kind == "token_labels":
         ones = np.ones(length, np.float32)
         weights = [example.get("weight", ones[: len(example["inputs"])]) for example in examples]

@@ -111,10 +111,10 @@ class TokenEncoder(nnx.Module):
         self.dropout = dropout
 
     def encode(
-        self, inputs: jax.Array, mask: jax.Array | None, key: jax.Array | None
+        self, inputs: jax.Array, mask: jax.Array | None, key: jax.Array | None, positions: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array | None]:
         """int `[batch, length]` -> `[batch, prefix + length, features]`, and the mask of that length (or None)."""
-        x = self.embedding(inputs, mask=mask)
+        x = self.embedding(inputs, mask=mask, positions=positions)
         if self.prefix is not None:
             count = self.prefix.shape[0]
             prefix = jnp.broadcast_to(self.prefix[...].astype(x.dtype), (x.shape[0], count, x.shape[2]))
@@ -149,15 +149,26 @@ class Classifier(TokenEncoder):
             nnx.Linear(hidden, num_classes, rngs=encoder["rngs"]),
         )
 
-    def __call__(self, inputs: jax.Array, *, mask: jax.Array | None = None, key: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        inputs: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
         """Logits, float32 `[batch, num_classes]`.
 
         Args:
           inputs: token ids, int `[batch, length]`.
           mask: bool `[batch, length]`, True for real tokens; None means all are.
+          positions: int `[batch, length]`, see `TokenEmbedding`; None ranks the real tokens.
           key: None at evaluation; in training one key per example `[batch]`, or one key, folded per row.
+
+        Raises:
+          ValueError: see `TokenEmbedding`.
         """
-        x, mask = self.encode(inputs, mask, key)
+        x, mask = self.encode(inputs, mask, key, positions)
         return self.head(pool_tokens(x, mask, self.pool))
 
 
@@ -173,8 +184,15 @@ class TokenClassifier(TokenEncoder):
         super().__init__(**encoder)
         self.head = nnx.Linear(self.encoder.features, num_classes, rngs=encoder["rngs"])
 
-    def __call__(self, inputs: jax.Array, *, mask: jax.Array | None = None, key: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        inputs: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
         """Logits, float32 `[batch, length, num_classes]`; arguments as in `Classifier`."""
-        x, _ = self.encode(inputs, mask, key)
+        x, _ = self.encode(inputs, mask, key, positions)
         x = x[:, x.shape[1] - inputs.shape[1] :]
         return self.head(x.astype(jnp.promote_types(x.dtype, jnp.float32)))

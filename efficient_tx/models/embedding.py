@@ -20,7 +20,7 @@ def sinusoids(length: int, features: int) -> np.ndarray:
 class TokenEmbedding(nnx.Module):
     """Token ids to vectors, plus their positions if these are absolute (the rotary ones belong to the mixers).
 
-    A token's position is its rank among the real tokens, so padding anywhere changes nothing.
+    A token's position is its rank among the real tokens, so padding anywhere changes nothing; or it is given.
 
     Args:
       vocab_size: ids are in [0, vocab_size).
@@ -49,12 +49,24 @@ class TokenEmbedding(nnx.Module):
         self.max_len = max_len
         self.dtype = dtype
 
-    def __call__(self, inputs: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
-        """`inputs` int `[batch, length]`, `mask` bool `[batch, length]` or None -> `[batch, length, features]`.
+    def __call__(
+        self, inputs: jax.Array, *, mask: jax.Array | None = None, positions: jax.Array | None = None
+    ) -> jax.Array:
+        """`inputs` int `[batch, length]` -> `[batch, length, features]`.
+
+        Args:
+          mask: bool `[batch, length]`, True for real tokens; None means all are.
+          positions: int `[batch, length]`, of each token; None means its rank among the real ones.
 
         Raises:
-          ValueError: longer input than max_len, where positions are tied to it.
+          ValueError: longer input than max_len, where positions are tied to it; positions given under "rope" or
+            "rope2d", by which mixers rank the real tokens.
         """
+        if positions is not None and self.positions.startswith("rope"):
+            raise ValueError(
+                f"positions is {self.positions!r}, which counts real tokens only, but the task masks some between them "
+                "and keeps their places (legacy_mask): use 'learned', 'sinusoidal' or 'none'"
+            )
         dtype = self.dtype or self.tokens[...].dtype
         x = jnp.take(self.tokens[...].astype(dtype), inputs, axis=0)
         if self.positions not in ("learned", "sinusoidal"):
@@ -64,6 +76,9 @@ class TokenEmbedding(nnx.Module):
             raise ValueError(
                 f"length is {length}, but {self.positions} positions were built for max_len={self.max_len}"
             )
-        table = self.learned[...] if self.positions == "learned" else sinusoids(length, x.shape[-1])
-        table = jnp.asarray(table[:length], dtype)
-        return x + (table if mask is None else jnp.take(table, token_ranks(mask, batch, length), axis=0))
+        table = self.learned[...] if self.positions == "learned" else sinusoids(self.max_len, x.shape[-1])
+        table = jnp.asarray(table, dtype)
+        if positions is None and mask is None:
+            return x + table[:length]
+        ranks = token_ranks(mask, batch, length) if positions is None else positions
+        return x + jnp.take(table, ranks, axis=0)
