@@ -4,11 +4,16 @@
 `skyformer` those of the Skyformer paper's code (pkuzengqi/Skyformer 1a677cb, `src/config.py`). `default` is what the
 config file says.
 
-What these settings leave different from the original code: the Skyformer code cycles Adam's b1 with the learning rate,
-keeps the best checkpoint only after a fifth of the steps, averages over padded positions too, and drops attention
-weights where we drop the mixer's output at the same rate; both read files, not data generated here. The arena's code
-drops attention weights at another rate than the rest for Image (.2 beside .3) and Pathfinder (.1 beside .2); for
-Retrieval it pools the first position of encoders without a class token, where "cls" here adds one.
+What these settings leave different from the original code. Both read files, not data generated here; average over
+masked positions too, padding and black pixels; drop attention weights and hidden units of the MLPs beside the outputs,
+which are all that we drop; and draw learnt positions, Skyformer's word embeddings too, with a deviation of .02, ours 1.
+
+  Skyformer: cycles Adam's b1 with the learning rate; keeps the best checkpoint only after a fifth of the steps; draws
+    landmarks with replacement, anew in evaluation; and takes six steps towards the inverse that a Cholesky solve gives
+    here (`attention.skyformer.inverse=iteration` takes them, from another start).
+  The arena: drops attention weights at another rate than the rest for Image (.2 beside .3) and Pathfinder (.1 beside
+    .2); has Xavier weights, and no biases in attention; a class token starts at zero and has a position. For Retrieval
+    it pools the first position of encoders without a class token, where "cls" here adds one.
 """
 
 from collections.abc import Mapping
