@@ -28,7 +28,7 @@ def train(
     """Trains `configs/CONFIG.py:MODEL` to its end, or `seconds` further; a finished workdir is left as it is."""
     settings = {"seed": seed, "steps": steps, "eval_every": 100, "checkpoint_every": 500, "loggers": "()"} | settings
     command = [sys.executable, ROOT / "train.py", f"--config={ROOT}/configs/{config}.py:{model}"]
-    command += [f"--workdir={workdir}", *(f"--config.{key}={value}" for key, value in settings.items())]
+    command += [f"--workdir={workdir.absolute()}", *(f"--config.{key}={value}" for key, value in settings.items())]
     run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     allowed = [0]
     try:

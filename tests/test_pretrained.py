@@ -226,6 +226,22 @@ def test_files_that_are_none(tmp_path, name):
             load_pretrained(vit(), tmp_path / name)
 
 
+def test_a_damaged_archive_is_one_line(tmp_path):
+    path = tmp_path / "vit.npz"
+    np.savez_compressed(path, **{"cls": np.arange(1000.0)})
+    whole = path.read_bytes()
+    start = whole.index(b"cls.npy") + len("cls.npy")
+    method = whole.rindex(b"PK\x01\x02") + 10  # of compression, in the directory at the end
+    for damaged in (
+        whole[: start + 40] + b"\xff" * 20 + whole[start + 60 :],
+        whole[:method] + b"\x63" + whole[method + 1 :],
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"vit\.npz cannot be read: ") as error:
+            load_pretrained(vit(), path)
+        assert "\n" not in str(error.value)
+
+
 def test_pickled_arrays_are_not_opened(tmp_path):
     np.savez(tmp_path / "vit.npz", cls=np.array([{}], object))
     with pytest.raises(ValueError, match=r"cannot be read: .*allow_pickle"):

@@ -9,6 +9,7 @@ Hugging Face.
 import math
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -206,7 +207,7 @@ def read(path: str | Path) -> Tensors:
             return {name: np.asarray(x) for name, x in load_file(path).items()}
         except SafetensorError as error:
             raise ValueError(error) from None
-    except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, TypeError, ValueError, NotImplementedError, zlib.error, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
 
 

@@ -102,7 +102,8 @@ class Pyramid(nnx.Module):
     `grid=True, bottleneck="convolution", landmarks=49, value_conv=-1`.
 
     Parameters and multiplications at 224 × 224, with 1000 classes, in brackets the published ones; multiplications are
-    those of convolutions, linear layers and the products of attention, the solve with the bottleneck's kernel aside:
+    those of convolutions, linear layers and the products of attention, the solve with the bottleneck's kernel aside.
+    The parameters agree within 2 %, the multiplications too but for medium's 2.6 % and large's 2.1 %:
 
         tiny     13.07 M (13)    1.93 G (1.9)
         small    24.11 M (24)    3.35 G (3.3)
