@@ -273,7 +273,7 @@ def test_protocols_tell_pathfinder_and_path_x_apart(protocol):
 
 def test_sizes_are_those_of_the_task(tmp_path):
     task = get_task(tmp_path, resolution=64, contour_length=6, train_size=2, val_size=1, test_size=1)
-    known = pathfinder.sizes(resolution=64, contour_length=6, legacy_mask=False, data_dir=None)
+    known = pathfinder.sizes(resolution=64, contour_length=6, data_dir=None)
     assert isinstance(task, Task) and task.name == "pathfinder-64-length-6"
     assert known == {name: getattr(task, name) for name in known}
     assert len(task.train[0]["inputs"]) == known["max_len"] == 4096
