@@ -19,7 +19,7 @@ from pathlib import Path
 from runs import Curve, draw, train, validation
 
 from efficient_tx.attention import ATTENTION
-from lra.snakes import CONTOUR_LENGTHS
+from lra.pathfinder.drawing import CONTOUR_LENGTHS
 
 IMAGES = 2000
 SETTINGS = {

@@ -11,7 +11,7 @@ Expected:  protocol skyformer: 40.77 % with skyformer, 40.57 % with softmax (Che
            pixels have 81.2 %.
 """
 
-from configs.base import make_config
+from efficient_tx.config import make_config
 
 
 def get_config(argument=""):

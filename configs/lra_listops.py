@@ -8,7 +8,7 @@ Expected:  protocol skyformer: 38.69 % with skyformer, 38.37 % with softmax (Che
            Not reproduced here yet. The best constant answer has 18.0 %, the best guess from the root operator 35.8 %.
 """
 
-from configs.base import make_config
+from efficient_tx.config import make_config
 
 
 def get_config(argument=""):

@@ -10,7 +10,7 @@ Expected:  protocol skyformer: 70.73 % with skyformer, 65.26 % with softmax (Che
            here yet. Chance is 50 %, and many runs stay there.
 """
 
-from configs.base import make_config
+from efficient_tx.config import make_config
 
 
 def get_config(argument=""):

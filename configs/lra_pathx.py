@@ -8,7 +8,7 @@ Hardware:  one accelerator; --config.grad_accum=16 or --config.remat=True where 
 Expected:  chance, 50 %: protocol lra, all twelve models of Long Range Arena's README, softmax among them
 """
 
-from configs.base import make_config
+from efficient_tx.config import make_config
 
 
 def get_config(argument=""):

@@ -11,7 +11,7 @@ Expected:  protocol skyformer: 82.06 % with skyformer, 80.69 % with softmax (Che
            steps, n-grams 58.6 %.
 """
 
-from configs.base import make_config
+from efficient_tx.config import make_config
 
 
 def get_config(argument=""):

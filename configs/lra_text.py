@@ -11,7 +11,7 @@ Expected:  protocol skyformer: 64.70 % with skyformer, 61.95 % with softmax (Che
            On e-mails a linear model of byte n-grams has 98.8 %, the best constant answer 71.6 %.
 """
 
-from configs.base import make_config
+from efficient_tx.config import make_config
 
 
 def get_config(argument=""):

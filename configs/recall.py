@@ -14,7 +14,7 @@ arXiv 2312.04927). Rotary positions need queries and keys; `tensor`, `fourier`, 
 --config.model.positions=learned.
 """
 
-from configs.base import make_config
+from efficient_tx.config import make_config
 
 
 def get_config(argument=""):

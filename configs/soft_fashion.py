@@ -7,7 +7,7 @@ Expected:  88.6 % test accuracy (measured here, one seed); the best constant ans
            67.8 %
 """
 
-from configs.base import make_config
+from efficient_tx.config import make_config
 
 
 def get_config(argument=""):

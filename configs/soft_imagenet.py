@@ -14,7 +14,7 @@ the weights; RandAugment and mixup are ours (theirs: mixup 0.8, in turns with Cu
 of the peak, not at 5 %; LayerNorm stands in for BatchNorm; drop path drops branches, not single entries.
 """
 
-from configs.base import make_config
+from efficient_tx.config import make_config
 
 
 def get_config(argument=""):

@@ -7,7 +7,7 @@ Hardware:  one accelerator
 Expected:  not run here, where CIFAR-10 cannot be had. 2.7 million parameters; the best constant answer has 10 %
 """
 
-from configs.base import make_config
+from efficient_tx.config import make_config
 
 
 def get_config(argument=""):

@@ -7,7 +7,7 @@ Expected:  test accuracy measured here, one seed: softmax and skyformer 88.8 %, 
            answer has 10 %, the nearest class mean 67.8 %
 """
 
-from configs.base import make_config
+from efficient_tx.config import make_config
 
 
 def get_config(argument=""):

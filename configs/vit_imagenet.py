@@ -15,7 +15,7 @@ distribution, not from Glorot's uniform one; mixup draws a share for each image,
 images are resized with antialiasing, and evaluation takes a 7/8 square of the picture in one go.
 """
 
-from configs.base import make_config
+from efficient_tx.config import make_config
 
 
 def get_config(argument=""):

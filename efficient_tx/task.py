@@ -32,13 +32,40 @@ class Source(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a model of a task is trained for, and by which number its checkpoints are ranked.
+
+    Attributes:
+      score: (outputs, batch) -> {"loss": (sum, weight), "accuracy": (sum, weight)}: of the loss, which is minimised,
+        and of every metric the sum over the rows of a batch and what it is divided by. Outputs are the model's, in
+        float32. It is traced: jax.numpy only, and rows of weight 0 count nowhere.
+      metrics: the names in `score` beside "loss".
+      best: the name that ranks checkpoints and is compared with the baselines; "loss" or one of `metrics`.
+      higher_is_better: which way.
+      label_dtype: of the labels in a batch.
+    """
+
+    score: Callable[[Any, Mapping[str, Any]], dict[str, tuple[Any, Any]]]
+    metrics: tuple[str, ...]
+    best: str
+    higher_is_better: bool
+    label_dtype: str = "int32"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that `score` gives."""
+        return ("loss", *self.metrics)
+
+
+@dataclasses.dataclass(frozen=True)
 class Task:
     """A learning problem: three splits and what a model has to know of them.
 
     Attributes:
       train, validation, test: the splits, random-access sources of unpadded examples.
       kind: what an example looks like, and so which model reads it.
-      num_classes: labels are integers in [0, num_classes).
+      num_classes: labels are integers in [0, num_classes), unless the objective has others; so many outputs a model
+        has.
       vocab_size: token ids are integers in [0, vocab_size); id 0 is the padding. None for real-valued inputs.
       max_len: the longest example; every batch is padded to it, but under `bucket`.
       image_shape: (height, width, channels) of every image, for the kind "image"; None for the others.
@@ -47,7 +74,9 @@ class Task:
       own_masks: examples of one sequence say themselves which of their tokens are real. These keep their places: their
         positions count the others too, where otherwise they count the real tokens only.
       bucket: batches hold examples of similar length and are padded to a power of two that fits them.
-      baselines: test accuracy of answers that a model has to beat, by name, computed on this very test split.
+      objective: what a model is trained for; None is classification by cross-entropy, ranked by accuracy.
+      baselines: what answers that a model has to beat score in `objective.best` (accuracy), by name, on this very test
+        split.
       augment: what training makes of an example of `train` each time it comes up, drawing from the generator it is
         given and from nothing else; None = nothing. Evaluation, of `train` too, sees the examples as they are.
     """
@@ -64,6 +93,7 @@ class Task:
     image_shape: tuple[int, int, int] | None = None
     own_masks: bool = False
     bucket: bool = False
+    objective: Objective | None = None
     baselines: Mapping[str, float] = dataclasses.field(default_factory=dict)
     augment: Callable[[Example, np.random.Generator], Example] | None = None
 

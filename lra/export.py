@@ -32,7 +32,7 @@ from typing import Any, get_args
 import numpy as np
 
 from efficient_tx.task import Source, Task
-from lra import generate
+from lra import parallel
 from lra.tasks import TASKS
 
 SHARD = 8192
@@ -77,7 +77,7 @@ def check_empty(folder: pathlib.Path) -> None:
 
 def _write_split(source: Source, split: str, folder: pathlib.Path) -> None:
     shards = -(-len(source) // SHARD)
-    with generate.progress(split, len(source)) as advance:
+    with parallel.progress(split, len(source)) as advance:
         for shard in range(shards):
             examples = [source[i] for i in range(shard * SHARD, min((shard + 1) * SHARD, len(source)))]
             arrays = {"label": np.array([example["label"] for example in examples], np.int32)}

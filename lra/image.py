@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from efficient_tx.checks import OptionError, at_least
 from efficient_tx.data import prepared
-from efficient_tx.sizes import at_least
 from efficient_tx.task import Task, data_directory
-from lra import cifar, fetched, generate
+from lra import cifar, fetched, store
 
 KIND = "tokens"
 COUNTS = {"cifar10": (50000, 10000), "fashion_mnist": (60000, 10000)}  # images for training and for testing
@@ -68,10 +68,10 @@ def get_task(
     at_least(1, train_size=train_size, val_size=val_size, test_size=test_size)
     place, root = _locate(source, data_dir), data_directory(data_dir) / "image"
     key = _fingerprint(place)
-    arrays = generate.stored(root / f"{key}-{_READER}", lambda: _read(source, place))
+    arrays = store.stored(root / f"{key}-{_READER}", lambda: _read(source, place))
     count = len(arrays["labels"])
     if val_size >= count:
-        raise ValueError(f"val_size is {val_size}: of {count} images for training at least one has to be left")
+        raise OptionError("val_size", val_size, f"of {count} images for training at least one has to be left")
     cuts = {"train": slice(0, min(train_size, count - val_size)), "validation": slice(count - val_size, count)}
     splits = [Images(arrays["pixels"][cut], arrays["labels"][cut], legacy_mask) for cut in cuts.values()]
     splits.append(Images(arrays["test_pixels"][:test_size], arrays["test_labels"][:test_size], legacy_mask))
@@ -83,7 +83,7 @@ def get_task(
         **sizes(source=source, legacy_mask=legacy_mask),
         name=("image-fashion_mnist" if source == "fashion_mnist" else "image") + "-legacy-mask" * legacy_mask,
         source=f"{source} in {place}, {counts} images" if source in COUNTS else f"{place}, {counts} images",
-        baselines={k: float(v) for k, v in generate.stored(fitted, lambda: _baselines(splits[0], splits[2])).items()},
+        baselines={k: float(v) for k, v in store.stored(fitted, lambda: _baselines(splits[0], splits[2])).items()},
     )
 
 

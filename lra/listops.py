@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from efficient_tx.sizes import at_least
+from efficient_tx.checks import at_least
 from efficient_tx.task import Task, data_directory
-from lra import generate
+from lra import parallel, store
 
 KIND = "tokens"
 VOCABULARY = ("<pad>", *"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]")  # a token's id is its index
@@ -85,7 +85,7 @@ def get_task(
     if source == "generated":
         folder = f"{train_size}-{val_size}-{test_size}_len{min_len}-{max_len}_seed{seed}_{_GENERATOR}"
         directory = data_directory(data_dir) / "listops" / folder
-        arrays = generate.stored(directory, lambda: _generate(sum(counts.values()), min_len, max_len, seed))
+        arrays = store.stored(directory, lambda: _generate(sum(counts.values()), min_len, max_len, seed))
         everything = Expressions(**arrays)
         ends = np.cumsum(list(counts.values()))
         splits = [everything.part(end - size, end) for size, end in zip(counts.values(), ends)]
@@ -187,8 +187,8 @@ def _generate(total: int, min_len: int, max_len: int, seed: int) -> dict[str, np
     seen: set[bytes] = set()
     tokens, lengths, labels = [], [], []
     draws, trial = 0, (0, 0)
-    chunks = contextlib.closing(generate.chunks("lra.listops:sample", settings))
-    with generate.progress("ListOps", total) as advance, chunks as stream:
+    chunks = contextlib.closing(parallel.chunks("lra.listops:sample", settings))
+    with parallel.progress("ListOps", total) as advance, chunks as stream:
         for chunk in stream:
             draws += chunk["draws"]
             ends = np.cumsum(chunk["lengths"])

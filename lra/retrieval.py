@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from efficient_tx.sizes import at_least
+from efficient_tx.checks import at_least
 from efficient_tx.task import Task, data_directory
-from lra import fetched, generate, ngrams
+from lra import fetched, ngrams, store
 
 KIND = "token_pairs"
 FILES = {"train": "new_aan_pairs.train.tsv", "val": "new_aan_pairs.eval.tsv", "test": "new_aan_pairs.test.tsv"}
@@ -259,7 +259,7 @@ def _baselines(
         answers = np.array([known(*test.texts(index)) for index in range(len(test))]) > threshold
         return {"similarity": np.array(np.mean(answers == test_labels))}
 
-    stored = generate.stored(directory / f"baselines-{digest.hexdigest()}-{_BASELINES}", compute)
+    stored = store.stored(directory / f"baselines-{digest.hexdigest()}-{_BASELINES}", compute)
     constant = np.bincount(train_labels, minlength=2).argmax()
     return {"constant": float(np.mean(test_labels == constant)), "n-gram similarity": float(stored["similarity"])}
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from efficient_tx.checks import OptionError, at_least
 from efficient_tx.data import prepared
-from efficient_tx.sizes import at_least
 from efficient_tx.task import Task, data_directory
-from lra import fetched, generate, ngrams
+from lra import fetched, ngrams, store
 
 KIND = "tokens"
 REVIEWS = 25000  # of IMDb, in the training split and in the test split
@@ -96,7 +96,7 @@ def get_task(
     if validation == "split":
         cut = max(len(pool) // 10, 1) if val_size is None else val_size
         if cut >= len(pool):
-            raise ValueError(f"val_size is {cut}: of {len(pool)} training texts at least one has to be left")
+            raise OptionError("val_size", cut, f"of {len(pool)} training texts at least one has to be left")
     held_out = test[:val_size] if validation == "test" else pool[:cut]
     train = pool[cut:][:train_size]
     counts = "/".join(f"{len(split):,}" for split in (train, held_out, test))
@@ -171,7 +171,7 @@ def _baselines(train: Texts, test: Texts, directory: pathlib.Path) -> dict[str, 
     constant = np.bincount(train.labels, minlength=2).argmax()
     result = {"constant": float(np.mean(test.labels == constant))}
     if 0 < train.labels.mean() < 1:
-        stored = generate.stored(directory / f"baselines-{digest.hexdigest()}-{_BASELINES}", compute)
+        stored = store.stored(directory / f"baselines-{digest.hexdigest()}-{_BASELINES}", compute)
         result["byte n-grams"] = float(stored["ngrams"])
     return result
 

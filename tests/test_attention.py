@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from efficient_tx.attention import ATTENTION, MultiHead
-from efficient_tx.attention.rotary import rotate
+from efficient_tx.tokens.rotary import rotate
 
 FEATURES, HEADS, SHORT, LONG = 16, 2, 24, 40
 LENGTHS = (24, 11, 0)  # real tokens of the three examples: full, padded, nothing but padding

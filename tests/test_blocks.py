@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from efficient_tx.attention import bigbird, block_patterns, local, longformer, softmax, sparse
-from efficient_tx.attention.block_patterns import Window, bigbird_blocks, distinct
-from efficient_tx.attention.blocks import BigBird, Local, Longformer, Sparse
+from efficient_tx.attention.block_sparse.patterns import Window, bigbird_blocks, distinct
+from efficient_tx.attention.block_sparse.blocks import BigBird, Local, Longformer, Sparse
 from efficient_tx.numerics.random import evaluation_keys
 
 LENGTH = 21

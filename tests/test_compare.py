@@ -16,8 +16,8 @@ from efficient_tx import files
 from efficient_tx.attention import ATTENTION
 from efficient_tx.compare import __main__ as command
 from efficient_tx.compare import inputs, plots, readme, report
-from efficient_tx.compare.attention import Row, Settings, case, errors, may_be_too_slow, rungs
-from efficient_tx.compare.measure import PASSES, Cell, compile_pass, exponent, in_turns, predict
+from efficient_tx.compare.attention.measure import Row, Settings, case, errors, may_be_too_slow, rungs
+from efficient_tx.compare.timing import PASSES, Cell, compile_pass, exponent, in_turns, predict
 from efficient_tx.linear import LINEAR
 
 ROOT = Path(__file__).parent.parent

@@ -12,9 +12,9 @@ import pytest
 
 from efficient_tx.compare import __main__ as command
 from efficient_tx.compare import linear, linear_report, weights
-from efficient_tx.compare.linear import SIZES, TIMED, Row, case, describe, equal_bytes, inference, project
-from efficient_tx.compare.linear_plot import gains_and_losses
-from efficient_tx.compare.measure import PASSES, Cell
+from efficient_tx.compare.linear.measure import SIZES, TIMED, Row, case, describe, equal_bytes, inference, project
+from efficient_tx.compare.linear.plots import gains_and_losses
+from efficient_tx.compare.timing import PASSES, Cell
 from efficient_tx.linear import LINEAR
 from efficient_tx.training.checkpoint import Checkpoints
 

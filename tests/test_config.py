@@ -14,7 +14,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from configs import protocols, resolve
-from configs.base import make_config, run_settings
+from efficient_tx.config.base import make_config, run_settings
 from efficient_tx import build
 from efficient_tx.attention import ATTENTION
 from efficient_tx.data.batching import evaluation_batches, train_batches

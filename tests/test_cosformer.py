@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from samples import attention_inputs, check_equal
 
-from efficient_tx.attention.cosformer import cosformer as uncompiled
+from efficient_tx.attention.feature.cosformer import cosformer as uncompiled
 
 cosformer = jax.jit(uncompiled, static_argnames=("max_len", "causal"))
 arrays = partial(attention_inputs, heads=4, dim=6, v_dim=3)
@@ -19,7 +19,7 @@ M = 160
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     """Pieces of at most 64 tokens, so that short sequences have several, the last one ragged."""
-    monkeypatch.setattr(sys.modules["efficient_tx.attention.linear"], "PIECE", 1)
+    monkeypatch.setattr(sys.modules["efficient_tx.attention.feature.linear"], "PIECE", 1)
 
 
 def dense(q, k, v, mask, causal):

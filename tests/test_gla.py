@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 from samples import attention_inputs, check_equal
 
-from efficient_tx.attention.gla import GLA
-from efficient_tx.attention.gla import gla as uncompiled
+from efficient_tx.attention.recurrent.gla import GLA
+from efficient_tx.attention.recurrent.gla import gla as uncompiled
 
 gla = jax.jit(uncompiled, static_argnames="causal")
 FEATURES, HEADS = 12, 2

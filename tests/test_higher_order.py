@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from efficient_tx.attention.strassen import strassen
-from efficient_tx.attention.tensor import Tensor, tensor, tensor_exact
+from efficient_tx.attention.higher_order.strassen import strassen
+from efficient_tx.attention.higher_order.tensor import Tensor, tensor, tensor_exact
 
-triples = sys.modules["efficient_tx.attention.triples"]
+triples = sys.modules["efficient_tx.kernels.pair_attention.xla"]
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 from samples import attention_inputs
 
-from efficient_tx.attention.block_and_samples import Choice, Sizes, attend_to_block_and_samples
-from efficient_tx.attention.hyper import Hyper
-from efficient_tx.attention.hyper import hyper as uncompiled
+from efficient_tx.kernels.sampled_block_attention.xla import Choice, Sizes, attend_to_block_and_samples
+from efficient_tx.attention.sampled.hyper import Hyper
+from efficient_tx.attention.sampled.hyper import hyper as uncompiled
 from efficient_tx.numerics.lsh import hash_directions
 
 hyper = jax.jit(uncompiled, static_argnames=("causal", "block", "samples", "bits", "chunk"))

@@ -12,48 +12,48 @@ ROOT = Path(__file__).parent.parent
 # What each part may import of this project, beside itself. Five of them stand at the bottom.
 ALLOWED = {
     "efficient_tx.files": set(),
-    "efficient_tx.names": set(),
-    "efficient_tx.sizes": set(),
+    "efficient_tx.checks": set(),
+    "efficient_tx.checks": set(),
     "efficient_tx.task": set(),
     "efficient_tx.numerics": set(),
-    "efficient_tx.kernels": {"efficient_tx.numerics", "efficient_tx.sizes"},
-    "efficient_tx.linear": {"efficient_tx.numerics", "efficient_tx.kernels", "efficient_tx.sizes"},
+    "efficient_tx.kernels": {"efficient_tx.numerics", "efficient_tx.checks"},
+    "efficient_tx.linear": {"efficient_tx.numerics", "efficient_tx.kernels", "efficient_tx.checks"},
     "efficient_tx.attention": {
-        "efficient_tx.names",
+        "efficient_tx.checks",
         "efficient_tx.numerics",
         "efficient_tx.kernels",
         "efficient_tx.linear",
-        "efficient_tx.sizes",
+        "efficient_tx.checks",
     },
     "efficient_tx.models": {
         "efficient_tx.numerics",
         "efficient_tx.kernels",
         "efficient_tx.linear",
         "efficient_tx.attention",
-        "efficient_tx.sizes",
+        "efficient_tx.checks",
     },
     "efficient_tx.compare": {
         "efficient_tx.files",
-        "efficient_tx.names",
+        "efficient_tx.checks",
         "efficient_tx.numerics",
         "efficient_tx.kernels",
         "efficient_tx.linear",
         "efficient_tx.attention",
         "efficient_tx.training",
     },
-    "efficient_tx.data": {"efficient_tx.sizes", "efficient_tx.task"},
+    "efficient_tx.data": {"efficient_tx.checks", "efficient_tx.task"},
     "efficient_tx.training": {
         "efficient_tx.files",
-        "efficient_tx.names",
+        "efficient_tx.checks",
         "efficient_tx.numerics",
         "efficient_tx.task",
     },
-    "lra": {"efficient_tx.data", "efficient_tx.sizes", "efficient_tx.task"},
+    "lra": {"efficient_tx.data", "efficient_tx.checks", "efficient_tx.task"},
 }
 
 
 def part_of(module):
-    """The part that a module belongs to: "efficient_tx.attention.mixer" -> "efficient_tx.attention"."""
+    """The part that a module belongs to: "efficient_tx.attention.base.mixer" -> "efficient_tx.attention"."""
     names = module.split(".")
     return names[0] if names[0] in ("lra", "configs") else ".".join(names[:2])
 
@@ -76,7 +76,7 @@ def test_imports_point_one_way(path):
     module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     part = part_of(module)
     ours = {part_of(name) for name in project_imports(path) if name.split(".")[0] in ("efficient_tx", "lra", "configs")}
-    if part == "efficient_tx.build":
+    if part == "efficient_tx.config.build":
         assert not {name for name in ours if name in ("lra", "configs")}
     elif part != "efficient_tx":
         assert ours - {part} <= ALLOWED[part]
@@ -96,7 +96,7 @@ def test_reusable_parts_bring_nothing_along(name):
 
 def test_nothing_imports_tensorflow():
     program = (
-        "import sys; import efficient_tx.build, efficient_tx.data.batching, configs.resolve; "
+        "import sys; import efficient_tx.config.build, efficient_tx.data.batching, efficient_tx.config.resolve; "
         "import lra.listops, lra.text, lra.image; "
         "print('tensorflow' in sys.modules)"
     )

@@ -9,7 +9,7 @@ import toy
 from command import TINY, evaluate, finish, start, wait_for_step
 from flax import nnx
 
-from configs.base import make_config
+from efficient_tx.config.base import make_config
 from efficient_tx import build
 from efficient_tx.attention import ATTENTION
 from efficient_tx.data.batching import train_batches

@@ -10,7 +10,7 @@ from flax import nnx
 
 from efficient_tx.attention import lev as uncompiled
 from efficient_tx.attention import lev_init, lev_step
-from efficient_tx.attention.lev import Lev, universal_set
+from efficient_tx.attention.sampled.lev import Lev, universal_set
 
 OPTIONS = ("causal", "budget", "p", "attention", "recent", "ridge", "rescore")
 lev = jax.jit(uncompiled, static_argnames=OPTIONS)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from samples import attention_inputs, check_equal
 
-from efficient_tx.attention.linear import linear as uncompiled
+from efficient_tx.attention.feature.linear import linear as uncompiled
 
-module = sys.modules["efficient_tx.attention.linear"]
+module = sys.modules["efficient_tx.attention.feature.linear"]
 linear = jax.jit(uncompiled, static_argnames="causal")
 arrays = partial(attention_inputs, heads=4, dim=6, v_dim=3)
 

@@ -7,9 +7,9 @@ import pytest
 from flax import nnx
 from samples import attention_inputs, clusters, scattered
 
-from efficient_tx.attention.depthwise import depthwise
-from efficient_tx.attention.nystromformer import Nystromformer
-from efficient_tx.attention.nystromformer import nystromformer as uncompiled
+from efficient_tx.tokens.depthwise import depthwise
+from efficient_tx.attention.low_rank.nystromformer import Nystromformer
+from efficient_tx.attention.low_rank.nystromformer import nystromformer as uncompiled
 from efficient_tx.numerics.spd import newton_inverse
 
 nystromformer = jax.jit(uncompiled, static_argnames=("landmarks", "iterations"))

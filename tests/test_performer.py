@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 from samples import attention_inputs, check_equal, clusters
 
-from efficient_tx.attention.performer import Performer
-from efficient_tx.attention.performer import performer as uncompiled
+from efficient_tx.attention.feature.performer import Performer
+from efficient_tx.attention.feature.performer import performer as uncompiled
 from efficient_tx.numerics.features import orthogonal_gaussian
 
 performer = jax.jit(uncompiled, static_argnames=("causal", "random_features"))
@@ -22,7 +22,7 @@ FEATURES = 16
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Pieces of at most 64 tokens, so that short sequences have several, the last one ragged."""
-    monkeypatch.setattr(sys.modules["efficient_tx.attention.linear"], "PIECE", 1)
+    monkeypatch.setattr(sys.modules["efficient_tx.attention.feature.linear"], "PIECE", 1)
 
 
 def draws(keys, dim, dtype):

@@ -259,7 +259,7 @@ TASK = """
         return Task(some, some, some, kind=KIND, name="grey", source="drawn", **sizes())
 """
 CONFIG = """
-    from configs.base import make_config
+    from efficient_tx.config.base import make_config
     def get_config(argument=""):
         model = {"name": "NAME", "patch_size": 4, "features": 12, "layers": 2, "heads": 2, "mlp_features": 20}
         model = model if "NAME" == "vit" else {"name": "NAME"}

@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 from configs import resolve
-from configs.base import make_config
+from efficient_tx.config.base import make_config
 from efficient_tx import build
 from efficient_tx.attention import ATTENTION, Soft, Softmax
 from efficient_tx.data.batching import train_batches
@@ -145,7 +145,7 @@ def test_the_count_of_multiplications_is_that_of_the_program():
         features, heads=3, max_len=side**2, rngs=nnx.Rngs(0)
     )
     with pytest.MonkeyPatch.context() as patch:
-        module = importlib.import_module("efficient_tx.attention.soft")
+        module = importlib.import_module("efficient_tx.attention.low_rank.soft")
         patch.setattr(module, "flash_attention", partial(flash_attention, implementation="reference"))
         program = jax.make_jaxpr(mixer)(jax.ShapeDtypeStruct((1, side**2, features), jnp.float32))
     linear = sum(layer.kernel.size for layer in (mixer.q, mixer.v, mixer.out)) * side**2

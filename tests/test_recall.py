@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs.base import make_config
+from efficient_tx.config.base import make_config
 from efficient_tx import build
 from efficient_tx.data import recall
 from efficient_tx.data.batching import evaluation_batches

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from efficient_tx.linear import LINEAR, Dense, LowRank, Monarch, replace, transfer
-from efficient_tx.linear.replace import relative_error
+from efficient_tx.linear.replacement import relative_error
 
 
 class Block(nnx.Module):

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from efficient_tx.attention import S3, s3, softmax
-from efficient_tx.attention.s3 import Smoother, column_attention, row_attention
+from efficient_tx.attention.low_rank.s3 import Smoother, column_attention, row_attention
 from efficient_tx.numerics.random import evaluation_keys, sample_tokens
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_tx.numerics.segments import grid_means, grid_sides, segment_means, segment_starts
+from efficient_tx.tokens.segments import grid_means, grid_sides, segment_means, segment_starts
 
 
 def by_loop(x, mask, count):

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from configs import resolve
-from configs.base import make_config
+from efficient_tx.config.base import make_config
 from efficient_tx import build
 
 

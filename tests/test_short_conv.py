@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from efficient_tx.attention import ATTENTION, GLA, Softmax
-from efficient_tx.attention.short_conv import ShortConv, short_conv
+from efficient_tx.tokens.short_conv import ShortConv, short_conv
 
 LENGTHS = (9, 5, 0)
 

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from efficient_tx.attention import Sigmoid, sigmoid
-from efficient_tx.attention.rotary import rotate
+from efficient_tx.tokens.rotary import rotate
 
 attend = jax.jit(sigmoid, static_argnames=("bias", "causal"))
 

@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 from samples import attention_inputs, clusters, scattered
 
-from efficient_tx.attention.skeinformer import Skeinformer
-from efficient_tx.attention.skeinformer import skeinformer as uncompiled
+from efficient_tx.attention.sampled.skeinformer import Skeinformer
+from efficient_tx.attention.sampled.skeinformer import skeinformer as uncompiled
 from efficient_tx.numerics.random import evaluation_keys, fold, sample_tokens
 
 skeinformer = jax.jit(uncompiled, static_argnames=("columns", "pilots"))

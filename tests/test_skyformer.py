@@ -7,9 +7,9 @@ import pytest
 from flax import nnx
 from samples import attention_inputs, clusters
 
-from efficient_tx.attention.kernelized import kernelized
-from efficient_tx.attention.skyformer import Skyformer, draw_sketch, merge
-from efficient_tx.attention.skyformer import skyformer as uncompiled
+from efficient_tx.attention.exact.kernelized import kernelized
+from efficient_tx.attention.low_rank.skyformer import Skyformer, draw_sketch, merge
+from efficient_tx.attention.low_rank.skyformer import skyformer as uncompiled
 
 skyformer = jax.jit(uncompiled, static_argnames=("landmarks", "ridge", "inverse", "iterations", "choice", "accumulate"))
 OTHER_LANDMARKS = {

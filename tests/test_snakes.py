@@ -278,7 +278,7 @@ def test_a_label_says_whether_both_markers_are_on_one_contour(resolution, contou
 def test_the_number_of_workers_changes_nothing():
     settings = {"first": 5, "count": 3, "resolution": 32, "contour_length": 6, "seed": 3}
     alone, shared = (
-        [chunk for chunk, _ in zip(generate.chunks("lra.snakes:draw_many", settings, workers), range(5))]
+        [chunk for chunk, _ in zip(generate.chunks("lra.pathfinder.drawing:draw_many", settings, workers), range(5))]
         for workers in (1, 2)
     )
     for one, same in zip(alone, shared, strict=True):

@@ -9,7 +9,7 @@ from samples import clusters
 
 from efficient_tx.attention import Soft
 from efficient_tx.attention import soft as uncompiled
-from efficient_tx.attention.soft import Bottleneck, gaussian_self_attention
+from efficient_tx.attention.low_rank.soft import Bottleneck, gaussian_self_attention
 
 OPTIONS = ("landmarks", "grid", "ridge", "inverse", "iterations", "symmetric_norm")
 soft = jax.jit(uncompiled, static_argnames=OPTIONS)

@@ -9,7 +9,7 @@ import pytest
 import toy
 from command import TINY, finish, finished_run, start, train
 
-from configs.base import make_config
+from efficient_tx.config.base import make_config
 from efficient_tx.training.checkpoint import Checkpoints
 from efficient_tx.training.history import read_lines
 

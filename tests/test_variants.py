@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from efficient_tx.attention import fourier, linformer
-from efficient_tx.attention.fourier import Fourier, chirp_phase
+from efficient_tx.attention.fixed.fourier import Fourier, chirp_phase
 
 
 def normal(seed, *shape):

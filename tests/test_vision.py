@@ -15,7 +15,7 @@ from test_config import fingerprint
 from test_pictures import gradient_image
 
 from configs import resolve
-from configs.base import make_config
+from efficient_tx.config.base import make_config
 from efficient_tx import build
 from efficient_tx.data import vision
 from efficient_tx.data.batching import evaluation_batches, train_batches

@@ -4,31 +4,34 @@ from collections.abc import Callable
 
 import jax
 
-from efficient_tx.attention.adapter import adapt
-from efficient_tx.attention.blocks import BigBird, Local, Longformer, Sparse, bigbird, local, longformer, sparse
-from efficient_tx.attention.cosformer import Cosformer, cosformer
-from efficient_tx.attention.fourier import Fourier, fourier
-from efficient_tx.attention.gla import GLA, gla, gla_step
-from efficient_tx.attention.hyper import Hyper, hyper
-from efficient_tx.attention.kernelized import Kernelized, kernelized
-from efficient_tx.attention.lev import Lev, lev
-from efficient_tx.attention.lev_stream import LevState, lev_init, lev_step
-from efficient_tx.attention.linear import LinearAttention, linear
-from efficient_tx.attention.linformer import Linformer, linformer
-from efficient_tx.attention.mixer import Mixer
-from efficient_tx.attention.multihead import MultiHead
-from efficient_tx.attention.nystromformer import Nystromformer, nystromformer
-from efficient_tx.attention.performer import Performer, performer
-from efficient_tx.attention.pool import Pool, pool
-from efficient_tx.attention.s3 import S3, s3
-from efficient_tx.attention.sigmoid import Sigmoid, sigmoid
-from efficient_tx.attention.skeinformer import Skeinformer, skeinformer
-from efficient_tx.attention.skyformer import Skyformer, skyformer
-from efficient_tx.attention.soft import Soft, soft
-from efficient_tx.attention.softmax import Softmax, softmax
-from efficient_tx.attention.strassen import Strassen, strassen
-from efficient_tx.attention.tensor import Tensor, tensor
-from efficient_tx.attention.vmean import VMean, vmean
+from efficient_tx.attention.base.adapter import adapt
+from efficient_tx.attention.base.mixer import Mixer
+from efficient_tx.attention.base.multihead import MultiHead
+from efficient_tx.attention.block_sparse.bigbird import BigBird, bigbird
+from efficient_tx.attention.block_sparse.local import Local, local
+from efficient_tx.attention.block_sparse.longformer import Longformer, longformer
+from efficient_tx.attention.block_sparse.sparse import Sparse, sparse
+from efficient_tx.attention.exact.kernelized import Kernelized, kernelized
+from efficient_tx.attention.exact.sigmoid import Sigmoid, sigmoid
+from efficient_tx.attention.exact.softmax import Softmax, softmax
+from efficient_tx.attention.feature.cosformer import Cosformer, cosformer
+from efficient_tx.attention.feature.linear import LinearAttention, linear
+from efficient_tx.attention.feature.performer import Performer, performer
+from efficient_tx.attention.fixed.fourier import Fourier, fourier
+from efficient_tx.attention.fixed.pool import Pool, pool
+from efficient_tx.attention.fixed.vmean import VMean, vmean
+from efficient_tx.attention.higher_order.strassen import Strassen, strassen
+from efficient_tx.attention.higher_order.tensor import Tensor, tensor
+from efficient_tx.attention.low_rank.linformer import Linformer, linformer
+from efficient_tx.attention.low_rank.nystromformer import Nystromformer, nystromformer
+from efficient_tx.attention.low_rank.s3 import S3, s3
+from efficient_tx.attention.low_rank.skyformer import Skyformer, skyformer
+from efficient_tx.attention.low_rank.soft import Soft, soft
+from efficient_tx.attention.recurrent.gla import GLA, gla, gla_step
+from efficient_tx.attention.sampled.hyper import Hyper, hyper
+from efficient_tx.attention.sampled.lev import Lev, lev
+from efficient_tx.attention.sampled.lev_stream import LevState, lev_init, lev_step
+from efficient_tx.attention.sampled.skeinformer import Skeinformer, skeinformer
 
 ATTENTION: dict[str, type[Mixer]] = {
     "softmax": Softmax,

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from efficient_tx.checks import OptionError, nearest
 from efficient_tx.compare.commands import COMMANDS
 from efficient_tx.compare.flags import Parser
-from efficient_tx.names import nearest
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -41,8 +41,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     try:
         COMMANDS[args.command].check(args)
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(line(error))
     return args
+
+
+def line(error: Exception) -> str:
+    """What the command says of an error; an option is a flag here."""
+    return f"--{error.option}={error.value}: {error.rule}" if isinstance(error, OptionError) else str(error)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -53,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         COMMANDS[args.command].run(args, console)
     except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
+        print(line(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped: nothing was written", file=sys.stderr)

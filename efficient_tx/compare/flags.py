@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from efficient_tx.names import nearest
+from efficient_tx.checks import nearest
 
 
 class Parser(argparse.ArgumentParser):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
-from efficient_tx.sizes import at_least
+from efficient_tx.checks import at_least
 from efficient_tx.task import Batch, Example, Source, Task
 
 SHORTEST_BUCKET = 64  # lengths below this are not told apart
@@ -134,12 +134,13 @@ def collate(examples: Sequence[Example], task: Task, length: int | None = None) 
       `mask` bool `[B, length]`, True up to the example's length whatever its values unless it brings its own, and then
       `positions` int32 `[B, length]`, the places of the tokens; `inputs2` and `mask2` for pairs; `label` int32 and
       `weight` float32, `[B]`, or `[B, length]` for per-token labels, with weight 0 beyond the example's end. Images are
-      stacked as they are and have no mask.
+      stacked as they are and have no mask. Labels have another dtype where the objective says so.
 
     Raises:
       ValueError: an example is longer than `length`, or brings a mask without `task.own_masks`.
     """
     length = task.max_len if length is None else length
+    labels = np.dtype(task.objective.label_dtype if task.objective else "int32")
     if task.kind == "image":
         batch = {"inputs": np.stack([example["inputs"] for example in examples])}
     else:
@@ -157,10 +158,10 @@ def collate(examples: Sequence[Example], task: Task, length: int | None = None) 
     if task.kind == "token_labels":
         ones = np.ones(length, np.float32)
         weights = [example.get("weight", ones[: len(example["inputs"])]) for example in examples]
-        batch["label"], _ = _pad([example["label"] for example in examples], length, task, np.int32)
+        batch["label"], _ = _pad([example["label"] for example in examples], length, task, labels)
         batch["weight"], _ = _pad(weights, length, task, np.float32)
     else:
-        batch["label"] = np.array([example["label"] for example in examples], np.int32)
+        batch["label"] = np.array([example["label"] for example in examples], labels)
         batch["weight"] = np.array([example.get("weight", 1.0) for example in examples], np.float32)
     if "mix" in examples[0]:
         batch["label2"] = np.array([example["label2"] for example in examples], np.int32)

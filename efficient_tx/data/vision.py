@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from efficient_tx.checks import OptionError, at_least
 from efficient_tx.data import prepared
 from efficient_tx.data.pictures import AUGMENTATIONS, Picture, normalise
-from efficient_tx.sizes import at_least
 from efficient_tx.task import Example, Source, Task, data_directory
 
 KIND = "image"
@@ -62,7 +62,7 @@ def sizes(
     at_least(1, image_size=image_size)
     at_least(0, seed=seed)
     if not 0 <= mixup < float("inf"):
-        raise ValueError(f"mixup is {mixup}: it must be 0 (none) or a positive number")
+        raise OptionError("mixup", mixup, "it must be 0 (none) or a positive number")
     collection = COLLECTIONS[source]
     side = image_size or collection.side
     return {
@@ -126,7 +126,7 @@ def get_task(
         "test": len(testing) if test_size is None else test_size,
     }
     if counts["train"] < 1:
-        raise ValueError(f"val_size is {val_size}: of {len(training)} images for training at least one has to be left")
+        raise OptionError("val_size", val_size, f"of {len(training)} images for training at least one has to be left")
     for names, images in [(("train", "val"), training), (("test",), testing)]:
         if sum(counts[name] for name in names) > len(images):
             asked = " and ".join(f"{name}_size={counts[name]}" for name in names)

@@ -12,8 +12,8 @@ from efficient_tx.linear.kronecker import Kronecker
 from efficient_tx.linear.learning_rates import structured_learning_rates
 from efficient_tx.linear.low_rank import LowRank
 from efficient_tx.linear.low_rank_plus_sparse import LowRankPlusSparse
-from efficient_tx.linear.monarch import Monarch, monarch
-from efficient_tx.linear.replace import densify, replace, transfer
+from efficient_tx.linear.monarch_weight import Monarch, monarch
+from efficient_tx.linear.replacement import densify, replace, transfer
 from efficient_tx.linear.ternary import PackedTernary, Ternary
 from efficient_tx.linear.toeplitz import Toeplitz
 

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from efficient_tx.checks import at_least
 from efficient_tx.linear.structured import Factor, Structured, in_chunks, pad
 from efficient_tx.numerics.spd import spd_solve
-from efficient_tx.sizes import at_least
 
 SWEEPS = 100
 
@@ -34,6 +34,10 @@ class Blast(Structured):
     computes = "blocks V_j diag(s_ij) U_iᵀ"
     size = "2·n·rank + blocks²·rank"
     nearest = "a fit by alternating least squares"
+
+    @staticmethod
+    def sized_by(n, m):
+        return "rank", range(1, min(n, m) + 1)
 
     def __init__(self, in_features: int, out_features: int, *, blocks: int = 4, rank: int | None = None, **common):
         at_least(1, blocks=blocks, rank=rank)

@@ -6,8 +6,8 @@ ShuffleNet (Zhang et al. 2017, arXiv 1707.01083). Without it, stacked layers nev
 
 import jax.numpy as jnp
 
+from efficient_tx.checks import at_least
 from efficient_tx.linear.structured import Factor, Structured, in_chunks, pad
-from efficient_tx.sizes import at_least
 
 
 class BlockDiagonal(Structured):
@@ -24,6 +24,10 @@ class BlockDiagonal(Structured):
     computes = "P diag(B₁, …, B_k), P a channel shuffle"
     size = "n²/blocks"
     nearest = "its entries"
+
+    @staticmethod
+    def sized_by(n, m):
+        return "blocks", range(min(n, m), 0, -1)
 
     def __init__(self, in_features: int, out_features: int, *, blocks: int = 4, shuffle: bool = True, **common):
         at_least(1, blocks=blocks)

@@ -10,9 +10,9 @@ So Monarch with √n blocks is the case ρ = 1, and the best approximation is ag
 
 import math
 
-from efficient_tx.linear.monarch import monarch, nearest_slices
+from efficient_tx.checks import at_least
+from efficient_tx.linear.monarch_weight import monarch, nearest_slices
 from efficient_tx.linear.structured import Factor, Structured, pad
-from efficient_tx.sizes import at_least
 
 
 def split(size: int) -> tuple[int, int]:
@@ -37,6 +37,10 @@ class BlockTensorTrain(Structured):
     computes = "√n × √n slices of a free rank"
     size = "2·rank·n^1.5"
     nearest = "singular value decomposition of every slice"
+
+    @staticmethod
+    def sized_by(n, m):
+        return "rank", range(1, min(n, m) + 1)
 
     def __init__(self, in_features: int, out_features: int, *, rank: int | None = None, **common):
         at_least(1, rank=rank)

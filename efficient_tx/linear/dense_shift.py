@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from efficient_tx.checks import OptionError
 from efficient_tx.linear.straight_through import straight_through
 from efficient_tx.linear.structured import Factor, Structured
 
@@ -84,7 +85,7 @@ class DenseShift(Structured):
 
     def __init__(self, in_features: int, out_features: int, *, bits: int = 3, **common):
         if not 2 <= bits <= 5:
-            raise ValueError(f"bits is {bits}: it must be from 2 to 5, one of them for the sign")
+            raise OptionError("bits", bits, "it must be from 2 to 5, one of them for the sign")
         self.bits = bits
         self.most = 2 ** (bits - 1) - 1
         self.unit = math.sqrt(in_features * self._mean_square())

@@ -8,8 +8,8 @@ import math
 
 import jax.numpy as jnp
 
+from efficient_tx.checks import at_least
 from efficient_tx.linear.structured import Factor, Structured, in_chunks
-from efficient_tx.sizes import at_least
 
 
 def divide(size: int) -> tuple[int, int]:
@@ -33,6 +33,10 @@ class Kronecker(Structured):
     computes = "Σ_t A_t ⊗ B_t"
     size = "2·n·terms"
     nearest = "singular value decomposition of a rearrangement"
+
+    @staticmethod
+    def sized_by(n, m):
+        return "rank", range(1, min(n, m) + 1)
 
     def __init__(self, in_features: int, out_features: int, *, rank: int = 1, **common):
         at_least(1, rank=rank)

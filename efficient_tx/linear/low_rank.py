@@ -5,8 +5,8 @@ The best approximation of a given rank is the truncated singular value decomposi
 
 import jax.numpy as jnp
 
+from efficient_tx.checks import at_least
 from efficient_tx.linear.structured import Factor, Structured
-from efficient_tx.sizes import at_least
 
 
 class LowRank(Structured):
@@ -23,6 +23,14 @@ class LowRank(Structured):
     computes = "D U"
     size = "2·n·rank"
     nearest = "singular value decomposition"
+
+    @staticmethod
+    def sized_by(n, m):
+        return "rank", range(1, min(n, m) + 1)
+
+    @staticmethod
+    def timed_with(n):
+        return ({"rank": max(1, n // 8)},)
 
     def __init__(self, in_features: int, out_features: int, *, rank: int | None = None, **common):
         side = min(in_features, out_features)

@@ -10,8 +10,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from efficient_tx.checks import OptionError, at_least
 from efficient_tx.linear.structured import Factor, Structured
-from efficient_tx.sizes import at_least
 
 ITERATIONS = 100
 
@@ -105,6 +105,10 @@ class LowRankPlusSparse(Structured):
     size = "2·n·rank + n²/2 with 2:4, stored as n²"
     nearest = "alternating between the parts, a local optimum"
 
+    @staticmethod
+    def sized_by(n, m):
+        return "rank", range(1, min(n, m) + 1)
+
     def __init__(
         self,
         in_features: int,
@@ -118,11 +122,11 @@ class LowRankPlusSparse(Structured):
         side = min(in_features, out_features)
         at_least(1, rank=rank)
         if pattern not in ("2:4", "top"):
-            raise ValueError(f"pattern is {pattern!r}: choose '2:4' or 'top'")
+            raise OptionError("pattern", pattern, "choose '2:4' or 'top'")
         if pattern == "2:4" and density is not None:
-            raise ValueError(f"density is {density}: pattern '2:4' keeps a half; leave it out, or use pattern='top'")
+            raise OptionError("density", density, "pattern '2:4' keeps a half; leave it out, or use pattern='top'")
         if density is not None and not 0 < density <= 1:
-            raise ValueError(f"density is {density}: it must be above 0 and at most 1")
+            raise OptionError("density", density, "it must be above 0 and at most 1")
         self.rank = min(side, -(-side // 8) if rank is None else rank)
         self.pattern = pattern
         if pattern == "top":

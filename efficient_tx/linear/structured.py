@@ -1,12 +1,14 @@
 """Structured: what all structured weights share: the signature of `nnx.Linear`, the bias, counts, to dense and back."""
 
 import math
-from collections.abc import Callable
-from typing import ClassVar, NamedTuple, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from efficient_tx.signatures import constructor
 
 
 class Factor(NamedTuple):
@@ -66,6 +68,7 @@ class Weight:
       nearest: how the nearest one to a dense weight is found.
       input_step: the inputs of a token are rounded to multiples of input_step times the largest of them; 0 is not at
         all. So the output may differ from x · to_dense() by half of a step in every input.
+      latent: whether the parameters are rounded when they are used, so that they are not the weight themselves.
     """
 
     paper: ClassVar[str] = ""
@@ -73,6 +76,24 @@ class Weight:
     size: ClassVar[str] = ""
     nearest: ClassVar[str] = ""
     input_step: ClassVar[float] = 0.0
+    latent: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        cls.__signature__ = constructor(cls)
+
+    @staticmethod
+    def sized_by(n: int, m: int) -> tuple[str, Sequence[int]] | None:
+        """The option that decides how much an n × m weight stores, and its values from little to much.
+
+        Padding aside; None for a structure of one size.
+        """
+        return None
+
+    @staticmethod
+    def timed_with(n: int) -> Sequence[Mapping[str, Any]]:
+        """Options that an n × n weight is timed with."""
+        return ({},)
 
     @property
     def parameters(self) -> int:

@@ -76,6 +76,7 @@ class Ternary(Structured):
     computes = "α T, T of −1, 0 and 1; x in 8 bits"
     size = "n², packed for inference in 2 bits each"
     nearest = "sorting"
+    latent = True
     input_step = 1 / STEPS
 
     def factors(self):

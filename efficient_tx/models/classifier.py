@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from efficient_tx.checks import OptionError
 from efficient_tx.models.embedding import TokenEmbedding
 from efficient_tx.models.transformer import Encoder
 from efficient_tx.numerics.random import dropout, example_keys, fold
@@ -33,7 +34,7 @@ def pool_tokens(x: jax.Array, mask: jax.Array | None, pool: str) -> jax.Array:
 def check_pool(pool: str, causal: bool) -> None:
     """Raises ValueError unless `pool` is one of POOLS that makes sense in a (causal) model."""
     if pool not in POOLS:
-        raise ValueError(f"pool is {pool!r}: choose one of {', '.join(POOLS)}")
+        raise OptionError("pool", pool, f"choose one of {', '.join(POOLS)}")
     if pool == "cls" and causal:
         raise ValueError("pool is 'cls' in a causal model, where the first token sees no other: use 'last'")
 

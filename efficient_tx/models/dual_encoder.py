@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from efficient_tx.checks import OptionError
 from efficient_tx.models.classifier import TokenEncoder, check_pool, pool_tokens
 from efficient_tx.numerics.random import example_keys, fold
 
@@ -29,7 +30,7 @@ class DualEncoder(TokenEncoder):
 
     def __init__(self, *, num_classes: int, pool: str = "mean", pair_head: str = "interaction", **encoder):
         if pair_head not in PAIR_HEADS:
-            raise ValueError(f"pair_head is {pair_head!r}: choose one of {', '.join(PAIR_HEADS)}")
+            raise OptionError("pair_head", pair_head, f"choose one of {', '.join(PAIR_HEADS)}")
         check_pool(pool, encoder.get("causal", False))
         super().__init__(prefix=1 if pool == "cls" else 0, **encoder)
         self.pool, self.pair_head = pool, pair_head

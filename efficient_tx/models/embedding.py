@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from efficient_tx.attention.shapes import token_ranks
+from efficient_tx.checks import OptionError
+from efficient_tx.tokens.mask import token_ranks
 
 POSITIONS = ("learned", "sinusoidal", "rope", "rope2d", "none")
 
@@ -40,7 +41,7 @@ class TokenEmbedding(nnx.Module):
         rngs: nnx.Rngs,
     ):
         if positions not in POSITIONS:
-            raise ValueError(f"positions is {positions!r}: choose one of {', '.join(POSITIONS)}")
+            raise OptionError("positions", positions, f"choose one of {', '.join(POSITIONS)}")
         self.tokens = nnx.Param(jax.random.normal(rngs.params(), (vocab_size, features)) * 1.0)
         self.learned = (
             nnx.Param(jax.random.normal(rngs.params(), (max_len, features)) * 1.0) if positions == "learned" else None

@@ -255,7 +255,7 @@ def differences(model: ViT, family: Family, name: str) -> list[str]:
     here = {"mlp": mlp, "norm_epsilon": model.encoder.norm.epsilon}
     return [
         f"  {name} has {option}={getattr(family, option)}, here it is {value}: "
-        f"--config.model.{option}={getattr(family, option)} computes the same as there"
+        f"the option {option}={getattr(family, option)} computes the same as there"
         for option, value in here.items()
         if value != getattr(family, option)
     ]

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from efficient_tx.checks import OptionError, at_least
 from efficient_tx.models.transformer import Block, make_norm, run_blocks, token_wise
 from efficient_tx.numerics.random import check_rate, dropout, example_keys, fold
-from efficient_tx.sizes import at_least
 
 # Published by stage. The authors' code has a third stage of 20 blocks for "small", which counts 38.9 M parameters; with
 # 7 it has the 24 M and 3.3 G that they publish.
@@ -227,7 +227,7 @@ def stage_sizes(size: str, **given: tuple[int, ...] | None) -> list[tuple[int, .
       ValueError: no such size, one below 1, or more of one than of another.
     """
     if size not in SIZES:
-        raise ValueError(f"size is {size!r}: choose one of {', '.join(SIZES)}")
+        raise OptionError("size", size, f"choose one of {', '.join(SIZES)}")
     sizes = {name: SIZES[size][name] if value is None else tuple(value) for name, value in given.items()}
     for name, values in sizes.items():
         for i, value in enumerate(values):

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from efficient_tx.checks import OptionError, at_least
 from efficient_tx.numerics.random import check_rate, dropout, example_keys, fold
-from efficient_tx.sizes import at_least
 
 NORMS: dict[str, Callable] = {"layer": nnx.LayerNorm, "rms": nnx.RMSNorm}
 MLPS = ("gelu", "gelu_erf", "swiglu")
@@ -18,9 +18,9 @@ def make_norm(
 ) -> nnx.Module:
     """LayerNorm ("layer") or RMSNorm ("rms") over the last axis; statistics are float32."""
     if not 0 < epsilon < float("inf"):
-        raise ValueError(f"norm_epsilon is {epsilon}: it must be a positive number")
+        raise OptionError("norm_epsilon", epsilon, "it must be a positive number")
     if name not in NORMS:
-        raise ValueError(f"norm is {name!r}: choose one of {', '.join(NORMS)}")
+        raise OptionError("norm", name, f"choose one of {', '.join(NORMS)}")
     return NORMS[name](features, epsilon=epsilon, dtype=dtype, rngs=rngs)
 
 
@@ -66,7 +66,7 @@ class Mlp(nnx.Module):
         rngs: nnx.Rngs,
     ):
         if kind not in MLPS:
-            raise ValueError(f"mlp is {kind!r}: choose one of {', '.join(MLPS)}")
+            raise OptionError("mlp", kind, f"choose one of {', '.join(MLPS)}")
         inner = round(2 * hidden / 3) if kind == "swiglu" else hidden
         self.up = linear(features, inner, dtype=dtype, rngs=rngs)
         self.gate = linear(features, inner, dtype=dtype, rngs=rngs) if kind == "swiglu" else None
@@ -114,7 +114,7 @@ class Block(nnx.Module):
     ):
         check_rate(drop_path, "drop_path")
         if layer_scale is not None and not 0 < layer_scale < float("inf"):
-            raise ValueError(f"layer_scale is {layer_scale}: it must be a positive number, or left out")
+            raise OptionError("layer_scale", layer_scale, "it must be a positive number, or left out")
         self.mixer_norm = make_norm(norm, features, epsilon=norm_epsilon, dtype=dtype, rngs=rngs)
         self.mixer = mixer(features, dropout=dropout, dtype=dtype, rngs=rngs)
         self.mlp_norm = make_norm(norm, features, epsilon=norm_epsilon, dtype=dtype, rngs=rngs)

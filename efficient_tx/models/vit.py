@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from efficient_tx.checks import OptionError, at_least
 from efficient_tx.models.transformer import Encoder
 from efficient_tx.numerics.random import dropout, example_keys, fold
-from efficient_tx.sizes import at_least
 
 POOLS = ("cls", "mean")
 POSITIONS = ("learned", "sincos", "rope2d", "none")
@@ -36,7 +36,7 @@ def sincos(rows: int, columns: int, features: int) -> np.ndarray:
       ValueError: `features` is no multiple of four, or only four.
     """
     if features % 4 or features < 8:
-        raise ValueError(f"features is {features}: sincos positions need a multiple of 4, at least 8")
+        raise OptionError("features", features, "sincos positions need a multiple of 4, at least 8")
     frequency = 10000.0 ** -np.linspace(0, 1, features // 4)
     row, column = np.divmod(np.arange(rows * columns), columns)
     angles = [coordinate[:, None] * frequency for coordinate in (column, row)]
@@ -118,7 +118,7 @@ class ViT(nnx.Module):
                 raise ValueError(f"{name} is {value!r}: choose one of {', '.join(known)}")
         height, width, channels = image_shape
         if height % patch_size or width % patch_size:
-            raise ValueError(f"patch_size is {patch_size}: it must divide the sides of an image of {height} × {width}")
+            raise OptionError("patch_size", patch_size, f"it must divide the sides of an image of {height} × {width}")
         rows, columns = height // patch_size, width // patch_size
         if positions == "rope2d" and (pool == "cls" or rows != columns):
             raise ValueError(

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax.linalg import triangular_solve
 
+from efficient_tx.checks import OptionError
 from efficient_tx.numerics.leverage import ridge_factor, selecting_rows, whitening
 
 _dot = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -41,7 +42,7 @@ def lewis_weights(
       ValueError: p is below 1.
     """
     if not p >= 1:
-        raise ValueError(f"p is {p}: Lewis weights need it to be at least 1")
+        raise OptionError("p", p, "Lewis weights need it to be at least 1")
     rows = selecting_rows(rows, mask)
     # The weights do not depend on the basis of the columns: an orthonormal one, with zeros beyond the rank.
     rows = _dot(rows, whitening(_dot(rows.mT, rows)))

@@ -8,12 +8,20 @@ from typing import Any
 from efficient_tx.training.workdir import write_bytes
 
 
-def draw(path: Path, lines: Sequence[Mapping[str, Any]], *, title: str, baselines: Mapping[str, float]) -> None:
-    """Writes a PNG: loss and accuracy over steps, training and validation, baselines as dashed horizontal lines.
+def draw(
+    path: Path,
+    lines: Sequence[Mapping[str, Any]],
+    *,
+    title: str,
+    metric: str = "accuracy",
+    baselines: Mapping[str, float],
+) -> None:
+    """Writes a PNG: loss and metric over steps, training and validation, baselines as dashed horizontal lines.
 
     Args:
       lines: those of metrics.jsonl.
-      baselines: accuracy of answers that a model has to beat, by name.
+      metric: the one beside the loss.
+      baselines: what answers score in it that a model has to beat, by name.
 
     Raises:
       RunError: the file cannot be written.
@@ -23,15 +31,15 @@ def draw(path: Path, lines: Sequence[Mapping[str, Any]], *, title: str, baseline
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     figure.suptitle(title)
-    for axes, name, label in zip(figure.subplots(1, 2), ("loss", "accuracy"), ("loss (nats)", "accuracy")):
+    for axes, name in zip(figure.subplots(1, 2), ("loss", metric)):
         for split, style in (("train", {"linewidth": 1, "alpha": 0.7}), ("validation", {"marker": "o", "ms": 4})):
             points = [(line["step"], line[name]) for line in lines if line["split"] == split]
             if points:
                 axes.plot(*zip(*points), label=split, **style)
-        axes.set(xlabel="step", ylabel=label)
+        axes.set(xlabel="step", ylabel=name)
         axes.grid(alpha=0.3)
-    for index, (name, accuracy) in enumerate(baselines.items()):
-        axes.axhline(accuracy, color=f"C{index + 2}", linestyle="--", label=f"{name} ({accuracy:.3f}, test)")
+    for index, (name, value) in enumerate(baselines.items()):
+        axes.axhline(value, color=f"C{index + 2}", linestyle="--", label=f"{name} ({value:.3f}, test)")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)

@@ -11,10 +11,20 @@ class RunError(Exception):
     Attributes:
       status: exit status of the program.
       resumable: whether the same command, given again, goes on from where the run ended.
+      option: whose value the line begins with, None where it begins with no option.
     """
 
     status = 1
     resumable = True
+
+    def __init__(self, line: str, *, option: str | None = None):
+        super().__init__(line)
+        self.option = option
+
+    @property
+    def flag(self) -> str:
+        """The line with its option as a flag of the command line."""
+        return f"--{self.option}={self}" if self.option else str(self)
 
 
 class Refused(RunError):

@@ -10,11 +10,12 @@ import grain
 import jax
 from flax import nnx
 
-from efficient_tx.task import Batch
+from efficient_tx.task import Batch, Objective
 from efficient_tx.training import metrics
 from efficient_tx.training.checkpoint import Checkpoints, Damaged
 from efficient_tx.training.errors import Refused, refusing
 from efficient_tx.training.history import History
+from efficient_tx.training.objective import CLASSIFICATION
 from efficient_tx.training.optimizer import evaluation_params
 from efficient_tx.training.stages import Stage, stage_at
 from efficient_tx.training.step import make_eval_step, replicate, split_batch
@@ -24,15 +25,13 @@ class Scores(NamedTuple):
     """What a model scores on a split.
 
     Attributes:
-      loss: cross-entropy, nats, mean over items.
-      accuracy: share of right answers.
+      means: of the loss and of every metric of the objective, over the items.
       count: items (labels, where there is one per token) that were counted.
       examples_per_second: rows of batches over wall time, without the first batch of each shape, which compiles; None
         if there are no others.
     """
 
-    loss: float
-    accuracy: float
+    means: dict[str, float]
     count: int
     examples_per_second: float | None
 
@@ -49,16 +48,16 @@ def prefetch(batches: grain.MapDataset, start: int = 0, stop: int | None = None)
         yield from batches[start:stop].map(split).to_iter_dataset(read)
 
 
-def make_evaluate(graphdef: nnx.GraphDef) -> Callable[..., Scores]:
+def make_evaluate(graphdef: nnx.GraphDef, objective: Objective = CLASSIFICATION) -> Callable[..., Scores]:
     """evaluate(params, batches, check=None) -> Scores over all devices and processes, each item counted once.
 
     `check` is called before each batch; what it raises ends the evaluation.
     """
-    step = make_eval_step(graphdef)
+    step = make_eval_step(graphdef, objective=objective)
 
     def evaluate(params: nnx.State, batches: grain.MapDataset, check: Callable[[], None] | None = None) -> Scores:
         params = replicate(params)
-        sums, pending, compiled = metrics.zeros("loss", "accuracy"), None, set()
+        sums, pending, compiled = metrics.zeros(*objective.names), None, set()
         rows, seconds, started = 0, 0.0, None
         for batch in prefetch(batches):
             if check is not None:
@@ -80,9 +79,8 @@ def make_evaluate(graphdef: nnx.GraphDef) -> Callable[..., Scores]:
             else:
                 rows += batch["label"].shape[0] * batch["label"].shape[1] * jax.process_count()
         sums = metrics.add(sums, metrics.fetch(pending))
-        means = metrics.means(sums)
         speed = rows / (seconds + time.perf_counter() - started) if rows else None
-        return Scores(means["loss"], means["accuracy"], round(sums["loss"][1]), speed)
+        return Scores(metrics.means(sums), round(sums["loss"][1]), speed)
 
     return evaluate
 
@@ -96,7 +94,7 @@ def trained_parameters(
     """(step, its stage, parameters to evaluate) of a checkpoint of the run in the workdir `path`.
 
     Args:
-      which: "best" (highest validation accuracy), "last", or a step. Of a damaged best or last one `warn` gets a
+      which: "best" (on validation, by the objective), "last", or a step. Of a damaged best or last one `warn` gets a
         line, and the next best or next older one is used.
       stages: the run's own, which say what the state of a step looks like; the model's values are not looked at.
 
@@ -106,15 +104,16 @@ def trained_parameters(
     checkpoints = Checkpoints(Path(path) / "checkpoints")
     steps = checkpoints.steps()
     if not steps:
-        raise Refused(f"{path} has no checkpoint yet: train first, python train.py --workdir={path} ...")
+        raise Refused(f"{path} has no checkpoint yet: train it first")
     if which == "last":
         wanted = steps[::-1]
     elif which == "best":
-        ranked = History(Path(path) / "metrics.jsonl", writer=False).ranked()
+        ranked = History(Path(path) / "metrics.jsonl", writer=False).ranked(stages[0].objective)
         wanted = [step for step in ranked if step in steps] or steps[::-1]
     elif which.isdecimal() and int(which) in steps:
         wanted = [int(which)]
     else:
-        raise Refused(f"--checkpoint={which}: {path} has best, last and the steps {', '.join(map(str, steps))}")
+        known = f"{path} has best, last and the steps {', '.join(map(str, steps))}"
+        raise Refused(f"{which}: {known}", option="checkpoint")
     step, state = checkpoints.first_usable(wanted, lambda step: stage_at(stages, step).like(), warn, passing=Damaged)
     return step, stage_at(stages, step), evaluation_params(state.optimizer, state.params)

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from efficient_tx.task import Objective
+from efficient_tx.training.objective import CLASSIFICATION
 from efficient_tx.training.workdir import write_bytes, writing
 
 Line = dict[str, Any]
@@ -17,11 +19,11 @@ TIMINGS = ("seconds", "data_seconds", "examples_per_second")
 class History:
     """metrics.jsonl: one JSON object a line, in the order of steps.
 
-    Every line has `step`, `split` ("train" or "validation"), `loss` (nats) and `accuracy`, means over the steps since
-    the last train line, or over the split. Train lines add `learning_rate` (of that step's update), `grad_norm`
-    (before clipping, mean over the window), and of the part of the window that this process ran, without its first
-    step, which compiles: `seconds`, evaluation and saving excluded, `data_seconds` of them waiting for batches, and
-    `examples_per_second` (null where there is no such part). A number that is not finite is null.
+    Every line has `step`, `split` ("train" or "validation"), `loss` and the objective's metrics (`accuracy`), means
+    over the steps since the last train line, or over the split. Train lines add `learning_rate` (of that step's
+    update), `grad_norm` (before clipping, mean over the window), and of the part of the window that this process ran,
+    without its first step, which compiles: `seconds`, evaluation and saving excluded, `data_seconds` of them waiting
+    for batches, and `examples_per_second` (null where there is no such part). A number that is not finite is null.
 
     Args:
       path: the file; it need not exist.
@@ -57,9 +59,10 @@ class History:
         """The lines of one split."""
         return [line for line in self.lines if line["split"] == split]
 
-    def ranked(self) -> list[int]:
-        """Validated steps, the highest accuracy first, and of equal ones the earliest."""
-        ranked = sorted(self.of("validation"), key=lambda line: (-line["accuracy"], line["step"]))
+    def ranked(self, objective: Objective = CLASSIFICATION) -> list[int]:
+        """Validated steps, the best by the objective first, and of equal ones the earliest."""
+        sign = -1 if objective.higher_is_better else 1
+        ranked = sorted(self.of("validation"), key=lambda line: (sign * line[objective.best], line["step"]))
         return [line["step"] for line in ranked]
 
 

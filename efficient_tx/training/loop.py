@@ -126,17 +126,18 @@ class Loop:
     def _use(self, stage: Stage) -> None:
         """Trains and evaluates what `stage` says from here on; its first step with each shape of batches compiles."""
         graphdef = nnx.split(stage.model)[0]
-        self._stage = stage
+        self._stage, self._objective = stage, stage.objective
         self._compiled = set()
         self._train_step = make_train_step(
             graphdef,
             stage.optimizer,
             seed=self._seed,
+            objective=stage.objective,
             grad_accum=self._grad_accum,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        self.evaluate: Callable[..., Scores] = make_evaluate(graphdef)
+        self.evaluate: Callable[..., Scores] = make_evaluate(graphdef, stage.objective)
 
     def run(self) -> State:
         """Trains up to the last step and returns the state there.
@@ -185,7 +186,7 @@ class Loop:
             self._checkpoints.steps()[::-1], lambda step: stage_at(self._stages, step).like(), self._report.say
         )
         if step is None:
-            step, state = 0, init_state(self._stage.model, self._stage.optimizer)
+            step, state = 0, init_state(self._stage.model, self._stage.optimizer, self._objective)
         else:
             self._report.say(f"resuming from step {step} of {self._plan.steps}")
             if stage_at(self._stages, step) is not self._stage:
@@ -235,8 +236,7 @@ class Loop:
             {
                 "step": step,
                 "split": "train",
-                "loss": means["loss"],
-                "accuracy": means["accuracy"],
+                **{name: means[name] for name in self._objective.names},
                 "learning_rate": float(self._schedule(step - 1)),
                 "grad_norm": means["grad_norm"],
                 "examples_per_second": self._plan.batch_size * watch.steps / watch.seconds if watch.steps else None,
@@ -264,13 +264,13 @@ class Loop:
 
         params = evaluation_params(state.optimizer, state.params)
         scores = self.evaluate(params, self._validation, check)
-        self._report.add({"step": step, "split": "validation", "loss": scores.loss, "accuracy": scores.accuracy})
+        self._report.add({"step": step, "split": "validation", **scores.means})
         self._report.draw()
         self._prune(step)
 
     def _prune(self, step: int) -> None:
         if self._writer:
-            best = next(iter(self._history.ranked()), None)
+            best = next(iter(self._history.ranked(self._objective)), None)
             self._checkpoints.prune(self._plan.keep, newest=step, best=best)
 
     def _settle(self, state: State) -> None:

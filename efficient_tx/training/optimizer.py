@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from efficient_tx.names import check_name
+from efficient_tx.checks import OptionError, one_of
 
 Schedule = Callable[[jax.Array | int], jax.Array]
 
@@ -44,7 +44,7 @@ def one_cycle(learning_rate: float, *, steps: int, warmup: int) -> Schedule:
     0.85 and back, whatever b1 the optimizer was given; here `b1` is what the config says.
     """
     if warmup > steps:
-        raise ValueError(f"optimizer.warmup={warmup} is more than steps={steps}: one_cycle peaks within the run")
+        raise OptionError("warmup", warmup, f"one_cycle peaks within the run, whose steps are {steps}")
     start, end, peak, last = learning_rate / 25, learning_rate / 25 / 1e4, warmup - 1, steps - 1
 
     def schedule(step):
@@ -170,37 +170,34 @@ def make_optimizer(
     Raises:
       ValueError: an unknown name, or an option that the chosen optimizer has no use for.
     """
-    check_name(name, OPTIMIZERS, "optimizer.name")
-    check_name(schedule, SCHEDULES, "optimizer.schedule")
-    check_name(clip_by, ("norm", "value"), "optimizer.clip_by")
+    one_of(OPTIMIZERS, name=name)
+    one_of(SCHEDULES, schedule=schedule)
+    one_of(("norm", "value"), clip_by=clip_by)
     sizes = {"learning_rate": learning_rate, "warmup": warmup, "weight_decay": weight_decay, "clip": clip, "eps": eps}
     for option, value in sizes.items():
         if not value >= 0:
-            raise ValueError(f"optimizer.{option}={value}: use 0 or more")
+            raise OptionError(option, value, "use 0 or more")
     for option, value in {"b1": b1, "b2": b2}.items():
         if not 0 <= value < 1:
-            raise ValueError(f"optimizer.{option}={value}: use a number in [0, 1)")
+            raise OptionError(option, value, "use a number in [0, 1)")
     if name == "schedule_free_adamw" and b1 == 0:
-        raise ValueError("optimizer.b1=0: schedule_free_adamw interpolates with weight b1, use a number in (0, 1)")
+        raise OptionError("b1", b1, "schedule_free_adamw interpolates with weight b1, use a number in (0, 1)")
     if structured_lr and name not in SIGN_LIKE:
-        raise ValueError(
-            f"optimizer.structured_lr=True has no rule for optimizer.name={name}: leave it at False, or choose one of "
-            f"{', '.join(SIGN_LIKE)}"
-        )
+        rule = f"there is no rule for {name}: leave it at False, or choose one of {', '.join(SIGN_LIKE)}"
+        raise OptionError("structured_lr", structured_lr, rule)
     options = {"weight_decay": weight_decay, "b1": b1, "b2": b2, "eps": eps}
     known = inspect.signature(OPTIMIZERS[name]).parameters
     defaults = inspect.signature(make_optimizer).parameters
     for option, value in options.items():
         if option not in known and value != defaults[option].default:
-            raise ValueError(
-                f"optimizer.{option}={value} has no effect with optimizer.name={name}: "
-                f"leave it at {defaults[option].default}, or choose another optimizer"
-            )
+            rule = f"it has no effect with {name}: leave it at {defaults[option].default}, or choose another optimizer"
+            raise OptionError(option, value, rule)
     if births is not None and name == "schedule_free_adamw":
-        raise ValueError(
-            "optimizer.name=schedule_free_adamw evaluates an average of the parameters, which is lost when they change "
-            "their form: leave densify_at unset, or choose another optimizer"
+        rule = (
+            "it evaluates an average of the parameters, which is lost when they change their form: leave densify_at "
+            "unset, or choose another optimizer"
         )
+        raise OptionError("name", name, rule)
     rate = SCHEDULES[schedule](learning_rate, steps=steps, warmup=warmup)
 
     def choose(birth):

@@ -9,9 +9,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
+from efficient_tx.task import Objective
 from efficient_tx.training import curve
 from efficient_tx.training.history import History, Line
 from efficient_tx.training.loggers import LOGGERS
+from efficient_tx.training.objective import CLASSIFICATION
 
 # Drawing takes a few tenths of a second: a run that evaluates every second should not spend its time on pictures.
 SECONDS_BETWEEN_PICTURES = 10.0
@@ -28,7 +30,8 @@ class Report:
       config: what loggers store beside the lines.
       loggers: keys of LOGGERS; one that is not installed is named in a line and left out.
       title: of the picture.
-      baselines: accuracies to beat, by name.
+      objective: of the task: its names are shown.
+      baselines: what is to beat in `objective.best`, by name.
       active: False where another process does the talking.
     """
 
@@ -42,11 +45,13 @@ class Report:
         config: Mapping[str, Any],
         loggers: Sequence[str] = (),
         title: str = "",
+        objective: Objective = CLASSIFICATION,
         baselines: Mapping[str, float] | None = None,
         active: bool = True,
     ):
         self._path, self._history, self._steps, self._batch_size = path, history, steps, batch_size
         self._config, self._names, self._title, self._baselines = config, loggers, title, baselines or {}
+        self._objective = objective
         self._active, self._loggers, self._pictured = active, [], -SECONDS_BETWEEN_PICTURES
         self.console = Console(highlight=False, quiet=not active, soft_wrap=True)
         self._bar = Progress(
@@ -65,7 +70,7 @@ class Report:
             try:
                 self._loggers.append(LOGGERS[name](self._path, step, self._config))
             except ImportError:
-                self.say(f"config.loggers has {name!r}, which is not installed (pip install {name}): going on without")
+                self.say(f"the logger {name!r} is not installed (pip install {name}): going on without")
         self._bar.start()
         self._task = self._bar.add_task("", total=self._steps, completed=step, latest="compiling", left="-:--:--")
 
@@ -82,7 +87,7 @@ class Report:
         self._history.append(line)
         for logger in self._loggers:
             logger.write(line)
-        scores = f"loss {line['loss']:.4f}  accuracy {line['accuracy']:.4f}"
+        scores = "  ".join(f"{name} {line[name]:.4f}" for name in self._objective.names)
         if line["split"] == "validation":
             self.say(f"step {line['step']}/{self._steps}  validation  {scores}")
             return
@@ -96,7 +101,13 @@ class Report:
     def draw(self, *, last: bool = False) -> None:
         """Draws curve.png anew, unless the last picture is only seconds old (and this is not the `last`)."""
         if self._active and (last or time.monotonic() - self._pictured > SECONDS_BETWEEN_PICTURES):
-            curve.draw(self._path / "curve.png", self._history.lines, title=self._title, baselines=self._baselines)
+            curve.draw(
+                self._path / "curve.png",
+                self._history.lines,
+                title=self._title,
+                metric=self._objective.best,
+                baselines=self._baselines,
+            )
             self._pictured = time.monotonic()
 
     def close(self) -> None:

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from efficient_tx.task import Objective
+from efficient_tx.training.objective import CLASSIFICATION
 from efficient_tx.training.step import State, init_state
 
 # Changes a model in place; parameters that stay the same `nnx.Param` keep their moments.
@@ -24,23 +26,28 @@ class Stage(NamedTuple):
       model: with the values that the run starts from in the first stage, abstract in the others.
       optimizer: of the parameters of `model`.
       transform: makes this model of that of the stage before; None for the first.
+      objective: what the model is trained for.
     """
 
     start: int
     model: nnx.Module
     optimizer: optax.GradientTransformation
     transform: Transform | None = None
+    objective: Objective = CLASSIFICATION
 
     def like(self) -> State:
         """The state in this stage, abstract."""
         graphdef, params = nnx.split(self.model)
-        return jax.eval_shape(lambda params: init_state(nnx.merge(graphdef, params), self.optimizer), params)
+        return jax.eval_shape(
+            lambda params: init_state(nnx.merge(graphdef, params), self.optimizer, self.objective), params
+        )
 
 
 def make_stages(
     model: nnx.Module,
     transforms: Sequence[tuple[int, Transform]],
     make_optimizer: Callable[[nnx.Module, nnx.State | None], optax.GradientTransformation],
+    objective: Objective = CLASSIFICATION,
 ) -> list[Stage]:
     """The stages of a run.
 
@@ -49,12 +56,13 @@ def make_stages(
       transforms: (step, transform) with ascending steps, which begin a stage each.
       make_optimizer: (model, births) -> its optimizer; births, in the structure of the parameters, are the steps from
         which the moments of each are counted, None where all of them always start at 0.
+      objective: of all stages.
     """
     births = jax.tree.map(lambda _: 0, nnx.split(model)[1])
-    stages = [Stage(0, model, make_optimizer(model, births if transforms else None))]
+    stages = [Stage(0, model, make_optimizer(model, births if transforms else None), None, objective)]
     for start, transform in transforms:
         model, births = _abstractly(transform, start, model, births)
-        stages.append(Stage(start, model, make_optimizer(model, births), transform))
+        stages.append(Stage(start, model, make_optimizer(model, births), transform, objective))
     return stages
 
 
@@ -71,7 +79,7 @@ def enter(state: State, before: Stage, stage: Stage) -> State:
     state = jax.tree.map(jnp.asarray, jax.device_get(state))
     model = nnx.merge(nnx.split(before.model)[0], state.params)
     stage.transform(model)
-    fresh = init_state(model, stage.optimizer)
+    fresh = init_state(model, stage.optimizer, stage.objective)
     remembered = dict(jax.tree_util.tree_leaves_with_path(state.optimizer))
     return state._replace(
         params=fresh.params,

@@ -16,9 +16,10 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from efficient_tx.task import Batch
+from efficient_tx.task import Batch, Objective
 from efficient_tx.training import metrics
 from efficient_tx.training.metrics import Metrics
+from efficient_tx.training.objective import CLASSIFICATION
 
 AXIS = "devices"
 # Entries of a batch that a model does not see.
@@ -32,7 +33,7 @@ class State(NamedTuple):
       step: int32 scalar, updates done.
       params: the model's parameters, `nnx.split(model)[1]`.
       optimizer: what the optax transformation remembers.
-      window: (sum, count) of loss, accuracy and grad_norm since `clear_window`.
+      window: (sum, count) of the loss, the metrics and grad_norm since `clear_window`.
       bad_step: int32 scalar, the first step (1 = the first update) whose loss or gradient was not finite; -1 = none.
         Its update was applied all the same: such a state is good for nothing but the message that names the step.
     """
@@ -44,14 +45,16 @@ class State(NamedTuple):
     bad_step: jax.Array
 
 
-def init_state(model: nnx.Module, optimizer: optax.GradientTransformation) -> State:
+def init_state(
+    model: nnx.Module, optimizer: optax.GradientTransformation, objective: Objective = CLASSIFICATION
+) -> State:  # fmt: skip
     """The state before the first step. It owns its arrays: the step donates them and `model` stays usable."""
     params = nnx.split(model)[1]
     state = State(
         step=jnp.int32(0),
         params=params,
         optimizer=optimizer.init(params),
-        window=metrics.zeros("loss", "accuracy", "grad_norm"),
+        window=metrics.zeros(*objective.names, "grad_norm"),
         bad_step=jnp.int32(-1),
     )
     return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
@@ -91,26 +94,14 @@ def check_batch_size(batch_size: int, *, devices: int, grad_accum: int) -> None:
         )
 
 
-def score(model: nnx.Module, batch: Batch, keys: jax.Array | None) -> Metrics:
-    """Sums over the rows of one micro-batch: cross-entropy (nats) and right answers, each with the sum of weights.
+def score(model: nnx.Module, batch: Batch, keys: jax.Array | None, objective: Objective) -> Metrics:
+    """Sums over the rows of one micro-batch: the objective's loss and metrics, each with what it is divided by.
 
     The model gets every entry of the batch but `label`, `label2`, `mix`, `weight`, `row` and `seed`, by name, and one
-    key per example (None at evaluation); it returns logits `[B, classes]`, or `[B, L, classes]` where label and weight
-    are `[B, L]`. Where there is a `mix`, the loss of an example is that share of `label`'s and the rest of `label2`'s;
-    right is `label`.
+    key per example (None at evaluation); what it returns goes to the objective in float32.
     """
     features = {name: array for name, array in batch.items() if name not in NOT_READ}
-    logits = model(**features, key=keys).astype(jnp.float32)
-    weight = batch["weight"].astype(jnp.float32)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-    if "mix" in batch:
-        other = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label2"])
-        loss = batch["mix"] * loss + (1 - batch["mix"]) * other
-    # Rows of weight 0 only fill up the batch: whatever their labels and logits are, the loss stays finite.
-    loss = jnp.where(weight > 0, loss, 0.0)
-    right = jnp.argmax(logits, -1) == batch["label"]
-    total = weight.sum()
-    return {"loss": ((loss * weight).sum(), total), "accuracy": ((right * weight).sum(), total)}
+    return objective.score(model(**features, key=keys).astype(jnp.float32), batch)
 
 
 def train_step(
@@ -119,6 +110,7 @@ def train_step(
     *,
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
+    objective: Objective,
     grad_accum: int,
 ) -> State:
     """One update from one device's rows `[b, ...]`; `row` and `seed`, both `[b]`, say which keys are theirs."""
@@ -128,7 +120,7 @@ def train_step(
 
     def loss_sum(params, batch):
         keys = jax.vmap(example_key)(batch["seed"], batch["row"])
-        sums = score(nnx.merge(graphdef, params), batch, keys)
+        sums = score(nnx.merge(graphdef, params), batch, keys, objective)
         return sums["loss"][0], sums
 
     def sums_and_gradients(batch):
@@ -162,9 +154,9 @@ def train_step(
     )
 
 
-def eval_step(params: nnx.State, batch: Batch, *, graphdef: nnx.GraphDef) -> Metrics:
-    """Loss and accuracy of the global batch as (sum, count) pairs, from one device's rows `[b, ...]`."""
-    return jax.lax.psum(score(nnx.merge(graphdef, params), batch, None), AXIS)
+def eval_step(params: nnx.State, batch: Batch, *, graphdef: nnx.GraphDef, objective: Objective) -> Metrics:
+    """Loss and metrics of the global batch as (sum, count) pairs, from one device's rows `[b, ...]`."""
+    return jax.lax.psum(score(nnx.merge(graphdef, params), batch, None, objective), AXIS)
 
 
 def make_train_step(
@@ -172,6 +164,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     seed: int,
+    objective: Objective = CLASSIFICATION,
     grad_accum: int = 1,
     devices: Sequence[jax.Device] | None = None,
     process_index: int = 0,
@@ -188,7 +181,7 @@ def make_train_step(
       ValueError: `devices` does not fit; at a call, the batch cannot be shared out over devices and micro-batches.
     """
     devices, mesh_devices = _devices(devices)
-    step = partial(train_step, graphdef=graphdef, optimizer=optimizer, grad_accum=grad_accum)
+    step = partial(train_step, graphdef=graphdef, optimizer=optimizer, objective=objective, grad_accum=grad_accum)
     mapped = jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0, devices=mesh_devices)
     home = _everywhere(devices)
 
@@ -211,13 +204,13 @@ def make_train_step(
 
 
 def make_eval_step(
-    graphdef: nnx.GraphDef, *, devices: Sequence[jax.Device] | None = None
+    graphdef: nnx.GraphDef, *, objective: Objective = CLASSIFICATION, devices: Sequence[jax.Device] | None = None
 ) -> Callable[[nnx.State, Batch], Metrics]:
     """The evaluation step of all devices: (params, batch from `split_batch`) -> sums over devices and processes.
 
     Parameters that are not yet on the `devices` are copied at every call: `replicate` them first.
     """
-    step = partial(eval_step, graphdef=graphdef)
+    step = partial(eval_step, graphdef=graphdef, objective=objective)
     return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=_devices(devices)[1])
 
 

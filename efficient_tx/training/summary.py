@@ -1,11 +1,9 @@
-"""Summary: what a finished run is worth, in one file and a few lines."""
+"""Summary: what a finished run tells beside its scores: parameters, speed, memory, versions, device."""
 
 import importlib.metadata
 import platform
 import resource
 import sys
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -54,14 +52,3 @@ def device() -> dict[str, Any]:
         "count": jax.device_count(),
         "processes": jax.process_count(),
     }
-
-
-def sentences(summary: Mapping[str, Any], path: Path) -> list[str]:
-    """What the end of a run tells a person, line by line."""
-    baselines = ", ".join(f"{name} {accuracy:.4f}" for name, accuracy in summary["baselines"].items())
-    return [
-        f"test accuracy {summary['test_accuracy']:.4f} (checkpoint of step {summary['best_step']}, best on validation)"
-        + (f"; to beat: {baselines}" if baselines else ""),
-        f"summary: {path / 'summary.json'}   learning curve: {path / 'curve.png'}",
-        f"evaluate it: python eval.py --workdir={path}",
-    ]

@@ -82,11 +82,11 @@ class Workdir:
           RunError: it cannot be written.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise Refused(f"--workdir={self.path} is a file: name a folder")
+            raise Refused(f"{self.path} is a file: name a folder", option="workdir")
         if not self.path.exists():
             parent = next(parent for parent in self.path.absolute().parents if parent.exists())
             if not os.access(parent, os.W_OK):
-                raise Refused(f"--workdir={self.path} cannot be made: {parent} cannot be written")
+                raise Refused(f"{self.path} cannot be made: {parent} cannot be written", option="workdir")
             return
         self._check_config()
         # Where a run is finished nothing will be written, and perhaps nothing can be.
@@ -141,8 +141,9 @@ class Workdir:
         if differing:
             more = f"; and {len(differing) - 8} more keys" if len(differing) > 8 else ""
             raise Refused(
-                f"--workdir={self.path} belongs to a run with another config: {'; '.join(differing[:8])}{more}. "
-                "Use a new --workdir, or that run's values"
+                f"{self.path} belongs to a run with another config: {'; '.join(differing[:8])}{more}. "
+                "Use a new folder, or that run's values",
+                option="workdir",
             )
 
     def _take_lock(self) -> None:
@@ -158,7 +159,8 @@ class Workdir:
             owner = lock.read().strip() or "unknown"
             lock.close()
             raise Refused(
-                f"--workdir={self.path} is in use by a live run (process {owner}): wait for it, stop it, or use another"
+                f"{self.path} is in use by a live run (process {owner}): wait for it, stop it, or use another",
+                option="workdir",
             ) from None
         with writing(path):
             lock.truncate(0)
@@ -179,7 +181,7 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         raise Refused(f"{path} is not the workdir of a run: there is no {file}") from None
     except (ValueError, IsADirectoryError) as error:
-        raise Refused(f"{file} is damaged ({error}): restore it, or use a new --workdir") from None
+        raise Refused(f"{file} is damaged ({error}): restore it, or use a new folder") from None
     if not isinstance(config, dict):
-        raise Refused(f"{file} is damaged (no JSON object): restore it, or use a new --workdir")
+        raise Refused(f"{file} is damaged (no JSON object): restore it, or use a new folder")
     return config

@@ -6,10 +6,11 @@ from pathlib import Path
 from rich.console import Console
 
 from efficient_tx.attention import ATTENTION
-from efficient_tx.compare import plots, report
-from efficient_tx.compare.attention import Settings, compare
+from efficient_tx.checks import OptionError
+from efficient_tx.compare.attention import plots, report
+from efficient_tx.compare.attention.measure import Settings, compare
 from efficient_tx.compare.flags import Parser, keys_of, positive, whole, wholes
-from efficient_tx.compare.measure import machine
+from efficient_tx.compare.timing import machine
 from efficient_tx.files import write
 
 HELP = "parameters, errors, time and memory of the attention variants"
@@ -38,7 +39,7 @@ def check(args: argparse.Namespace) -> None:
     args.error_length = args.error_length or args.lengths[0]
     if args.error_length not in args.lengths:
         among = ", ".join(map(str, args.lengths))
-        raise ValueError(f"--error_length={args.error_length} is none of --lengths: use one of {among}")
+        raise OptionError("error_length", args.error_length, f"use one of the lengths, {among}")
 
 
 def run(args: argparse.Namespace, console: Console) -> None:

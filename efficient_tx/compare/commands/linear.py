@@ -5,10 +5,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from efficient_tx.compare import linear_plot, linear_report, weights
 from efficient_tx.compare.flags import Parser, keys_of, positive, whole, wholes
-from efficient_tx.compare.linear import Settings, compare, project
-from efficient_tx.compare.measure import machine
+from efficient_tx.compare.linear import plots, report, weights
+from efficient_tx.compare.linear.measure import Settings, compare, project
+from efficient_tx.compare.timing import machine
 from efficient_tx.files import write
 from efficient_tx.linear import LINEAR
 
@@ -53,20 +53,18 @@ def run(args: argparse.Namespace, console: Console) -> None:
         rows = compare(args.structures, settings, status.update)
         projected = project(args.structures, kernel, settings.share, status.update)
     for width in settings.features:
-        console.print(linear_report.speed(rows, width, settings))
+        console.print(report.speed(rows, width, settings))
     console.print("rate: multiplications a second, forward and backward, as a share of the dense layer's")
-    for line in linear_report.verdicts(rows):
+    for line in report.verdicts(rows):
         console.print(line, highlight=False)
     n, m = kernel.shape
     source = f"{n} × {m}, {source}; 99 % of its squares are in {weights.directions(kernel)} singular directions"
-    console.print(linear_report.errors(projected, settings))
+    console.print(report.errors(projected, settings))
     console.print(f"error: ‖W − Ŵ‖ / ‖W‖; W is {source}", highlight=False)
-    if any(linear_report.share_stored(row) > settings.share for row in projected):
+    if any(report.share_stored(row) > settings.share for row in projected):
         console.print("*: its smallest size stores more")
     if args.out:
-        write(args.out / "linear.csv", linear_report.to_csv(rows, projected))
-        write(args.out / "linear.json", linear_report.to_json(rows, projected, source, settings, ran_on))
-        write(
-            args.out / "linear.png", linear_plot.gains_and_losses(rows, projected, f"W is {source}", settings, ran_on)
-        )
+        write(args.out / "linear.csv", report.to_csv(rows, projected))
+        write(args.out / "linear.json", report.to_json(rows, projected, source, settings, ran_on))
+        write(args.out / "linear.png", plots.gains_and_losses(rows, projected, f"W is {source}", settings, ran_on))
         console.print(f"wrote {args.out}/linear.csv, linear.json, linear.png")

@@ -12,12 +12,12 @@ import dataclasses
 
 import numpy as np
 
+from efficient_tx.checks import OptionError, at_least
 from efficient_tx.data.recall.counting import Count, Parity
 from efficient_tx.data.recall.kind import Kind
 from efficient_tx.data.recall.mqar import Mqar
 from efficient_tx.data.recall.needle import Needle
 from efficient_tx.data.recall.selective_copy import SelectiveCopy
-from efficient_tx.sizes import at_least
 from efficient_tx.task import Task
 
 KIND = "token_labels"
@@ -106,7 +106,7 @@ class Examples:
 def make(kind: str, max_len: int, options: dict) -> Kind:
     """The generator of a kind, with those of `options` that are not None and belong to any kind."""
     if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}: choose one of {', '.join(KINDS)}")
+        raise OptionError("kind", kind, f"choose one of {', '.join(KINDS)}")
     known = {name: [field.name for field in dataclasses.fields(KINDS[name])] for name in KINDS}
     given = {}
     for key, value in options.items():

@@ -4,9 +4,9 @@ import dataclasses
 
 import numpy as np
 
+from efficient_tx.checks import at_least
 from efficient_tx.data.recall.draws import integers
 from efficient_tx.data.recall.kind import FIRST, Kind, answered
-from efficient_tx.sizes import at_least
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from efficient_tx.sizes import at_least
+from efficient_tx.checks import at_least
 
 # Token ids: 0 is the padding, which does not occur; 1 stands where there is nothing to read; the others follow.
 BLANK, FIRST = 1, 2

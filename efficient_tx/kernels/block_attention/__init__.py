@@ -6,12 +6,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from efficient_tx.checks import at_least
 from efficient_tx.kernels.block_attention import reference, xla
 from efficient_tx.kernels.block_attention.options import Options
 from efficient_tx.kernels.forward_mode import reverse_only
 from efficient_tx.kernels.implementations import choose
 from efficient_tx.kernels.shapes import check_shapes
-from efficient_tx.sizes import at_least
 
 # Best first. Each module has `unsupported` and `forward`, and all but the reference a `backward`.
 IMPLEMENTATIONS = {"xla": xla, "reference": reference}

@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from efficient_tx.checks import OptionError
 from efficient_tx.kernels.flash_attention import reference, xla
 from efficient_tx.kernels.flash_attention.options import SCORES, Options
 from efficient_tx.kernels.forward_mode import reverse_only
@@ -63,7 +64,7 @@ def flash_attention(
     check_shapes(q, k, v)
     check_mask(mask, q, k)
     if score not in SCORES:
-        raise ValueError(f"score is {score!r}: choose one of {', '.join(SCORES)}")
+        raise OptionError("score", score, f"choose one of {', '.join(SCORES)}")
     if return_lse and score != "softmax":
         raise ValueError(f"return_lse needs score='softmax': {score!r} weights are not normalised")
     pairs = mask is not None and mask.ndim == 4

@@ -1,0 +1,1 @@
+"""Attention to the keys of a fixed pattern of blocks: near, global, strided, random."""

@@ -1,0 +1,73 @@
+"""Local attention (Parmar et al. 2018, arXiv 1802.05751): softmax over the nearest tokens.
+
+With i and j the ranks of two real tokens (padding, wherever it stands, is taken out first), i sees j where
+|i − j| ≤ ⌊window / 2⌋; the causal form sees the last `window` tokens, its own included. Exact softmax where the window
+covers everything. Unlike the published code of Long Range Arena it is local, not strided, and nothing is causal that
+was not asked to be.
+"""
+
+from typing import ClassVar
+
+import jax
+
+from efficient_tx.attention.base.multihead import MultiHead
+from efficient_tx.attention.base.options import checked_by
+from efficient_tx.attention.block_sparse.patterns import OTHER_QUERIES, Window, last_queries, side_by_side
+from efficient_tx.attention.exact.softmax import softmax
+from efficient_tx.checks import at_least
+from efficient_tx.tokens.mask import key_mask, spread
+
+
+def check_options(*, window):
+    """Raises ValueError, one line, for the first option that is out of its range."""
+    at_least(1, window=window)
+
+
+@checked_by(check_options)
+def local(
+    q: jax.Array, k: jax.Array, v: jax.Array, *,
+    mask: jax.Array | None = None, key: jax.Array | None = None, causal: bool = False, window: int = 128,
+) -> jax.Array:  # fmt: skip
+    """Attends to the real tokens at most window // 2 away; causal: to the last `window` ones, the query's included.
+
+    Args:
+      q: `[batch, queries, heads, head_dim]`.
+      k: `[batch, keys, groups, head_dim]`; groups divides heads.
+      v: `[batch, keys, groups, v_dim]`.
+      mask: bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens; it marks the queries too.
+      key: unused, the method draws nothing.
+      causal: a query sees no later token. Then there may be other numbers of queries and keys: the last query stands
+        at the last real key (decoding), and time and memory are queries × keys.
+      window: how many tokens are near.
+
+    Returns:
+      `[batch, queries, heads, v_dim]` in the dtype of q; zero at padding. Statistics are float32 at least.
+
+    Raises:
+      ValueError: an option out of its range, or shapes that do not fit.
+    """
+    near = Window.of(window, causal)
+    mask = key_mask(mask, *k.shape[:2])
+    if q.shape[1] != k.shape[1]:
+        return last_queries("local", q, k, v, mask, causal, near)
+    return spread(near.attend(*side_by_side(mask, q, k, v), causal), mask)
+
+
+class Local(MultiHead):
+    """Multi-head `local` attention; options as the function, the other arguments as `MultiHead`."""
+
+    paper = "Parmar et al. 2018, arXiv 1802.05751"
+    computes = "softmax over the w nearest tokens"
+    cost = "n·w"
+    function = staticmethod(local)
+    exact = staticmethod(softmax)
+    near_on = ("clustered", "imbalanced")
+    refuses: ClassVar = {"cross": OTHER_QUERIES}
+    windowed = True
+
+    @staticmethod
+    def within(budget):
+        return {"window": budget}
+
+    def state_numbers(self, length):
+        return 2 * min(self.window, length) * self.heads * self.head_dim

@@ -1,0 +1,90 @@
+"""Longformer (Beltagy et al. 2020, arXiv 2004.05150): softmax over the nearest tokens and a few global ones.
+
+With i and j the ranks of two real tokens, i sees j as in `local`, or where i or j is among the first `global_tokens`.
+No pattern is a dense mask, and padding is neither near nor far.
+"""
+
+from typing import Any, ClassVar
+
+import jax
+
+from efficient_tx.attention.base.multihead import MultiHead
+from efficient_tx.attention.base.options import checked_by
+from efficient_tx.attention.block_sparse.patterns import (
+    OTHER_QUERIES,
+    Window,
+    last_queries,
+    side_by_side,
+    with_global_rows,
+)
+from efficient_tx.attention.exact.softmax import softmax
+from efficient_tx.checks import at_least
+from efficient_tx.tokens.mask import key_mask, spread
+
+
+def check_options(*, window, global_tokens):
+    """Raises ValueError, one line, for the first option that is out of its range."""
+    at_least(1, window=window)
+    at_least(0, global_tokens=global_tokens)
+
+
+@checked_by(check_options)
+def longformer(
+    q: jax.Array, k: jax.Array, v: jax.Array, *,
+    q_global: jax.Array | None = None, k_global: jax.Array | None = None, v_global: jax.Array | None = None,
+    mask: jax.Array | None = None, key: jax.Array | None = None, causal: bool = False,
+    window: int = 512, global_tokens: int = 1,
+) -> jax.Array:  # fmt: skip
+    """`local`, and the first `global_tokens` real tokens see all and are seen by all.
+
+    Args:
+      q, k, v, mask, key, causal, window: as in `local`.
+      q_global, k_global, v_global: another projection of the same tokens, each of the shape of q, k or v: with it the
+        global tokens look at all others, as in the paper. None: with q, k and v.
+      global_tokens: how many; 0 is `local`.
+
+    Returns, Raises: as `local`; with the other projection, queries and keys must be equally many.
+    """
+    near = Window.of(window, causal, global_tokens)
+    mask = key_mask(mask, *k.shape[:2])
+    given = [x for x in (q_global, k_global, v_global) if x is not None]
+    if len(given) not in (0, 3):
+        raise ValueError(f"longformer got {len(given)} of q_global, k_global and v_global: pass all three or none")
+    if q.shape[1] != k.shape[1]:
+        return last_queries("longformer", q, k, v, mask, causal and not given, near)
+    *arrays, front = side_by_side(mask, q, k, v, *given)
+    out = near.attend(*arrays[:3], front, causal)
+    if given or not causal:
+        out = with_global_rows(out, *arrays[-3:], front, causal, global_tokens)
+    return spread(out, mask)
+
+
+class Longformer(MultiHead):
+    """Multi-head `longformer` attention; options as the function, the other arguments as `MultiHead`.
+
+    Args:
+      global_projections: global tokens look through query, key and value layers of their own, as in the paper; twice
+        the parameters.
+    """
+
+    paper = "Beltagy et al. 2020, arXiv 2004.05150"
+    computes = "softmax over the w nearest tokens and g global ones"
+    cost = "n·(w + g)"
+    function = staticmethod(longformer)
+    exact = staticmethod(softmax)
+    near_on = ("clustered", "imbalanced")
+    refuses: ClassVar = {"cross": OTHER_QUERIES}
+    windowed = True
+
+    @staticmethod
+    def within(budget):
+        return {"window": budget}
+
+    def __init__(self, features: int, *, global_projections: bool = False, **common: Any):
+        if global_projections:
+            self.projections = ("q", "k", "v", "q_global", "k_global", "v_global")
+            self.rotated = ("q", "k", "q_global", "k_global")
+        super().__init__(features, **common)
+
+    def state_numbers(self, length):
+        return 2 * min(self.window + self.global_tokens, length) * self.heads * self.head_dim

@@ -1,0 +1,1 @@
+"""Attention to every token, exactly: any score, blockwise, quadratic in the length."""

@@ -1,0 +1,100 @@
+"""Sigmoid attention (Ramapuram et al. 2024, arXiv 2409.04431): each key weighs by itself, nothing is normalised.
+
+    out_i = Σ_j σ(q_i·k_j / √K + b) v_j        σ(x) = 1 / (1 + exp(−x)), b = −ln(max_len)
+
+With b at minus the logarithm of the trained length a row of weights sums to about the same at any length, as it does
+in softmax attention. b is one constant, trained and evaluated with alike: shorter examples are not rescaled. Cost n².
+
+Unlike the published kernel, which computes σ as (1 + tanh(x/2)) / 2, weights far below 1 keep their relative accuracy.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_tx.attention.base.multihead import MultiHead
+from efficient_tx.checks import OptionError
+from efficient_tx.kernels import flash_attention
+from efficient_tx.tokens.mask import key_mask_or_pairs
+
+
+def sigmoid(
+    q: jax.Array, k: jax.Array, v: jax.Array, *,
+    bias: float, mask: jax.Array | None = None, key: jax.Array | None = None, causal: bool = False,
+) -> jax.Array:  # fmt: skip
+    """Sums values under sigmoid weights, blockwise: memory is linear in the length, forward and backward.
+
+    Args:
+      q: `[batch, queries, heads, head_dim]`.
+      k: `[batch, keys, groups, head_dim]`; groups divides heads.
+      v: `[batch, keys, groups, v_dim]`.
+      bias: added to every logit; −ln(n) for a model of sequences of up to n tokens.
+      mask: key mask, bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens; or one of all pairs,
+        `[batch, heads or 1, queries, keys]`, at a memory quadratic in the length.
+      key: unused, nothing is drawn.
+      causal: query i sees keys j ≤ i + keys − queries only.
+
+    Returns:
+      `[batch, queries, heads, v_dim]` in the dtype of q; zero for a query without keys. The arithmetic is float32 at
+      least.
+    """
+    return flash_attention(q, k, v, score="sigmoid", bias=bias, mask=key_mask_or_pairs(mask, q, k), causal=causal)
+
+
+class Sigmoid(MultiHead):
+    """Multi-head sigmoid attention with the bias −ln(max_len).
+
+    Args:
+      qk_norm: normalises queries and keys over the channels of each head, before they turn with their position, by a
+        LayerNorm with parameters that the heads share.
+      layer_scale: None, or what each channel of the output is multiplied by at first, learnt from there (LayerScale,
+        Touvron et al. 2021, arXiv 2103.17239); the paper's is 1e-4.
+
+    Raises:
+      ValueError: no `max_len`; `layer_scale` is not above 0.
+    """
+
+    paper = "Ramapuram et al. 2024, arXiv 2409.04431"
+    computes = "sigmoid weights with a bias of −ln(max_len), unnormalised"
+    cost = "n²"
+    function = staticmethod(sigmoid)
+    needs_max_len = True
+
+    @staticmethod
+    def measured_with(q, budget, rng):
+        return {"bias": -math.log(q.shape[1])}
+
+    def __init__(
+        self, features: int, *,
+        qk_norm: bool = False, layer_scale: float | None = None, dtype: jnp.dtype | None = None, rngs: nnx.Rngs,
+        **common: Any,
+    ):  # fmt: skip
+        super().__init__(features, dtype=dtype, rngs=rngs, **common)
+        if layer_scale is not None and not layer_scale > 0:
+            raise OptionError("layer_scale", layer_scale, "it must be None or above 0, as 1e-4")
+        if qk_norm:
+            self.q, self.k = (HeadNorm(layer, self.head_dim, dtype=dtype, rngs=rngs) for layer in (self.q, self.k))
+        self.layer_scale = None if layer_scale is None else nnx.Param(jnp.full(features, layer_scale, jnp.float32))
+
+    def mix(self, x, *, mask, key):
+        out = super().mix(x, mask=mask, key=key)
+        return out if self.layer_scale is None else out * self.layer_scale[...].astype(out.dtype)
+
+    def attend(self, q, k, v, *, mask, key):
+        return super().attend(q, k, v, mask=mask, key=key, bias=-math.log(self.max_len))
+
+
+class HeadNorm(nnx.Module):
+    """A projection and a LayerNorm over the channels of each of its heads."""
+
+    def __init__(self, layer: nnx.Module, head_dim: int, *, dtype: jnp.dtype | None, rngs: nnx.Rngs):
+        self.layer = layer
+        self.norm = nnx.LayerNorm(head_dim, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[tokens, features]` -> `[tokens, heads · head_dim]`."""
+        out = self.layer(x)
+        return self.norm(out.reshape(len(out), -1, self.norm.num_features)).reshape(out.shape)

@@ -1,0 +1,80 @@
+"""cosFormer (Qin et al. 2022, arXiv 2202.08791): linear attention that weights near keys more.
+
+    out_i = Σ_j w_ij v_j / Σ_j w_ij,        w_ij = relu(q_i)·relu(k_j) cos(π/2 · (i − j) / M)
+
+By cos(a − b) = cos a cos b + sin a sin b the weights are products of 2d features, relu(x) cos a and relu(x) sin a.
+
+Unlike the published code: M is `max_len`, where theirs is the length of the batch at hand, which padding changes and
+decoding cannot know; i and j count real tokens; and the mask, which theirs ignores here, is honoured.
+"""
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from efficient_tx.attention.base.multihead import MultiHead
+from efficient_tx.attention.feature.linear import feature_attention
+from efficient_tx.tokens.mask import key_mask, query_positions, take, token_ranks
+
+
+def cosformer(
+    q: jax.Array, k: jax.Array, v: jax.Array, *,
+    max_len: int, mask: jax.Array | None = None, key: jax.Array | None = None, causal: bool = False,
+) -> jax.Array:  # fmt: skip
+    """Attends with the weights of the formula: time and memory are linear in the length.
+
+    Args:
+      q: `[batch, queries, heads, head_dim]`.
+      k: `[batch, keys, groups, head_dim]`; groups divides heads.
+      v: `[batch, keys, groups, v_dim]`.
+      max_len: M, at least the number of keys; a weight falls to zero at this distance.
+      mask: bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens, whose ranks are the positions.
+      key: unused, nothing is drawn.
+      causal: query i sees keys j ≤ i only; with another number of queries the last one stands at the last real key.
+
+    Returns:
+      `[batch, queries, heads, v_dim]` in the dtype of q; zero for a query without keys. The arithmetic is float32 at
+      least; a sum of weights below 1e-6 counts as 1e-6.
+
+    Raises:
+      ValueError: more keys than max_len; without `causal`, another number of queries than keys.
+    """
+    (batch, keys), queries = k.shape[:2], q.shape[1]
+    if keys > max_len:
+        raise ValueError(f"length is {keys}, but cosformer was built for max_len={max_len}")
+    if queries != keys and not causal:
+        raise ValueError(f"cosformer has {queries} queries and {keys} keys: it needs positions, so use causal=True")
+    mask = key_mask(mask, batch, keys)
+    real = jnp.ones((batch, keys), bool) if mask is None else mask
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    angles = (token_ranks(mask, batch, keys) * (jnp.pi / 2 / max_len)).astype(dtype)[:, :, None, None]
+
+    def features(tokens):
+        x, angle = tokens
+        x = jax.nn.relu(x)
+        return jnp.concatenate([x * jnp.cos(angle), x * jnp.sin(angle)], axis=-1)
+
+    of_queries = angles if queries == keys else take(angles, query_positions(real, queries))
+    return feature_attention(
+        (q, of_queries), (k, angles), v, mask=mask, causal=causal, features=2 * q.shape[-1], floor=1e-6,
+        query_features=features, key_features=lambda k, real, memory: (features(k), None, memory),
+    )  # fmt: skip
+
+
+class Cosformer(MultiHead):
+    """Multi-head cosFormer; arguments as `MultiHead`. Weights are zero at a distance of `max_len` tokens."""
+
+    paper = "Qin et al. 2022, arXiv 2202.08791"
+    computes = "ReLU features in place of the softmax, near tokens weighted more"
+    cost = "n"
+    function = staticmethod(cosformer)
+    refuses: ClassVar = {"cross": "it needs positions"}
+    needs_max_len = True
+
+    @staticmethod
+    def measured_with(q, budget, rng):
+        return {"max_len": q.shape[1]}
+
+    def state_numbers(self, length):
+        return self.heads * 2 * self.head_dim * (self.head_dim + 1)

@@ -1,0 +1,180 @@
+"""Linear attention (Katharopoulos et al. 2020, arXiv 2006.16236): a product of features in place of the softmax.
+
+    out_i = φ(q_i) Σ_j φ(k_j)ᵀ v_j / (φ(q_i) · Σ_j φ(k_j)),        φ(x) = elu(x) + 1
+
+The sums over the keys do not depend on the query: they are made once, or carried along as a state where j ≤ i. The same
+for other non-negative features (`performer`, `cosformer`) is here as well.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from efficient_tx.attention.base.multihead import MultiHead
+from efficient_tx.kernels import gated_linear_attention
+from efficient_tx.tokens.mask import key_mask, over, place, query_positions, take
+
+# Entries of features in a piece of the sequence, 1 MB of float32: it stays in the cache of a core.
+PIECE = 2**18
+
+
+def linear(
+    q: jax.Array, k: jax.Array, v: jax.Array, *,
+    mask: jax.Array | None = None, key: jax.Array | None = None, causal: bool = False,
+) -> jax.Array:  # fmt: skip
+    """Attends with the weights φ(q)·φ(k), φ = elu + 1: time and memory are linear in the length.
+
+    Args:
+      q: `[batch, queries, heads, head_dim]`.
+      k: `[batch, keys, groups, head_dim]`; groups divides heads.
+      v: `[batch, keys, groups, v_dim]`.
+      mask: bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens; with as many queries as keys it marks
+        the queries too.
+      key: unused, nothing is drawn.
+      causal: query i sees keys j ≤ i only; with another number of queries the last one stands at the last real key.
+
+    Returns:
+      `[batch, queries, heads, v_dim]` in the dtype of q; zero for a query without keys. The arithmetic is float32 at
+      least; a sum of weights below 1e-6 counts as 1e-6.
+    """
+    return feature_attention(
+        q, k, v, mask=mask, causal=causal, features=q.shape[-1], floor=1e-6,
+        query_features=positive, key_features=lambda k, real, memory: (positive(k), None, memory),
+    )  # fmt: skip
+
+
+def positive(x: jax.Array) -> jax.Array:
+    """elu(x) + 1, without the rounding of the sum."""
+    return jnp.exp(jnp.minimum(x, 0)) + jnp.maximum(x, 0)
+
+
+def feature_attention(
+    q: Any, k: Any, v: jax.Array, *,
+    mask: jax.Array | None, causal: bool, features: int, floor: float,
+    query_features: Callable, key_features: Callable, memory: Any = None,
+) -> jax.Array:  # fmt: skip
+    """The mean of the values under the weights φ(q_i)·φ(k_j) of non-negative features, a piece of the tokens at a time.
+
+    The features of a piece are made when it is its turn, and once more in the backward pass: those of the whole
+    sequence are slow on CPUs, out of every cache, and may take more memory than all the rest.
+
+    Args:
+      q: `[batch, queries, heads, head_dim]`, or a tuple of this and more arrays `[batch, queries, ...]`.
+      k: `[batch, keys, groups, head_dim]`, or such a tuple.
+      v: `[batch, keys, groups, v_dim]`.
+      mask: bool `[batch, keys]` or `[batch, 1, 1, keys]` or None; with as many queries as keys it marks both.
+      causal: whether a query sees the keys up to its own place only; see `query_positions`.
+      features: how many.
+      floor: what a sum of weights is at least.
+      query_features: of a piece of `q`, in float32 at least and zero at padding: `[batch, piece, heads, features]`.
+      key_features: from a piece of `k`, bool `[batch, piece]` and the memory to three: the features
+        `[batch, piece, groups, features]`; None, or against overflow a log_decay `[batch, piece, groups]` by which all
+        earlier keys fade (it has to cancel); and the memory for the next piece.
+      memory: the first one.
+
+    Returns:
+      `[batch, queries, heads, v_dim]` in the dtype of q.
+
+    Raises:
+      ValueError: heads that are no multiple of groups, or a mask of another shape.
+    """
+    first = jax.tree.leaves(q)[0]
+    (batch, queries, heads), (_, keys, groups, v_dim) = first.shape[:3], v.shape
+    if heads % groups:
+        raise ValueError(f"k has {groups} heads: the {heads} query heads are no multiple of it")
+    dtype = jnp.promote_types(first.dtype, jnp.float32)
+    size = max(64, PIECE // (batch * heads * features))
+    real = key_mask(mask, batch, keys)
+    real = jnp.ones((batch, keys), bool) if real is None else real
+
+    def cleaned(tokens, real):
+        """Zero at padding, so that no NaN in it gets any further."""
+        return jax.tree.map(lambda x: jnp.where(over(real, x), x, 0).astype(dtype), tokens)
+
+    def with_ones(v, real):
+        return jnp.concatenate([cleaned(v, real), cleaned(jnp.ones_like(v[..., :1]), real)], axis=-1)
+
+    def mean(sums):
+        return (sums[..., :-1] / jnp.maximum(sums[..., -1:], floor)).astype(first.dtype)
+
+    def attend_and_add(carry, q, k, v, real):
+        state, memory = carry
+        k, log_decay, memory = key_features(cleaned(k, real), real, memory)
+        if log_decay is not None:
+            log_decay = jnp.repeat(log_decay, heads // groups, axis=2)
+        sums, state = gated_linear_attention(
+            query_features(cleaned(q, real)), k, with_ones(v, real),
+            log_decay=log_decay, initial_state=state, mask=real, scale=1.0,
+        )  # fmt: skip
+        return (state, memory), mean(sums)
+
+    def add(carry, k, v, real):
+        state, memory = carry
+        k, log_decay, memory = key_features(cleaned(k, real), real, memory)
+        if log_decay is not None:
+            state *= jnp.exp(log_decay.sum(axis=1))[..., None, None]
+        return (state + dot("bjgf,bjgv->bgfv", k, with_ones(v, real)), memory), None
+
+    def attend(state, q, real):
+        return state, mean(dot("bihf,bhfv->bihv", query_features(cleaned(q, real)), state))
+
+    if causal:
+        state = jnp.zeros((batch, heads, features, v_dim + 1), dtype)
+        at = None if queries == keys else query_positions(real, queries)
+        q = q if at is None else jax.tree.map(lambda x: place(x, at, keys), q)
+        _, out = in_pieces(attend_and_add, (state, memory), (q, k, v, real), size)
+        return out if at is None else take(out, at)
+    state = jnp.zeros((batch, groups, features, v_dim + 1), dtype)
+    (state, _), _ = in_pieces(add, (state, memory), (k, v, real), size)
+    asked = real if queries == keys else jnp.ones((batch, queries), bool)
+    return in_pieces(attend, jnp.repeat(state, heads // groups, axis=1), (q, asked), size)[1]
+
+
+def dot(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, x, y, precision=jax.lax.Precision.HIGHEST)
+
+
+def in_pieces(step: Callable, carry: Any, tokens: tuple, size: int) -> tuple[Any, Any]:
+    """`carry, out = step(carry, *piece)` over pieces of about `size` tokens, recomputed in the backward pass.
+
+    Args:
+      step: gives `[batch, piece, ...]` or None besides the carry. Behind the end all tokens are zero, and False.
+      carry: the first.
+      tokens: a tuple of (tuples of) arrays `[batch, length, ...]`.
+      size: about how many tokens a piece has.
+
+    Returns:
+      The last carry, and the outputs side by side, `[batch, length, ...]`.
+    """
+    batch, length = jax.tree.leaves(tokens)[0].shape[:2]
+    count = -(-length // size)
+    size = length if count == 1 else 64 * -(-length // (64 * count))  # whole chunks of gated_linear_attention
+    count = -(-length // size)
+
+    def pad(x):
+        return jnp.pad(x, ((0, 0), (0, count * size - length), *((0, 0),) * (x.ndim - 2)))
+
+    tokens = jax.tree.map(pad, tokens)
+
+    @jax.checkpoint
+    def piece(carry, n):
+        return step(carry, *jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, n * size, size, axis=1), tokens))
+
+    carry, out = jax.lax.scan(piece, carry, jnp.arange(count))
+    if out is not None:
+        out = out.swapaxes(0, 1).reshape(batch, count * size, *out.shape[3:])[:, :length]
+    return carry, out
+
+
+class LinearAttention(MultiHead):
+    """Multi-head linear attention; arguments as `MultiHead`."""
+
+    paper = "Katharopoulos et al. 2020, arXiv 2006.16236"
+    computes = "the features elu + 1 in place of the softmax"
+    cost = "n"
+    function = staticmethod(linear)
+
+    def state_numbers(self, length):
+        return self.heads * self.head_dim * (self.head_dim + 1)

@@ -1,0 +1,1 @@
+"""Mixing whose weights do not depend on the tokens: transforms, pooling, means."""

@@ -1,0 +1,111 @@
+"""Pooling: the token mixer of PoolFormer, without parameters (Yu et al. 2022, arXiv 2111.11418).
+
+    out_i = pool_{j near i}(x_j) − x_i
+
+As in PoolFormer the token itself is subtracted, because the residual branch around the mixer adds it again: what goes
+on is the pooled token. A control that a good method must beat. PoolFormer averages 3 × 3 patches of an image; here also
+tokens of a sequence, also by their maximum. Neighbours are those among the real tokens, and the average counts what
+exists, at the borders too (PoolFormer's count_include_pad=False).
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from efficient_tx.attention.base.mixer import Mixer
+from efficient_tx.attention.base.options import checked_by
+from efficient_tx.checks import OptionError, at_least, one_of
+from efficient_tx.tokens.grid import lay_out, take_up
+from efficient_tx.tokens.mask import compact, key_mask, spread
+
+KINDS = ("average", "max")
+
+
+def check_options(*, kind, size, grid, causal):
+    """Raises ValueError, one line, for the first option that is out of its range."""
+    one_of(KINDS, kind=kind)
+    at_least(1, size=size)
+    if size % 2 == 0 and not causal:
+        raise OptionError("size", size, "a centred window has an odd number of tokens")
+    if grid and causal:
+        raise ValueError("grid is True: a causal window is one-dimensional, use grid=False")
+
+
+@checked_by(check_options)
+def pool(
+    x: jax.Array, *,
+    mask: jax.Array | None = None, kind: str = "average", size: int = 3, grid: bool = False, causal: bool = False,
+) -> jax.Array:  # fmt: skip
+    """Pools the tokens near each token, and subtracts the token.
+
+    Args:
+      x: `[batch, length, features]`.
+      mask: bool `[batch, length]` or `[batch, 1, 1, length]`, True for real tokens. Neighbours are those in rank among
+        the real tokens, as if the others were not there.
+      kind: "average" or "max".
+      size: tokens in a window, odd, centred; with `causal` any number, the last of which is the token itself.
+      grid: the n real tokens are a square image in row-major order, of side ⌈√n⌉ (its last row may be incomplete);
+        windows are size × size.
+      causal: the window trails behind the token instead of being centred.
+
+    Returns:
+      `[batch, length, features]` in the dtype of x, zero at masked positions; averages are float32 at least.
+
+    Raises:
+      ValueError: an option out of its range, or a grid without mask whose length is no square.
+    """
+    batch, length, _ = x.shape
+    mask = key_mask(mask, batch, length)
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    if grid:
+        cells, exists = lay_out(wide, mask)
+    else:
+        real = jnp.ones((batch, length), bool) if mask is None else compact(mask, mask)
+        cells, exists = compact(wide, mask)[:, None], real[:, None]
+    pooled = window(cells, exists[..., None], kind, size, grid, causal)
+    pooled = take_up(pooled, mask, length) if grid else spread(pooled[:, 0], mask)
+    out = pooled - wide
+    return (out if mask is None else jnp.where(mask[..., None], out, 0)).astype(x.dtype)
+
+
+def window(cells: jax.Array, exists: jax.Array, kind: str, size: int, grid: bool, causal: bool) -> jax.Array:
+    """The average or maximum of the cells `[batch, rows, columns, features]` in the window of each cell.
+
+    `exists` is bool `[batch, rows, columns, 1]`; what stands at other cells is meaningless.
+    """
+    before = size - 1 if causal else size // 2
+    axes = (1, 2) if grid else (2,)
+    if kind == "max":
+        return slide(jnp.where(exists, cells, -jnp.inf), jnp.maximum, -jnp.inf, before, size, axes)
+    sums = slide(jnp.where(exists, cells, 0), jnp.add, 0, before, size, axes)
+    counts = slide(exists.astype(cells.dtype), jnp.add, 0, before, size, axes)
+    return sums / jnp.maximum(counts, 1)
+
+
+def slide(x: jax.Array, combine: Callable, empty: float, before: int, size: int, axes: tuple[int, ...]) -> jax.Array:
+    """`size` neighbours combined along each of `axes`, from `before` places before a cell on; `empty` outside."""
+    for axis in axes:
+        pads = [(before, size - 1 - before) if a == axis else (0, 0) for a in range(x.ndim)]
+        padded = jnp.pad(x, pads, constant_values=empty)
+        shifted = (jax.lax.slice_in_dim(padded, i, i + x.shape[axis], axis=axis) for i in range(size))
+        x = functools.reduce(combine, shifted)
+    return x
+
+
+class Pool(Mixer):
+    """PoolFormer's mixer; options as `pool`.
+
+    It has no parameters: heads, head_dim, linear and dtype mean nothing here.
+    """
+
+    paper = "Yu et al. 2022, arXiv 2111.11418"
+    computes = "the average or maximum of neighbours, no parameters: a control"
+    cost = "n"
+    function = staticmethod(pool)
+    windowed = True
+    has_positions = False
+
+    def state_bytes(self, length):
+        return 4 * min(self.size - 1, length) * self.features

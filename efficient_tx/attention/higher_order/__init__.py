@@ -1,0 +1,1 @@
+"""Attention to pairs of tokens."""

@@ -1,0 +1,66 @@
+"""Strassen attention (Kozachinskiy et al. 2025, arXiv 2501.19215): a query attends to pairs, by three bilinear scores.
+
+    out_i = Σ_jk softmax_jk(s_ijk) v_j ⊙ v2_k,        s_ijk = (f_i·g_j + g_j·h_k + h_k·f_i) / √K
+
+Here f is q, g is k and h is k2. All three terms are divided by √K; lucidrains/strassen-attention scales f alone, which
+leaves g·h as it is. With X = e^{fgᵀ/√K}, Y = e^{ghᵀ/√K}, Z = e^{fhᵀ/√K} the sums are products of matrices,
+
+    Σ_jk e^{s_ijk} v_jc v2_kc = Σ_k (X diag(v_c) Y)_ik Z_ik v2_kc,
+
+n^ω·V for V values where a fast multiplication is to hand (Strassen 1969), n³·V otherwise. Not done this way here: the
+largest entries of X and Y need not meet, and scaled by them one by one their product underflows. As
+s_ijk = ((f_i + h_k)·g_j + h_k·f_i) / √K, the sums are streamed instead, against the largest score, at n³·(K + V).
+"""
+
+import jax
+
+from efficient_tx.attention.base.multihead import MultiHead
+from efficient_tx.kernels import pair_attention
+
+
+def strassen(
+    q: jax.Array, k: jax.Array, v: jax.Array, *,
+    k2: jax.Array, v2: jax.Array, mask: jax.Array | None = None, key: jax.Array | None = None, causal: bool = False,
+) -> jax.Array:  # fmt: skip
+    """Attends to all pairs of tokens, exactly: time is cubic in the length, memory linear.
+
+    Args:
+      q: `[batch, queries, heads, head_dim]`, f of the formula.
+      k: `[batch, keys, groups, head_dim]`, g; groups divides heads.
+      v: `[batch, keys, groups, v_dim]`, the values of the first token of a pair.
+      k2: as k, h.
+      v2: as v, the values of the second token.
+      mask: bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens; with as many queries as keys it marks
+        the queries too.
+      key: unused, nothing is drawn.
+      causal: token i sees tokens j, k ≤ i only; the last query stands at the last real token.
+
+    Returns:
+      `[batch, queries, heads, v_dim]` in the dtype of q; zero at masked queries and for a query without keys.
+      Arithmetic is float32 at least.
+
+    Raises:
+      ValueError: shapes that do not fit.
+    """
+    del key
+    return pair_attention(q, k, v, k2, v2, pair=bilinear, mask=mask, causal=causal)
+
+
+def bilinear(q, k2):
+    """Against k_j: (q_i + k2_k) / √K, and q_i·k2_k / √K besides."""
+    scale = q.shape[-1] ** -0.5
+    return (q + k2) * scale, (q * k2).sum(-1) * scale
+
+
+class Strassen(MultiHead):
+    """Multi-head Strassen attention; arguments as `MultiHead`. Its scores stay relative under rotary positions."""
+
+    paper = "Kozachinskiy et al. 2025, arXiv 2501.19215"
+    computes = "softmax over all pairs of tokens, scores of three inner products"
+    cost = "n³"
+    function = staticmethod(strassen)
+    projections = ("q", "k", "v", "k2", "v2")
+    rotated = ("q", "k", "k2")
+
+    def state_numbers(self, length):
+        return 4 * length * self.heads * self.head_dim

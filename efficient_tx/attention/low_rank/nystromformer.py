@@ -1,0 +1,125 @@
+"""Nyströmformer (Xiong et al. 2021, arXiv 2102.03902): softmax attention through segment means, linear in length.
+
+With Q̃ and K̃ the means of m consecutive segments of the queries and of the keys, and softmax taken over rows,
+
+    out = softmax(Q K̃ᵀ / √K) · A⁺ · softmax(Q̃ Kᵀ / √K) V + conv(V),        A = softmax(Q̃ K̃ᵀ / √K).
+
+A⁺ is six steps of an iteration towards the pseudo-inverse. They are not meant to converge: A is not positive
+definite, and its small singular values, inverted, would swamp the output.
+
+Unlike the published code: segments divide the real tokens, whatever their number, instead of the padded ones; a
+landmark that has no token is no column of a softmax; the iteration starts from each matrix's own norms, instead of one
+maximum over batch and heads.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_tx.attention.base.multihead import MultiHead
+from efficient_tx.attention.base.options import checked_by
+from efficient_tx.attention.exact.softmax import softmax
+from efficient_tx.checks import OptionError, at_least
+from efficient_tx.kernels import flash_attention
+from efficient_tx.numerics.spd import newton_inverse
+from efficient_tx.tokens.depthwise import depthwise, initial_weights
+from efficient_tx.tokens.mask import key_mask, repeat_heads
+from efficient_tx.tokens.segments import segment_means
+
+
+def check_options(*, landmarks, iterations):
+    """Raises ValueError, one line, for the first option that is out of its range."""
+    if landmarks < 1:
+        raise OptionError("landmarks", landmarks, "nystromformer needs at least 1")
+    at_least(1, iterations=iterations)
+
+
+@checked_by(check_options)
+def nystromformer(
+    q: jax.Array, k: jax.Array, v: jax.Array, *,
+    mask: jax.Array | None = None, key: jax.Array | None = None, conv: jax.Array | None = None,
+    landmarks: int = 128, iterations: int = 6,
+) -> jax.Array:  # fmt: skip
+    """Approximates `softmax` with `landmarks` segment means: time and memory are linear in the length.
+
+    Args:
+      q: `[batch, queries, heads, head_dim]`.
+      k: `[batch, keys, groups, head_dim]`; groups divides heads.
+      v: `[batch, keys, groups, v_dim]`.
+      mask: bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens. With as many queries as keys it marks
+        the queries too; otherwise all queries are real.
+      key: unused, nothing is drawn.
+      conv: weights `[size, heads]` of the depthwise convolution of the values, size odd; None leaves it out. It needs
+        as many queries as keys.
+      landmarks: how many means of the queries, and of the keys; with fewer tokens each is its own.
+      iterations: steps towards the pseudo-inverse. More is not better.
+
+    Returns:
+      `[batch, queries, heads, v_dim]` in the dtype of q; zero for an example without keys. The arithmetic is float32
+      at least.
+
+    Raises:
+      ValueError: an option out of its range, or shapes that do not fit.
+    """
+    del key
+    batch, queries, heads, head_dim = q.shape
+    keys = k.shape[1]
+    if conv is not None and queries != keys:
+        raise ValueError(f"there are {queries} queries and {keys} keys: conv needs a value for each query")
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    mask = key_mask(mask, batch, keys)
+
+    if queries == keys:
+        means, q_real = segment_means(jnp.concatenate([q, k], axis=2), mask, min(landmarks, keys))
+        q_means, k_means, k_real = means[:, :, :heads], means[:, :, heads:], q_real
+    else:
+        q_means, q_real = segment_means(q, None, min(landmarks, queries))
+        k_means, k_real = segment_means(k, mask, min(landmarks, keys))
+    k_means = repeat_heads(k_means, heads, "k")
+    sums = flash_attention(q_means, k.astype(dtype), v.astype(dtype), mask=mask)
+
+    logits = jnp.einsum("bihd,bjhd->bhij", q_means, k_means, precision=jax.lax.Precision.HIGHEST) * head_dim**-0.5
+    column = k_real[:, None, None, :]
+    core = jax.nn.softmax(jnp.where(column, logits, jnp.finfo(dtype).min), axis=-1)
+    # Landmarks that do not exist are zero rows and columns, of the core and so of its pseudo-inverse.
+    core = jnp.where(q_real[:, None, :, None] & column, core, 0)
+    inverse, _ = newton_inverse(core, iterations)
+    weights = jnp.einsum("bhij,bjhd->bihd", inverse, sums, precision=jax.lax.Precision.HIGHEST)
+    out = flash_attention(q, k_means, weights, mask=k_real)
+    return out if conv is None else out + depthwise(v, conv, mask).astype(out.dtype)
+
+
+class Nystromformer(MultiHead):
+    """Multi-head Nyströmformer attention; options as `nystromformer`, the other arguments as `MultiHead`.
+
+    Args:
+      value_conv: size of the depthwise convolution of the values, odd (35 in the paper's runs on Long Range Arena); 0
+        leaves it out.
+
+    Raises:
+      ValueError: `causal=True`, or an option out of its range.
+    """
+
+    paper = "Xiong et al. 2021, arXiv 2102.03902"
+    computes = "softmax attention through m segment means, and a convolution of the values"
+    cost = "n·m + m³"
+    function = staticmethod(nystromformer)
+    exact = staticmethod(softmax)
+    near_on = ("imbalanced",)
+    can_be_causal = False  # the means see the whole sequence
+
+    @staticmethod
+    def within(budget):
+        return {"landmarks": budget}
+
+    def __init__(self, features: int, *, value_conv: int = 35, rngs: nnx.Rngs, **common: Any):
+        super().__init__(features, rngs=rngs, **common)
+        self.conv = nnx.Param(initial_weights((value_conv,), self.heads, rngs)) if value_conv else None
+
+    def attend(self, q, k, v, *, mask, key):
+        return super().attend(q, k, v, mask=mask, key=key, conv=None if self.conv is None else self.conv[...])
+
+    def state_numbers(self, length):
+        return 2 * self.landmarks * self.heads * self.head_dim

@@ -1,0 +1,217 @@
+"""Skyformer (Chen et al. 2021, arXiv 2111.00035): kernelized attention through the Nyström method, linear in length.
+
+The Gaussian kernel between queries and keys, C = κ(Q, K) with κ(x, y) = exp(−‖x − y‖² / (2√K)), is a block of the
+positive semi-definite κ([Q; K], [Q; K]). With landmarks Z among the rows of [Q; K], half from each, Nyström gives
+
+    out = κ(Q, Z) (κ(Z, Z) + ridge·I)⁻¹ κ(Z, K) V.
+
+Unlike the published code: landmarks are drawn without replacement, so that all 2L of them are the exact limit; the
+scale follows the real head size; the inverse is a Cholesky solve by default, and the published iteration, where asked
+for, starts from the identity instead of the matrix over one maximum of the batch: no example sees another, and the
+error of the start is I − P where it was about I − P² / max. Landmarks may also be chosen otherwise (`choice`), or each
+be a signed sum of tokens (`accumulate`).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from efficient_tx.attention.base.multihead import MultiHead
+from efficient_tx.attention.base.options import checked_by
+from efficient_tx.attention.exact.kernelized import kernelized
+from efficient_tx.checks import OptionError, at_least, one_of
+from efficient_tx.kernels import flash_attention
+from efficient_tx.numerics.landmarks import draw_by_weight, kernel_leverage, lloyd, tokens_at
+from efficient_tx.numerics.random import evaluation_keys, example_keys, fold, sample_tokens, take_tokens
+from efficient_tx.numerics.spd import newton_inverse, spd_solve
+from efficient_tx.tokens.mask import key_mask, repeat_heads
+from efficient_tx.tokens.segments import segment_means
+
+CHOICES = ("uniform", "segments", "leverage", "kmeans")
+INVERSES = ("cholesky", "iteration")
+
+
+def check_options(*, landmarks, ridge, inverse, iterations, choice, accumulate):
+    """Raises ValueError, one line, for the first option that is out of its range."""
+    if landmarks < 2:
+        raise OptionError("landmarks", landmarks, "skyformer needs at least 2, one query and one key")
+    if not ridge > 0:
+        raise OptionError("ridge", ridge, "it must be above 0, or landmarks that coincide make the kernel singular")
+    check_inverse(inverse, iterations)
+    one_of(CHOICES, choice=choice)
+    at_least(1, accumulate=accumulate)
+    if accumulate > 1 and choice != "uniform":
+        raise OptionError("accumulate", accumulate, f"it needs choice='uniform', not {choice!r}")
+
+
+def check_inverse(inverse: str, iterations: int) -> None:
+    """Raises ValueError, one line, unless these say how to solve the landmarks' system."""
+    one_of(INVERSES, inverse=inverse)
+    at_least(1, iterations=iterations)
+
+
+@checked_by(check_options)
+def skyformer(
+    q: jax.Array, k: jax.Array, v: jax.Array, *,
+    mask: jax.Array | None = None, key: jax.Array | None = None, landmarks: int = 128, ridge: float = 0.1,
+    inverse: str = "cholesky", iterations: int = 6, choice: str = "uniform", accumulate: int = 1,
+) -> jax.Array:  # fmt: skip
+    """Approximates `kernelized` with `landmarks` tokens: time and memory are linear in the length.
+
+    Args:
+      q: `[batch, queries, heads, head_dim]`.
+      k: `[batch, keys, groups, head_dim]`; groups divides heads.
+      v: `[batch, keys, groups, v_dim]`.
+      mask: bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens. With as many queries as keys it marks
+        the queries too; otherwise landmarks come from the keys only.
+      key: draws the landmarks: one key per example `[batch]`, or one, folded per example; None (evaluation) draws
+        every example's with the same fixed key.
+      landmarks: how many; an example with fewer real queries and keys uses all of them.
+      ridge: added to the diagonal of the landmarks' kernel, above 0.
+      inverse: "cholesky", or "iteration": the published Newton-type one on the kernel normalised by its row sums.
+      iterations: steps of "iteration".
+      choice: which tokens become landmarks. "uniform": half of the queries', half of the keys', at the same positions
+        in all heads. "segments": means of consecutive tokens, half of the queries', half of the keys', without a draw.
+        "leverage": drawn by ridge leverage score among queries and keys, by each head for itself; for inputs with few
+        tokens far from the others. "kmeans": the means that four steps of Lloyd's algorithm make of those.
+      accumulate: tokens in a landmark, summed with random signs and drawn uniformly among queries and keys: the
+        sketch of Chen and Yang (2021, arXiv 2103.04031). Time but for the solve grows as many times.
+
+    Returns:
+      `[batch, queries, heads, v_dim]` in the dtype of q; zero for an example without keys. The arithmetic is float32
+      at least.
+
+    Raises:
+      ValueError: an option out of its range, or shapes that do not fit.
+    """
+    batch, queries, heads, _ = q.shape
+    keys = k.shape[1]
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    mask = key_mask(mask, batch, keys)
+    shared = repeat_heads(k, heads, "k")
+
+    draws = evaluation_keys(batch) if key is None else example_keys(key, batch)
+    real = jnp.ones((batch, keys), bool) if mask is None else mask
+    parts = (q, shared) if queries == keys else (shared,)
+    if accumulate > 1:
+        z, valid, signs = draw_sketch(*stacked(parts, real), draws, landmarks, accumulate)
+    else:
+        z, valid = choose(parts, real, draws, landmarks, choice, ridge)
+
+    sums = flash_attention(z.astype(dtype), k.astype(dtype), v.astype(dtype), score="gaussian", mask=mask)
+    sums, z_heads = sums.swapaxes(1, 2), z.astype(dtype).swapaxes(1, 2)
+    core = gaussian_gram(z_heads)
+    if accumulate > 1:
+        core, sums, valid = merge(merge(core, signs).mT, signs), merge(sums, signs), valid[:, :landmarks]
+    valid = valid[:, None, :, None]
+    eye = jnp.eye(core.shape[-1], dtype=dtype)
+    # A landmark that does not exist is a row of the identity with nothing on its right side: it adds zero.
+    core = jnp.where(valid & valid.mT, core, eye) + ridge * eye
+    weights = core_solve(core, jnp.where(valid, sums, 0), inverse, iterations)
+    if accumulate > 1:
+        weights = (signs[:, None, :, :, None] * weights[:, :, None]).reshape(*z_heads.shape[:3], -1)
+    return flash_attention(q, z, weights.swapaxes(1, 2), score="gaussian")
+
+
+def choose(
+    parts: tuple[jax.Array, ...], real: jax.Array, draws: jax.Array, count: int, choice: str, ridge: float
+) -> tuple[jax.Array, jax.Array]:
+    """Landmarks `[batch, ≤ count, heads, dim]`, and which of them exist (the others are zero).
+
+    `parts` are queries and keys, or keys alone, `[batch, length, heads, dim]`; `real` marks the tokens of either.
+    """
+    if choice in ("leverage", "kmeans"):
+        x, real = stacked(parts, real)
+        score = kernel_leverage(fold(draws, 0), x, real, kernel=gaussian, pilots=count, ridge=ridge)
+        position = draw_by_weight(fold(draws, 1), jnp.log(score), real, count)
+        valid = jnp.arange(position.shape[1]) < real.sum(1)[:, None]
+        z = tokens_at(x, position) if choice == "leverage" else lloyd(x, real, position)
+        return jnp.where(valid[..., None, None], z, 0), valid
+    # Of the keys, and half as many as there are landmarks of the queries.
+    shares = [(parts[-1], 1, count - (len(parts) - 1) * (count // 2)), (parts[0], 0, count // 2)][: len(parts)]
+    if choice == "segments":
+        chosen = [segment_means(x, real, share) for x, _, share in shares]
+    else:
+        chosen = [draw(x, real, fold(draws, number), share) for x, number, share in shares]
+    z, valid = (jnp.concatenate(pair, axis=1) for pair in zip(*chosen))
+    return z, valid
+
+
+def stacked(parts: tuple[jax.Array, ...], real: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Queries and keys as tokens of one sequence, and which of them are real."""
+    return jnp.concatenate(parts, axis=1), jnp.concatenate([real] * len(parts), axis=1)
+
+
+def draw(x: jax.Array, real: jax.Array, keys: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """`count` real tokens of each example of `x` `[batch, length, heads, dim]`, and which of them exist (else zero)."""
+    position, valid = sample_tokens(keys, real, count)
+    return jnp.where(valid[:, :, None, None], take_tokens(x, position), 0), valid
+
+
+def draw_sketch(
+    x: jax.Array, real: jax.Array, draws: jax.Array, landmarks: int, accumulate: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Tokens of an accumulated sketch `[batch, accumulate · landmarks, heads, dim]`, which exist, and their signs.
+
+    Landmark j sums the tokens j, j + landmarks, ... with the signs `[batch, accumulate, landmarks]`, which are
+    ± accumulate^-½, zero where there is no token. So every landmark has a token before one has two.
+    """
+    count = accumulate * landmarks
+    z, valid = draw(x, real, fold(draws, 0), count)
+    missing = count - z.shape[1]
+    z, valid = jnp.pad(z, ((0, 0), (0, missing), (0, 0), (0, 0))), jnp.pad(valid, ((0, 0), (0, missing)))
+    signs = jax.vmap(lambda key: jax.random.rademacher(key, (count,), z.dtype))(fold(draws, 1))
+    return z, valid, (signs * valid * accumulate**-0.5).reshape(-1, accumulate, landmarks)
+
+
+def merge(x: jax.Array, signs: jax.Array) -> jax.Array:
+    """Rows of tokens `[batch, heads, accumulate · landmarks, n]` summed to rows of landmarks."""
+    rows = x.reshape(*x.shape[:2], *signs.shape[1:], x.shape[-1])
+    return (rows * signs[:, None, ..., None].astype(x.dtype)).sum(2)
+
+
+def gaussian(x: jax.Array, y: jax.Array) -> jax.Array:
+    """exp(−‖x_i − y_j‖² / (2√K)), `[..., n, m]`, from `[..., n, K]` and `[..., m, K]`."""
+    dot = jnp.matmul(x, y.mT, precision=jax.lax.Precision.HIGHEST)
+    x_norm, y_norm = (jnp.square(z).sum(-1) / 2 for z in (x, y))
+    # A squared distance is not negative, but rounding may make it so.
+    return jnp.exp(jnp.minimum(dot - x_norm[..., :, None] - y_norm[..., None, :], 0) * x.shape[-1] ** -0.5)
+
+
+def gaussian_gram(x: jax.Array) -> jax.Array:
+    """`gaussian` of all pairs of the rows of `x` `[..., n, K]`, exactly 1 on the diagonal."""
+    return jnp.where(jnp.eye(x.shape[-2], dtype=bool), 1, gaussian(x, x))
+
+
+def core_solve(core: jax.Array, sums: jax.Array, inverse: str, iterations: int) -> jax.Array:
+    """core⁻¹ sums, `[batch, heads, landmarks, v_dim]`."""
+    if inverse == "cholesky":
+        return spd_solve(core, sums)
+    # Normalised by its row sums the core has its spectrum in (0, 1], with 1 in it (their Lemma 3).
+    d = jax.lax.rsqrt(core.sum(-1, keepdims=True))
+    eye = jnp.broadcast_to(jnp.eye(core.shape[-1], dtype=core.dtype), core.shape)
+    inverse, _ = newton_inverse(d * core * d.mT, iterations, start=eye)
+    return d * jnp.matmul(inverse, d * sums, precision=jax.lax.Precision.HIGHEST)
+
+
+class Skyformer(MultiHead):
+    """Multi-head Skyformer attention; options as `skyformer`, the other arguments as `MultiHead`.
+
+    Raises:
+      ValueError: `causal=True`, or an option out of its range.
+    """
+
+    paper = "Chen et al. 2021, arXiv 2111.00035"
+    computes = "`kernelized` through the Nyström method with m landmarks"
+    cost = "n·m + m³"
+    function = staticmethod(skyformer)
+    exact = staticmethod(kernelized)
+    near_on = ("clustered", "imbalanced")
+    can_be_causal = False  # the landmarks see the whole sequence
+    draws = True
+
+    @staticmethod
+    def within(budget):
+        return {"landmarks": budget}
+
+    def state_numbers(self, length):
+        return 2 * self.landmarks * self.heads * self.head_dim

@@ -1,0 +1,234 @@
+"""SOFT (Lu et al. 2021, arXiv 2110.11945): Gaussian self-attention through a few bottleneck tokens, linear in length.
+
+One projection is both query and key, so the Gaussian kernel κ(x, y) = exp(−‖x − y‖² / (2√K)) of all pairs of tokens is
+positive semi-definite. With bottleneck tokens Z pooled or convolved from Q, and a depthwise convolution of the values,
+
+    out = κ(Q, Z) A⁻¹ κ(Z, Q) V + conv(V),        A = κ(Z, Z) + ridge · I
+
+and in SOFT++ (Lu et al. 2022, arXiv 2207.03341) D^-½ A⁻¹ D^-½ for A⁻¹, with D the row sums of κ(Z, Z).
+
+Unlike the published code: there are masks, any length, and a system solved by Cholesky unless the published iteration
+is asked for; SOFT++ shares ridge and inverse with SOFT instead of an iteration whose start, and number of halvings,
+depends on the whole batch (its class cannot be constructed as released).
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_tx.attention.base.multihead import MultiHead
+from efficient_tx.attention.base.options import checked_by
+from efficient_tx.attention.exact.kernelized import kernelized
+from efficient_tx.attention.low_rank.skyformer import check_inverse, gaussian_gram
+from efficient_tx.checks import OptionError, one_of
+from efficient_tx.kernels import flash_attention
+from efficient_tx.numerics.spd import newton_raphson_inverse, spd_solve
+from efficient_tx.tokens.depthwise import depthwise, depthwise_grid, initial_weights
+from efficient_tx.tokens.grid import check_square, lay_out
+from efficient_tx.tokens.mask import compact, key_mask, repeat_heads
+from efficient_tx.tokens.segments import grid_means, segment_means
+
+BOTTLENECKS = ("mean", "convolution")
+
+
+def check_options(*, landmarks, ridge, inverse, iterations):
+    """Raises ValueError, one line, for the first option that is out of its range."""
+    if landmarks < 1:
+        raise OptionError("landmarks", landmarks, "soft needs at least 1")
+    if not ridge > 0:
+        raise OptionError("ridge", ridge, "it must be above 0, or tokens that coincide make the kernel singular")
+    check_inverse(inverse, iterations)
+
+
+@checked_by(check_options)
+def soft(
+    q: jax.Array, v: jax.Array, *,
+    mask: jax.Array | None = None, key: jax.Array | None = None,
+    z: jax.Array | None = None, z_mask: jax.Array | None = None, conv: jax.Array | None = None,
+    landmarks: int = 128, grid: bool = False, ridge: float = 0.01,
+    inverse: str = "cholesky", iterations: int = 20, symmetric_norm: bool = False,
+) -> jax.Array:  # fmt: skip
+    """Approximates `gaussian_self_attention` with `landmarks` bottleneck tokens: linear in the length.
+
+    Args:
+      q: queries, which are the keys too, `[batch, length, heads, head_dim]`.
+      v: `[batch, length, groups, v_dim]`; groups divides heads.
+      mask: bool `[batch, length]` or `[batch, 1, 1, length]`, True for real tokens.
+      key: unused, nothing is drawn.
+      z: bottleneck tokens `[batch, m, heads, head_dim]`; None takes means of q, over segments of the real tokens or
+        cells of their image.
+      z_mask: bool `[batch, m]`, True for those of z that exist; None means all do.
+      conv: weights of the depthwise convolution of the values, `[size, heads]`, or on a grid `[size, size, heads]`,
+        size odd; None leaves it out.
+      landmarks: how many means, where z is None; with fewer tokens each is its own. On a grid the largest square
+        number up to it.
+      grid: the n real tokens are a square image in row-major order, of side ⌈√n⌉; without it, a sequence.
+      ridge: added to the diagonal of the bottleneck tokens' kernel, above 0.
+      inverse: "cholesky", or "iteration": the published Newton-Raphson one.
+      iterations: steps of "iteration".
+      symmetric_norm: SOFT++.
+
+    Returns:
+      `[batch, length, heads, v_dim]` in the dtype of q; zero for an example without tokens. The arithmetic is float32
+      at least.
+
+    Raises:
+      ValueError: an option out of its range, or shapes that do not fit.
+    """
+    del key
+    batch, length, heads, _ = q.shape
+    if v.shape[:2] != (batch, length):
+        raise ValueError(f"q has shape {q.shape}, v {v.shape}: soft is self-attention, batch and length must agree")
+    if grid:
+        check_square(length, mask)
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    mask = key_mask(mask, batch, length)
+    q = q if mask is None else jnp.where(mask[:, :, None, None], q, 0)
+    v = repeat_heads(v, heads, "v")
+    if z is None:
+        z, z_mask = pool(q, mask, landmarks, grid)
+    elif z_mask is None:
+        z_mask = jnp.ones(z.shape[:2], bool)
+    z, real = z.astype(dtype), z_mask[:, None, :, None]
+
+    sums = flash_attention(z, q.astype(dtype), v.astype(dtype), score="gaussian", mask=mask)
+    eye = jnp.eye(z.shape[1], dtype=dtype)
+    # A token that does not exist is a row of the identity with nothing on its right side: it adds zero.
+    core = jnp.where(real & real.mT, gaussian_gram(z.swapaxes(1, 2)), eye)
+    sums = jnp.where(real, sums.swapaxes(1, 2), 0)
+    scale = jax.lax.rsqrt(core.sum(-1, keepdims=True)) if symmetric_norm else 1
+    core += ridge * eye
+    if inverse == "cholesky":
+        weights = scale * spd_solve(core, scale * sums)
+    else:
+        approximate, _ = newton_raphson_inverse(core, iterations)
+        weights = scale * jnp.matmul(approximate, scale * sums, precision=jax.lax.Precision.HIGHEST)
+    out = flash_attention(q, z, weights.swapaxes(1, 2), score="gaussian")
+    if conv is None:
+        return out
+    return out + (depthwise_grid if grid else depthwise)(v, conv, mask).astype(out.dtype)
+
+
+def gaussian_self_attention(
+    q: jax.Array, v: jax.Array, *, mask: jax.Array | None = None, key: jax.Array | None = None
+) -> jax.Array:
+    """What `soft` approximates: `kernelized` attention with q as queries and keys; arguments as there."""
+    return kernelized(q, q, repeat_heads(v, q.shape[2], "v"), mask=mask, key=key)
+
+
+def pool(q: jax.Array, mask: jax.Array | None, landmarks: int, grid: bool) -> tuple[jax.Array, jax.Array]:
+    """Means of q, `[batch, landmarks or fewer, heads, head_dim]`, and which of them exist."""
+    if grid:
+        return grid_means(q, mask, min(math.isqrt(landmarks), math.isqrt(max(q.shape[1] - 1, 0)) + 1))
+    return segment_means(q, mask, min(landmarks, q.shape[1]))
+
+
+class Soft(MultiHead):
+    """Multi-head SOFT attention; options as `soft`, the other arguments as `MultiHead`.
+
+    Args:
+      bottleneck: "mean" (no parameters, any length), or "convolution": see `Bottleneck`.
+      value_conv: size of the depthwise convolution of the values, odd, on a grid in both directions (9, 5 and 3 in the
+        stages of the paper's image models); 0 leaves it out, −1 takes the stride s of the convolution bottleneck, made
+        odd: 2 ⌊s/2⌋ + 1, as those stages do.
+
+    Raises:
+      ValueError: `causal=True`, an option out of its range, or "convolution" without `max_len`.
+    """
+
+    paper = "Lu et al. 2021, arXiv 2110.11945"
+    computes = "`kernelized` with shared queries and keys through m bottleneck tokens"
+    cost = "n·m + m³"
+    function = staticmethod(soft)
+    exact = staticmethod(gaussian_self_attention)
+    near_on = ("imbalanced",)
+    projections = ("q", "v")
+    rotated = ("q",)
+    can_be_causal = False  # the bottleneck tokens see the whole sequence
+
+    @staticmethod
+    def within(budget):
+        return {"landmarks": budget}
+
+    def __init__(
+        self, features: int, *, bottleneck: str = "mean", value_conv: int = 0, rngs: nnx.Rngs, **common: Any
+    ):  # fmt: skip
+        one_of(BOTTLENECKS, bottleneck=bottleneck)
+        super().__init__(features, rngs=rngs, **common)
+        convolved = bottleneck == "convolution"
+        if convolved and self.max_len is None:
+            raise ValueError("bottleneck is 'convolution', whose stride comes from the length: give max_len")
+        self.bottleneck = (
+            Bottleneck(self.head_dim, self.landmarks, self.max_len, grid=self.grid, rngs=rngs) if convolved else None
+        )
+        if value_conv == -1:
+            if not convolved:
+                raise ValueError("value_conv is -1, the stride of the bottleneck: that needs bottleneck='convolution'")
+            value_conv = self.bottleneck.stride // 2 * 2 + 1
+        sizes = (value_conv,) * (2 if self.grid else 1)
+        self.conv = nnx.Param(initial_weights(sizes, self.heads, rngs)) if value_conv else None
+
+    def attend(self, q, v, *, mask, key):
+        z, z_mask = (None, None) if self.bottleneck is None else self.bottleneck(q, mask)
+        conv = None if self.conv is None else self.conv[...]
+        return super().attend(q, v, mask=mask, key=key, z=z, z_mask=z_mask, conv=conv)
+
+    def state_numbers(self, length):
+        return 2 * self.landmarks * self.heads * self.head_dim
+
+
+class Bottleneck(nnx.Module):
+    """Bottleneck tokens by a convolution of equal size and stride, LayerNorm and GELU; all heads share it.
+
+    The stride makes `landmarks` tokens, or fewer, of `max_len`; another length makes as many as it has windows. In a
+    sequence the windows are pieces of the real tokens, on a grid squares of their image. What a window lacks is zero.
+    """
+
+    def __init__(self, head_dim: int, landmarks: int, max_len: int, *, grid: bool, rngs: nnx.Rngs):
+        if grid:
+            self.stride = -(-math.ceil(max_len**0.5) // math.isqrt(landmarks))
+        else:
+            self.stride = -(-max_len // landmarks)
+        self.grid = grid
+        window = self.stride**2 if grid else self.stride
+        init = nnx.initializers.lecun_normal(in_axis=(0, 1))
+        self.kernel = nnx.Param(init(rngs.params(), (window, head_dim, head_dim), jnp.float32))
+        self.norm = nnx.LayerNorm(head_dim, rngs=rngs)
+
+    def __call__(self, q: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """`[batch, length, heads, head_dim]` -> tokens `[batch, m, heads, head_dim]`, and which exist `[batch, m]`.
+
+        Tokens are at least float32.
+        """
+        batch, length, _, head_dim = q.shape
+        q = q.astype(jnp.promote_types(q.dtype, jnp.float32))
+        if self.grid:
+            q, real = map(self.squares, lay_out(q, mask))
+        else:
+            real = jnp.ones((batch, length), bool) if mask is None else compact(mask, mask)
+            q, real = self.pieces(compact(q, mask)), self.pieces(real)
+        z = jnp.einsum("bmwhk,wkl->bmhl", q, self.kernel[...].astype(q.dtype), precision=jax.lax.Precision.HIGHEST)
+        # In the paper queries are scaled by K^-¼ before they meet these tokens; ours are scaled together.
+        z = jax.nn.gelu(self.norm(z), approximate=False) * head_dim**0.25
+        real = real.any(axis=2)
+        return jnp.where(real[..., None, None], z, 0), real
+
+    def pieces(self, x: jax.Array) -> jax.Array:
+        """`[batch, length, ...]` cut into windows, the last one filled up with zeros: `[batch, m, window, ...]`."""
+        x = pad(x, 1, -x.shape[1] % self.stride)
+        return x.reshape(x.shape[0], -1, self.stride, *x.shape[2:])
+
+    def squares(self, x: jax.Array) -> jax.Array:
+        """`[batch, side, side, ...]` cut into square windows, likewise: `[batch, m, window, ...]`."""
+        batch, side, _, *rest = x.shape
+        x = pad(pad(x, 1, -side % self.stride), 2, -side % self.stride)
+        count = x.shape[1] // self.stride
+        x = x.reshape(batch, count, self.stride, count, self.stride, *rest).swapaxes(2, 3)
+        return x.reshape(batch, count**2, self.stride**2, *rest)
+
+
+def pad(x: jax.Array, axis: int, after: int) -> jax.Array:
+    return jnp.pad(x, [(0, after if a == axis else 0) for a in range(x.ndim)])

@@ -1,0 +1,1 @@
+"""Attention as a recurrence: a state that is updated with every token."""

@@ -1,0 +1,194 @@
+"""GLA, gated linear attention (Yang et al. 2024, arXiv 2312.06635): a state that forgets, per channel and token.
+
+    S_t = diag(exp g_t) S_{t−1} + k_tᵀ v_t,    o_t = q_t S_t / √d_k,    g_t = logsigmoid(W₂ W₁ x_t + b) / 16
+    y_t = W_o [RMSNorm(o_t) ⊙ swish(W_g x_t)]
+
+with the sizes of the authors' code (flash-linear-attention): keys half as wide as values, W₁ of rank 16, no bias but b.
+Not normalised: the weights of a token's keys sum to anything. The method is causal; without `causal` it runs in both
+directions with one set of projections, and the outputs are averaged.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from efficient_tx.attention.base.multihead import MultiHead
+from efficient_tx.checks import OptionError, at_least
+from efficient_tx.kernels import gated_linear_attention
+from efficient_tx.tokens.mask import key_mask, place, query_positions, take
+from efficient_tx.tokens.rotary import rotate
+
+
+def gla(
+    q: jax.Array, k: jax.Array, v: jax.Array, *,
+    log_decay: jax.Array | None = None, mask: jax.Array | None = None, key: jax.Array | None = None,
+    causal: bool = False,
+) -> jax.Array:  # fmt: skip
+    """Attends through the decaying state, or through one in each direction: time and memory are linear in the length.
+
+    Args:
+      q: `[batch, queries, heads, head_dim]`.
+      k: `[batch, keys, groups, head_dim]`; groups divides heads.
+      v: `[batch, keys, groups, v_dim]`.
+      log_decay: at most 0: `[batch, keys, heads, head_dim]`, `[batch, keys, heads]`, `[heads]` or None, no decay.
+      mask: bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens; the others change no state.
+      key: unused, nothing is drawn.
+      causal: query i sees keys j ≤ i only; with another number of queries the last one stands at the last real key.
+        False: the mean of that and of the same from the other end.
+
+    Returns:
+      `[batch, queries, heads, v_dim]` in the dtype of q; zero for a query without keys. The arithmetic is float32 at
+      least.
+
+    Raises:
+      ValueError: without `causal`, another number of queries than keys; shapes that do not fit.
+    """
+    (batch, keys), queries = k.shape[:2], q.shape[1]
+    mask = key_mask(mask, batch, keys)
+    if queries != keys:
+        if not causal:
+            raise ValueError(f"gla has {queries} queries and {keys} keys: it needs positions, so use causal=True")
+        at = query_positions(jnp.ones((batch, keys), bool) if mask is None else mask, queries)
+        return take(gated_linear_attention(place(q, at, keys), k, v, log_decay=log_decay, mask=mask)[0], at)
+    out, _ = gated_linear_attention(q, k, v, log_decay=log_decay, mask=mask)
+    if causal:
+        return out
+    back, _ = gated_linear_attention(q, k, v, log_decay=log_decay, mask=mask, reverse=True)
+    return (out + back) / 2
+
+
+def gla_step(
+    q: jax.Array, k: jax.Array, v: jax.Array, state: jax.Array, *, log_decay: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """One token of causal `gla`: its output and the next state.
+
+    Args:
+      q: `[batch, heads, head_dim]`.
+      k: `[batch, groups, head_dim]`; groups divides heads.
+      v: `[batch, groups, v_dim]`.
+      state: `[batch, heads, head_dim, v_dim]`; zeros before the first token.
+      log_decay: `[batch, heads, head_dim]`, `[batch, heads]`, `[heads]` or None.
+
+    Returns:
+      `[batch, heads, v_dim]` in the dtype of q, and the state in promote_types(dtype, float32).
+    """
+    q, k, v = (x[:, None] for x in (q, k, v))
+    if log_decay is not None and log_decay.ndim > 1:
+        log_decay = log_decay[:, None]
+    out, state = gated_linear_attention(q, k, v, log_decay=log_decay, initial_state=state)
+    return out[:, 0], state
+
+
+def check_sizes(head_dim: int, expand_k: float, gate_rank: int, gate_normalizer: float, clamp_min: float | None):
+    """Raises ValueError, one line, for the first option that is out of its range."""
+    if not head_dim * expand_k >= 1:
+        raise OptionError("expand_k", expand_k, f"with head_dim {head_dim} it must be at least {1 / head_dim:g}")
+    at_least(1, gate_rank=gate_rank)
+    if not gate_normalizer > 0:
+        raise OptionError("gate_normalizer", gate_normalizer, "it must be above 0")
+    if clamp_min is not None and not clamp_min < 0:
+        raise OptionError("clamp_min", clamp_min, "the least logarithm of a decay must be below 0, or None")
+
+
+class GLA(MultiHead):
+    """The whole layer of gated linear attention; the other arguments as `MultiHead`, whose head_dim is that of values.
+
+    Args:
+      expand_k: width of queries and keys over that of values.
+      gate_rank: of the map from tokens to decays.
+      gate_normalizer: divides the logarithm of the decays: 16 begins with a memory of tens of tokens.
+      clamp_min: the least logarithm of a decay, below 0; None sets no limit.
+      conv: as `MultiHead`, of queries, keys and values; not of the decays, nor of the gate. A SiLU follows it, as in
+        the authors' code: without a softmax or a feature map it is what keeps most products of queries and keys
+        positive, and associative recall (`data.recall`) is not learnt without it.
+
+    Raises:
+      ValueError: an option out of its range.
+    """
+
+    paper = "Yang et al. 2024, arXiv 2312.06635"
+    computes = "a state that forgets, per channel and token; both ways if not causal"
+    cost = "n"
+    function = staticmethod(gla)
+    refuses: ClassVar = {"cross": "it needs positions"}
+    projections = ("v", "gate")
+
+    @staticmethod
+    def measured_with(q, budget, rng):
+        return {"log_decay": (-np.abs(rng.normal(size=q.shape)) / 16).astype(np.float32)}
+
+    def __init__(
+        self, features: int, *,
+        expand_k: float = 0.5, gate_rank: int = 16, gate_normalizer: float = 16.0, clamp_min: float | None = None,
+        linear: Callable = nnx.Linear, conv: int = 0, dtype: jnp.dtype | None = None, rngs: nnx.Rngs, **common: Any,
+    ):  # fmt: skip
+        without_bias = partial(linear, use_bias=False)
+        super().__init__(features, linear=without_bias, dtype=dtype, rngs=rngs, **common)
+        check_sizes(self.head_dim, expand_k, gate_rank, gate_normalizer, clamp_min)
+        self.key_dim = round(expand_k * self.head_dim)
+        keys = self.heads * self.key_dim
+        self.q, self.k = (without_bias(features, keys, dtype=dtype, rngs=rngs) for _ in range(2))
+        self.decay_down = nnx.Linear(features, gate_rank, use_bias=False, dtype=dtype, rngs=rngs)
+        self.decay_up = nnx.Linear(gate_rank, keys, dtype=dtype, rngs=rngs)
+        self.norm = nnx.RMSNorm(self.head_dim, epsilon=1e-5, dtype=dtype, rngs=rngs)
+        self.gate_normalizer, self.clamp_min = gate_normalizer, clamp_min
+        self.add_convolutions({"q": keys, "k": keys, "v": self.heads * self.head_dim}, conv, rngs=rngs)
+
+    def mix(self, x, *, mask, key):
+        tokens = x.reshape(-1, x.shape[-1])
+        q, k, v, log_decay = (part.reshape(*x.shape[:2], *part.shape[1:]) for part in self.project(tokens))
+        if self.short_conv:
+            q, k, v = map(jax.nn.silu, self.convolve({"q": q, "k": k, "v": v}, mask).values())
+        if self.positions:
+            q, k = (rotate(part, mask, layout=self.positions) for part in (q, k))
+        heads = gla(q, k, v, log_decay=log_decay, **self.arguments(mask=mask, key=key))
+        return self.finish(heads.reshape(tokens.shape[0], *heads.shape[2:]), tokens).reshape(x.shape)
+
+    def state_numbers(self, length):
+        return self.heads * self.key_dim * self.head_dim
+
+    def init_state(self, batch: int) -> jax.Array:
+        """The state before the first token of each sequence, `[batch, heads, key_dim, head_dim]`, float32."""
+        return jnp.zeros((batch, self.heads, self.key_dim, self.head_dim))
+
+    def step(self, x: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """One token of each sequence, at evaluation: the row of the causal forward pass that is its own.
+
+        Args:
+          x: `[batch, features]`.
+          state: of the tokens before, from `init_state` or the last step.
+
+        Returns:
+          `[batch, features]` and the next state.
+
+        Raises:
+          ValueError: the mixer is not causal, its queries and keys turn with their positions, or it has a convolution,
+            whose last tokens the state does not hold.
+        """
+        if not self.causal or self.positions or self.short_conv:
+            raise ValueError(
+                f"step needs causal=True and positions=None, and no conv: here {self.causal} and {self.positions!r}, "
+                f"and {'a' if self.short_conv else 'no'} conv"
+            )
+        q, k, v, log_decay = self.project(x)
+        out, state = gla_step(q, k, v, state, log_decay=log_decay)
+        return self.finish(out, x), state
+
+    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Queries, keys, values and log_decay `[tokens, heads, key_dim or head_dim]` of `[tokens, features]`."""
+        logits = self.decay_up(self.decay_down(x))
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        log_decay = jax.nn.log_sigmoid(logits) / self.gate_normalizer
+        if self.clamp_min is not None:
+            log_decay = jnp.maximum(log_decay, self.clamp_min)
+        return tuple(part.reshape(len(x), self.heads, -1) for part in (self.q(x), self.k(x), self.v(x), log_decay))
+
+    def finish(self, heads: jax.Array, x: jax.Array) -> jax.Array:
+        """Norm, gate and output projection of `[tokens, heads, head_dim]`, for the tokens `[tokens, features]`."""
+        gated = self.norm(heads).reshape(len(x), -1) * jax.nn.silu(self.gate(x))
+        return self.out(gated)

@@ -1,0 +1,1 @@
+"""Attention to few keys that are drawn or chosen among all."""

@@ -1,0 +1,339 @@
+"""HyperAttention (Han et al. 2023, arXiv 2310.05869): softmax attention to similar keys and to a sample of the others.
+
+Keys are sorted by a locality-sensitive hash and cut into blocks. A query sees the block B in which its own hash falls
+exactly, and all other keys through a sample S of m, each raised by the number n_j ≈ n/m of keys that it stands for:
+
+    out_i = (Σ_{j ∈ B} e^{s_ij} v_j + Σ_{j ∈ S∖B} n_j e^{s_ij} v_j) / (the same without v),     s_ij = q_i·k_j / √d
+
+Causally, chunks attend to themselves exactly and the second half of every pair of neighbouring pieces, of one chunk,
+two, four ..., attends to the first half as above.
+
+Unlike the published code: the sampled keys of the own block are left out on every path; gradients pass through the
+weights of the merged parts; padding is in no block and no sample. Unlike the paper, which draws S uniformly, it has one
+key from each of m equal stretches of the sorted keys: both sums stay unbiased and vary less. And while the paper cuts
+the sorted queries into blocks too and pairs them by rank, a query here sees the block of keys into which it falls
+itself. No other query has a say in that, so a causal model stays causal and there may be fewer queries than keys; and
+where queries and keys fill the buckets in different proportions, the error is smaller by almost half.
+"""
+
+from functools import partial
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from efficient_tx.attention.base.multihead import MultiHead
+from efficient_tx.attention.base.options import checked_by
+from efficient_tx.attention.exact.softmax import softmax
+from efficient_tx.checks import OptionError, at_least
+from efficient_tx.kernels import flash_attention, sampled_block_attention
+from efficient_tx.kernels.sampled_block_attention.options import Choice, Sizes, rows_of
+from efficient_tx.numerics.lsh import hamming_buckets, hash_directions, sort_by_bucket
+from efficient_tx.numerics.random import evaluation_keys, example_keys
+from efficient_tx.tokens.mask import key_mask, repeat_heads
+from efficient_tx.tokens.segments import segment_starts
+
+LARGEST_TILE = 128  # rows of queries at a time; every block costs a tile more than its own queries
+
+
+def check_options(*, block, samples, bits, chunk):
+    """Raises ValueError, one line, for the first option that is out of its range."""
+    at_least(1, block=block, samples=samples, bits=bits, chunk=chunk)
+    if bits > 16:
+        raise OptionError("bits", bits, "it must be at most 16, which makes 65536 buckets")
+
+
+@checked_by(check_options)
+def hyper(
+    q: jax.Array, k: jax.Array, v: jax.Array, *,
+    mask: jax.Array | None = None, key: jax.Array | None = None, causal: bool = False,
+    block: int = 256, samples: int = 256, bits: int = 7, chunk: int = 1024,
+) -> jax.Array:  # fmt: skip
+    """Approximates `softmax`: time and memory are linear in the length, with `causal` n log n.
+
+    Args:
+      q: `[batch, queries, heads, head_dim]`.
+      k: `[batch, keys, groups, head_dim]`; groups divides heads.
+      v: `[batch, keys, groups, v_dim]`.
+      mask: bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens; with as many queries as keys it marks
+        the queries too.
+      key: draws the hash and the samples: one key per example `[batch]`, or one, folded per example; None (evaluation)
+        draws every example's with the same fixed key. All heads share the hash.
+      causal: token i sees tokens j ≤ i only. A single query (decoding) sees all real keys, exactly.
+      block: keys of similar hash that a query sees exactly; from the number of real keys on, the result is exact.
+      samples: keys that stand for those outside the block; likewise exact from the number of real keys on.
+      bits: signs in the hash, which has 2^bits buckets.
+      chunk: with `causal`, this many tokens attend exactly among themselves, rounded up to whole blocks.
+
+    Returns:
+      `[batch, queries, heads, v_dim]` in the dtype of q; zero for a query without keys. Statistics are float32 at
+      least. What stands at masked queries has no meaning.
+
+    Raises:
+      ValueError: an option out of its range, shapes that do not fit, or `causal` with several queries, but not as many
+        as keys.
+    """
+    batch, queries, heads, dim = q.shape
+    keys = k.shape[1]
+    mask = key_mask(mask, batch, keys)
+    if causal and queries not in (1, keys):
+        raise ValueError(f"there are {queries} queries for {keys} keys: causal hyper takes as many, or a single query")
+    if (2**bits + 1) * (queries + keys) >= 2**32:
+        raise OptionError("bits", bits, f"2^{bits} buckets for {queries} queries and {keys} keys need fewer of either")
+    chunk = -(-chunk // block) * block
+    if keys <= (chunk if causal else block) or (causal and queries == 1):
+        return softmax(q, k, v, mask=mask, causal=causal and queries > 1)
+
+    draws = numbered(evaluation_keys(batch) if key is None else example_keys(key, batch), np.arange(heads + 1))
+    real = jnp.ones((batch, keys), bool) if mask is None else mask
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    arrays = (x.astype(wide) for x in (q, repeat_heads(k, heads, "k"), repeat_heads(v, heads, "v")))
+    directions = hash_directions(draws[:, 0], dim, bits)
+    attend = partial(with_the_past, chunk=chunk) if causal else everywhere
+    return attend(*arrays, real, directions, draws[:, 1:].reshape(-1, 1), Budget(block, samples)).astype(q.dtype)
+
+
+class Budget(NamedTuple):
+    """The options of `hyper` that say how many keys a query sees."""
+
+    block: int
+    samples: int
+
+    @property
+    def tile(self) -> int:
+        """Rows of queries at a time: at most LARGEST_TILE where that divides a block."""
+        count = -(-self.block // LARGEST_TILE)
+        return self.block if self.block % count else self.block // count
+
+
+class Pieces(NamedTuple):
+    """Queries that attend to the keys of their own piece, the pieces of a sequence one after another.
+
+    Attributes:
+      q, k, v: `[sequences, length, dim]`; sequences counts examples and heads.
+      q_bucket, k_bucket: their hashes, int32 `[sequences, length]`.
+      q_real, k_real: bool `[sequences, length]`, False for padding.
+      sizes: queries and keys of each piece. With several pieces, queries and keys are as many, in whole blocks, and
+        the keys are real.
+      draws: one key per piece, `[sequences, pieces]`.
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    q_bucket: jax.Array
+    k_bucket: jax.Array
+    q_real: jax.Array
+    k_real: jax.Array
+    sizes: np.ndarray
+    draws: jax.Array
+
+
+def everywhere(q, k, v, real, directions, draws, budget):
+    """Bidirectional and cross-attention of `[batch, length, heads, dim]`: every sequence is one piece."""
+    batch, queries, heads, _ = q.shape
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    keys = k.shape[2]
+    q_real = real if queries == keys else jnp.ones((batch, queries), bool)
+    arrays = q, k, v, *(hamming_buckets(x, directions) for x in (q, k))
+    arrays = (x.reshape(-1, *x.shape[2:]) for x in arrays)
+    real = (jnp.repeat(x, heads, axis=0) for x in (q_real, real))
+    out, _ = attend_within(Pieces(*arrays, *real, np.array([[queries, keys]]), draws), budget, directions.shape[-1])
+    return out.reshape(*q.shape[:3], -1).swapaxes(1, 2)
+
+
+def with_the_past(q, k, v, real, directions, draws, budget, *, chunk):
+    """Causal attention of `[batch, length, heads, dim]`: exact within chunks, then halves of ever larger pieces.
+
+    Pieces begin at fixed ranks of the real tokens, so that more padding only adds pieces of padding.
+    """
+    batch, length, heads, _ = q.shape
+    levels = (-(-length // chunk) - 1).bit_length()
+    size = chunk << levels
+    place = jnp.where(real, jnp.cumsum(real, axis=-1) - 1, size)
+    order = invert(place, size)
+    q, k, v = (permute(x, order, place).swapaxes(1, 2) for x in (q, k, v))
+    halves = [chunk << level for level in range(levels)]
+    counts = [-(-(length - half) // (2 * half)) for half in halves]
+
+    def cut(x, which):
+        """The first or second halves of the pieces of all levels, `[batch · heads, rows, ...]`."""
+        parts = [
+            x[:, :, : 2 * count * half].reshape(batch * heads, count, 2, half, *x.shape[3:])[:, :, which]
+            for half, count in zip(halves, counts)
+        ]
+        return jnp.concatenate([x.reshape(batch * heads, -1, *x.shape[3:]) for x in parts], axis=1)
+
+    q_real = jnp.broadcast_to(jnp.arange(size) < real.sum(-1)[:, None, None], (batch, heads, size))
+    q_bucket, k_bucket = (hamming_buckets(x, directions) for x in (q, k))
+    later, earlier = [cut(x, 1) for x in (q, q_bucket, q_real)], [cut(x, 0) for x in (k, v, k_bucket)]
+    number = np.concatenate([(level << 24) + np.arange(count) for level, count in enumerate(counts)])
+    pieces = Pieces(
+        later[0], *earlier[:2], later[1], earlier[2], later[2], jnp.ones_like(later[2]),
+        np.repeat(halves, counts)[:, None].repeat(2, axis=1), numbered(draws[:, 0], number),
+    )  # fmt: skip
+    chunks = (x.reshape(-1, chunk, 1, x.shape[-1]) for x in (q, k, v))
+    own = flash_attention(*chunks, causal=True, return_lse=True)
+    past = attend_within(pieces, budget, directions.shape[-1])
+
+    def by_level(own, past, fill):
+        """`[levels + 1, batch, heads, size, ...]`, second halves in their places."""
+        parts, start = [own.reshape(batch, heads, size, *past.shape[2:])], 0
+        for half, count in zip(halves, counts):
+            rows = past[:, start : start + count * half].reshape(batch, heads, count, half, *past.shape[2:])
+            rows = jnp.stack([jnp.full_like(rows, fill), rows], axis=3).reshape(batch, heads, -1, *past.shape[2:])
+            missing = (size - rows.shape[2], *past.shape[2:])
+            parts.append(jnp.concatenate([rows, jnp.full((batch, heads, *missing), fill, rows.dtype)], axis=2))
+            start += count * half
+        return jnp.stack(parts)
+
+    outs, lses = (by_level(*parts, fill) for *parts, fill in zip(own, past, (0, -jnp.inf)))
+    merged = (jax.nn.softmax(lses, axis=0)[..., None] * outs).sum(0)
+    return permute(merged.swapaxes(1, 2), place, order)
+
+
+def attend_within(pieces: Pieces, budget: Budget, bits: int) -> tuple[jax.Array, jax.Array]:
+    """Output `[sequences, length, v_dim]` and log-sum-exp; zero and −inf at queries that are not real."""
+    _, queries, dim = pieces.q.shape
+    keys = pieces.k.shape[1]
+    q_rows, k_rows = (-(-length // size) * size for length, size in ((queries, budget.tile), (keys, budget.block)))
+    of_query, of_tile = (
+        np.repeat(np.arange(len(pieces.sizes)), -(-pieces.sizes[:, 0] // size)) for size in (1, budget.tile)
+    )
+    start = np.cumsum(pieces.sizes[:, 1]) - pieces.sizes[:, 1]
+    count = pieces.k_real.sum(-1, keepdims=True) if len(start) == 1 else pieces.sizes[None, :, 1]
+
+    q_place, k_place, before = sort_together(pieces, 2**bits)
+    last = (start + jnp.maximum(count, 1) - 1)[:, of_query]
+    own = jnp.minimum(before, last) // budget.block
+    q_place, k_place = jnp.where(pieces.q_real, q_place, q_rows), jnp.where(pieces.k_real, k_place, k_rows)
+    q_order, k_order = invert(q_place, q_rows), invert(k_place, k_rows)
+    sample, offset = sample_rows(pieces.draws, count, budget.samples)
+    choice = Choice(
+        q_order=q_order,
+        q_place=q_place,
+        k_order=k_order,
+        k_place=k_place,
+        block=jax.vmap(rows_of, (0, 0, None))(own, q_order, -1),
+        group=jnp.broadcast_to(of_tile, (len(own), len(of_tile))),
+        sample=sample + start[:, None],
+        offset=offset.astype(pieces.q.dtype),
+    )
+    sizes = Sizes(budget.tile, budget.block)
+    return sampled_block_attention(pieces.q * dim**-0.5, pieces.k, pieces.v, choice, sizes=sizes)
+
+
+def sort_together(pieces: Pieces, buckets: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries and keys of each piece in one order, by bucket and then position; what is not real comes last.
+
+    Returns:
+      The row of each query among all queries, of each key among all keys, and the number of keys before each query;
+      int32 `[sequences, length]`.
+    """
+    sequences, queries = pieces.q_bucket.shape
+    keys = pieces.k_bucket.shape[1]
+
+    def together(q, k):
+        """Side by side, the query first; without common positions all queries first."""
+        return jnp.stack([q, k], axis=-1).reshape(-1, 2 * keys) if queries == keys else jnp.concatenate([q, k], axis=-1)
+
+    def apart(x):
+        return (x[:, ::2], x[:, 1::2]) if queries == keys else (x[:, :queries], x[:, queries:])
+
+    bucket, real = together(pieces.q_bucket, pieces.k_bucket), together(pieces.q_real, pieces.k_real)
+    orders, start = [], 0
+    for size, count in zip(*np.unique(pieces.sizes.sum(1), return_counts=True)):  # pieces of equal size side by side
+        end = start + int(size * count)
+        piece = (x[:, start:end].reshape(-1, int(size)) for x in (bucket, real))
+        begin = start + int(size) * jnp.arange(int(count))[:, None]
+        orders.append(
+            (sort_by_bucket(*piece, buckets).reshape(sequences, int(count), -1) + begin).reshape(sequences, -1)
+        )
+        start = end
+    order = jnp.concatenate(orders, axis=-1)
+    place = invert(order, queries + keys)
+    is_key = together(jnp.zeros((1, queries), bool), jnp.ones((1, keys), bool))[0]
+    q_before, k_upto = apart(jnp.take_along_axis(jnp.cumsum(is_key[order], axis=-1), place, axis=-1))
+    return apart(place)[0] - q_before, k_upto - 1, q_before
+
+
+def sample_rows(keys: jax.Array, count: jax.Array, samples: int) -> tuple[jax.Array, jax.Array]:
+    """One of each of `samples` almost equal segments of `count` rows, and the logarithm of the segment's size.
+
+    So every row is drawn with the probability 1/size, and in expectation stands for itself.
+
+    Args:
+      keys: one per piece, `[sequences, pieces]`.
+      count: int `[sequences or 1, pieces]`.
+      samples: how many; where there are fewer rows, some segments are empty, with −inf.
+
+    Returns:
+      int32 and float32 `[sequences, pieces, samples]`.
+    """
+
+    def one(key, count):
+        starts = segment_starts(count, samples)
+        size = jnp.diff(starts)
+        row = (jax.random.uniform(key, (samples,), jnp.float32) * size).astype(jnp.int32)
+        return starts[:-1] + jnp.clip(row, 0, jnp.maximum(size - 1, 0)), jnp.log(size)
+
+    count = jnp.broadcast_to(count, keys.shape)
+    found = jax.vmap(one)(keys.reshape(-1), count.reshape(-1))
+    return tuple(x.reshape(*keys.shape, samples) for x in found)
+
+
+def numbered(keys: jax.Array, numbers: np.ndarray) -> jax.Array:
+    """A new key of each of `keys` `[n]` for each number, `[n, numbers]`."""
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys, numbers.astype(np.uint32))
+
+
+def invert(place: jax.Array, rows: int) -> jax.Array:
+    """What is in each of `rows` rows, int32 `[n, rows]`, from the row of each element, `[n, length]`.
+
+    Elements in row `rows` are nowhere; rows without an element get `length`.
+    """
+    length = place.shape[1]
+
+    def one(place):
+        return jnp.full(rows, length).at[place].set(jnp.arange(length), mode="drop", unique_indices=True)
+
+    return jax.vmap(one)(place)
+
+
+@jax.custom_vjp
+def permute(x: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
+    """Rows `index` `[n, rows]` of `x` `[n, length, ...]`, zero where there is none.
+
+    `inverse` is the way back, as of `invert`: so the backward pass is a gather as well.
+    """
+    return jax.vmap(rows_of)(x, index)
+
+
+permute.defvjp(
+    lambda x, index, inverse: (permute(x, index, inverse), inverse),
+    lambda inverse, d_out: (jax.vmap(rows_of)(d_out, inverse), None, None),
+)
+
+
+class Hyper(MultiHead):
+    """Multi-head HyperAttention; options as `hyper`, the other arguments as `MultiHead`.
+
+    Raises:
+      ValueError: an option out of its range.
+    """
+
+    paper = "Han et al. 2023, arXiv 2310.05869"
+    computes = "`softmax` over a block of keys of similar hash and m sampled keys"
+    cost = "n·(b + m), causal n·(b + m)·log n"
+    function = staticmethod(hyper)
+    exact = staticmethod(softmax)
+    near_on = ("clustered", "imbalanced")
+    refuses: ClassVar = {"rows": "a single query sees all keys exactly, not a sample"}
+    windowed = True
+    draws = True
+
+    @staticmethod
+    def within(budget):
+        half = max(budget // 2, 1)
+        return {"block": half, "samples": half, "chunk": 2 * budget}  # a token sees half of its chunk on average

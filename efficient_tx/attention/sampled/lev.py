@@ -1,0 +1,132 @@
+"""LevAttention (Kannan, Bhattacharyya, Kacham and Woodruff 2024, arXiv 2410.05462): few keys, chosen without queries.
+
+With the weights |q·k_j|^p / Σ_l |q·k_l|^p no query can give key j more than sup_y |y·k_j|^p / Σ_l |y·k_l|^p: for p = 2
+its leverage score k_jᵀ(KᵀK)⁺k_j. The scores sum to the rank of K, so that the keys above ε, at most d/ε of them, hold
+every weight above ε of any query whatever: a universal set U. For other p the ℓp Lewis weights take the place of the
+scores; they bound the shares up to a factor (`numerics.lewis`). Attention then runs over U only:
+
+    "softmax"      out_i = Σ_{j∈U} softmax_{j∈U}(q_i·k_j / √d) v_j
+    "polynomial"   out_i = Σ_{j∈U} |q_i·k_j|^p v_j / N_i,    N_i = q_iᵀ(KᵀK)q_i, the exact sum over all keys, for p = 2
+
+The theorem is about the polynomial weights; the paper trains softmax over the set, and so does the default here. Its
+authors published no code. What the paper leaves open: U is the `budget` keys of the highest scores, for each example
+and head of the keys; no key is forced in; for p ≠ 2 the weights are divided by their sum over U. The causal form, in
+`lev_stream`, is ours.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from efficient_tx.attention.base.multihead import MultiHead
+from efficient_tx.attention.base.options import checked_by
+from efficient_tx.attention.exact.softmax import softmax
+from efficient_tx.attention.sampled.lev_stream import lev_causal
+from efficient_tx.attention.sampled.lev_weights import attend_to, check_options, gram_matrix, newest
+from efficient_tx.numerics.leverage import leverage_scores
+from efficient_tx.numerics.lewis import lewis_weights
+from efficient_tx.tokens.mask import key_mask, place, query_positions, take
+
+QUERY_TILE = 256  # polynomial weights of so many queries are made at a time
+
+
+@checked_by(check_options)
+def lev(
+    q: jax.Array, k: jax.Array, v: jax.Array, *,
+    mask: jax.Array | None = None, key: jax.Array | None = None, causal: bool = False,
+    budget: int = 128, p: float = 2.0, attention: str = "softmax",
+    recent: int | None = None, ridge: float = 1.0, rescore: bool = True,
+) -> jax.Array:  # fmt: skip
+    """Attends to `budget` keys that the keys choose among themselves; no gradient flows through the choice.
+
+    Args:
+      q: `[batch, queries, heads, head_dim]`.
+      k: `[batch, keys, groups, head_dim]`; groups divides heads, and each group chooses for itself.
+      v: `[batch, keys, groups, v_dim]`.
+      mask: bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens. With as many queries as keys it marks
+        the queries too.
+      key: unused, the method draws nothing.
+      causal: the form of `lev_stream`. With other numbers of queries and keys the last query stands at the last real
+        key.
+      budget: keys that a query sees at most; ties go to the earlier one.
+      p: the power of the scores, and of the weights of "polynomial", at least 1; 2 where causal.
+      attention: "softmax" or "polynomial" weights.
+      recent: causal only: how many of the budget are for the newest keys, without competition; None means half. All
+        queries at once hold a set of keys for every `recent` queries, keys · budget / recent in all; a decoder
+        (`lev_step`) holds one.
+      ridge: causal only: λ above 0 of the ridge leverage scores.
+      rescore: causal only: held keys compete by their score in the prefix so far, else by the one they arrived with.
+
+    Returns:
+      `[batch, queries, heads, v_dim]` in the dtype of q; zero for a query without keys. The arithmetic is float32 at
+      least.
+
+    Raises:
+      ValueError: an option out of its range, or p ≠ 2 and causal.
+    """
+    del key
+    recent = newest(budget, recent)
+    batch, queries, keys = *q.shape[:2], k.shape[1]
+    mask = key_mask(mask, batch, keys)
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    arrays = [x.astype(dtype) for x in (q, k, v)]
+    if mask is not None:
+        marked = (queries == keys, True, True)
+        arrays = [jnp.where(mask[..., None, None], x, 0) if mark else x for x, mark in zip(arrays, marked)]
+    if causal:
+        options = {"budget": budget, "recent": recent, "ridge": ridge, "rescore": rescore, "attention": attention}
+        if queries == keys:
+            return lev_causal(*arrays, mask, **options).astype(q.dtype)
+        at = query_positions(jnp.ones((batch, keys), bool) if mask is None else mask, queries)
+        return take(lev_causal(place(arrays[0], at, keys), *arrays[1:], mask, **options), at).astype(q.dtype)
+
+    queries_, keys_, values_ = arrays
+    position = universal_set(keys_, mask, budget, p)
+    chosen = (jnp.take_along_axis(x, position[..., None], axis=1) for x in (keys_, values_))
+    real = jnp.full((batch, 1), keys) if mask is None else mask.sum(1, keepdims=True)
+    few = (*chosen, jnp.arange(position.shape[1]) < real)
+    if attention == "softmax":
+        return attend_to(queries_, *few, attention=attention).astype(q.dtype)
+
+    gram = gram_matrix(keys_) if p == 2 else None
+    tile = min(QUERY_TILE, queries)
+    tiles = jnp.pad(queries_, ((0, 0), (0, -queries % tile), (0, 0), (0, 0)))
+    tiles = jnp.moveaxis(tiles.reshape(batch, -1, tile, *q.shape[2:]), 1, 0)
+    out = jax.lax.map(jax.checkpoint(lambda tile: attend_to(tile, *few, attention=attention, p=p, gram=gram)), tiles)
+    return jnp.moveaxis(out, 0, 1).reshape(batch, -1, *out.shape[3:])[:, :queries].astype(q.dtype)
+
+
+def universal_set(k: jax.Array, mask: jax.Array | None, budget: int, p: float) -> jax.Array:
+    """Positions of the `budget` keys of the highest scores, int32 `[batch, min(budget, keys), groups]`, best first.
+
+    An example with fewer real keys names padded ones after them.
+    """
+    rows = jnp.moveaxis(k, 2, 1)
+    real = None if mask is None else mask[:, None]
+    scores = leverage_scores(rows, mask=real) if p == 2 else lewis_weights(rows, p, mask=real)
+    # Scores that are equal but for rounding, as those of no more keys than head_dim, are ties.
+    scores = jax.lax.reduce_precision(scores, jnp.finfo(scores.dtype).nexp, mantissa_bits=12)
+    scores = scores if real is None else jnp.where(real, scores, -1)
+    return jnp.moveaxis(jax.lax.top_k(scores, min(budget, k.shape[1]))[1], 1, 2)
+
+
+class Lev(MultiHead):
+    """Multi-head LevAttention; options as `lev`, the other arguments as `MultiHead`.
+
+    Raises:
+      ValueError: an option out of its range, or p ≠ 2 and causal.
+    """
+
+    paper = "Kannan et al. 2024, arXiv 2410.05462"
+    computes = "softmax over the m keys of the highest leverage scores"
+    cost = "n·m + n·d"
+    function = staticmethod(lev)
+    exact = staticmethod(softmax)
+    near_on = ("clustered", "imbalanced")
+    windowed = True
+
+    @staticmethod
+    def within(budget):
+        return {"budget": budget}
+
+    def state_numbers(self, length):
+        return self.heads * (2 * self.budget * self.head_dim + self.head_dim**2)

@@ -1,0 +1,58 @@
+"""Range checks of user options, and look-ups of names that people typed."""
+
+import difflib
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class OptionError(ValueError):
+    """The value of an option is wrong: "landmarks is 1: it must be at least 2".
+
+    Attributes:
+      option: the option's name; dotted, where it stands in a section of a config.
+      value: what was given.
+      rule: what would work, the rest of the line.
+    """
+
+    def __init__(self, option: str, value: Any, rule: str):
+        super().__init__(f"{option} is {value!r}: {rule}")
+        self.option, self.value, self.rule = option, value, rule
+
+    def within(self, section: str) -> "OptionError":
+        """The same error of an option in `section`."""
+        return OptionError(f"{section}.{self.option}", self.value, self.rule)
+
+
+def at_least(least: int, **options: int | None) -> None:
+    """Raises OptionError for the first of the options that is below `least`; None, left out, is none."""
+    for name, value in options.items():
+        if value is not None and value < least:
+            raise OptionError(name, value, f"it must be at least {least}")
+
+
+def above_zero(**options: float | None) -> None:
+    """Raises OptionError for the first of the options that is not a number above 0; None, left out, is none."""
+    for name, value in options.items():
+        if value is not None and not 0 < value < float("inf"):
+            raise OptionError(name, value, "it must be a number above 0")
+
+
+def one_of(choices: Collection[str], **options: str) -> None:
+    """Raises OptionError for the first of the options that is none of `choices`; the line has the nearest one."""
+    for name, value in options.items():
+        if value not in choices:
+            near = nearest(value, choices)
+            raise OptionError(name, value, f"choose one of {', '.join(choices)} (nearest: {near!r})")
+
+
+def lookup(table: Mapping[str, T], name: str, where: str) -> T:
+    """table[name]; OptionError of the option `where` as `one_of`."""
+    one_of(table, **{where: name})
+    return table[name]
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """The choice that is most like `name`."""
+    return difflib.get_close_matches(str(name), list(choices), 1, 0.0)[0]

@@ -1,0 +1,1 @@
+"""The weight structures side by side."""

@@ -1,0 +1,135 @@
+"""From a resolved config to objects: the task, the model, what is trained."""
+
+import traceback
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from efficient_tx.checks import OptionError, lookup
+from efficient_tx.config.errors import at
+from efficient_tx.config.names import (
+    DTYPES,
+    MODELS,
+    mixer_class,
+    parse_mixers,
+    section_name,
+    structure_class,
+    task_module,
+    task_sizes,
+)
+from efficient_tx.linear import densify, structured_learning_rates
+from efficient_tx.task import Objective, Task
+from efficient_tx.training.objective import CLASSIFICATION
+from efficient_tx.training.optimizer import make_optimizer
+from efficient_tx.training.stages import Stage, make_stages
+
+# Folded into the key of `config.seed` for the parameters: above every step number, which the training step folds in.
+PARAMETERS = 2**31
+
+
+def build_task(config: ConfigDict) -> Task:
+    """The task of `config.task`; generates its data on first use.
+
+    Raises:
+      ConfigError: settings that no data can meet, data that the user must bring and that are not there, or a module
+        whose task is not what it says.
+    """
+    arguments = dict(config.task)
+    module = task_module(arguments.pop("name"))
+    with at("task"):
+        try:
+            task = module.get_task(**arguments)
+        except (OSError, ValueError, ModuleNotFoundError):
+            raise
+        except Exception as error:  # whatever a module of the user's own does wrong
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            raise ValueError(f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})") from None
+        if not isinstance(task, Task):
+            raise ValueError(f"get_task returned a {type(task).__name__}, not an efficient_tx.task.Task")
+        for name, value in {"kind": module.KIND, **task_sizes(config.task)}.items():
+            if getattr(task, name) != value:
+                where = "KIND" if name == "kind" else "sizes()"
+                raise ValueError(f"{where} says that {name} is {value!r}, and the task has {getattr(task, name)!r}")
+    return task
+
+
+def build_linear(section: ConfigDict, where: str) -> Callable[..., nnx.Module]:
+    """A factory of linear layers with the signature of `nnx.Linear`, from {name, options}."""
+    arguments = dict(section)
+    structure = structure_class(arguments.pop("name"), f"{where}.name")
+
+    def make(in_features, out_features, **given):
+        with at(where):
+            return structure(in_features, out_features, **given, **arguments)
+
+    return make
+
+
+def build_mixer(name: str, section: ConfigDict, linear: Callable[..., nnx.Module]) -> Callable[..., nnx.Module]:
+    """A factory of one token mixer, which names its config section in the errors of its constructor."""
+
+    def make(features, **sizes):
+        with at(f"attention.{section_name(name)}"):
+            return mixer_class(name)(features, linear=linear, **sizes, **section)
+
+    return make
+
+
+def build_model(config: ConfigDict, task: Task) -> nnx.Module:
+    """The model of a config for a task's kind and sizes, initialised from `config.seed`.
+
+    Raises:
+      ConfigError: a name, a size or a combination that no model has.
+    """
+    arguments = dict(config.model)
+    with at("model"):
+        model = lookup(MODELS[task.kind], arguments.pop("name"), "name")
+        features, heads = arguments["features"], arguments["heads"]
+        # A model of stages has a tuple of each.
+        if isinstance(features, int) and arguments.get("head_dim") is None and features % heads:
+            raise OptionError("heads", heads, f"{features} features do not divide into it; set head_dim too")
+    with at():
+        dtype = lookup(DTYPES, config.dtype, "dtype")
+    tokens = {"vocab_size": task.vocab_size, "max_len": task.max_len}
+    projections = build_linear(config.linear.projections, "linear.projections")
+    mixers = [
+        build_mixer(name, config.attention[section_name(name)], projections) for name in parse_mixers(config.mixers)
+    ]
+    with at("model"):
+        return model(
+            num_classes=task.num_classes,
+            **({"image_shape": task.image_shape} if task.kind == "image" else tokens),
+            mixers=mixers,
+            linear=build_linear(config.linear.mlp, "linear.mlp"),
+            remat=config.remat,
+            dtype=dtype,
+            rngs=nnx.Rngs(jax.random.fold_in(jax.random.key(config.seed), PARAMETERS)),
+            **arguments,
+        )
+
+
+def build_stages(
+    config: ConfigDict, model: nnx.Module, objective: Objective = CLASSIFICATION
+) -> tuple[list[Stage], Callable]:
+    """What a run trains, in one or two stages, and the schedule, step -> learning rate.
+
+    Args:
+      config: of the run.
+      model: of `config`; its values count where the run is trained, elsewhere it may be abstract.
+      objective: of the task.
+    """
+    schedules = []
+
+    def make(model, births):
+        scaling = structured_learning_rates(model) if config.optimizer.structured_lr else None
+        optimizer, schedule = make_optimizer(
+            steps=config.steps, scaling=scaling, births=births, rewarm=config.densify_warmup, **config.optimizer
+        )
+        schedules.append(schedule)
+        return optimizer
+
+    transforms = [] if config.densify_at is None else [(config.densify_at, densify)]
+    with at("optimizer"):
+        return make_stages(model, transforms, make, objective), schedules[0]

@@ -1,0 +1,83 @@
+"""What in a config cannot work, found before a run touches disk or data."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+from efficient_tx.checks import OptionError, at_least, one_of
+from efficient_tx.config.build import build_model, build_stages
+from efficient_tx.config.errors import ConfigError, at
+from efficient_tx.config.names import task_module, task_sizes
+from efficient_tx.config.schema import task_options
+from efficient_tx.linear.structured import Structured
+from efficient_tx.numerics.random import check_rate
+from efficient_tx.task import Task
+from efficient_tx.training.loggers import LOGGERS
+
+# Sequences beyond this would not fit any machine; it is far above Path-X and the needle tasks.
+LONGEST = 2**24
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ConfigError, one line, for whatever in `config` cannot work; touches neither disk nor data.
+
+    The model is built and called on abstract values, so that its own refusals come out here.
+    """
+    counts = ("steps", "batch_size", "grad_accum", "eval_every", "checkpoint_every", "log_every", "keep")
+    sizes = ("features", "layers", "heads", "head_dim", "mlp_features")
+    with at():
+        at_least(1, **{key: config[key] for key in counts})
+        if not 0 <= config.seed < 2**32:
+            raise OptionError("seed", config.seed, "it must be in [0, 2^32)")
+        if config.batch_size % config.grad_accum:
+            raise OptionError("grad_accum", config.grad_accum, f"it must divide batch_size {config.batch_size}")
+        for name in config.loggers:
+            one_of(LOGGERS, loggers=name)
+    with at("model"):
+        at_least(1, **{key: config.model[key] for key in sizes if isinstance(config.model.get(key), int)})
+        check_rate(config.model.dropout)
+    with at("task"):
+        max_len = config.task.get("max_len", 1)
+        at_least(1, max_len=max_len)
+        if max_len > LONGEST:
+            raise OptionError("max_len", max_len, f"it must be at most {LONGEST}")
+    if other := set(config.task) ^ set(task_options(config.task.name)):
+        fault = (
+            f"is {config.task.name!r}, but {min(other)} is an option of one task only: choose the task by its config"
+        )
+        raise ConfigError("task.name", fault)
+    shape = Task(*((),) * 3, kind=task_module(config.task.name).KIND, name="", source="", **task_sizes(config.task))
+
+    def forward(model):
+        return model(**empty_inputs(shape), key=jax.random.key(0))
+
+    with at("model"):
+        model = nnx.eval_shape(lambda: build_model(config, shape))
+        nnx.eval_shape(forward, model)
+    if config.densify_at is not None:
+        with at():
+            check_densify(config, model)
+    build_stages(config, model)
+
+
+def empty_inputs(task: Task) -> dict[str, jax.Array]:
+    """A batch of one example without content: what a model of the task is called with."""
+    if task.kind == "image":
+        return {"inputs": jnp.zeros((1, *task.image_shape))}
+    tokens = jnp.zeros((1, task.max_len), jnp.float32 if task.vocab_size is None else jnp.int32)
+    inputs = {"inputs": tokens, "mask": tokens == 0}
+    if task.own_masks:
+        inputs["positions"] = jnp.zeros((1, task.max_len), jnp.int32)
+    return {**inputs, "inputs2": tokens, "mask2": tokens == 0} if task.kind == "token_pairs" else inputs
+
+
+def check_densify(config: ConfigDict, model: nnx.Module) -> None:
+    """Raises OptionError where `densify_at` or `densify_warmup` cannot work for an (abstract) model."""
+    if not 1 <= config.densify_at < config.steps:
+        rule = f"it must be at least 1 and less than steps={config.steps}"
+        raise OptionError("densify_at", config.densify_at, rule)
+    at_least(0, densify_warmup=config.densify_warmup)
+    if not any(isinstance(layer, Structured) for _, layer in nnx.iter_modules(model)):
+        rule = "no weight is structured: choose a structure, as linear.mlp.name=monarch"
+        raise OptionError("densify_at", config.densify_at, rule)

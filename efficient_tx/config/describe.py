@@ -1,0 +1,52 @@
+"""What each key of a config means: the lines on arguments in the docstrings of what takes them."""
+
+import inspect
+import re
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from efficient_tx.config.schema import RUN, owners
+
+# Keys that no docstring speaks of, since they choose what takes the others.
+CHOICES = {
+    "task.name": "module that makes the task, or a file of your own",
+    "model.name": "which model reads the examples",
+    "linear.mlp.name": "weight structure of the MLPs",
+    "linear.projections.name": "weight structure of the mixers' projections",
+}
+
+
+def describe(config: ConfigDict) -> dict[str, str]:
+    """Dotted key -> one line on its meaning, for every key of a resolved config; empty where nothing is known."""
+    lines = {key: text for key, (_, text) in RUN.items()} | CHOICES
+    for section, owner in owners(config).items():
+        known = arguments(owner)
+        options = config
+        for part in section.split("."):
+            options = options[part]
+        lines |= {f"{section}.{key}": known.get(key, "") for key in options if key != "name"}
+    return lines
+
+
+def arguments(call: Callable | type) -> dict[str, str]:
+    """What the docstrings of a function, or of a class, its function and its bases say of their arguments."""
+    if not inspect.isclass(call):
+        return parse(call)
+    sources = [*call.__mro__]
+    if function := getattr(call, "function", None):
+        sources.insert(1, function)
+    known: dict[str, str] = {}
+    for source in sources:
+        known = parse(source) | known
+    return known
+
+
+def parse(documented: Callable | type) -> dict[str, str]:
+    """Argument -> text of the "Args:" section of a docstring, on one line; "a, b: text" is of both."""
+    text = inspect.cleandoc(documented.__doc__ or "")
+    section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", text, re.MULTILINE | re.DOTALL)
+    if not section:
+        return {}
+    entries = re.findall(r"^  (\*{0,2}\w[\w, ]*): (.*?)(?=^  \S|\Z)", section[1], re.MULTILINE | re.DOTALL)
+    return {name.strip(): " ".join(text.split()) for names, text in entries for name in names.split(",")}

@@ -1,0 +1,132 @@
+"""Flags: the command line of training to one resolved config, and every mistake to one line."""
+
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from efficient_tx.attention import ATTENTION
+from efficient_tx.checks import OptionError
+from efficient_tx.config.check import check
+from efficient_tx.config.describe import describe
+from efficient_tx.config.errors import ConfigError
+from efficient_tx.config.keys import flatten, section_of, wrong_type
+from efficient_tx.config.load import ConfigFile, shipped
+from efficient_tx.config.protocols import PROTOCOLS
+from efficient_tx.config.resolve import NAMES
+from efficient_tx.linear import LINEAR
+
+OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)=?(.*)")
+
+
+class Run(NamedTuple):
+    """What the command line asks for.
+
+    Attributes:
+      config: resolved and checked.
+      departures: its keys that differ from the protocol it names.
+    """
+
+    config: ConfigDict
+    departures: list[str]
+
+
+def refuse(error: object) -> NoReturn:
+    """Prints one line on standard error and exits with 2; an option is a flag here."""
+    text = f"--{error.option}={error.value}: {error.rule}" if isinstance(error, OptionError) else str(error)
+    print(" ".join(text.split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse(argv: Sequence[str], *, usage: str, own: Sequence[str]) -> Run:
+    """The `flags_parser` of `absl.app.run`, whose result `main` gets: whatever is wrong ends in one line and exit 2.
+
+    Args:
+      argv: of the process.
+      usage: what --help begins with.
+      own: the command's flags, which --help lists.
+    """
+    program, *arguments = argv
+    helped = [argument for argument in arguments if re.fullmatch(r"--?(help|helpshort|h|\?)", argument)]
+    arguments = [argument for argument in arguments if argument not in helped]
+    try:
+        path, rest = split(arguments)
+        if helped and path is None:
+            print_help(usage, own)
+        if path is None:
+            raise ValueError("--config is missing: give a config, as --config=quickstart or --config=configs/mine.py")
+        file = ConfigFile(path)
+        typed, others = typed_values(file, [program, *rest])
+        config = file.resolve(typed)
+        if helped:
+            print_help(usage, own, path, config)
+        _, *words = flags.FLAGS(others)
+        if words:
+            raise ValueError(f"{words[0]!r} is no flag: flags begin with two dashes, as --config.steps=100")
+        check(config)
+        return Run(config, file.departures(config))
+    except (ValueError, flags.Error) as error:
+        if isinstance(error, ConfigError) and error.key in typed_keys(arguments):
+            error = f"--config.{error.key}={typed_keys(arguments)[error.key]}: {error}"
+        refuse(error)
+
+
+def split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The path of the config file, None where there is none, and the other arguments."""
+    places = [i for i, argument in enumerate(arguments) if re.match(r"--?config(=|$)", argument)]
+    if not places:
+        return None, list(arguments)
+    if len(places) > 1:
+        raise ValueError("--config is given twice: give one config file")
+    (place,) = places
+    end = place + (1 if "=" in arguments[place] else 2)
+    path = re.sub(r"^--?config=", "", arguments[end - 1])
+    return path, [*arguments[:place], *arguments[end:]]
+
+
+def typed_keys(arguments: Sequence[str]) -> dict[str, str]:
+    """Key -> text of the overrides among the arguments."""
+    return {match[1]: match[2] for argument in arguments if (match := OVERRIDE.match(argument))}
+
+
+def typed_values(file: ConfigFile, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Key -> value of the overrides of a config, and the other arguments.
+
+    Raises:
+      ConfigError: an unknown key, or a value of another type.
+    """
+    keys = typed_keys(argv)
+    # Typed names of mixers and structures bring their sections, as in the argument.
+    config = file.config({name: keys[name] for name in NAMES if name in keys})
+    for key in keys:
+        section_of(config, key)
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=list(argv))
+    try:
+        others = values(argv, known_only=True)
+    except flags.Error as error:
+        wrong = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error))
+        raise wrong_type(config, wrong[1], wrong[2]) if wrong else error from None
+    return config_flags.get_override_values(values["config"]), others
+
+
+def print_help(
+    usage: str, own: Sequence[str], path: str | None = None, config: ConfigDict | None = None
+) -> NoReturn:  # fmt: skip
+    """Prints the flags and what there is to choose from; of a resolved config all keys, with values; exits with 0."""
+    print(usage)
+    print("\n".join(f"  --{name}: {flags.FLAGS[name].help}" for name in own), end="\n\n")
+    print(f"Configs: {', '.join(shipped())}, or the path of a file")
+    print(f"Mixers: {', '.join(ATTENTION)}, or module:Class\nWeight structures: {', '.join(LINEAR)}, or module:Class")
+    print(f"Protocols: {', '.join(PROTOCOLS)}")
+    if config is None:
+        print("All keys of a config, with values and meanings: --config=NAME:MIXERS [--config.KEY=VALUE ...] --help")
+    else:
+        meanings = describe(config)
+        print(f"\nKeys of {path}, each set by --config.KEY=VALUE, as this command line resolves them:")
+        for key, value in flatten(config).items():
+            print(f"  {key} = {value!r}\n      {meanings[key]}")
+    raise SystemExit(0)

@@ -1,0 +1,109 @@
+"""Config files: a path or a shipped name, with an argument behind a colon, to a config."""
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ml_collections import ConfigDict
+
+import efficient_tx
+from efficient_tx.checks import OptionError, nearest
+from efficient_tx.config.errors import ConfigError
+from efficient_tx.config.keys import flatten
+from efficient_tx.config.protocols import PROTOCOLS
+from efficient_tx.config.resolve import NAMES, departures, resolve
+
+
+class ConfigFile:
+    """A config file, executed once.
+
+    Args:
+      path: "FILE.py:ARGUMENT", or "NAME:ARGUMENT" of a shipped config.
+
+    Raises:
+      OptionError: there is no such file, or it has no `get_config`.
+    """
+
+    def __init__(self, path: str):
+        name, _, self._argument = path.partition(":")
+        self._path, self._module = path, execute(path, find(path, name))
+
+    @property
+    def protocols(self) -> tuple[str, ...]:
+        """Those that the file may run under: its PROTOCOLS, or all there are."""
+        return getattr(self._module, "PROTOCOLS", tuple(PROTOCOLS))
+
+    def config(self, names: Mapping[str, str] | None = None) -> ConfigDict:
+        """The file's config, with other names of mixers and structures (NAMES) than in its argument.
+
+        Raises:
+          OptionError: an argument or a name that the file refuses.
+        """
+        config = self._get_config(self._argument)
+        if not names:
+            return config
+        plain = flatten(config)
+        return self._get_config("+".join(names.get(name, plain[name]) for name in NAMES))
+
+    def resolve(self, typed: Mapping[str, Any]) -> ConfigDict:
+        """The file's config with its protocol's settings under the typed values.
+
+        Raises:
+          OptionError, ConfigError: a name, a key or a value that there is not, or a protocol that is not the file's.
+        """
+        config = resolve(self.config({name: typed[name] for name in NAMES if name in typed}), typed)
+        if config.protocol not in self.protocols:
+            own = ", ".join(self.protocols)
+            raise ConfigError("protocol", f"is {config.protocol!r}, but {self._path} is a run of its own: use {own}")
+        return config
+
+    def departures(self, config: ConfigDict) -> list[str]:
+        """The keys of a resolved config that differ from the protocol it names."""
+        names = {name: value for name, value in flatten(config).items() if name in NAMES}
+        return departures(config, self.config(names))
+
+    def _get_config(self, argument: str) -> ConfigDict:
+        try:
+            return self._module.get_config(argument) if argument else self._module.get_config()
+        except ValueError as error:
+            raise OptionError("config", self._path, str(error)) from None
+
+
+def load(path: str) -> ConfigDict:
+    """The config of a path, before protocol and flags; errors as of `ConfigFile`."""
+    return ConfigFile(path).config()
+
+
+def folder() -> Path:
+    """Where the shipped configs are: in the package where it is installed, beside it in a checkout."""
+    package = Path(efficient_tx.__file__).parent
+    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+
+
+def shipped() -> list[str]:
+    """The names of the shipped configs."""
+    return sorted(path.stem for path in folder().glob("*.py") if path.stem != "__init__")
+
+
+def find(path: str, name: str) -> Path:
+    """The file of a name: of a path, or else of a shipped config."""
+    if name.endswith(".py") and Path(name).expanduser().is_file():
+        return Path(name).expanduser()
+    if name in shipped():
+        return folder() / f"{name}.py"
+    beside = [os.path.relpath(folder() / f"{other}.py") for other in shipped()]
+    near = nearest(name, beside if name.endswith(".py") else shipped())
+    raise OptionError("config", path, f"there is no such config file; the nearest is {near}")
+
+
+def execute(path: str, file: Path) -> ModuleType:
+    """The module of a config file."""
+    spec = importlib.util.spec_from_file_location("config_file", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise OptionError("config", path, f"{file} has no get_config")
+    return module

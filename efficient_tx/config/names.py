@@ -1,0 +1,135 @@
+"""What the names in a config stand for: mixers, weight structures, models, tasks."""
+
+import importlib
+import importlib.util
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_tx.attention import ATTENTION, Mixer
+from efficient_tx.checks import lookup, one_of
+from efficient_tx.config.errors import ConfigError, at
+from efficient_tx.linear import LINEAR
+from efficient_tx.linear.structured import Weight
+from efficient_tx.models import Classifier, DualEncoder, Pyramid, TokenClassifier, ViT
+
+# What reads the examples of each kind, by name; the first one unless a config says otherwise.
+MODELS: dict[str, dict[str, type[nnx.Module]]] = {
+    "tokens": {"transformer": Classifier},
+    "token_labels": {"transformer": TokenClassifier},
+    "token_pairs": {"transformer": DualEncoder},
+    "image": {"vit": ViT, "pyramid": Pyramid},
+}
+DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
+
+
+def parse_mixers(pattern: str) -> list[str]:
+    """The layers of a mixer pattern: "gla*3,softmax" -> ["gla", "gla", "gla", "softmax"].
+
+    Raises:
+      ConfigError: a name that stands for no mixer, or a part that is neither NAME nor NAME*COUNT.
+    """
+    layers = []
+    for part in pattern.split(","):
+        match = re.fullmatch(r"(\w+|[\w.]+:\w+)(?:\*([1-9]\d*))?", part.strip())
+        if not match:
+            raise ConfigError("mixers", f"is {pattern!r}: {part!r} is no NAME or NAME*COUNT, as in 'gla*3,softmax'")
+        mixer_class(match[1])
+        layers += [match[1]] * int(match[2] or 1)
+    sections = {section_name(name): name for name in layers}
+    if clash := [name for name in layers if sections[section_name(name)] != name]:
+        other = sections[section_name(clash[0])]
+        raise ConfigError("mixers", f"has {clash[0]!r} and {other!r}, whose options share a section: rename a class")
+    return layers
+
+
+def section_name(mixer: str) -> str:
+    """Where the options of a mixer stand, in the section `attention`: under its name, or that of its class."""
+    return mixer.rpartition(":")[2]
+
+
+def mixer_class(name: str) -> type[Mixer]:
+    """The class of a key of ATTENTION, or of "module:Class". ConfigError where there is none."""
+    return _class(name, ATTENTION, Mixer, "mixers", "efficient_tx.attention.Mixer")
+
+
+def structure_class(name: str, where: str) -> type[Weight]:
+    """The class of a key of LINEAR, or of "module:Class"; ConfigError of the key `where` where there is none."""
+    return _class(name, LINEAR, Weight, where, "efficient_tx.linear.structured.Structured")
+
+
+def _class(name: str, table: Mapping[str, type], base: type, where: str, of: str) -> type:
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        with at():
+            return lookup(table, name, where)
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        raise ConfigError(where, f"is {name!r}: {error} ({_looked_in()})") from None
+    except AttributeError:
+        raise ConfigError(where, f"is {name!r}: the module {module} has no {attribute}") from None
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ConfigError(where, f"is {name!r}: that is no subclass of {of}")
+    return found
+
+
+def _looked_in() -> str:
+    return "modules are looked for in the working directory and on PYTHONPATH"
+
+
+def absolute_task(name: str) -> str:
+    """The name of a task, the path of a file as an absolute one: it is stored, and read from another folder."""
+    return str(Path(name).expanduser().absolute()) if name.endswith(".py") else name
+
+
+def task_module(name: str) -> ModuleType:
+    """The module that makes a task with `get_task`: its dotted name, or the path of a file that ends in .py.
+
+    With `KIND` it says what the examples look like, and with `sizes`, from the options of `get_task` and without
+    touching data, the num_classes, vocab_size, max_len and image_shape of the task. With `split_by`, if it has one, it
+    names the options that may move a training example of a source into the validation or the test split.
+
+    Raises:
+      ConfigError: there is no such module, or it makes no task.
+    """
+    try:
+        module = _from_file(Path(name).expanduser()) if name.endswith(".py") else importlib.import_module(name)
+    except (ImportError, OSError, SyntaxError, TypeError, ValueError) as error:
+        fault = f"is {name!r}: {error}; give a module with get_task, as 'lra.listops', or a file ({_looked_in()})"
+        raise ConfigError("task.name", fault) from None
+    for needed in ("get_task", "KIND", "sizes"):
+        if not hasattr(module, needed):
+            raise ConfigError("task.name", f"is {name!r}: that module has no {needed}, so it makes no task")
+    with at("task"):
+        try:
+            one_of(MODELS, KIND=module.KIND)
+        except ValueError as error:
+            raise ConfigError("task.name", f"is {name!r}, whose {error}") from None
+    return module
+
+
+def _from_file(path: Path) -> ModuleType:
+    """The module in a file, made once: its classes stay the same ones."""
+    if not path.is_file():
+        raise FileNotFoundError("there is no such file")
+    name = f"task_file {path.absolute()}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules[name] = module
+    return sys.modules[name]
+
+
+def task_sizes(task: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model has to know of the task in the section `task`, without touching data."""
+    options = {key: value for key, value in task.items() if key != "name"}
+    with at("task"):
+        return task_module(task["name"]).sizes(**options)

@@ -1,0 +1,33 @@
+"""Stored configs: config.json of a run, of this version or an older one, back to a config."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from efficient_tx.config.keys import assign, flatten
+from efficient_tx.config.resolve import NAMES
+from efficient_tx.config.schema import make_config
+
+
+def restore(stored: Mapping[str, Any]) -> ConfigDict:
+    """The config of a run from its config.json, with the types that JSON loses (tuples, and what may be None).
+
+    Keys that have come since get their defaults.
+
+    Raises:
+      ValueError: a key is missing, or one that this version does not have.
+    """
+    flat = flatten(ConfigDict(stored))
+    missing = {"task.name", *NAMES} - set(flat)
+    if missing:
+        raise ValueError(f"config.json has no {min(missing)}: it is damaged, or of another version")
+    model = {"model": {"name": flat["model.name"]}} if "model.name" in flat else {}  # older runs have no such key
+    try:
+        config = make_config(flat["task.name"], "+".join(flat[name] for name in NAMES), **model)
+        for key, value in flat.items():
+            if value is not None:
+                assign(config, key, tuple(value) if isinstance(value, list) else value)
+    except ValueError as error:
+        raise ValueError(f"config.json: {error}") from None
+    return config

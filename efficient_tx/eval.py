@@ -1,0 +1,179 @@
+"""Evaluates runs: python -m efficient_tx.eval --workdir=RUN [--workdir=RUN ...] [--checkpoint=best|last|STEP]
+
+Needs nothing but the workdirs, on any number of devices; prints one table for each protocol and writes what it found
+into each workdir. `--set KEY=VALUE` evaluates the same parameters under another mixer, budget or length that they fit.
+"""
+
+import os
+
+# Before jax is imported: its CPU solvers run in OpenBLAS, whose threads collide with XLA's.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
+import argparse
+import contextlib
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from efficient_tx.config.build import build_model, build_stages, build_task
+from efficient_tx.config.check import check
+from efficient_tx.config.errors import ConfigError
+from efficient_tx.config.evaluation import apply_settings
+from efficient_tx.config.flags import refuse
+from efficient_tx.data.batching import evaluation_batches
+from efficient_tx.task import data_directory
+from efficient_tx.training import summary
+from efficient_tx.training.compilation import keep_programs
+from efficient_tx.training.errors import Refused, RunError, refusing
+from efficient_tx.training.evaluation import make_evaluate, trained_parameters
+from efficient_tx.training.objective import objective_of
+from efficient_tx.training.workdir import FREE_KEYS, read_config, write_json
+
+
+def warn(line: str) -> None:
+    """One line on standard error."""
+    print(line, file=sys.stderr)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line; what is wrong with it ends in one line and exit status 2."""
+
+    def setting(text: str) -> tuple[str, str]:
+        key, equals, value = text.partition("=")
+        if not (key and equals):
+            raise argparse.ArgumentTypeError(f"{text!r} is no KEY=VALUE, as attention.skyformer.landmarks=32")
+        return key, value
+
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.error = refuse
+    parser.add_argument("--workdir", action="append", required=True, help="a run's folder; may be repeated")
+    parser.add_argument("--checkpoint", default="best", help="best (on validation), last, or a step")
+    parser.add_argument("--split", default="test", choices=("train", "validation", "test"))
+    parser.add_argument("--batch_size", type=int, help="default: that of the training run")
+    parser.add_argument(
+        "--set", action="extend", nargs="+", default=[], type=setting, metavar="KEY=VALUE", dest="settings"
+    )
+    options = parser.parse_args(arguments)
+    if options.batch_size is not None and options.batch_size < 1:
+        parser.error(f"--batch_size={options.batch_size}: must be at least 1")
+    options.settings = dict(options.settings)
+    return options
+
+
+@contextlib.contextmanager
+def naming_setting(settings: Mapping[str, str]) -> Iterator[None]:
+    """Puts `--set KEY=VALUE` in front of what is wrong with it."""
+    try:
+        yield
+    except ConfigError as error:
+        if error.key not in settings:
+            raise
+        raise ValueError(f"--set {error.key}={settings[error.key]}: {error}") from None
+
+
+def evaluate(path: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What the run in `path` scores under the command line's options."""
+    with refusing(path), naming_setting(options.settings):
+        config = apply_settings(read_config(path), options.settings, options.split)
+        check(config)
+        task = build_task(config)
+        objective = objective_of(task)
+        stages, _ = build_stages(config, nnx.eval_shape(lambda: build_model(config, task)), objective)
+    step, stage, parameters = trained_parameters(path, options.checkpoint, stages, warn)
+    dead = [key for key in options.settings if key.startswith("linear.") and stage.start]
+    if dead:
+        raise Refused(f"{path}: --set {dead[0]}: the weights of step {step} are dense, as from step {stage.start} on")
+    # Every device gets the same number of rows; what fills up the last batch does not count.
+    devices = jax.device_count()
+    batch_size = -(-(options.batch_size or config.batch_size) // devices) * devices
+    batches = evaluation_batches(getattr(task, options.split), task, batch_size=batch_size)
+    scores = make_evaluate(nnx.split(stage.model)[0], objective)(parameters, batches)
+    return {
+        "task": task.name,
+        "source": task.source,
+        "protocol": config.protocol,
+        "split": options.split,
+        "checkpoint": options.checkpoint,
+        "step": step,
+        "set": {key: value for key, value in options.settings.items() if key not in FREE_KEYS},
+        "metrics": objective.metrics,
+        **scores.means,
+        "count": scores.count,
+        "examples_per_second": scores.examples_per_second,
+        "parameters": summary.parameter_count(stage.model),
+        "batch_size": batch_size,
+        "versions": summary.versions(),
+        "device": summary.device(),
+    }
+
+
+def settings_of(row: Mapping[str, Any]) -> str:
+    """ "key=value,key=value" of what `--set` changed."""
+    return ",".join(f"{key}={value}" for key, value in row["set"].items())
+
+
+def file_name(row: Mapping[str, Any]) -> str:
+    """eval_<split>_<checkpoint>[_<set>].json"""
+    parts = ["eval", row["split"], row["checkpoint"], *filter(None, [settings_of(row)])]
+    return re.sub(r"[^\w.=,*+-]", "-", "_".join(parts)) + ".json"
+
+
+def table(protocol: str, rows: list[tuple[str, Mapping[str, Any]]]) -> Table:
+    """One line for each (workdir, result) of a protocol."""
+    head = rows[0][1]
+    result = Table(title=f"{head['split']} split, {head['checkpoint']} checkpoint, protocol {protocol}")
+    metrics = list(dict.fromkeys(name for _, row in rows for name in (*row["metrics"], "loss")))
+    for name in ("task", "run", "step", *metrics, "count", "parameters", "examples/s"):
+        result.add_column(name, justify="left" if name in ("task", "run") else "right", no_wrap=True)
+    for path, row in rows:
+        speed = row["examples_per_second"]
+        result.add_row(
+            row["task"],
+            " ".join([path, *filter(None, [settings_of(row)])]),
+            str(row["step"]),
+            *(f"{row[name]:.4f}" if name in row else "-" for name in metrics),
+            str(row["count"]),
+            f"{row['parameters']:,}",
+            f"{speed:.0f}" if speed else "-",
+        )
+    return result
+
+
+def main(arguments: list[str]) -> int:
+    """Evaluates every workdir; those that cannot be get a line, and then the exit status is 2 (1: a full disk)."""
+    options = parse(arguments)
+    keep_programs(data_directory() / "compilation")
+    rows, status = [], 0
+    for path in options.workdir:
+        try:
+            row = evaluate(path, options)
+            rows.append((path, row))
+            write_json(Path(path) / file_name(row), row)
+        except RunError as error:
+            warn(error.flag)
+            status = error.status
+    # A table is as wide as its rows, also where standard output is no terminal.
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    for protocol in dict.fromkeys(row["protocol"] for _, row in rows):
+        console.print(table(protocol, [(path, row) for path, row in rows if row["protocol"] == protocol]))
+    return status
+
+
+def command() -> None:
+    """The command line."""
+    sys.path.append(os.getcwd())  # where a task or a mixer of the user's own may be
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    command()

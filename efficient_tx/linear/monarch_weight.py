@@ -1,0 +1,101 @@
+"""Monarch: W = two block-diagonal matrices with a fixed permutation between them (Dao et al. 2022, arXiv 2204.00595).
+
+Cut the input into `k` blocks of p and the output into `l` groups of s (output channel (s, l), l fastest). The weight
+between input block k and output group l is then a p × s slice of rank q/l, and every slice has factors of its own:
+
+    hidden[k, q] = Σ_p x[k, p] w1[k, q, p],   hidden read as [r, l], l fastest,
+    y[s, l] = Σ_r hidden[r, l] w2[l, s, r]
+
+So the best approximation of a dense weight is a truncated singular value decomposition of each slice, in closed form.
+The product itself is `efficient_tx.kernels.monarch`, for large inputs without forward-mode differentiation.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from efficient_tx.checks import OptionError, at_least
+from efficient_tx.kernels.monarch import monarch
+from efficient_tx.linear.structured import Factor, Structured, pad
+
+
+def nearest_slices(kernel: jax.Array, k: int, p: int, s: int, l: int, rank: int) -> tuple[jax.Array, jax.Array]:
+    """The factors nearest to a matrix with slices of a rank up to min(p, s): a truncated SVD of each.
+
+    Args:
+      kernel: `[in, out]` with in ≤ k·p and out ≤ s·l, padded here; that is whole rows and columns of a slice, and so
+        leaves the optimum where it is.
+
+    Returns:
+      w1 `[k, rank·l, p]` and w2 `[l, s, k·rank]`.
+    """
+    padded = jnp.pad(kernel, [(0, k * p - kernel.shape[0]), (0, s * l - kernel.shape[1])])
+    slices = padded.reshape(k, p, s, l).transpose(0, 3, 1, 2)
+    u, singular, v = jnp.linalg.svd(slices, full_matrices=False)
+    root = jnp.sqrt(singular[..., :rank])
+    w1 = jnp.einsum("klpc,klc->kclp", u[..., :rank], root)
+    w2 = jnp.einsum("klcs,klc->lskc", v[..., :rank, :], root)
+    return w1.reshape(k, -1, p), w2.reshape(l, s, -1)
+
+
+class Monarch(Structured):
+    """A linear layer with a Monarch weight of any size; it pads its input and cuts its output to whole blocks.
+
+    The inner block size q is the smaller of the two outer ones, rounded up to a multiple of `blocks` so that all
+    slices have the same rank q/blocks. With 4 blocks a square weight has half of the dense parameters, with √n blocks
+    2n√n; more blocks than √n make rank-1 slices so small that parameters grow again.
+
+    Args:
+      blocks: number of blocks of each factor.
+      init: "variance" hands the variance of the input on to the output; "published" draws each factor uniformly in
+        ±1/√(width of its blocks), as the authors' code does, which leaves 1/9 of the variance.
+
+    Raises:
+      ValueError: `blocks` below 1, or an `init` that is neither.
+    """
+
+    paper = "Dao et al. 2022, arXiv 2204.00595"
+    computes = "diag(B₁, …, B_k) P diag(C₁, …, C_k) P"
+    size = "n²/2 with 4 blocks, 2·n·√n with √n"
+    nearest = "singular value decomposition of every slice"
+
+    @staticmethod
+    def sized_by(n, m):
+        return "blocks", range(math.isqrt(min(n, m)), 0, -1)
+
+    @staticmethod
+    def timed_with(n):
+        return ({"blocks": 4}, {"blocks": 32})
+
+    def __init__(self, in_features: int, out_features: int, *, blocks: int = 4, init: str = "variance", **common):
+        at_least(1, blocks=blocks)
+        if init not in ("variance", "published"):
+            raise OptionError("init", init, "choose 'variance' or 'published'")
+        self.blocks = blocks
+        self.init = init
+        self.in_block = -(-in_features // blocks)
+        self.out_block = -(-out_features // blocks)
+        self.slice_rank = -(-min(self.in_block, self.out_block) // blocks)
+        super().__init__(in_features, out_features, **common)
+
+    def factors(self):
+        inner = self.slice_rank * self.blocks
+        # The padding feeds zeros into the last block: dividing by the real width keeps the mean output variance at 1.
+        return {
+            "w1": Factor((self.blocks, inner, self.in_block), fan_in=self.in_features / self.blocks),
+            "w2": Factor((self.blocks, self.out_block, inner), fan_in=inner),
+        }
+
+    def draw(self, key, name, factor):
+        if self.init == "variance":
+            return super().draw(key, name, factor)
+        bound = factor.shape[-1] ** -0.5
+        return jax.random.uniform(key, factor.shape, self.param_dtype, -bound, bound)
+
+    def multiply(self, x, *, w1, w2):
+        return monarch(pad(x, self.blocks * self.in_block), w1, w2)[..., : self.out_features]
+
+    def fit(self, kernel):
+        w1, w2 = nearest_slices(kernel, self.blocks, self.in_block, self.out_block, self.blocks, self.slice_rank)
+        return {"w1": w1, "w2": w2}

@@ -1,0 +1,1 @@
+"""What any mixer does to tokens: masks and packing, rotary positions, grids, segments, convolutions."""

@@ -1,0 +1,50 @@
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864), in one and two dimensions."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from efficient_tx.checks import OptionError
+from efficient_tx.tokens.mask import token_ranks
+from efficient_tx.tokens.segments import grid_sides
+
+
+def rotate(x: jax.Array, mask: jax.Array | None, *, layout: str = "rope", base: float = 10000.0) -> jax.Array:
+    """Turns each pair of channels of `x` by an angle proportional to the token's position.
+
+    A rotation keeps norms and makes inner products and distances depend on relative positions only, so softmax and
+    Gaussian kernels alike stay exact. A token's position is its rank among the real tokens of its example.
+
+    Args:
+      x: `[batch, length, heads, head_dim]`; channel c pairs with channel c + head_dim/2.
+      mask: bool `[batch, length]` or None (all tokens real).
+      layout: "rope" for a line; "rope2d" for a square image in row-major order, of side ⌈√n⌉ with n real tokens: half
+        of the pairs turn with the row, half with the column.
+      base: the slowest pair turns by 1/base radians a position.
+
+    Returns:
+      The same shape and dtype; angles and rotation are float32 at least.
+
+    Raises:
+      ValueError: head_dim is odd ("rope") or no multiple of four, or length is no square ("rope2d" without a mask).
+    """
+    batch, length, _, dim = x.shape
+    ways = {"rope": 1, "rope2d": 2}[layout]
+    if dim % (2 * ways):
+        raise OptionError("head_dim", dim, f"{layout} needs a multiple of {2 * ways}")
+    positions = token_ranks(mask, batch, length)
+    if layout == "rope2d":
+        if mask is None and math.isqrt(length) ** 2 != length:
+            raise OptionError("length", length, "rope2d needs the tokens of a square grid, or a mask")
+        side = math.isqrt(length) if mask is None else grid_sides(mask.sum(axis=1)[:, None], length)
+        coordinates = [positions // side, positions % side]
+    else:
+        coordinates = [positions]
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    pairs = dim // (2 * ways)
+    frequency = base ** (-jnp.arange(pairs, dtype=dtype) / pairs)
+    angle = jnp.concatenate([c[..., None].astype(dtype) * frequency for c in coordinates], axis=-1)[:, :, None, :]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = jnp.split(x.astype(dtype), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x.dtype)

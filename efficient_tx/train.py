@@ -1,0 +1,263 @@
+"""Trains a model: python -m efficient_tx.train --config=NAME[:MIXERS+LINEAR] --workdir=FOLDER [--config.KEY=VALUE ...]
+
+NAME is a shipped config or the path of a file. The same command resumes a run that was stopped or killed. Exit status:
+0 finished; 2 refused; 3 the loss, a gradient or a parameter is not finite; 143 or 130 stopped by SIGTERM or Ctrl-C; 1
+something could not be written.
+"""
+
+import os
+
+# Before jax is imported: its CPU solvers run in OpenBLAS, whose threads collide with XLA's.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
+import dataclasses
+import functools
+import shlex
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+from flax import nnx
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from efficient_tx.config import flags as command_line
+from efficient_tx.config.build import build_model, build_stages, build_task
+from efficient_tx.config.names import task_module
+from efficient_tx.config.schema import with_dense_weights
+from efficient_tx.config.stored import restore
+from efficient_tx.data.batching import evaluation_batches, train_batches
+from efficient_tx.linear.replacement import dotted, relative_error, transfer
+from efficient_tx.models.pretrained import SUFFIXES, load_pretrained
+from efficient_tx.task import Objective, Task, data_directory
+from efficient_tx.training import summary
+from efficient_tx.training.checkpoint import Checkpoints
+from efficient_tx.training.compilation import keep_programs
+from efficient_tx.training.errors import NonFinite, Refused, RunError, refusing
+from efficient_tx.training.evaluation import make_evaluate, trained_parameters
+from efficient_tx.training.history import History
+from efficient_tx.training.loop import Loop, Plan
+from efficient_tx.training.objective import objective_of
+from efficient_tx.training.optimizer import evaluation_params
+from efficient_tx.training.report import Report
+from efficient_tx.training.step import check_batch_size
+from efficient_tx.training.workdir import Workdir, read_config, write_json
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("workdir", None, "folder of the run; the same command goes on in it", required=True)
+flags.register_validator("workdir", bool, "--workdir is empty: name a folder")
+flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, for a run over several processes")
+flags.DEFINE_integer("num_processes", None, "how many processes the run has")
+flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
+
+
+def connect() -> None:
+    """Joins the other processes of the run, if there are any."""
+    given = [FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id]
+    if given == [None] * 3:
+        return
+    if None in given:
+        raise Refused("a run over several processes needs all of --coordinator_address, --num_processes, --process_id")
+    jax.distributed.initialize(*given)
+
+
+def train(asked: command_line.Run, workdir: Workdir) -> None:
+    """Trains, from the newest checkpoint if there is one, and writes summary.json."""
+    config = asked.config
+    with refusing():
+        check_batch_size(config.batch_size, devices=jax.device_count(), grad_accum=config.grad_accum)
+        task = build_task(config)
+        objective = objective_of(task)
+        model = build_model(config, task)
+        stages, schedule = build_stages(config, model, objective)
+        terms = {
+            "protocol": config.protocol,
+            "protocol_departures": asked.departures,
+            "versions": summary.versions(),
+            "device": summary.device(),
+        }
+    checkpoints = Checkpoints(workdir.path / "checkpoints")
+    started = warm_start(model, task, config) if config.init_from and not checkpoints.steps() else []
+    workdir.begin()
+
+    rows = {
+        "batch_size": config.batch_size,
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+    }
+    history = History(workdir.path / "metrics.jsonl", writer=workdir.writer)
+    report = Report(
+        workdir.path,
+        history,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        config=workdir.config,
+        loggers=config.loggers,
+        title=f"{workdir.path.name}: {task.name}, {config.mixers}",
+        objective=objective,
+        baselines=task.baselines,
+        active=workdir.writer,
+    )
+    count = summary.parameter_count(model)
+    report.say(f"{task.name} ({task.source}): {len(task.train):,} training examples; model: {count:,} parameters")
+    for line in started:
+        report.say(line)
+    loop = Loop(
+        stages,
+        schedule,
+        batches=train_batches(task, seed=config.seed, **rows),
+        validation=evaluation_batches(task.validation, task, **rows),
+        plan=Plan(**{field.name: config[field.name] for field in dataclasses.fields(Plan)}),
+        checkpoints=checkpoints,
+        history=history,
+        report=report,
+        seed=config.seed,
+        grad_accum=config.grad_accum,
+    )
+    state = loop.run()
+    # All processes wait until the last checkpoint and line are on disk.
+    multihost_utils.sync_global_devices("trained")
+
+    test = evaluation_batches(task.test, task, **rows)
+    last = loop.evaluate(evaluation_params(state.optimizer, state.params), test)
+    best_step, stage, parameters = trained_parameters(workdir.path, "best", stages, report.say)
+    evaluate = loop.evaluate if stage is stages[-1] else make_evaluate(nnx.split(stage.model)[0], objective)
+    best = evaluate(parameters, test)
+    metric = objective.best
+    result = {
+        "task": task.name,
+        "source": task.source,
+        "best_step": best_step,
+        f"val_{metric}": next(line[metric] for line in history.of("validation") if line["step"] == best_step),
+        f"test_{metric}": best.means[metric],
+        f"last_test_{metric}": last.means[metric],
+        "baselines": dict(task.baselines),
+        "parameters": summary.parameter_count(stages[-1].model),
+        "steps_per_second": summary.steps_per_second(history.of("train"), config.batch_size),
+        "compile_seconds": loop.compile_seconds,
+        **summary.peak_memory(),
+        **terms,
+    }
+    if workdir.writer:
+        report.draw(last=True)
+        write_json(workdir.path / "summary.json", result)
+    for line in sentences(result, objective, workdir.path):
+        report.say(line)
+
+
+def sentences(result: Mapping[str, Any], objective: Objective, path: Path) -> list[str]:
+    """What the end of a run tells a person, line by line."""
+    baselines = ", ".join(f"{name} {value:.4f}" for name, value in result["baselines"].items())
+    score, step = result[f"test_{objective.best}"], result["best_step"]
+    return [
+        f"test {objective.best} {score:.4f} (checkpoint of step {step}, best on validation)"
+        + (f"; to beat: {baselines}" if baselines else ""),
+        f"summary: {path / 'summary.json'}   learning curve: {path / 'curve.png'}",
+        f"evaluate it: python eval.py --workdir={path}",
+    ]
+
+
+def warm_start(model: nnx.Module, task: Task, config: ConfigDict) -> list[str]:
+    """Gives `model` the parameters of `config.init_from`, another run or a file; returns the lines that tell of it.
+
+    Linear layers of another structure, or with other options of it, become the nearest ones to those there.
+    """
+    path = config.init_from
+    try:
+        source, lines = (from_file if path.endswith(SUFFIXES) else from_run)(config, task)
+        with refusing():
+            projections = transfer(source, model)
+    except Refused as error:
+        raise Refused(f"{path}: {error}", option="config.init_from") from None
+    for projection in projections:
+        lines.append(f"  {dotted(projection.path)} projected, relative error {relative_error([projection]):.4f}")
+    if projections:
+        lines.append(f"  all {len(projections)} projected layers, relative error {relative_error(projections):.4f}")
+    return lines
+
+
+def from_run(config: ConfigDict, task: Task) -> tuple[nnx.Module, list[str]]:
+    """The model of the best checkpoint of the run that `config` starts from, and a line that names it."""
+    path = config.init_from
+    with refusing():
+        other = restore(read_config(path))
+        # The other run's data are not needed: what depends on their sizes has to fit this run's.
+        kind = task_module(other.task.name).KIND
+        if (kind == "image") != (task.kind == "image"):
+            raise ValueError(f"its task {other.task.name} is of kind {kind!r}, and this one of {task.kind!r}")
+        task = dataclasses.replace(task, kind=kind)
+        stages, _ = build_stages(other, nnx.eval_shape(lambda: build_model(other, task)), objective_of(task))
+    step, stage, parameters = trained_parameters(path, "best", stages, print)
+    model = nnx.merge(nnx.split(stage.model)[0], parameters)
+    return model, [f"parameters of {path}, step {step}, its best on validation"]
+
+
+def from_file(config: ConfigDict, task: Task) -> tuple[nnx.Module, list[str]]:
+    """A model as `config` has it, but with dense weights and those of a published checkpoint; and lines about it."""
+    with refusing():
+        if (task.kind, config.model.name) != ("image", "vit"):
+            raise ValueError(f"a file has the parameters of a vit for images, here is {config.model.name}")
+        model = build_model(with_dense_weights(config), task)
+        return model, load_pretrained(model, config.init_from)
+
+
+def run(asked: command_line.Run) -> None:
+    """Does what the flags say, unless it is done already."""
+    connect()
+    config = asked.config
+    keep_programs(data_directory(config.task.get("data_dir")) / "compilation")
+    jax.config.update("jax_debug_nans", config.debug_nans)
+    workdir = Workdir(
+        FLAGS.workdir,
+        config.to_dict(),
+        writer=jax.process_index() == 0,
+        complete=lambda stored: restore(stored).to_dict(),
+    )
+    workdir.claim()
+    result = workdir.summary()
+    if result is None:
+        train(asked, workdir)
+    elif workdir.writer:
+        print(f"{workdir.path} is finished: {config.steps} steps are done")
+        with refusing():
+            objective = objective_of(build_task(config))
+        print("\n".join(sentences(result, objective, workdir.path)))
+
+
+def main(asked: command_line.Run) -> int:
+    """Runs, and ends with one line and an exit status where a person, a signal or the disk is to blame."""
+    if FLAGS.verbosity == logging.INFO:
+        # absl's default, at which jax tells which backends it looked for.
+        logging.set_verbosity(logging.WARNING)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    again = f"the same command goes on: {shlex.join(['python', *sys.argv])}"
+    try:
+        run(asked)
+    except RunError as error:
+        print(f"{error.flag}; {again}" if error.resumable else error.flag, file=sys.stderr)
+        return error.status
+    except FloatingPointError as error:
+        # What jax raises under debug_nans.
+        print(f"not finite: {str(error).splitlines()[0]}", file=sys.stderr)
+        return NonFinite.status
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Outside the loop there is nothing to save: data, checkpoints and lines are written whole or not at all.
+        status = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
+        print(f"stopped by {signal.Signals(status - 128).name}; {again}", file=sys.stderr)
+        return status
+    return 0
+
+
+def command() -> None:
+    """The command line."""
+    sys.path.append(os.getcwd())  # where a task or a mixer of the user's own may be
+    own = ("workdir", "coordinator_address", "num_processes", "process_id")
+    app.run(main, flags_parser=functools.partial(command_line.parse, usage=__doc__, own=own))
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,5 @@
+"""Pathfinder and Path-X: the task, the drawing of its images, and the reading of the arena's."""
+
+from lra.pathfinder.task import KIND, get_task, sizes, split_by, state
+
+__all__ = ["KIND", "get_task", "sizes", "split_by", "state"]

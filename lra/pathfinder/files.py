@@ -1,0 +1,125 @@
+"""Pathfinder from the files of Long Range Arena: PNG images beside plain-text metadata."""
+
+import functools
+import hashlib
+import pathlib
+import sys
+
+import numpy as np
+
+from lra import parallel, store
+
+LEVELS = {6: "curv_baseline", 9: "curv_contour_length_9", 14: "curv_contour_length_14"}
+_PIXELS_PER_PART = 2**28
+_FILES_PER_CHUNK = 256
+_FEWEST = 10  # of which validation and test have one each
+_LAYOUT = "pathfinder{0}/{1}/imgs/<batch>/sample_<i>.png and pathfinder{0}/{1}/metadata/<batch>.npy (lines of text)"
+_KNOWN_EMPTY = ("pathfinder32", "curv_baseline", "imgs/0/sample_172.png")  # in the arena's archive
+
+
+def read(
+    source: str, directory: pathlib.Path, resolution: int, contour_length: int
+) -> tuple[pathlib.Path, list[dict[str, np.ndarray]]]:
+    """The images of one level, sorted by the names of their files, decoded once and then kept under `directory`.
+
+    Args:
+      source: of an unpacked `lra_release`. The archive holds a directory of this name in itself, and pathfinder128 in
+        both; the inner one is taken, as other codes do.
+      directory: where the decoded images are kept, under a name made of the level's place and metadata.
+      resolution: 32, 64, 128 or 256.
+      contour_length: a key of LEVELS.
+
+    Returns:
+      The level's directory, and parts {"pixels": uint8 `[n, resolution^2]`, "labels": uint8 `[n]`}.
+
+    Raises:
+      FileNotFoundError: what is missing, and where it was looked for.
+      ValueError: a damaged image or line of metadata.
+    """
+    level = find(source, resolution, contour_length)
+    labels, digest = _labels(level)
+    skipped = [name for name in labels if (level.parent.name, level.name, name) == _KNOWN_EMPTY]
+    for name in skipped:
+        if (level / name).is_file() and (level / name).stat().st_size == 0:
+            print(f"{level / name} is empty, as in the arena's archive: left out", file=sys.stderr)
+            del labels[name]
+    names = sorted(labels)
+    if len(names) < _FEWEST:
+        raise ValueError(f"{level} has {len(names)} images: fewer than {_FEWEST} cannot be split")
+    size = _PIXELS_PER_PART // resolution**2
+    parts = []
+    for first in range(0, len(names), size):
+        mine = names[first : first + size]
+        settings = {"level": str(level), "labels": {name: labels[name] for name in mine}, "resolution": resolution}
+        title = f"Pathfinder, files {first} to {first + len(mine)} of {len(names)}"
+        make = functools.partial(parallel.collect, "lra.pathfinder.files:decode", settings, len(mine), title)
+        folder = directory / f"{resolution}px_length{contour_length}_files_{digest}" / f"{first}-{first + len(mine)}"
+        parts.append(store.stored(folder, make))
+    return level, parts
+
+
+def split(count: int, seed: int) -> list[np.ndarray]:
+    """Positions of the training, validation and test images: 80 / 10 / 10 %, in an order drawn from `seed`."""
+    order = np.argsort(np.random.default_rng([seed, count]).random(count), kind="stable")
+    return np.split(order, [count - 2 * (count // 10), count - count // 10])
+
+
+def find(source: str, resolution: int, contour_length: int) -> pathlib.Path:
+    """The directory of a level in an unpacked `lra_release`. Raises FileNotFoundError."""
+    root = pathlib.Path(source).expanduser()
+    layout = _LAYOUT.format(resolution, LEVELS[contour_length])
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f'task.source={source!r}: neither "generated" nor a directory; pass the path of an unpacked lra_release, '
+            f"which holds {layout}"
+        )
+    places = [root / "lra_release" / "lra_release", root / "lra_release", root]
+    places = [place / f"pathfinder{resolution}" / LEVELS[contour_length] for place in places]
+    for place in places:
+        if (place / "metadata").is_dir():
+            return place
+    raise FileNotFoundError(
+        f"task.source={source!r}: the images of lra_release.gz, {layout}, are in none of "
+        f"{', '.join(str(place) for place in places)}"
+    )
+
+
+def _labels(level: pathlib.Path) -> tuple[dict[str, int], str]:
+    """File name, from the level's directory -> label, of all metadata files; and a digest of place and lines."""
+    labels = {}
+    # The lines also tell how each image was drawn, so other images of the same names have other ones.
+    digest = hashlib.blake2b(str(level.resolve()).encode(), digest_size=8)
+    for path in sorted((level / "metadata").glob("*.npy")):
+        content = path.read_bytes()
+        digest.update(content)
+        for number, line in enumerate(content.decode(errors="replace").splitlines(), 1):
+            fields = line.split()
+            if len(fields) < 4 or fields[3] not in ("0", "1"):
+                raise ValueError(
+                    f"{path}, line {number}: expected text as 'imgs/0 sample_0.png 0 1 ...', the fourth field the label"
+                )
+            labels[f"{fields[0]}/{fields[1]}"] = int(fields[3])
+    if not labels:
+        raise FileNotFoundError(f"{level / 'metadata'}: no line of metadata in any .npy file there")
+    return labels, digest.hexdigest()
+
+
+def decode(index: int, *, level: str, labels: dict[str, int], resolution: int) -> dict[str, np.ndarray] | str:
+    """Chunk `index` of the named images: `pixels` uint8 `[n, resolution^2]` and `labels`, or what is wrong with one."""
+    from PIL import Image
+
+    names = list(labels)[index * _FILES_PER_CHUNK : (index + 1) * _FILES_PER_CHUNK]
+    pixels = np.empty((len(names), resolution**2), np.uint8)
+    for row, name in zip(pixels, names, strict=True):
+        path = pathlib.Path(level, name)
+        try:
+            with Image.open(path) as image:
+                values = np.asarray(image.convert("L"))
+        except FileNotFoundError:
+            return f"{path}: no such file, though the metadata beside it name it"
+        except Exception as error:  # a damaged PNG can raise almost anything
+            return f"{path}: no readable PNG image ({error}); unpack lra_release.gz again"
+        if values.shape != (resolution, resolution):
+            return f"{path}: {values.shape[1]} x {values.shape[0]} pixels, expected {resolution} x {resolution}"
+        row[:] = values.ravel()
+    return {"pixels": pixels, "labels": np.array([labels[name] for name in names], np.uint8)}
