@@ -8,6 +8,7 @@ as many of them at once as there are threads, one for each fake device, all wait
 """
 
 import os
+import re
 from pathlib import Path
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
@@ -33,8 +34,17 @@ def few_programs():
         jax.clear_caches()
 
 
-def pytest_collection_modifyitems(items):
+def pytest_xdist_make_scheduler(config, log):
     """A file's tests run in one process, or where they run over a table those of one row: they share programs."""
-    for item in items:
-        row = getattr(item, "callspec", None) and item.callspec.params.get("name")
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {row}" if row else item.path.stem))
+    from xdist.scheduler import LoadScopeScheduling
+
+    from efficient_tx.attention import ATTENTION
+    from efficient_tx.linear import LINEAR
+
+    class ByRow(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file, _, test = nodeid.partition("::")
+            row = re.search(r"\[(\w+)", test)
+            return f"{file} {row[1]}" if row and row[1] in (*ATTENTION, *LINEAR) else file
+
+    return ByRow(config, log)

@@ -5,10 +5,10 @@ import os
 import shutil
 
 import pytest
-import toy
-from command import evaluate, finish, finished_run, start
 
 from efficient_tx.training.checkpoint import Checkpoints
+from tests.support import toy
+from tests.support.command import evaluate, finish, finished_run, start
 
 
 def read(path):

@@ -5,16 +5,15 @@ import json
 import jax
 import numpy as np
 import pytest
-import toy
-from command import TINY, evaluate, finish, start, wait_for_step
 from flax import nnx
 
-from efficient_tx.config.base import make_config
-from efficient_tx import build
 from efficient_tx.attention import ATTENTION
+from efficient_tx.config import build, check, make_config
 from efficient_tx.data.batching import train_batches
 from efficient_tx.training import metrics
 from efficient_tx.training.step import clear_window, init_state, make_train_step, split_batch
+from tests.support import toy
+from tests.support.command import TINY, evaluate, finish, start, wait_for_step
 
 STEPS = 30
 
@@ -57,7 +56,7 @@ def losses(config, devices):
 @pytest.mark.parametrize("name", ATTENTION)
 def test_thirty_steps_learn_and_four_devices_give_the_same_losses(name, data):
     config = config_of(name, data)
-    build.check(config)
+    check.check(config)
     one, four = losses(config, 1), losses(config, 4)
     # 15 times the same two batches: what falls is no luck of the draw.
     assert one[-4:].mean() < one[:4].mean() - 0.2

@@ -6,12 +6,12 @@ import re
 import shutil
 
 import pytest
-import toy
-from command import TINY, finish, finished_run, start, train
 
-from efficient_tx.config.base import make_config
+from efficient_tx.config import make_config
 from efficient_tx.training.checkpoint import Checkpoints
 from efficient_tx.training.history import read_lines
+from tests.support import toy
+from tests.support.command import TINY, finish, finished_run, start, train
 
 
 def read(path):

@@ -9,7 +9,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-import efficient_tx
 from efficient_tx.checks import OptionError, nearest
 from efficient_tx.config.errors import ConfigError
 from efficient_tx.config.keys import flatten
@@ -79,7 +78,7 @@ def load(path: str) -> ConfigDict:
 
 def folder() -> Path:
     """Where the shipped configs are: in the package where it is installed, beside it in a checkout."""
-    package = Path(efficient_tx.__file__).parent
+    package = Path(__file__).parents[1]
     return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
 
 

@@ -1,0 +1,244 @@
+"""Block patterns against a dense mask written pair by pair, their exact limits, decoding, and what BigBird draws."""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from efficient_tx.attention.block_sparse.blocks import BigBird, Local, Longformer, Sparse
+from flax import nnx
+
+from efficient_tx.attention import bigbird, block_patterns, local, longformer, softmax, sparse
+from efficient_tx.attention.block_sparse.patterns import Window, bigbird_blocks, distinct
+from efficient_tx.numerics.random import evaluation_keys
+
+LENGTH = 21
+REAL = np.ones((2, LENGTH), bool)
+REAL[1, [0, 3, 4, 9, 15, 19, 20]] = False  # padding anywhere
+
+
+def near(i, j, window, causal):
+    return i - j < window if causal else abs(i - j) <= window // 2
+
+
+@cache
+def drawn_blocks(n, causal, block, window_blocks, global_blocks, random_blocks):
+    """What BigBird draws at evaluation for `n` real tokens, `[heads, blocks, random_blocks]`."""
+    near, blocks = Window.of(window_blocks, causal), -(-LENGTH // block)
+    draw = jax.jit(bigbird_blocks, static_argnums=range(2, 8))
+    drawn = draw(evaluation_keys(1)[0], -(-n // block), near, 4, blocks, causal, global_blocks, random_blocks)
+    return np.asarray(drawn[..., -random_blocks:])
+
+
+def sees_bigbird(b, h, i, j, n, causal, **options):
+    """By the blocks drawn for this head; what is drawn has a test of its own."""
+    i, j = i // options["block"], j // options["block"]
+    seen = near(i, j, options["window_blocks"], causal) or min(i, j) < options["global_blocks"]
+    return seen or j in drawn_blocks(n, causal, *options.values())[h, i]
+
+
+CASES = {
+    "local": (local, {"window": 6}, lambda b, h, i, j, n, causal: near(i, j, 6, causal)),
+    "longformer": (
+        longformer,
+        {"window": 4, "global_tokens": 3},
+        lambda b, h, i, j, n, causal: near(i, j, 4, causal) or i < 3 or j < 3,
+    ),
+    "bigbird": (
+        bigbird,
+        options := {"block": 2, "window_blocks": 3, "global_blocks": 1, "random_blocks": 2},
+        partial(sees_bigbird, **options),
+    ),
+    "strided": (
+        sparse,
+        {"stride": 4},
+        lambda b, h, i, j, n, causal: near(i, j, 4, causal) or (i - j) % 4 == 0,
+    ),
+    "fixed": (
+        sparse,
+        {"pattern": "fixed", "stride": 5, "summary": 2},
+        lambda b, h, i, j, n, causal: i // 5 == j // 5 or j % 5 >= 3,
+    ),
+}
+every = pytest.mark.parametrize("name", CASES)
+
+
+def inputs(seed, length=LENGTH, *, heads=4, groups=2, dim=6, v_dim=3, batch=2):
+    r = np.random.default_rng(seed)
+    shapes = (batch, length, heads, dim), (batch, length, groups, dim), (batch, length, groups, v_dim)
+    return [r.normal(size=shape) for shape in shapes]
+
+
+def dense_mask(sees, causal):
+    """bool `[batch, heads, queries, keys]` in the places of the tokens, from who sees whom by rank."""
+    pairs = np.zeros((2, 4, LENGTH, LENGTH), bool)
+    for b, h in np.ndindex(2, 4):
+        places = np.flatnonzero(REAL[b])
+        for i, j in np.ndindex(len(places), len(places)):
+            pairs[b, h, places[i], places[j]] = (j <= i or not causal) and sees(b, h, i, j, len(places), causal)
+    return pairs
+
+
+def dense(q, k, v, pairs):
+    """Softmax attention over the pairs, zero for a query without any."""
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+    weights = jnp.where(pairs, jnp.exp(jnp.where(pairs, logits, 0)), 0)
+    total = weights.sum(-1, keepdims=True)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights / jnp.where(total > 0, total, 1), v)
+
+
+@pytest.mark.parametrize("causal", (False, True), ids=("full", "causal"))
+@every
+def test_equals_a_dense_mask_and_its_gradients(monkeypatch, name, causal):
+    """In float64, with padding in between, which holds NaN; grouped heads, values of another width, many blocks."""
+    monkeypatch.setattr(block_patterns, "LARGEST_BLOCK", 4)
+    function, options, sees = CASES[name]
+    pairs = dense_mask(sees, causal)
+    assert pairs.sum() < 0.9 * dense_mask(lambda *_: True, causal).sum()
+    q, k, v = inputs(0)
+    w = np.random.default_rng(1).normal(size=(2, LENGTH, 4, 3))
+
+    def loss(attend, *arrays):
+        out = attend(*arrays)
+        return jnp.vdot(out, w), out
+
+    def ours(q, k, v):
+        return function(q, k, v, mask=REAL, causal=causal, **options)
+
+    with jax.enable_x64(True):
+        expected, theirs = jax.jit(jax.grad(partial(loss, partial(dense, pairs=pairs)), (0, 1, 2), True))(q, k, v)[::-1]
+        hostile = [np.where(REAL[..., None, None], x, np.nan) for x in (q, k, v)]
+        gradients, out = jax.jit(jax.grad(partial(loss, ours), (0, 1, 2), True))(*hostile)
+    # Sums of at most 21 terms of order 1 in float64.
+    np.testing.assert_allclose(out, expected, atol=1e-12)
+    for got, want in zip(gradients, theirs):
+        np.testing.assert_allclose(got, want, atol=1e-12)
+
+
+ALL = {
+    "local": (local, {"window": 10**6}),
+    "longformer": (longformer, {"window": 1, "global_tokens": LENGTH}),
+    "bigbird": (bigbird, {"block": 4, "window_blocks": 1, "global_blocks": 1, "random_blocks": 5}),
+    "strided": (sparse, {"stride": 1}),
+    "fixed": (sparse, {"pattern": "fixed", "stride": 8, "summary": 8}),
+}
+
+
+@pytest.mark.parametrize("causal", (False, True), ids=("full", "causal"))
+@pytest.mark.parametrize("name", ALL)
+def test_who_sees_everything_is_softmax(name, causal):
+    """The exact limit: a wide window, all tokens global, all blocks drawn, no strides, all of a block its end."""
+    function, options = ALL[name]
+    q, k, v = inputs(0)
+    with jax.enable_x64(True):
+        ours = np.asarray(jax.jit(partial(function, causal=causal, **options))(q, k, v))
+        exact = softmax(q, k, v, causal=causal)
+        np.testing.assert_allclose(ours, exact, atol=1e-12)
+
+
+@every
+def test_decoding_gives_what_the_whole_sequence_gives(name):
+    """The last two queries over a cache of which a part is filled; the rest of it holds NaN."""
+    function, options, _ = CASES[name]
+    q, k, v = inputs(0)
+    filled = np.arange(LENGTH) < np.array([[LENGTH], [14]])
+    held = [np.where(filled[..., None, None], x, np.nan) for x in (k, v)]
+    with jax.enable_x64(True):
+        attend, last = (
+            partial(function, mask=filled, causal=True, **options),
+            np.stack([q[0, LENGTH - 2 :], q[1, 12:14]]),
+        )
+        whole, steps = jax.jit(lambda q, last, k, v: (attend(q, k, v), attend(last, *held)))(q, last, k, v)
+    np.testing.assert_allclose(steps, np.stack([whole[0, LENGTH - 2 :], whole[1, 12:14]]), atol=1e-12)
+    with pytest.raises(ValueError, match="got 2 queries and 21 keys"):
+        function(last, k, v, mask=filled, **options)
+
+
+@pytest.mark.parametrize("causal", (False, True), ids=("full", "causal"))
+def test_global_tokens_may_look_through_their_own_projections(causal):
+    arrays, others = inputs(0), inputs(5)
+    plain, globals_ = (dense_mask(sees, causal) for sees in (CASES["longformer"][2], lambda *_: True))
+    first = (np.cumsum(REAL, axis=1) <= 3)[:, :, None, None]
+    with jax.enable_x64(True):
+        expected = np.where(first, dense(*others, globals_), dense(*arrays, plain))
+        names = dict(zip(("q_global", "k_global", "v_global"), others))
+        ours = jax.jit(partial(longformer, mask=REAL, causal=causal, window=4, global_tokens=3))(*arrays, **names)
+    np.testing.assert_allclose(ours, expected, atol=1e-12)
+    with pytest.raises(ValueError, match="got 2 of q_global, k_global and v_global"):
+        longformer(*arrays, q_global=others[0], k_global=others[1])
+
+
+def test_bigbird_draws_other_real_blocks_than_those_it_sees_anyway():
+    """Every query block gets different blocks, outside its window and the global ones, as many as there are."""
+    first, random, blocks, heads, key = 1, 3, 12, 2, jax.random.key(1)
+    draw = jax.jit(bigbird_blocks, static_argnums=range(2, 8))
+    longer = draw(key, 7, Window.of(3, False), heads, blocks + 5, False, first, random)[:, :blocks, -random:]
+    for real, causal in np.ndindex(blocks + 1, 2):
+        drawn = np.asarray(draw(key, real, Window.of(3, causal), heads, blocks, causal, first, random))[..., -random:]
+        assert real != 7 or causal or (drawn == longer).all()
+        for h, own in np.ndindex(heads, real):
+            chosen = [block for block in drawn[h, own] if block >= 0]
+            free = [b for b in range(first, own if causal else real) if not near(own, b, 3, causal)]
+            assert len(set(chosen)) == len(chosen) == min(random, len(free))
+            assert set(chosen) <= set(free)
+
+
+def test_every_set_is_drawn_as_often_as_any_other():
+    """Pairs out of five in 20000 draws: 10 sets, each 2000 times with a standard deviation of 42."""
+    uniform = jax.random.uniform(jax.random.key(0), (20000, 2))
+    drawn = np.sort(np.asarray(distinct(uniform, jnp.full(20000, 5))), axis=1)
+    sets, counts = np.unique(drawn, axis=0, return_counts=True)
+    assert len(sets) == 10
+    assert np.abs(counts - 2000).max() < 4 * 42
+
+
+KINDS = {
+    "random": lambda r, n: r.normal(size=(n, 16)),
+    "clustered": lambda r, n: (2 * r.normal(size=(8, 16)))[r.integers(0, 8, n)] + 0.3 * r.normal(size=(n, 16)),
+    "imbalanced": lambda r, n: (
+        (2 * r.normal(size=(5, 16)))[r.choice(5, n, p=[0.96] + [0.01] * 4)] + 0.3 * r.normal(size=(n, 16))
+    ),
+}
+BUDGETS = {
+    "local": [{"window": size} for size in (16, 128)],
+    "longformer": [{"window": size} for size in (16, 128)],
+    "bigbird": [{"block": size} for size in (2, 16)],
+    "strided": [{"stride": size} for size in (64, 128)],
+    "fixed": [{"pattern": "fixed", "stride": 32, "summary": size} for size in (2, 16)],
+}
+
+
+@every
+def test_the_error_falls_as_the_budget_grows(name):
+    """Relative error against softmax at 256 tokens, for keys without any order, on every kind of input."""
+    function = CASES[name][0]
+    q, k, v = (np.stack([kind(np.random.default_rng(seed), 256) for kind in KINDS.values()]) for seed in range(3))
+    q, k, v = (x[:, :, None].astype(np.float32) for x in (q, k, np.random.default_rng(3).normal(size=v.shape)))
+    exact = np.asarray(softmax(q, k, v))
+    errors = []
+    for options in BUDGETS[name]:
+        out = np.asarray(jax.jit(partial(function, **options))(q, k, v))
+        errors.append(np.linalg.norm((out - exact)[:, :, 0], axis=(1, 2)) / np.linalg.norm(exact[:, :, 0], axis=(1, 2)))
+    assert (errors[1] < errors[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "message"),
+    [
+        (Local, {"window": 0}, "window is 0: it must be at least 1"),
+        (Longformer, {"window": 0}, "window is 0"),
+        (Longformer, {"global_tokens": -1}, "global_tokens is -1: it must be at least 0"),
+        (BigBird, {"block": 0}, "block is 0"),
+        (BigBird, {"window_blocks": 0}, "window_blocks is 0"),
+        (BigBird, {"random_blocks": -1}, "random_blocks is -1"),
+        (Sparse, {"pattern": "random"}, "pattern is 'random': it must be 'strided' or 'fixed'"),
+        (Sparse, {"stride": 0}, "stride is 0"),
+        (Sparse, {"pattern": "fixed", "stride": 4}, "summary is 8: it must be at most the stride, 4"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_construction(cls, options, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        cls(16, heads=2, rngs=nnx.Rngs(0), **options)
+    assert "\n" not in str(raised.value)

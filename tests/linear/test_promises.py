@@ -1,0 +1,324 @@
+"""Promises of every structured weight, over the table and over awkward sizes."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from efficient_tx.config import schema
+from efficient_tx.linear import LINEAR, LowRank, Monarch, monarch, structured
+from tests.support import multiplications
+
+SIZES = [(13, 7), (1, 5), (40, 6), (6, 40)]  # prime, one, tall, wide
+# Fits that end in a local optimum: how far a second projection may move, relative to the weight, by their docstring.
+FITTED = {"low_rank_plus_sparse": 0.15}
+both = pytest.mark.parametrize("name", LINEAR)
+
+
+def layer(name, n, m, seed=0, **options):
+    return LINEAR[name](n, m, rngs=nnx.Rngs(seed), **options)
+
+
+@both
+@pytest.mark.parametrize(("n", "m"), SIZES)
+def test_is_affine_with_its_dense_weight(name, n, m):
+    with jax.enable_x64(True):
+        x = np.random.default_rng(1).normal(size=(2, 3, n))
+
+        @jax.jit
+        def outputs(x):
+            made = layer(name, n, m, param_dtype=jnp.float64)
+            made.bias[...] = jnp.arange(m, dtype=jnp.float64)
+            return made(x), made(jnp.eye(n)), made.to_dense()
+
+        out, of_units, weight = map(np.asarray, outputs(x))
+    assert weight.shape == (n, m)
+    # float64 rounding, and half a step in every input where a structure rounds its inputs
+    step = LINEAR[name].input_step * np.abs(x).max(-1, keepdims=True)
+    allowed = 1e-12 + step / 2 * np.abs(weight).sum(0)
+    assert (np.abs(out - (x @ weight + np.arange(m))) <= allowed).all()
+    np.testing.assert_allclose(of_units, weight + np.arange(m), rtol=1e-12, atol=1e-12)
+
+
+@both
+@pytest.mark.parametrize(("n", "m"), SIZES)
+def test_projection_is_deterministic_idempotent_and_keeps_the_bias(name, n, m):
+    with jax.enable_x64(True):
+        kernel = jax.random.normal(jax.random.key(0), (n, m), jnp.float64)
+        bias = jnp.arange(m, dtype=jnp.float64)
+        once = LINEAR[name].from_dense(kernel, bias)
+        again = LINEAR[name].from_dense(kernel, bias)
+        twice = LINEAR[name].from_dense(once.to_dense())
+        np.testing.assert_array_equal(once.to_dense(), again.to_dense())
+        tolerance = FITTED.get(name, 1e-12)  # float64 rounding of an SVD
+        assert jnp.linalg.norm(twice.to_dense() - once.to_dense()) <= tolerance * jnp.linalg.norm(kernel)
+        np.testing.assert_array_equal(once.bias[...], bias)
+        assert twice.bias is None
+        # Every multiple of a layer is one of its structure, so what a projection leaves is orthogonal to what it keeps.
+        left = kernel - once.to_dense()
+        assert abs(float(jnp.vdot(left, once.to_dense()))) <= tolerance * float(jnp.vdot(kernel, kernel))
+
+
+@both
+def test_projection_of_a_layer_of_its_own_is_that_layer(name):
+    with jax.enable_x64(True):
+        weight = layer(name, 24, 36, param_dtype=jnp.float64).to_dense()
+        back = LINEAR[name].from_dense(weight).to_dense()
+    tolerance = FITTED.get(name, 1e-9)  # what BLAST's fit documents; of the others rounding
+    assert np.linalg.norm(back - weight) <= tolerance * np.linalg.norm(weight)
+
+
+def test_low_rank_projection_is_the_truncated_svd():
+    kernel = np.random.default_rng(0).normal(size=(12, 9)).astype(np.float32)
+    singular = np.linalg.svd(kernel, compute_uv=False)
+    made = LowRank.from_dense(jnp.asarray(kernel), rank=3)
+    error = np.linalg.norm(kernel - np.asarray(made.to_dense()))
+    assert error == pytest.approx(np.sqrt((singular[3:] ** 2).sum()), rel=1e-5)  # float32
+
+
+@pytest.mark.parametrize(("n", "m", "blocks"), [(16, 16, 4), (16, 16, 2), (24, 36, 3), (10, 14, 4), (8, 8, 1)])
+def test_monarch_projection_error_is_the_tail_of_its_slices(n, m, blocks):
+    """Independent of the layer: slices are cut by index arithmetic from the definition."""
+    kernel = np.random.default_rng(0).normal(size=(n, m))
+    with jax.enable_x64(True):
+        made = Monarch.from_dense(jnp.asarray(kernel), blocks=blocks)
+        error = np.linalg.norm(kernel - np.asarray(made.to_dense())) ** 2
+    p, s = -(-n // blocks), -(-m // blocks)
+    rank = -(-min(p, s) // blocks)
+    padded = np.zeros((p * blocks, s * blocks))
+    padded[:n, :m] = kernel
+    tail = 0.0
+    for k in range(blocks):
+        for l in range(blocks):
+            singular = np.linalg.svd(padded[k * p : (k + 1) * p, l::blocks], compute_uv=False)
+            tail += (singular[rank:] ** 2).sum()
+    assert error == pytest.approx(tail, abs=1e-10)
+
+
+def test_monarch_equals_its_permuted_block_diagonals():
+    """Dense P-matrix build: block-diagonal, permutation, block-diagonal, permutation."""
+    k, q, p, l, s = 3, 4, 5, 2, 7
+    r = k * q // l
+    rng = np.random.default_rng(0)
+    w1, w2 = rng.normal(size=(k, q, p)), rng.normal(size=(l, s, r))
+    first = np.zeros((k * q, k * p))
+    for i in range(k):
+        first[i * q : (i + 1) * q, i * p : (i + 1) * p] = w1[i]
+    gather = np.zeros((l * r, k * q))  # row (l, r) takes hidden (r, l)
+    for i in range(l):
+        for j in range(r):
+            gather[i * r + j, j * l + i] = 1
+    second = np.zeros((l * s, l * r))
+    for i in range(l):
+        second[i * s : (i + 1) * s, i * r : (i + 1) * r] = w2[i]
+    scatter = np.zeros((s * l, l * s))  # row (s, l) takes (l, s)
+    for i in range(l):
+        for j in range(s):
+            scatter[j * l + i, i * s + j] = 1
+    x = rng.normal(size=(6, k * p))
+    with jax.enable_x64(True):
+        ours = monarch(jnp.asarray(x), jnp.asarray(w1), jnp.asarray(w2))
+    np.testing.assert_allclose(ours, x @ (scatter @ second @ gather @ first).T, atol=1e-12)
+
+
+def test_fourier_transform_with_permuted_columns_is_one_monarch_matrix():
+    """Dao et al. 2022: the DFT of size m² with columns (i, j) -> (j, i) is Monarch with m blocks, exactly."""
+    blocks = 4
+    n = blocks**2
+    dft = np.exp(-2j * np.pi * np.outer(np.arange(n), np.arange(n)) / n)
+    permuted = dft.reshape(n, blocks, blocks).transpose(0, 2, 1).reshape(n, n)
+    # Each slice has rank one over the complex numbers: its real rank-one projection of the complex SVD is exact.
+    weight = permuted.T  # our kernels are [in, out]
+    slices = weight.reshape(blocks, blocks, blocks, blocks).transpose(0, 3, 1, 2)
+    singular = np.linalg.svd(slices, compute_uv=False)
+    assert singular[..., 1:].max() < 1e-12
+    with jax.enable_x64(True):
+        made = Monarch.from_dense(jnp.asarray(weight), blocks=blocks)
+        np.testing.assert_allclose(made.to_dense(), weight, atol=1e-12)
+
+
+STARTS = [
+    *((name, 130, 515, {}) for name in LINEAR),
+    ("low_rank", 64, 192, {"rank": 1}),
+    ("low_rank", 192, 64, {"rank": 48}),
+    ("monarch", 64, 192, {"blocks": 8}),
+    ("monarch", 192, 64, {"blocks": 13}),
+    ("block_diagonal", 64, 192, {"blocks": 13}),
+    ("block_diagonal", 192, 64, {"blocks": 2, "shuffle": False}),
+    ("block_tensor_train", 64, 192, {"rank": 1}),
+    ("block_tensor_train", 192, 64, {"rank": 8}),
+    ("blast", 64, 192, {"blocks": 3, "rank": 5}),
+    ("blast", 192, 64, {"blocks": 8, "rank": 40}),
+    ("kronecker", 64, 192, {"rank": 2}),
+    ("kronecker", 192, 64, {"rank": 16}),
+]
+
+
+@pytest.mark.parametrize(("name", "n", "m", "options"), STARTS)
+def test_output_variance_at_the_start_is_a_dense_layers(name, n, m, options):
+    seeds = 24
+    x = jax.random.normal(jax.random.key(1), (256, n))
+
+    @jax.jit
+    def variance(keys, x):
+        return jnp.mean(jax.lax.map(lambda key: jnp.var(layer(name, n, m, key, **options)(x)), keys))
+
+    # A factor's mean square has the relative variance 2 / entries over draws, and so does that of the 256 n inputs.
+    factors = jax.tree.leaves(nnx.state(nnx.eval_shape(lambda: layer(name, n, m, use_bias=False, **options))))
+    deviation = math.sqrt(sum(2 / factor.size for factor in factors if factor.ndim) / seeds + 2 / x.size)
+    draws = jax.random.split(jax.random.key(0), seeds)
+    assert float(variance(draws, x)) == pytest.approx(1.0, abs=4 * deviation)
+
+
+def test_published_monarch_start_loses_a_factor_of_nine():
+    """Two uniform factors of variance 1 / (3 fan-in) one after the other; a dense layer's own loses 3."""
+    x = jax.random.normal(jax.random.key(1), (256, 512))
+    published, ours = (jnp.var(layer("monarch", 512, 512, init=init)(x)) for init in ("published", "variance"))
+    assert float(published) == pytest.approx(1 / 9, rel=0.03)  # four deviations of 2 · 10^5 entries and inputs
+    assert float(ours) == pytest.approx(1.0, rel=0.03)
+    assert float(jnp.abs(layer("monarch", 512, 256, init="published").w2[...]).max()) <= 64**-0.5
+    with pytest.raises(ValueError, match="init is 'theirs': choose 'variance' or 'published'"):
+        layer("monarch", 4, 4, init="theirs")
+
+
+# By hand, without bias: 512 × 512 and 768 × 3072.
+PARAMETERS = {
+    "dense": (512 * 512, 768 * 3072),
+    "low_rank": (2 * 512 * 128, (768 + 3072) * 192),
+    "monarch": (512 * 512 // 2, 737_280),  # as the published layer
+    "block_diagonal": (512 * 512 // 4, 768 * 3072 // 4),
+    "block_tensor_train": (4 * (512 * 16 + 512 * 16), 4 * (768 * 48 + 3072 * 24)),
+    "blast": (126 * (512 + 512 + 16), 192 * (768 + 3072 + 16)),
+    "kronecker": (16 * 16 + 32 * 32, 24 * 48 + 32 * 64),
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_at_usual_sizes(name):
+    for (n, m), count in zip([(512, 512), (768, 3072)], PARAMETERS[name]):
+        for bias in (False, True):
+            made = nnx.eval_shape(lambda n=n, m=m, bias=bias: layer(name, n, m, use_bias=bias))
+            assert made.parameters == count + bias * m
+
+
+@both
+def test_multiplies_is_what_the_traced_layer_multiplies(name):
+    for n, m in [*SIZES, (512, 512), (130, 515)]:
+        made = nnx.eval_shape(lambda n=n, m=m: layer(name, n, m))
+        assert made.multiplies == multiplications.per_row(lambda x, n=n, m=m: layer(name, n, m)(x), n), (n, m)
+
+
+def test_counts_of_multiplications():
+    """The walker itself, on functions whose counts are known."""
+    w = jnp.ones((8, 8))
+    assert multiplications.per_row(lambda x: x @ w, 8) == 64
+    assert multiplications.per_row(lambda x: x @ (w * w) * 2 + x**3, 8) == 64 + 8 + 16
+    assert multiplications.per_row(jax.jit(jax.checkpoint(lambda x: jnp.square(x @ w))), 8) == 72
+    assert multiplications.per_row(lambda x: jax.lax.scan(lambda x, _: (x @ w, None), x, length=3)[0], 8) == 3 * 64
+    assert multiplications.per_row(lambda x: jax.lax.cond(w[0, 0] > 0, lambda x: x @ w, lambda x: x @ w.T, x), 8) == 64
+    convolution = multiplications.per_row(lambda x: jnp.fft.irfft(jnp.fft.rfft(x, 16) * jnp.fft.rfft(w[0], 16)), 8)
+    assert convolution == 16 * 4 + 9 * 4 + 16 * 4
+    with pytest.raises(AssertionError, match="cannot count while"):
+        multiplications.per_row(lambda x: jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: 2 * x, x), 8)
+
+
+def held_still(monkeypatch):
+    """From now on `stop_gradient` gives what it gave in the first call of a function, again in every further call.
+
+    The function then is one whose derivative, in every direction, is what autodiff computes. For a structure that
+    rounds straight through, it is the layer with the roundings' errors as constants.
+
+    Returns:
+      Tells that a further call begins.
+    """
+    first, calls = [], []
+
+    def stop_gradient(x):
+        if len(calls) <= 1:
+            first.append(x)
+            return x
+        return next(calls[-1])
+
+    monkeypatch.setattr(jax.lax, "stop_gradient", stop_gradient)
+    return lambda: calls.append(iter(first))
+
+
+@both
+def test_gradient_matches_finite_differences(name, monkeypatch):
+    with jax.enable_x64(True):
+        made = layer(name, 6, 9, param_dtype=jnp.float64)
+        graphdef, params = nnx.split(made)
+        x = jax.random.normal(jax.random.key(1), (2, 6), jnp.float64)
+
+        def loss(params, x):
+            return jnp.sum(jnp.sin(nnx.merge(graphdef, params)(x)))
+
+        direction = jax.tree.map(lambda p: jax.random.normal(jax.random.key(2), p.shape, p.dtype), params)
+        slope = sum(jnp.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (jax.grad(loss)(params, x), direction))))
+        step, again = 1e-6, held_still(monkeypatch)
+
+        def along(distance):
+            again()
+            return loss(jax.tree.map(lambda p, d: p + distance * d, params, direction), x)
+
+        along(0)
+        difference = (along(step) - along(-step)) / (2 * step)
+        assert float(slope) == pytest.approx(float(difference), abs=1e-7)  # rounding 1e-15 / step, curvature step²
+
+
+@both
+@pytest.mark.parametrize(("n", "m"), SIZES)
+def test_counts_are_what_is_stored(name, n, m):
+    made = layer(name, n, m)
+    made.bias[...] = jnp.ones(m)
+    stored = jax.tree.leaves(nnx.state(made))
+    assert made.parameters == sum(np.count_nonzero(leaf) for leaf in stored)  # a zero of a sparse matrix is not there
+    assert made.bytes_stored == 4 * sum(leaf.size for leaf in stored)
+
+
+@both
+def test_computes_in_the_dtype_asked_for(name):
+    made = nnx.eval_shape(lambda: layer(name, 8, 8, dtype=jnp.bfloat16))
+    assert jax.eval_shape(lambda x: layer(name, 8, 8, dtype=jnp.bfloat16)(x), jnp.ones((2, 8))).dtype == jnp.bfloat16
+    assert {p.dtype for p in jax.tree.leaves(nnx.state(made))} == {jnp.dtype(jnp.float32)}
+
+
+@both
+def test_holds_parameters_only(name):
+    variables = [v for _, v in nnx.to_flat_state(nnx.split(layer(name, 8, 8))[1])]
+    assert variables
+    assert all(type(v) is nnx.Param for v in variables)
+
+
+@both
+def test_refuses_what_is_no_matrix(name):
+    with pytest.raises(ValueError, match="from_dense takes a matrix"):
+        LINEAR[name].from_dense(jnp.ones((2, 3, 4)))
+
+
+@both
+def test_refuses_sizes_below_one(name):
+    for option in {"rank", "blocks"} & set(schema.options(LINEAR[name])):
+        with pytest.raises(ValueError, match=f"{option} is 0: it must be at least 1"):
+            layer(name, 4, 4, **{option: 0})
+
+
+def test_tokens_in_chunks_are_tokens_at_once(monkeypatch):
+    """Three chunks of 128 tokens, and 383 that no such chunks divide: outputs and gradients of the dense product."""
+    made = layer("block_diagonal", 16, 8)
+    weight = np.asarray(made.to_dense(), np.float64) + np.zeros(8)
+    monkeypatch.setattr(structured, "CHUNK", 16 * 128)
+    for tokens, chunks in [((3, 128), 3), ((383,), 0)]:
+        x = np.random.default_rng(0).normal(size=(*tokens, 16)).astype(np.float32)
+
+        def output(x):
+            return made(x)
+
+        program = str(jax.make_jaxpr(output)(x))
+        assert ("scan" in program) is bool(chunks) and (not chunks or f"length={chunks}" in program)
+        out, pullback = jax.vjp(output, x)
+        np.testing.assert_allclose(out, x @ weight, atol=1e-5)  # float32
+        np.testing.assert_allclose(pullback(jnp.ones_like(out))[0], np.ones(out.shape) @ weight.T, atol=1e-5)

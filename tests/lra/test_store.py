@@ -1,0 +1,169 @@
+"""Data made on first use: parallel chunks, and a store that survives kills, damage and concurrent runs."""
+
+import random
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from lra import listops, parallel, store
+
+SHORT = {"train_size": 400, "val_size": 50, "test_size": 60, "min_len": 10, "max_len": 60}
+MORE = SHORT | {"train_size": 20000}
+
+
+def contents(task):
+    return [
+        (item["inputs"].tolist(), item["label"]) for part in (task.train, task.validation, task.test) for item in part
+    ]
+
+
+def python(script, tmp_path, **options):
+    """A fresh interpreter that runs a file without a `__main__` guard."""
+    (tmp_path / "script.py").write_text(script)
+    command = [sys.executable, str(tmp_path / "script.py")]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_the_number_of_workers_changes_nothing():
+    settings = {"min_len": 20, "max_len": 4000, "seed": 4}
+    alone, *others = (
+        [chunk for chunk, _ in zip(parallel.chunks("lra.listops:sample", settings, workers), range(6))]
+        for workers in (1, 2, 3)
+    )
+    for other in others:
+        for one, two in zip(alone, other, strict=True):
+            assert one["draws"] == two["draws"]
+            for name in ("lengths", "labels", "tokens"):
+                np.testing.assert_array_equal(one[name], two[name])
+    assert not np.array_equal(alone[0]["tokens"][:100], alone[1]["tokens"][:100])
+
+
+def fails_at_three(index):
+    if index == 3:
+        raise ArithmeticError("three")
+    return index
+
+
+def test_a_worker_that_fails_is_reported(capfd):
+    found = []
+    with pytest.raises(ChildProcessError, match=r"tests.lra.test_store:fails_at_three ended with exit code 1"):
+        for result in parallel.chunks("tests.lra.test_store:fails_at_three", {}, 2):
+            found.append(result)
+    assert found == [0, 1, 2]
+    assert "ArithmeticError: three" in capfd.readouterr().err
+
+
+def test_what_cannot_be_read_is_no_matter_of_the_data_directory(tmp_path):
+    with pytest.raises(ValueError, match=rf"^\[Errno 21\] Is a directory: '{tmp_path}'$"):
+        store.stored(tmp_path / "data", lambda: {"a": np.frombuffer(tmp_path.read_bytes())})
+
+
+KILL_WHILE_GENERATING = """
+import os; from lra import parallel, store; chunks = parallel.chunks
+def dying(*arguments):
+    for index, chunk in enumerate(chunks(*arguments)):
+        index == 2 and os.kill(os.getpid(), 9)
+        yield chunk
+parallel.chunks = dying
+"""
+KILL_WHILE_WRITING = "import os; os.fsync = lambda handle: os.kill(os.getpid(), 9)\n"
+
+
+def generating(data_dir):
+    return f"from lra import listops; listops.get_task(data_dir={str(data_dir)!r}, **{MORE})"
+
+
+def test_kill_9_leaves_nothing_in_the_way(tmp_path):
+    for script, leftovers in ((KILL_WHILE_GENERATING, 0), (KILL_WHILE_WRITING, 1)):
+        process = python(script + generating(tmp_path), tmp_path)
+        process.communicate(timeout=60)  # returns when the workers, which hold stderr too, have ended
+        assert process.returncode == -signal.SIGKILL
+        (directory,) = (tmp_path / "listops").iterdir()
+        assert len(list(directory.iterdir())) == leftovers
+    task = listops.get_task(data_dir=str(tmp_path), **MORE)
+    assert [path.name for path in directory.iterdir()] == ["data.npz"]
+    whole = listops.get_task(data_dir=str(tmp_path / "whole"), **MORE)
+    np.testing.assert_array_equal(task.train.tokens, whole.train.tokens)
+
+
+def test_two_processes_at_once_and_no_main_guard(tmp_path):
+    script = "print('once'); import threading; threading.Thread(target=input).start()\n" + generating(tmp_path)
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    processes = [python(script, tmp_path, **options) for _ in range(2)]
+    outputs = [process.communicate("\n", timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert [out for out, _ in outputs] == ["once\n"] * 2
+    assert sorted("20110 to make" in err for _, err in outputs) == [False, True]  # the other one waited, or came later
+    (directory,) = (tmp_path / "listops").iterdir()
+    assert [path.name for path in directory.iterdir()] == ["data.npz"]
+
+
+def test_damage_is_noticed_wherever_it_is(tmp_path, capsys):
+    expected = contents(listops.get_task(data_dir=str(tmp_path), **SHORT))
+    (path,) = tmp_path.glob("listops/*/data.npz")
+    good = path.read_bytes()
+    rng = random.Random(0)
+    noticed = 0
+    for at in [*range(0, 60, 2), *rng.sample(range(len(good)), 30), *range(len(good) - 60, len(good), 2)]:
+        path.write_bytes(good[:at] + bytes([good[at] ^ 1 << rng.randrange(8)]) + good[at + 1 :])
+        assert contents(listops.get_task(data_dir=str(tmp_path), **SHORT)) == expected, at
+        noticed += "is damaged: generating it again" in capsys.readouterr().err
+    assert noticed >= 50  # what is not noticed are dates and versions in the archive's headers
+    for size in (0, 10, len(good) // 2, len(good) - 1):
+        path.write_bytes(good[:size])
+        assert contents(listops.get_task(data_dir=str(tmp_path), **SHORT)) == expected
+        assert f"{path} is damaged" in capsys.readouterr().err
+
+
+def test_arrays_stay_on_disk_until_they_are_used(tmp_path):
+    made = {"a": np.arange(60, dtype=np.int16).reshape(3, 4, 5), "b": np.asfortranarray(np.eye(3)), "c": np.array(2.5)}
+    for _ in range(2):
+        arrays = store.stored(tmp_path, lambda: made)
+        assert arrays.keys() == made.keys()
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(array, made[name])
+            assert array.dtype == made[name].dtype and not array.flags.writeable
+    script = f"""
+import resource
+from lra import store
+import numpy as np, pathlib
+place = pathlib.Path({str(tmp_path / "large")!r})
+store.stored(place, lambda: dict(a=np.zeros((200, 2**20), np.uint8)))
+"""
+    assert python(script, tmp_path).wait(timeout=60) == 0
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_DATA, (100 * 2**20,) * 2)\n"
+    process = python(limited + script, tmp_path)  # 100 MB of its own memory, for an array of 200 MB
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+
+
+def test_a_full_disk_or_a_wrong_place_is_said_in_one_line(tmp_path):
+    script = """
+import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try: {}
+except OSError as error: print(error)
+"""
+    process = python(script.format(generating(tmp_path)), tmp_path, stdout=subprocess.PIPE)
+    out, _ = process.communicate(timeout=60)
+    assert re.fullmatch(r".*data.npz.*\(File too large\): set config.task.data_dir or \$EFFICIENT_TX_DATA.*\n", out)
+    assert not list(tmp_path.glob("listops/*/*"))
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"Not a directory.*EFFICIENT_TX_DATA"):
+        listops.get_task(data_dir=str(tmp_path / "file"), **SHORT)
+
+
+def test_neither_jax_nor_network(tmp_path):
+    script = """
+import socket, sys
+def refuse(*arguments): raise RuntimeError("network")
+socket.socket.connect = socket.getaddrinfo = refuse
+{}
+assert not {{"jax", "flax", "grain", "tensorflow"}} & set(sys.modules)
+"""
+    process = python(script.format(generating(tmp_path)), tmp_path)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err

@@ -1,0 +1,301 @@
+"""Published checkpoints onto our ViT: logits of the authors' formulas, written from each file's own tensors."""
+
+import importlib
+import os
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import save_file
+
+from efficient_tx.attention import Fourier, Soft, Softmax
+from efficient_tx.models import ViT
+from efficient_tx.models.pretrained import load_pretrained
+from tests.support import ROOT, command
+from tests.support.published_vits import (
+    CLASSES,
+    HEADS,
+    HIDDEN,
+    LAYERS,
+    PATCH,
+    SIDE,
+    WIDTH,
+    as_augreg,
+    as_hugging_face,
+    big_vision,
+    draw,
+    images,
+    timm_logits,
+    timm_shapes,
+)  # fmt: skip
+
+TORCH = {"mlp": "gelu_erf"}
+HF = {"mlp": "gelu_erf", "norm_epsilon": 1e-12}
+
+
+def vit(mixers=(Softmax,), **options):
+    sizes = {
+        "num_classes": CLASSES, "image_shape": (SIDE, SIDE, 3), "patch_size": PATCH, "features": WIDTH,
+        "layers": LAYERS, "heads": HEADS, "mlp_features": HIDDEN,
+    }  # fmt: skip
+    return ViT(mixers=list(mixers), rngs=nnx.Rngs(0), **sizes | options)
+
+
+def close(logits, expected):
+    assert np.abs(expected).max() > 0.5  # logits that 1e-4 is small beside
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+# What timm 1.0.31 and transformers 5.23.0 (torch 2.14) print for the first image of these very files, with and without
+# LayerScale; both take all of the tensors under the names that stand here.
+PRINTED = {
+    False: [-0.74134, -0.38404, -1.5601, -1.81322, 0.40872],
+    True: [1.12238, -0.04332, 2.0957, 1.55758, -1.22409],
+}
+
+
+def test_the_formula_is_the_libraries():
+    for scales, expected in PRINTED.items():
+        logits = timm_logits(draw(timm_shapes(scales)), images())
+        np.testing.assert_allclose(logits[0], expected, atol=1e-5)  # five decimals
+
+
+@pytest.mark.parametrize("scales", [False, True])
+def test_timm(tmp_path, scales):
+    tensors = draw(timm_shapes(scales))
+    save_file(tensors, tmp_path / "deit.safetensors")
+    model = vit(**TORCH, layer_scale=1.0 if scales else None)
+    (line,) = load_pretrained(model, tmp_path / "deit.safetensors")
+    assert line == f"parameters of {tmp_path}/deit.safetensors, a checkpoint of timm"
+    close(model(images()), timm_logits(tensors, images()))
+
+
+def test_hugging_face(tmp_path):
+    tensors = draw(timm_shapes())
+    save_file(as_hugging_face(tensors), tmp_path / "vit.safetensors")
+    model = vit(**HF)
+    assert len(load_pretrained(model, tmp_path / "vit.safetensors")) == 1
+    close(model(images()), timm_logits(tensors, images(), epsilon=1e-12))
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "npz"])
+def test_bfloat16(tmp_path, suffix):
+    from safetensors.flax import save_file
+
+    tensors = {name: jnp.asarray(x, jnp.bfloat16) for name, x in draw(timm_shapes()).items()}
+    save = {"safetensors": save_file, "npz": lambda tensors, path: np.savez(path, **tensors)}[suffix]
+    save(tensors, tmp_path / f"half.{suffix}")
+    model = vit(**TORCH)
+    load_pretrained(model, tmp_path / f"half.{suffix}")
+    assert model.head.kernel.dtype == jnp.float32
+    rounded = {name: np.asarray(x, np.float32) for name, x in tensors.items()}
+    close(model(images()), timm_logits(rounded, images()))
+
+
+@pytest.mark.parametrize("prefix", ["", "params/", "opt/target/"])
+def test_big_vision(tmp_path, prefix):
+    tensors, expected = big_vision("gap", representation=True)
+    np.savez(tmp_path / "vit.npz", **{prefix + name: x for name, x in tensors.items()})
+    model = vit(pool="mean", representation=WIDTH)
+    assert len(load_pretrained(model, tmp_path / "vit.npz")) == 1
+    close(model(images()), expected)
+
+
+@pytest.mark.parametrize("rename", [dict, as_augreg])
+def test_class_tokens_with_and_without_a_position(tmp_path, rename):
+    tensors, expected = big_vision("tok")
+    np.savez(tmp_path / "vit.npz", **rename(tensors))
+    model = vit()
+    assert len(load_pretrained(model, tmp_path / "vit.npz")) == 1
+    close(model(images()), expected)
+
+
+def installed(name):
+    """A package of the extra `pretrained`, gigabytes that few have; without it the test is skipped, but not in CI."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"needs {name}: pip install -e '.[pretrained]'")
+
+
+@pytest.mark.slow
+def test_transformers_itself(tmp_path):
+    transformers, torch = (installed(name) for name in ("transformers", "torch"))
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS, intermediate_size=HIDDEN,
+        image_size=SIDE, patch_size=PATCH, num_labels=CLASSES,
+    )  # fmt: skip
+    reference = transformers.ViTForImageClassification(config).eval()
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+        expected = reference(pixel_values=torch.from_numpy(images()).permute(0, 3, 1, 2)).logits.numpy()
+    reference.save_pretrained(tmp_path)
+    model = vit(**HF)
+    assert len(load_pretrained(model, tmp_path / "model.safetensors")) == 1
+    close(model(images()), expected)
+
+
+@pytest.mark.parametrize("side", [8, 20])
+def test_positions_of_another_grid_are_resized(tmp_path, side):
+    """From 3 × 3 patches to 2 × 2, the corners, and to 5 × 5, where every second point is an old one."""
+    tensors, _ = big_vision("tok")
+    np.savez(tmp_path / "vit.npz", **tensors)
+    model = vit(image_shape=(side, side, 3))
+    count = side // PATCH
+    lines = load_pretrained(model, tmp_path / "vit.npz")
+    assert lines[1:] == [f"  position embeddings resized from 3 × 3 to {count} × {count}"]
+    table, old = np.asarray(model.learned[...]), tensors["pos_embedding"].reshape(3, 3, WIDTH)
+    np.testing.assert_array_equal(table[0], 0)
+    grid = table[1:].reshape(count, count, WIDTH)
+    for i in range(count):
+        for j in range(count):
+            y, x = 2 * i / (count - 1), 2 * j / (count - 1)
+            top, left = min(int(y), 1), min(int(x), 1)
+            rows = [(1 - x + left) * old[row, left] + (x - left) * old[row, left + 1] for row in (top, top + 1)]
+            expected = (1 - y + top) * rows[0] + (y - top) * rows[1]
+            np.testing.assert_allclose(grid[i, j], expected, atol=1e-6)
+
+
+def test_what_does_not_fit_is_told(tmp_path):
+    """Another head, another pooling, mixers with fewer projections, and options that compute something else."""
+    tensors = draw(timm_shapes()) | {"fc_norm.weight": np.ones(WIDTH, np.float32)}
+    del tensors["norm.bias"]
+    save_file(tensors, tmp_path / "vit.safetensors")
+    model = vit([Soft, Fourier], num_classes=7, pool="mean")
+    before = np.asarray(model.head.bias[...])
+    mixer = "encoder.blocks.{}.mixer.{}.{}"
+    nowhere = [mixer.format(0, "k", leaf) for leaf in ("bias", "kernel")]
+    nowhere += [mixer.format(1, name, leaf) for name in ("out", "q", "k", "v") for leaf in ("bias", "kernel")]
+    lines = load_pretrained(model, tmp_path / "vit.safetensors")[1:]
+    assert sorted(lines) == sorted([
+        "  timm has mlp=gelu_erf, here it is gelu: --config.model.mlp=gelu_erf computes the same as there",
+        "  its head has 5 classes: the one here, of 7, stays as initialised",
+        "  encoder.norm.bias is not there: it stays as initialised",
+        "  fc_norm.weight has no place here",
+        *(f"  {name} has no place here" for name in ["cls", *nowhere]),
+    ])  # fmt: skip
+    np.testing.assert_array_equal(model.head.bias[...], before)
+    np.testing.assert_array_equal(model.learned[...], tensors["pos_embed"][0, 1:])
+    kernel = np.split(tensors["blocks.0.attn.qkv.weight"], 3)[2].T
+    np.testing.assert_array_equal(model.encoder.blocks[0].mixer.v.kernel[...], kernel)
+
+
+@pytest.mark.parametrize(
+    ("options", "change", "message"),
+    [
+        ({}, {"dist_token": (1, 1, WIDTH)}, "has dist_token: .*distilled DeiT"),
+        ({}, {"reg_token": (1, 4, WIDTH)}, "has reg_token"),
+        ({}, {"pos_embed": (1, 11, WIDTH)}, "learned has 11 positions"),
+        ({"patch_size": 6}, {}, r"embedding.kernel is \(48, 12\) in .* and \(108, 12\) here$"),
+        ({"mlp_features": 21}, {}, r"\(20,\) in .* and \(21,\) here; 5 others differ too"),
+        ({}, {"patch_embed.proj.weight": None}, "is no checkpoint of a ViT.*patch_embed.proj.weight"),
+    ],
+)
+def test_refusals_change_nothing(tmp_path, options, change, message):
+    shapes = {name: shape for name, shape in (timm_shapes() | change).items() if shape}
+    save_file(draw(shapes), tmp_path / "vit.safetensors")
+    model = vit(**options)
+    before = jax.tree.map(np.asarray, nnx.state(model))
+    with pytest.raises(ValueError, match=message) as error:
+        load_pretrained(model, tmp_path / "vit.safetensors")
+    assert "\n" not in str(error.value)
+    jax.tree.map(np.testing.assert_array_equal, before, nnx.state(model))
+
+
+def test_other_heads_are_refused_where_the_file_says_them(tmp_path):
+    np.savez(tmp_path / "vit.npz", **big_vision("tok")[0])
+    with pytest.raises(ValueError, match=r"query/kernel has 2 heads in .* and 3 here"):
+        load_pretrained(vit(heads=3), tmp_path / "vit.npz")
+
+
+@pytest.mark.parametrize("name", ["vit.npz", "vit.safetensors"])
+def test_files_that_are_none(tmp_path, name):
+    with pytest.raises(ValueError, match="there is no file"):
+        load_pretrained(vit(), tmp_path / name)
+    for content in (b"", b"PK\x03\x04 and then nothing", b"\xff" * 100):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} cannot be read: "):
+            load_pretrained(vit(), tmp_path / name)
+
+
+def test_a_damaged_archive_is_one_line(tmp_path):
+    path = tmp_path / "vit.npz"
+    np.savez_compressed(path, **{"cls": np.arange(1000.0)})
+    whole = path.read_bytes()
+    start = whole.index(b"cls.npy") + len("cls.npy")
+    method = whole.rindex(b"PK\x01\x02") + 10  # of compression, in the directory at the end
+    for damaged in (
+        whole[: start + 40] + b"\xff" * 20 + whole[start + 60 :],
+        whole[:method] + b"\x63" + whole[method + 1 :],
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"vit\.npz cannot be read: ") as error:
+            load_pretrained(vit(), path)
+        assert "\n" not in str(error.value)
+
+
+def test_pickled_arrays_are_not_opened(tmp_path):
+    np.savez(tmp_path / "vit.npz", cls=np.array([{}], object))
+    with pytest.raises(ValueError, match=r"cannot be read: .*allow_pickle"):
+        load_pretrained(vit(), tmp_path / "vit.npz")
+
+
+TASK = """
+    import numpy as np
+    from efficient_tx.task import Task
+    KIND = "image"
+    def sizes(**_):
+        return {"num_classes": 3, "vocab_size": None, "max_len": 144, "image_shape": (12, 12, 3)}
+    def get_task(*, data_dir: str | None = None):
+        some = [{"inputs": np.full((12, 12, 3), i / 8, np.float32), "label": i % 3} for i in range(8)]
+        return Task(some, some, some, kind=KIND, name="grey", source="drawn", **sizes())
+"""
+CONFIG = """
+    from efficient_tx.config.base import make_config
+    def get_config(argument=""):
+        model = {"name": "NAME", "patch_size": 4, "features": 12, "layers": 2, "heads": 2, "mlp_features": 20}
+        model = model if "NAME" == "vit" else {"name": "NAME"}
+        return make_config("grey", argument, steps=1, batch_size=4, model=model)
+"""
+
+
+def train(folder, name, *arguments):
+    (folder / "grey.py").write_text(textwrap.dedent(TASK))
+    (folder / f"{name}.py").write_text(textwrap.dedent(CONFIG.replace("NAME", name)))
+    paths = f"{folder}:{ROOT}"
+    return command.finish(command.start("train.py", *arguments, environment={"PYTHONPATH": paths}))
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_a_file(tmp_path):
+    """With structured MLPs: dense weights of the file, projected."""
+    path = tmp_path / "vit.safetensors"
+    save_file(as_hugging_face(draw(timm_shapes())), path)
+    status, out, error = train(
+        tmp_path, "vit", f"--config={tmp_path}/vit.py:softmax+monarch", f"--workdir={tmp_path}/run",
+        f"--config.init_from={path}", "--config.model.mlp=gelu_erf",
+    )  # fmt: skip
+    assert (status, error) == (0, "")
+    for line in (
+        f"parameters of {path}, a checkpoint of Hugging Face",
+        "  Hugging Face has norm_epsilon=1e-12, here it is 1e-06: --config.model.norm_epsilon=1e-12",
+        "  its head has 5 classes: the one here, of 3, stays as initialised",
+        "  encoder.blocks.1.mlp.up projected, relative error 0.",
+        "  all 4 projected layers, relative error 0.",
+    ):
+        assert line in out
+    for name, words in [("vit", "there is no file"), ("pyramid", "parameters of a vit for images, here is pyramid")]:
+        missing = tmp_path / "nothing.npz"
+        status, out, error = train(
+            tmp_path, name, f"--config={tmp_path}/{name}.py", f"--workdir={tmp_path}/{name}",
+            f"--config.init_from={missing}",
+        )  # fmt: skip
+        assert (status, out) == (2, "")
+        assert error.startswith(f"config.init_from={missing}: ") and words in error and error.count("\n") == 1
