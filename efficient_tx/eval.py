@@ -9,6 +9,10 @@ import os
 # Before jax is imported: its CPU solvers run in OpenBLAS, whose threads collide with XLA's.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
+from efficient_tx.extras import require
+
+require("train", "grain", "matplotlib", "ml_collections", "orbax", "rich")
+
 import argparse
 import contextlib
 import re

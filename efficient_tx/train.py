@@ -10,6 +10,10 @@ import os
 # Before jax is imported: its CPU solvers run in OpenBLAS, whose threads collide with XLA's.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
+from efficient_tx.extras import require
+
+require("train", "grain", "matplotlib", "ml_collections", "orbax", "rich")
+
 import dataclasses
 import functools
 import shlex
@@ -153,11 +157,12 @@ def sentences(result: Mapping[str, Any], objective: Objective, path: Path) -> li
     """What the end of a run tells a person, line by line."""
     baselines = ", ".join(f"{name} {value:.4f}" for name, value in result["baselines"].items())
     score, step = result[f"test_{objective.best}"], result["best_step"]
+    evaluator = command_line.invoked("eval")
     return [
         f"test {objective.best} {score:.4f} (checkpoint of step {step}, best on validation)"
         + (f"; to beat: {baselines}" if baselines else ""),
         f"summary: {path / 'summary.json'}   learning curve: {path / 'curve.png'}",
-        f"evaluate it: python eval.py --workdir={path}",
+        f"evaluate it: {shlex.join([*evaluator, f'--workdir={path}'])}",
     ]
 
 
@@ -234,7 +239,7 @@ def main(asked: command_line.Run) -> int:
         # absl's default, at which jax tells which backends it looked for.
         logging.set_verbosity(logging.WARNING)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    again = f"the same command goes on: {shlex.join(['python', *sys.argv])}"
+    again = f"the same command goes on: {shlex.join([*command_line.invoked('train'), *sys.argv[1:]])}"
     try:
         run(asked)
     except RunError as error:

@@ -9,12 +9,13 @@ import pytest
 from tests.support import ROOT
 
 # What each part may import of this project, beside itself; the first ones stand at the bottom.
-BOTTOM = {"efficient_tx.checks", "efficient_tx.signatures"}
+BOTTOM = {"efficient_tx.checks", "efficient_tx.extras", "efficient_tx.signatures"}
 MODULES = {*BOTTOM, "efficient_tx.numerics", "efficient_tx.tokens", "efficient_tx.kernels"}
 ALLOWED = {
     "efficient_tx.files": set(),
     "efficient_tx.checks": set(),
     "efficient_tx.signatures": set(),
+    "efficient_tx.extras": set(),
     "efficient_tx.task": set(),
     "efficient_tx.numerics": BOTTOM,
     "efficient_tx.tokens": {*BOTTOM, "efficient_tx.numerics"},

@@ -10,6 +10,10 @@ import os
 # Before jax is imported: OpenBLAS's threads collide with XLA's.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
+from efficient_tx.extras import require
+
+require("train", "matplotlib", "ml_collections", "orbax", "rich")
+
 import argparse
 import sys
 from collections.abc import Sequence

@@ -34,6 +34,12 @@ class Run(NamedTuple):
     departures: list[str]
 
 
+def invoked(command: str) -> list[str]:
+    """How a person who started this process would start `command`, "train" or "eval"."""
+    as_module = getattr(sys.modules["__main__"], "__spec__", None) is not None
+    return ["python", "-m", f"efficient_tx.{command}"] if as_module else ["python", f"{command}.py"]
+
+
 def refuse(error: object) -> NoReturn:
     """Prints one line on standard error and exits with 2; an option is a flag here."""
     text = f"--{error.option}={error.value}: {error.rule}" if isinstance(error, OptionError) else str(error)

@@ -14,10 +14,11 @@ from efficient_tx.linear.low_rank import LowRank
 from efficient_tx.linear.low_rank_plus_sparse import LowRankPlusSparse
 from efficient_tx.linear.monarch_weight import Monarch, monarch
 from efficient_tx.linear.replacement import densify, replace, transfer
+from efficient_tx.linear.structured import Weight
 from efficient_tx.linear.ternary import PackedTernary, Ternary
 from efficient_tx.linear.toeplitz import Toeplitz
 
-LINEAR: dict[str, type] = {
+LINEAR: dict[str, type[Weight]] = {
     "dense": Dense,
     "low_rank": LowRank,
     "monarch": Monarch,

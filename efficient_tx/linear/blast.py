@@ -8,6 +8,8 @@ problem, with Nesterov's momentum, which is dropped whenever a sweep with it wou
 preconditioned gradient descent is such a sweep without momentum, with a damping and step sizes that fall as it goes.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +38,7 @@ class Blast(Structured):
     nearest = "a fit by alternating least squares"
 
     @staticmethod
-    def sized_by(n, m):
+    def sized_by(n: int, m: int) -> tuple[str, Sequence[int]]:
         return "rank", range(1, min(n, m) + 1)
 
     def __init__(self, in_features: int, out_features: int, *, blocks: int = 4, rank: int | None = None, **common):
@@ -50,7 +52,7 @@ class Blast(Structured):
         self.rank = max(1, min(rank, in_features, out_features))
         super().__init__(in_features, out_features, **common)
 
-    def factors(self):
+    def factors(self) -> dict[str, Factor]:
         b, r = self.blocks, self.rank
         return {
             # By the real width of a block, as in Monarch.
@@ -70,7 +72,7 @@ class Blast(Structured):
 
         return in_chunks(product, x, v, s, u)
 
-    def fit(self, kernel):
+    def fit(self, kernel: jax.Array) -> dict[str, jax.Array]:
         b, p, q = self.blocks, self.in_block, self.out_block
         padded = jnp.pad(kernel, [(0, b * p - self.in_features), (0, b * q - self.out_features)])
         v, s, u = nearest_blast(padded.reshape(b, p, b, q), self.rank)

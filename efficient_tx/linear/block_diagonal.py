@@ -4,6 +4,9 @@ The layer that the code of Monarch (Dao et al. 2022, arXiv 2204.00595) trains in
 ShuffleNet (Zhang et al. 2017, arXiv 1707.01083). Without it, stacked layers never mix their blocks.
 """
 
+from collections.abc import Sequence
+
+import jax
 import jax.numpy as jnp
 
 from efficient_tx.checks import at_least
@@ -26,7 +29,7 @@ class BlockDiagonal(Structured):
     nearest = "its entries"
 
     @staticmethod
-    def sized_by(n, m):
+    def sized_by(n: int, m: int) -> tuple[str, Sequence[int]]:
         return "blocks", range(min(n, m), 0, -1)
 
     def __init__(self, in_features: int, out_features: int, *, blocks: int = 4, shuffle: bool = True, **common):
@@ -37,7 +40,7 @@ class BlockDiagonal(Structured):
         self.out_block = -(-out_features // self.blocks)
         super().__init__(in_features, out_features, **common)
 
-    def factors(self):
+    def factors(self) -> dict[str, Factor]:
         shape = (self.blocks, self.out_block, self.in_block)
         return {"weight": Factor(shape, fan_in=self.in_features / self.blocks)}
 
@@ -56,7 +59,7 @@ class BlockDiagonal(Structured):
 
         return in_chunks(product, x, weight)
 
-    def fit(self, kernel):
+    def fit(self, kernel: jax.Array) -> dict[str, jax.Array]:
         read = jnp.pad(self.read(kernel.T), [(0, 0), (0, self.blocks * self.out_block - self.out_features), (0, 0)])
         blocks = jnp.arange(self.blocks)
         return {"weight": read.reshape(self.blocks, self.blocks, self.out_block, self.in_block)[blocks, blocks]}

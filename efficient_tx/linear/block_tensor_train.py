@@ -9,6 +9,9 @@ So Monarch with √n blocks is the case ρ = 1, and the best approximation is ag
 """
 
 import math
+from collections.abc import Sequence
+
+import jax
 
 from efficient_tx.checks import at_least
 from efficient_tx.linear.monarch_weight import monarch, nearest_slices
@@ -39,7 +42,7 @@ class BlockTensorTrain(Structured):
     nearest = "singular value decomposition of every slice"
 
     @staticmethod
-    def sized_by(n, m):
+    def sized_by(n: int, m: int) -> tuple[str, Sequence[int]]:
         return "rank", range(1, min(n, m) + 1)
 
     def __init__(self, in_features: int, out_features: int, *, rank: int | None = None, **common):
@@ -52,7 +55,7 @@ class BlockTensorTrain(Structured):
         self.rank = min(rank, self.in_block, self.out_group)
         super().__init__(in_features, out_features, **common)
 
-    def factors(self):
+    def factors(self) -> dict[str, Factor]:
         k, l, rank = self.in_blocks, self.out_groups, self.rank
         return {
             # By the real width of a block, as in Monarch.
@@ -63,7 +66,7 @@ class BlockTensorTrain(Structured):
     def multiply(self, x, *, w1, w2):
         return monarch(pad(x, self.in_blocks * self.in_block), w1, w2)[..., : self.out_features]
 
-    def fit(self, kernel):
+    def fit(self, kernel: jax.Array) -> dict[str, jax.Array]:
         shape = self.in_blocks, self.in_block, self.out_group, self.out_groups
         w1, w2 = nearest_slices(kernel, *shape, self.rank)
         return {"w1": w1, "w2": w2}

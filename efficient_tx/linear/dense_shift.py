@@ -101,7 +101,7 @@ class DenseShift(Structured):
         edges = [0.0, *(below(shift + 0.5) for shift in range(self.most)), 1.0]
         return sum(4**shift * (edges[shift + 1] - edges[shift]) for shift in range(self.most + 1))
 
-    def factors(self):
+    def factors(self) -> dict[str, Factor]:
         shape, width = (self.in_features, self.out_features), self.in_features
         return {
             "sign": Factor(shape, fan_in=width),
@@ -138,6 +138,6 @@ class DenseShift(Structured):
         weights = self.weights(jnp.promote_types(self.param_dtype, jnp.float32))
         return (weights["levels"] * weights["gain"]).astype(self.param_dtype)
 
-    def fit(self, kernel):
+    def fit(self, kernel: jax.Array) -> dict[str, jax.Array]:
         scale, shift = nearest_shifts(jnp.abs(kernel), self.bits)
         return {"sign": kernel, "shift": shift / math.sqrt(self.in_features), "gain": scale * self.unit}

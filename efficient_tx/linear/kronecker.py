@@ -5,7 +5,9 @@ is a row (Van Loan and Pitsianis 1993, Approximation with Kronecker products).
 """
 
 import math
+from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 
 from efficient_tx.checks import at_least
@@ -35,7 +37,7 @@ class Kronecker(Structured):
     nearest = "singular value decomposition of a rearrangement"
 
     @staticmethod
-    def sized_by(n, m):
+    def sized_by(n: int, m: int) -> tuple[str, Sequence[int]]:
         return "rank", range(1, min(n, m) + 1)
 
     def __init__(self, in_features: int, out_features: int, *, rank: int = 1, **common):
@@ -57,7 +59,7 @@ class Kronecker(Structured):
         first, second = (self.d, self.a) if self.right_first else (self.c, self.b)
         return self.rank * (self.in_features * first + self.out_features * second)
 
-    def factors(self):
+    def factors(self) -> dict[str, Factor]:
         # The second product sums over the terms as well.
         left, right = (self.rank, 1) if self.right_first else (1, self.rank)
         return {
@@ -76,7 +78,7 @@ class Kronecker(Structured):
 
         return in_chunks(product, x, left, right)
 
-    def fit(self, kernel):
+    def fit(self, kernel: jax.Array) -> dict[str, jax.Array]:
         blocks = kernel.reshape(self.a, self.b, self.c, self.d).transpose(0, 2, 1, 3)
         u, s, v = jnp.linalg.svd(blocks.reshape(self.a * self.c, self.b * self.d), full_matrices=False)
         root = jnp.sqrt(s[: self.rank])

@@ -3,6 +3,10 @@
 The best approximation of a given rank is the truncated singular value decomposition (Eckart and Young 1936).
 """
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 
 from efficient_tx.checks import at_least
@@ -25,11 +29,11 @@ class LowRank(Structured):
     nearest = "singular value decomposition"
 
     @staticmethod
-    def sized_by(n, m):
+    def sized_by(n: int, m: int) -> tuple[str, Sequence[int]]:
         return "rank", range(1, min(n, m) + 1)
 
     @staticmethod
-    def timed_with(n):
+    def timed_with(n: int) -> Sequence[Mapping[str, Any]]:
         return ({"rank": max(1, n // 8)},)
 
     def __init__(self, in_features: int, out_features: int, *, rank: int | None = None, **common):
@@ -38,7 +42,7 @@ class LowRank(Structured):
         self.rank = min(side, -(-side // 4) if rank is None else rank)
         super().__init__(in_features, out_features, **common)
 
-    def factors(self):
+    def factors(self) -> dict[str, Factor]:
         return {
             "down": Factor((self.rank, self.in_features), fan_in=self.in_features),
             "up": Factor((self.rank, self.out_features), fan_in=self.rank),
@@ -47,7 +51,7 @@ class LowRank(Structured):
     def multiply(self, x, *, down, up):
         return x @ down.T @ up
 
-    def fit(self, kernel):
+    def fit(self, kernel: jax.Array) -> dict[str, jax.Array]:
         u, s, v = jnp.linalg.svd(kernel, full_matrices=False)
         root = jnp.sqrt(s[: self.rank])
         return {"down": root[:, None] * u[:, : self.rank].T, "up": root[:, None] * v[: self.rank]}

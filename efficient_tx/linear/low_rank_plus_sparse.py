@@ -5,6 +5,7 @@ rank and number of entries given, by alternating best approximations as GoDec (Z
 input axis is the pattern of Mishra et al. 2021, arXiv 2104.08378.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -106,7 +107,7 @@ class LowRankPlusSparse(Structured):
     nearest = "alternating between the parts, a local optimum"
 
     @staticmethod
-    def sized_by(n, m):
+    def sized_by(n: int, m: int) -> tuple[str, Sequence[int]]:
         return "rank", range(1, min(n, m) + 1)
 
     def __init__(
@@ -136,7 +137,7 @@ class LowRankPlusSparse(Structured):
             self.kept = (in_features // 4 * 2 + min(in_features % 4, 2)) * out_features
         super().__init__(in_features, out_features, **common)
 
-    def factors(self):
+    def factors(self) -> dict[str, Factor]:
         # Each path hands on half of the variance.
         kept = self.kept / self.out_features
         return {
@@ -162,7 +163,7 @@ class LowRankPlusSparse(Structured):
     def multiply(self, x, *, down, up, sparse):
         return x @ down @ up + x @ sparse
 
-    def fit(self, kernel):
+    def fit(self, kernel: jax.Array) -> dict[str, jax.Array]:
         down, up, sparse = decompose(kernel, rank=self.rank, pattern=self.pattern, kept=self.kept)
         return {"down": down, "up": up, "sparse": sparse}
 

@@ -11,6 +11,8 @@ The product itself is `efficient_tx.kernels.monarch`, for large inputs without f
 """
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,11 +63,11 @@ class Monarch(Structured):
     nearest = "singular value decomposition of every slice"
 
     @staticmethod
-    def sized_by(n, m):
+    def sized_by(n: int, m: int) -> tuple[str, Sequence[int]]:
         return "blocks", range(math.isqrt(min(n, m)), 0, -1)
 
     @staticmethod
-    def timed_with(n):
+    def timed_with(n: int) -> Sequence[Mapping[str, Any]]:
         return ({"blocks": 4}, {"blocks": 32})
 
     def __init__(self, in_features: int, out_features: int, *, blocks: int = 4, init: str = "variance", **common):
@@ -79,7 +81,7 @@ class Monarch(Structured):
         self.slice_rank = -(-min(self.in_block, self.out_block) // blocks)
         super().__init__(in_features, out_features, **common)
 
-    def factors(self):
+    def factors(self) -> dict[str, Factor]:
         inner = self.slice_rank * self.blocks
         # The padding feeds zeros into the last block: dividing by the real width keeps the mean output variance at 1.
         return {
@@ -96,6 +98,6 @@ class Monarch(Structured):
     def multiply(self, x, *, w1, w2):
         return monarch(pad(x, self.blocks * self.in_block), w1, w2)[..., : self.out_features]
 
-    def fit(self, kernel):
+    def fit(self, kernel: jax.Array) -> dict[str, jax.Array]:
         w1, w2 = nearest_slices(kernel, self.blocks, self.in_block, self.out_block, self.blocks, self.slice_rank)
         return {"w1": w1, "w2": w2}

@@ -79,7 +79,7 @@ class Ternary(Structured):
     latent = True
     input_step = 1 / STEPS
 
-    def factors(self):
+    def factors(self) -> dict[str, Factor]:
         shape = (self.in_features, self.out_features)
         return {"kernel": Factor(shape, fan_in=self.in_features, variance=1 / (NORMAL * self.in_features))}
 
@@ -100,7 +100,7 @@ class Ternary(Structured):
         levels, scale = ternary_levels(self.kernel[...])
         return (levels * scale).astype(self.param_dtype)
 
-    def fit(self, kernel):
+    def fit(self, kernel: jax.Array) -> dict[str, jax.Array]:
         return {"kernel": nearest_latent(kernel)}
 
     def pack(self) -> "PackedTernary":

@@ -7,6 +7,7 @@ in Frobenius norm has on every diagonal the mean of that diagonal.
 
 import math
 
+import jax
 import jax.numpy as jnp
 
 from efficient_tx.linear.structured import Factor, Structured
@@ -49,7 +50,7 @@ class Toeplitz(Structured):
             self.length = next_fast_len(self.seen + out_features - 1, real=True)
         super().__init__(in_features, out_features, **common)
 
-    def factors(self):
+    def factors(self) -> dict[str, Factor]:
         # Causal: output j sums over min(j + 1, in) inputs; their mean keeps the mean output variance at 1.
         heard = sum(min(j + 1, self.in_features) for j in range(self.out_features)) / self.out_features
         return {"diagonals": Factor((self.count,), fan_in=heard if self.causal else self.in_features)}
@@ -79,7 +80,7 @@ class Toeplitz(Structured):
     def to_dense(self):
         return self.diagonals[...].at[self.places()].get(mode="fill", fill_value=0)
 
-    def fit(self, kernel):
+    def fit(self, kernel: jax.Array) -> dict[str, jax.Array]:
         empty, places = jnp.zeros(self.count, kernel.dtype), self.places()
         total = empty.at[places].add(kernel, mode="drop")
         return {"diagonals": total / empty.at[places].add(1, mode="drop")}

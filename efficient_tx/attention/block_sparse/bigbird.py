@@ -123,5 +123,5 @@ class BigBird(MultiHead):
     draws = True
 
     @staticmethod
-    def within(budget):
+    def within(budget: int) -> dict[str, int]:
         return {"block": max(1, budget // 8)}

@@ -66,8 +66,8 @@ class Local(MultiHead):
     windowed = True
 
     @staticmethod
-    def within(budget):
+    def within(budget: int) -> dict[str, int]:
         return {"window": budget}
 
-    def state_numbers(self, length):
+    def state_numbers(self, length: int) -> int:
         return 2 * min(self.window, length) * self.heads * self.head_dim

@@ -77,7 +77,7 @@ class Longformer(MultiHead):
     windowed = True
 
     @staticmethod
-    def within(budget):
+    def within(budget: int) -> dict[str, int]:
         return {"window": budget}
 
     def __init__(self, features: int, *, global_projections: bool = False, **common: Any):
@@ -86,5 +86,5 @@ class Longformer(MultiHead):
             self.rotated = ("q", "k", "q_global", "k_global")
         super().__init__(features, **common)
 
-    def state_numbers(self, length):
+    def state_numbers(self, length: int) -> int:
         return 2 * min(self.window + self.global_tokens, length) * self.heads * self.head_dim

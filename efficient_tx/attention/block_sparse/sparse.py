@@ -74,5 +74,5 @@ class Sparse(MultiHead):
     windowed = True
 
     @staticmethod
-    def within(budget):
+    def within(budget: int) -> dict[str, int]:
         return {"stride": budget}

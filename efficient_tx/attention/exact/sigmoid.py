@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from efficient_tx.attention.base.multihead import MultiHead
@@ -64,7 +65,7 @@ class Sigmoid(MultiHead):
     needs_max_len = True
 
     @staticmethod
-    def measured_with(q, budget, rng):
+    def measured_with(q: jax.Array, budget: int, rng: np.random.Generator) -> dict[str, Any]:
         return {"bias": -math.log(q.shape[1])}
 
     def __init__(
@@ -79,11 +80,13 @@ class Sigmoid(MultiHead):
             self.q, self.k = (HeadNorm(layer, self.head_dim, dtype=dtype, rngs=rngs) for layer in (self.q, self.k))
         self.layer_scale = None if layer_scale is None else nnx.Param(jnp.full(features, layer_scale, jnp.float32))
 
-    def mix(self, x, *, mask, key):
+    def mix(self, x: jax.Array, *, mask: jax.Array | None, key: jax.Array | None) -> jax.Array:
         out = super().mix(x, mask=mask, key=key)
         return out if self.layer_scale is None else out * self.layer_scale[...].astype(out.dtype)
 
-    def attend(self, q, k, v, *, mask, key):
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array | None, key: jax.Array | None
+    ) -> jax.Array:  # fmt: skip
         return super().attend(q, k, v, mask=mask, key=key, bias=-math.log(self.max_len))
 
 

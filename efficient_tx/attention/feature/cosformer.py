@@ -8,10 +8,11 @@ Unlike the published code: M is `max_len`, where theirs is the length of the bat
 decoding cannot know; i and j count real tokens; and the mask, which theirs ignores here, is honoured.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from efficient_tx.attention.base.multihead import MultiHead
 from efficient_tx.attention.feature.linear import feature_attention
@@ -73,8 +74,8 @@ class Cosformer(MultiHead):
     needs_max_len = True
 
     @staticmethod
-    def measured_with(q, budget, rng):
+    def measured_with(q: jax.Array, budget: int, rng: np.random.Generator) -> dict[str, Any]:
         return {"max_len": q.shape[1]}
 
-    def state_numbers(self, length):
+    def state_numbers(self, length: int) -> int:
         return self.heads * 2 * self.head_dim * (self.head_dim + 1)

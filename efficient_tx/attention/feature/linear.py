@@ -176,5 +176,5 @@ class LinearAttention(MultiHead):
     cost = "n"
     function = staticmethod(linear)
 
-    def state_numbers(self, length):
+    def state_numbers(self, length: int) -> int:
         return self.heads * self.head_dim * (self.head_dim + 1)

@@ -108,8 +108,8 @@ class Performer(MultiHead):
     draws = True
 
     @staticmethod
-    def within(budget):
+    def within(budget: int) -> dict[str, int]:
         return {"random_features": budget}
 
-    def state_numbers(self, length):
+    def state_numbers(self, length: int) -> int:
         return self.heads * self.random_features * (self.head_dim + 1)

@@ -77,7 +77,7 @@ class Fourier(Mixer):
     can_be_causal = False
     has_positions = False
 
-    def mix(self, x, *, mask, key):
+    def mix(self, x: jax.Array, *, mask: jax.Array | None, key: jax.Array | None) -> jax.Array:
         _, length, features = x.shape
         count = length if mask is None else jnp.maximum(mask.sum(axis=1), 1)[:, None, None]
         scale = jax.lax.rsqrt(jnp.asarray(count * features, jnp.promote_types(x.dtype, jnp.float32)))

@@ -107,5 +107,5 @@ class Pool(Mixer):
     windowed = True
     has_positions = False
 
-    def state_bytes(self, length):
+    def state_bytes(self, length: int) -> int:
         return 4 * min(self.size - 1, length) * self.features

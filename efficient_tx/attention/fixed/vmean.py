@@ -62,8 +62,10 @@ class VMean(MultiHead):
     rotated = ()
     has_positions = False
 
-    def attend(self, v, *, mask, key):
+    def attend(
+        self, v: jax.Array, *, mask: jax.Array | None, key: jax.Array | None
+    ) -> jax.Array:  # fmt: skip
         return vmean(v, v, v, **self.arguments(mask=mask, key=key))
 
-    def state_numbers(self, length):
+    def state_numbers(self, length: int) -> int:
         return self.heads * self.head_dim

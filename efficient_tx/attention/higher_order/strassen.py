@@ -62,5 +62,5 @@ class Strassen(MultiHead):
     projections = ("q", "k", "v", "k2", "v2")
     rotated = ("q", "k", "k2")
 
-    def state_numbers(self, length):
+    def state_numbers(self, length: int) -> int:
         return 4 * length * self.heads * self.head_dim

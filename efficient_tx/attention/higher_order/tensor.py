@@ -97,7 +97,7 @@ class Tensor(MultiHead):
     has_positions = False
 
     @staticmethod
-    def within(budget):
+    def within(budget: int) -> dict[str, int]:
         window2 = max(1, round((budget / 2) ** 0.5))
         return {"window": budget // window2, "window2": window2}
 
@@ -106,5 +106,5 @@ class Tensor(MultiHead):
             raise ValueError(f"Tensor's trilinear score would not be relative under {positions!r}: use other positions")
         super().__init__(features, positions=positions, **common)
 
-    def state_numbers(self, length):
+    def state_numbers(self, length: int) -> int:
         return 2 * (min(self.window, length) + min(self.window2, length)) * self.heads * self.head_dim

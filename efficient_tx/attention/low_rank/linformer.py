@@ -73,11 +73,11 @@ class Linformer(MultiHead):
     can_be_causal = False
 
     @staticmethod
-    def within(budget):
+    def within(budget: int) -> dict[str, int]:
         return {"rank": budget}
 
     @staticmethod
-    def measured_with(q, budget, rng):
+    def measured_with(q: jax.Array, budget: int, rng: np.random.Generator) -> dict[str, Any]:
         length = q.shape[1]
         return {name: (rng.normal(size=(budget, length)) / length**0.5).astype(np.float32) for name in ("e", "f")}
 
@@ -89,8 +89,10 @@ class Linformer(MultiHead):
         self.e = nnx.Param(init(rngs.params(), (rank, self.max_len), jnp.float32))
         self.f = nnx.Param(init(rngs.params(), (rank, self.max_len), jnp.float32))
 
-    def attend(self, q, k, v, *, mask, key):
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array | None, key: jax.Array | None
+    ) -> jax.Array:  # fmt: skip
         return super().attend(q, k, v, mask=mask, key=key, e=self.e[...], f=self.f[...])
 
-    def state_numbers(self, length):
+    def state_numbers(self, length: int) -> int:
         return 2 * self.e.shape[0] * self.heads * self.head_dim

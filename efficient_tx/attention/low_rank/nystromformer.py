@@ -111,15 +111,17 @@ class Nystromformer(MultiHead):
     can_be_causal = False  # the means see the whole sequence
 
     @staticmethod
-    def within(budget):
+    def within(budget: int) -> dict[str, int]:
         return {"landmarks": budget}
 
     def __init__(self, features: int, *, value_conv: int = 35, rngs: nnx.Rngs, **common: Any):
         super().__init__(features, rngs=rngs, **common)
         self.conv = nnx.Param(initial_weights((value_conv,), self.heads, rngs)) if value_conv else None
 
-    def attend(self, q, k, v, *, mask, key):
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array | None, key: jax.Array | None
+    ) -> jax.Array:  # fmt: skip
         return super().attend(q, k, v, mask=mask, key=key, conv=None if self.conv is None else self.conv[...])
 
-    def state_numbers(self, length):
+    def state_numbers(self, length: int) -> int:
         return 2 * self.landmarks * self.heads * self.head_dim

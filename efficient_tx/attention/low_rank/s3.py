@@ -125,7 +125,7 @@ class S3(MultiHead):
     side_by_side = True  # the smoothing and its neighbours count real tokens
 
     @staticmethod
-    def within(budget):
+    def within(budget: int) -> dict[str, int]:
         return {"columns": budget}
 
     def __init__(self, features: int, *, groups: int = 8, rngs: nnx.Rngs, **common: Any):
@@ -136,13 +136,15 @@ class S3(MultiHead):
         self.gain = nnx.Param(jnp.ones((2, self.heads * self.head_dim), jnp.float32))
         self.shift = nnx.Param(jnp.zeros((2, self.heads * self.head_dim), jnp.float32))
 
-    def mix(self, x, *, mask, key):
+    def mix(self, x: jax.Array, *, mask: jax.Array | None, key: jax.Array | None) -> jax.Array:
         return super().mix(self.stem(self.smoother(x, mask), x), mask=mask, key=key)
 
-    def attend(self, q, k, v, *, mask, key):
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array | None, key: jax.Array | None
+    ) -> jax.Array:  # fmt: skip
         return super().attend(q, k, v, mask=mask, key=key, gain=self.gain[...], shift=self.shift[...])
 
-    def state_numbers(self, length):
+    def state_numbers(self, length: int) -> int:
         return 2 * self.columns * self.heads * self.head_dim
 
 

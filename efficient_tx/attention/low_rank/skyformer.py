@@ -210,8 +210,8 @@ class Skyformer(MultiHead):
     draws = True
 
     @staticmethod
-    def within(budget):
+    def within(budget: int) -> dict[str, int]:
         return {"landmarks": budget}
 
-    def state_numbers(self, length):
+    def state_numbers(self, length: int) -> int:
         return 2 * self.landmarks * self.heads * self.head_dim

@@ -150,7 +150,7 @@ class Soft(MultiHead):
     can_be_causal = False  # the bottleneck tokens see the whole sequence
 
     @staticmethod
-    def within(budget):
+    def within(budget: int) -> dict[str, int]:
         return {"landmarks": budget}
 
     def __init__(
@@ -171,12 +171,14 @@ class Soft(MultiHead):
         sizes = (value_conv,) * (2 if self.grid else 1)
         self.conv = nnx.Param(initial_weights(sizes, self.heads, rngs)) if value_conv else None
 
-    def attend(self, q, v, *, mask, key):
+    def attend(
+        self, q: jax.Array, v: jax.Array, *, mask: jax.Array | None, key: jax.Array | None
+    ) -> jax.Array:  # fmt: skip
         z, z_mask = (None, None) if self.bottleneck is None else self.bottleneck(q, mask)
         conv = None if self.conv is None else self.conv[...]
         return super().attend(q, v, mask=mask, key=key, z=z, z_mask=z_mask, conv=conv)
 
-    def state_numbers(self, length):
+    def state_numbers(self, length: int) -> int:
         return 2 * self.landmarks * self.heads * self.head_dim
 
 

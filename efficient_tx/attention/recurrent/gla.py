@@ -119,7 +119,7 @@ class GLA(MultiHead):
     projections = ("v", "gate")
 
     @staticmethod
-    def measured_with(q, budget, rng):
+    def measured_with(q: jax.Array, budget: int, rng: np.random.Generator) -> dict[str, Any]:
         return {"log_decay": (-np.abs(rng.normal(size=q.shape)) / 16).astype(np.float32)}
 
     def __init__(
@@ -139,7 +139,7 @@ class GLA(MultiHead):
         self.gate_normalizer, self.clamp_min = gate_normalizer, clamp_min
         self.add_convolutions({"q": keys, "k": keys, "v": self.heads * self.head_dim}, conv, rngs=rngs)
 
-    def mix(self, x, *, mask, key):
+    def mix(self, x: jax.Array, *, mask: jax.Array | None, key: jax.Array | None) -> jax.Array:
         tokens = x.reshape(-1, x.shape[-1])
         q, k, v, log_decay = (part.reshape(*x.shape[:2], *part.shape[1:]) for part in self.project(tokens))
         if self.short_conv:
@@ -149,7 +149,7 @@ class GLA(MultiHead):
         heads = gla(q, k, v, log_decay=log_decay, **self.arguments(mask=mask, key=key))
         return self.finish(heads.reshape(tokens.shape[0], *heads.shape[2:]), tokens).reshape(x.shape)
 
-    def state_numbers(self, length):
+    def state_numbers(self, length: int) -> int:
         return self.heads * self.key_dim * self.head_dim
 
     def init_state(self, batch: int) -> jax.Array:

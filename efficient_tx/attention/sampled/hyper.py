@@ -334,6 +334,6 @@ class Hyper(MultiHead):
     draws = True
 
     @staticmethod
-    def within(budget):
+    def within(budget: int) -> dict[str, int]:
         half = max(budget // 2, 1)
         return {"block": half, "samples": half, "chunk": 2 * budget}  # a token sees half of its chunk on average

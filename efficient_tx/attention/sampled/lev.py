@@ -125,8 +125,8 @@ class Lev(MultiHead):
     windowed = True
 
     @staticmethod
-    def within(budget):
+    def within(budget: int) -> dict[str, int]:
         return {"budget": budget}
 
-    def state_numbers(self, length):
+    def state_numbers(self, length: int) -> int:
         return self.heads * (2 * self.budget * self.head_dim + self.head_dim**2)

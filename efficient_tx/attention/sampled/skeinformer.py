@@ -136,8 +136,8 @@ class Skeinformer(MultiHead):
     draws = True
 
     @staticmethod
-    def within(budget):
+    def within(budget: int) -> dict[str, int]:
         return {"columns": budget, "pilots": budget}
 
-    def state_numbers(self, length):
+    def state_numbers(self, length: int) -> int:
         return 2 * self.columns * self.heads * self.head_dim
