@@ -1,6 +1,7 @@
 """Attention variants: each a pure function and a token mixer. Adding one is a file and a row of `ATTENTION`."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -61,7 +62,7 @@ ATTENTION: dict[str, type[Mixer]] = {
 }
 
 
-def as_attention_fn(name: str, **options) -> Callable[..., jax.Array]:
+def as_attention_fn(name: str, **options: Any) -> Callable[..., jax.Array]:
     """The variant `name` with the signature that flax's attention modules call.
 
     For `flax.linen.MultiHeadDotProductAttention(attention_fn=...)` and `flax.nnx.MultiHeadAttention(attention_fn=...)`:

@@ -9,6 +9,7 @@ preconditioned gradient descent is such a sweep without momentum, with a damping
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ class Blast(Structured):
     def sized_by(n: int, m: int) -> tuple[str, Sequence[int]]:
         return "rank", range(1, min(n, m) + 1)
 
-    def __init__(self, in_features: int, out_features: int, *, blocks: int = 4, rank: int | None = None, **common):
+    def __init__(self, in_features: int, out_features: int, *, blocks: int = 4, rank: int | None = None, **common: Any):
         at_least(1, blocks=blocks, rank=rank)
         self.blocks = blocks
         self.in_block = -(-in_features // blocks)
@@ -61,7 +62,7 @@ class Blast(Structured):
             "u": Factor((b, self.out_block, r), fan_in=r),
         }
 
-    def multiply(self, x, *, v, s, u):
+    def multiply(self, x: jax.Array, *, v: jax.Array, s: jax.Array, u: jax.Array) -> jax.Array:
         def product(x, v, s, u):
             blocks = pad(x, self.blocks * self.in_block).reshape(*x.shape[:-1], self.blocks, self.in_block)
             # Blocks first: as many plain products, and all permutation outside of them.

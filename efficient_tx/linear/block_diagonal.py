@@ -5,6 +5,7 @@ ShuffleNet (Zhang et al. 2017, arXiv 1707.01083). Without it, stacked layers nev
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ class BlockDiagonal(Structured):
     def sized_by(n: int, m: int) -> tuple[str, Sequence[int]]:
         return "blocks", range(min(n, m), 0, -1)
 
-    def __init__(self, in_features: int, out_features: int, *, blocks: int = 4, shuffle: bool = True, **common):
+    def __init__(self, in_features: int, out_features: int, *, blocks: int = 4, shuffle: bool = True, **common: Any):
         at_least(1, blocks=blocks)
         self.blocks = min(blocks, in_features, out_features)
         self.shuffle = shuffle
@@ -44,14 +45,14 @@ class BlockDiagonal(Structured):
         shape = (self.blocks, self.out_block, self.in_block)
         return {"weight": Factor(shape, fan_in=self.in_features / self.blocks)}
 
-    def read(self, x):
+    def read(self, x: jax.Array) -> jax.Array:
         """What each block reads of x `[..., in_features]`, padded: `[blocks, ..., in_block]`."""
         x = pad(x, self.blocks * self.in_block)
         if self.shuffle:
             return jnp.moveaxis(x.reshape(*x.shape[:-1], self.in_block, self.blocks), -1, 0)
         return jnp.moveaxis(x.reshape(*x.shape[:-1], self.blocks, self.in_block), -2, 0)
 
-    def multiply(self, x, *, weight):
+    def multiply(self, x: jax.Array, *, weight: jax.Array) -> jax.Array:
         def product(x, weight):
             # Blocks first: as many plain products, and all permutation outside of them.
             out = jnp.moveaxis(jnp.einsum("k...p,kqp->k...q", self.read(x), weight), 0, -2)

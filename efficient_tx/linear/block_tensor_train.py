@@ -10,6 +10,7 @@ So Monarch with √n blocks is the case ρ = 1, and the best approximation is ag
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -45,7 +46,7 @@ class BlockTensorTrain(Structured):
     def sized_by(n: int, m: int) -> tuple[str, Sequence[int]]:
         return "rank", range(1, min(n, m) + 1)
 
-    def __init__(self, in_features: int, out_features: int, *, rank: int | None = None, **common):
+    def __init__(self, in_features: int, out_features: int, *, rank: int | None = None, **common: Any):
         at_least(1, rank=rank)
         self.in_blocks, self.in_block = split(in_features)
         self.out_groups, self.out_group = split(out_features)
@@ -63,7 +64,7 @@ class BlockTensorTrain(Structured):
             "w2": Factor((l, self.out_group, k * rank), fan_in=k * rank),
         }
 
-    def multiply(self, x, *, w1, w2):
+    def multiply(self, x: jax.Array, *, w1: jax.Array, w2: jax.Array) -> jax.Array:
         return monarch(pad(x, self.in_blocks * self.in_block), w1, w2)[..., : self.out_features]
 
     def fit(self, kernel: jax.Array) -> dict[str, jax.Array]:

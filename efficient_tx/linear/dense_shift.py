@@ -11,6 +11,7 @@ from as many latent parameters as it has steps; here one is rounded, which is le
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +84,7 @@ class DenseShift(Structured):
     size = "2·n² + 1, of which n² codes of 3 bits are the weight"
     nearest = "sorting"
 
-    def __init__(self, in_features: int, out_features: int, *, bits: int = 3, **common):
+    def __init__(self, in_features: int, out_features: int, *, bits: int = 3, **common: Any):
         if not 2 <= bits <= 5:
             raise OptionError("bits", bits, "it must be from 2 to 5, one of them for the sign")
         self.bits = bits
@@ -108,7 +109,7 @@ class DenseShift(Structured):
             "shift": Factor(shape, fan_in=width, variance=SPREAD**2 / width),
         }
 
-    def draw(self, key, name, factor):
+    def draw(self, key: jax.Array, name: str, factor: Factor) -> jax.Array:
         middle = 0.5 * self.most / math.sqrt(self.in_features) if name == "shift" else 0.0
         return super().draw(key, name, factor) + jnp.asarray(middle, self.param_dtype)
 
@@ -118,7 +119,7 @@ class DenseShift(Structured):
         steps = jnp.clip(jnp.round(latent * math.sqrt(self.in_features)), 0, self.most).astype(jnp.uint8)
         return steps | (self.sign[...] < 0).astype(jnp.uint8) << (self.bits - 1)
 
-    def weights(self, dtype):
+    def weights(self, dtype: jnp.dtype) -> dict[str, jax.Array]:
         levels = decode(self.codes(), self.bits)
         wide = jnp.promote_types(self.param_dtype, jnp.float32)
         # To first order: d sign = √in du, d 2^s = ln 2 · 2^s √in dv.
@@ -126,7 +127,7 @@ class DenseShift(Structured):
         levels = straight_through(math.sqrt(self.in_features) * latent, levels)
         return {"levels": levels.astype(dtype), "gain": self.gain[...].astype(wide) / self.unit}
 
-    def multiply(self, x, *, levels, gain):
+    def multiply(self, x: jax.Array, *, levels: jax.Array, gain: jax.Array) -> jax.Array:
         return (x @ levels * gain).astype(x.dtype)
 
     @property
@@ -134,7 +135,7 @@ class DenseShift(Structured):
         """Products with the levels, which XLA makes as any others, and one for each output by the scale."""
         return self.in_features * self.out_features + self.out_features
 
-    def to_dense(self):
+    def to_dense(self) -> jax.Array:
         weights = self.weights(jnp.promote_types(self.param_dtype, jnp.float32))
         return (weights["levels"] * weights["gain"]).astype(self.param_dtype)
 

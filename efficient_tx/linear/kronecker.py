@@ -6,6 +6,7 @@ is a row (Van Loan and Pitsianis 1993, Approximation with Kronecker products).
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,7 @@ class Kronecker(Structured):
     def sized_by(n: int, m: int) -> tuple[str, Sequence[int]]:
         return "rank", range(1, min(n, m) + 1)
 
-    def __init__(self, in_features: int, out_features: int, *, rank: int = 1, **common):
+    def __init__(self, in_features: int, out_features: int, *, rank: int = 1, **common: Any):
         at_least(1, rank=rank)
         self.a, self.b = divide(in_features)
         self.c, self.d = divide(out_features)
@@ -67,7 +68,7 @@ class Kronecker(Structured):
             "right": Factor((self.rank, self.b, self.d), fan_in=right * self.b),
         }
 
-    def multiply(self, x, *, left, right):
+    def multiply(self, x: jax.Array, *, left: jax.Array, right: jax.Array) -> jax.Array:
         def product(x, left, right):
             grid = x.reshape(*x.shape[:-1], self.a, self.b)
             if self.right_first:

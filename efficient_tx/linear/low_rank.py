@@ -36,7 +36,7 @@ class LowRank(Structured):
     def timed_with(n: int) -> Sequence[Mapping[str, Any]]:
         return ({"rank": max(1, n // 8)},)
 
-    def __init__(self, in_features: int, out_features: int, *, rank: int | None = None, **common):
+    def __init__(self, in_features: int, out_features: int, *, rank: int | None = None, **common: Any):
         side = min(in_features, out_features)
         at_least(1, rank=rank)
         self.rank = min(side, -(-side // 4) if rank is None else rank)
@@ -48,7 +48,7 @@ class LowRank(Structured):
             "up": Factor((self.rank, self.out_features), fan_in=self.rank),
         }
 
-    def multiply(self, x, *, down, up):
+    def multiply(self, x: jax.Array, *, down: jax.Array, up: jax.Array) -> jax.Array:
         return x @ down.T @ up
 
     def fit(self, kernel: jax.Array) -> dict[str, jax.Array]:

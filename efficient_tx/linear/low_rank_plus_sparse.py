@@ -7,6 +7,7 @@ input axis is the pattern of Mishra et al. 2021, arXiv 2104.08378.
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +119,7 @@ class LowRankPlusSparse(Structured):
         rank: int | None = None,
         pattern: str = "2:4",
         density: float | None = None,
-        **common,
+        **common: Any,
     ):
         side = min(in_features, out_features)
         at_least(1, rank=rank)
@@ -146,7 +147,7 @@ class LowRankPlusSparse(Structured):
             "sparse": Factor((self.in_features, self.out_features), fan_in=kept, variance=0.5 / kept),
         }
 
-    def draw(self, key, name, factor):
+    def draw(self, key: jax.Array, name: str, factor: Factor) -> jax.Array:
         drawn = super().draw(key, name, factor)
         if name != "sparse":
             return drawn
@@ -155,12 +156,12 @@ class LowRankPlusSparse(Structured):
         kept = sparsify(drawn, pattern=self.pattern, kept=self.kept)
         return (kept * jnp.sqrt(factor.variance * self.kept / jnp.sum(kept**2))).astype(self.param_dtype)
 
-    def weights(self, dtype):
+    def weights(self, dtype: jnp.dtype) -> dict[str, jax.Array]:
         there = jax.lax.stop_gradient(self.sparse[...]) != 0
         factors = super().weights(dtype)
         return factors | {"sparse": jnp.where(there, factors["sparse"], 0)}
 
-    def multiply(self, x, *, down, up, sparse):
+    def multiply(self, x: jax.Array, *, down: jax.Array, up: jax.Array, sparse: jax.Array) -> jax.Array:
         return x @ down @ up + x @ sparse
 
     def fit(self, kernel: jax.Array) -> dict[str, jax.Array]:

@@ -70,7 +70,7 @@ class Monarch(Structured):
     def timed_with(n: int) -> Sequence[Mapping[str, Any]]:
         return ({"blocks": 4}, {"blocks": 32})
 
-    def __init__(self, in_features: int, out_features: int, *, blocks: int = 4, init: str = "variance", **common):
+    def __init__(self, in_features: int, out_features: int, *, blocks: int = 4, init: str = "variance", **common: Any):
         at_least(1, blocks=blocks)
         if init not in ("variance", "published"):
             raise OptionError("init", init, "choose 'variance' or 'published'")
@@ -89,13 +89,13 @@ class Monarch(Structured):
             "w2": Factor((self.blocks, self.out_block, inner), fan_in=inner),
         }
 
-    def draw(self, key, name, factor):
+    def draw(self, key: jax.Array, name: str, factor: Factor) -> jax.Array:
         if self.init == "variance":
             return super().draw(key, name, factor)
         bound = factor.shape[-1] ** -0.5
         return jax.random.uniform(key, factor.shape, self.param_dtype, -bound, bound)
 
-    def multiply(self, x, *, w1, w2):
+    def multiply(self, x: jax.Array, *, w1: jax.Array, w2: jax.Array) -> jax.Array:
         return monarch(pad(x, self.blocks * self.in_block), w1, w2)[..., : self.out_features]
 
     def fit(self, kernel: jax.Array) -> dict[str, jax.Array]:

@@ -142,7 +142,7 @@ class Weight:
         raise NotImplementedError
 
     @classmethod
-    def from_dense(cls, kernel: jax.Array, bias: jax.Array | None = None, **options) -> Self:
+    def from_dense(cls, kernel: jax.Array, bias: jax.Array | None = None, **options: Any) -> Self:
         """The layer of this structure nearest to a dense one, in Frobenius norm, deterministic.
 
         Args:

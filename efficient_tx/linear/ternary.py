@@ -83,11 +83,11 @@ class Ternary(Structured):
         shape = (self.in_features, self.out_features)
         return {"kernel": Factor(shape, fan_in=self.in_features, variance=1 / (NORMAL * self.in_features))}
 
-    def weights(self, dtype):
+    def weights(self, dtype: jnp.dtype) -> dict[str, jax.Array]:
         levels, scale = ternary_levels(self.kernel[...])
         return {"levels": levels.astype(dtype), "scale": scale}
 
-    def multiply(self, x, *, levels, scale):
+    def multiply(self, x: jax.Array, *, levels: jax.Array, scale: jax.Array) -> jax.Array:
         steps, unit = eight_bits(x)
         return (jnp.matmul(steps, levels, preferred_element_type=unit.dtype) * (unit * scale)).astype(x.dtype)
 
@@ -96,7 +96,7 @@ class Ternary(Structured):
         """Products with the levels, one for each input and output by their scales, one of the two scales."""
         return (self.in_features + 1) * (self.out_features + 1)
 
-    def to_dense(self):
+    def to_dense(self) -> jax.Array:
         levels, scale = ternary_levels(self.kernel[...])
         return (levels * scale).astype(self.param_dtype)
 

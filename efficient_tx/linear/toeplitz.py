@@ -6,6 +6,7 @@ in Frobenius norm has on every diagonal the mean of that diagonal.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,9 @@ class Toeplitz(Structured):
     size = "2·n − 1, n if causal or circulant"
     nearest = "mean of every diagonal"
 
-    def __init__(self, in_features: int, out_features: int, *, causal: bool = False, circulant: bool = False, **common):
+    def __init__(
+        self, in_features: int, out_features: int, *, causal: bool = False, circulant: bool = False, **common: Any
+    ):
         # Not above: importing the structures imports no more than flax does.
         from scipy.fft import next_fast_len
 
@@ -55,7 +58,7 @@ class Toeplitz(Structured):
         heard = sum(min(j + 1, self.in_features) for j in range(self.out_features)) / self.out_features
         return {"diagonals": Factor((self.count,), fan_in=heard if self.causal else self.in_features)}
 
-    def multiply(self, x, *, diagonals):
+    def multiply(self, x: jax.Array, *, diagonals: jax.Array) -> jax.Array:
         wide = jnp.promote_types(x.dtype, jnp.float32)
         inputs = jnp.fft.rfft(x[..., : self.seen].astype(wide), self.length)
         product = jnp.fft.irfft(inputs * jnp.fft.rfft(diagonals.astype(wide), self.length), self.length)
@@ -77,7 +80,7 @@ class Toeplitz(Structured):
             return lag % self.count
         return jnp.where(lag + self.first < 0, self.count, lag + self.first)
 
-    def to_dense(self):
+    def to_dense(self) -> jax.Array:
         return self.diagonals[...].at[self.places()].get(mode="fill", fill_value=0)
 
     def fit(self, kernel: jax.Array) -> dict[str, jax.Array]:

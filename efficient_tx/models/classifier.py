@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -139,7 +140,7 @@ class Classifier(TokenEncoder):
       ValueError: a name or a size that does not fit; `pool="cls"` in a causal model, where that token sees nothing.
     """
 
-    def __init__(self, *, num_classes: int, pool: str = "mean", **encoder):
+    def __init__(self, *, num_classes: int, pool: str = "mean", **encoder: Any):
         check_pool(pool, encoder.get("causal", False))
         super().__init__(prefix=1 if pool == "cls" else 0, **encoder)
         self.pool = pool
@@ -181,7 +182,7 @@ class TokenClassifier(TokenEncoder):
       **encoder: see `TokenEncoder`.
     """
 
-    def __init__(self, *, num_classes: int, **encoder):
+    def __init__(self, *, num_classes: int, **encoder: Any):
         super().__init__(**encoder)
         self.head = nnx.Linear(self.encoder.features, num_classes, rngs=encoder["rngs"])
 

@@ -1,6 +1,7 @@
 """DualEncoder: two token sequences in, read by one encoder, the logits of one label of the pair out."""
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ class DualEncoder(TokenEncoder):
       ValueError: a name or a size that does not fit.
     """
 
-    def __init__(self, *, num_classes: int, pool: str = "mean", pair_head: str = "interaction", **encoder):
+    def __init__(self, *, num_classes: int, pool: str = "mean", pair_head: str = "interaction", **encoder: Any):
         if pair_head not in PAIR_HEADS:
             raise OptionError("pair_head", pair_head, f"choose one of {', '.join(PAIR_HEADS)}")
         check_pool(pool, encoder.get("causal", False))

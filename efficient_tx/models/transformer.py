@@ -1,6 +1,7 @@
 """The shared transformer: Mlp, Block and Encoder. Mixers and linear layers come in as factories, never as names."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -163,7 +164,7 @@ class Encoder(nnx.Module):
         drop_path: float = 0.0,
         dtype: jnp.dtype | None = None,
         rngs: nnx.Rngs,
-        **block,
+        **block: Any,
     ):
         at_least(1, layers=layers)
         check_rate(drop_path, "drop_path")

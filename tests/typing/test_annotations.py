@@ -10,7 +10,12 @@ import efficient_tx.linear
 import efficient_tx.models
 
 PACKAGES = (efficient_tx.attention, efficient_tx.kernels, efficient_tx.linear, efficient_tx.models)
-PUBLIC = [value for package in PACKAGES for name, value in vars(package).items() if callable(value) and name[0] != "_"]
+PUBLIC = [
+    value
+    for package in PACKAGES
+    for value in vars(package).values()
+    if callable(value) and value.__module__.startswith("efficient_tx.")
+]
 
 pytestmark = pytest.mark.quick
 

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from efficient_tx.attention.base.mixer import Mixer
 from efficient_tx.checks import lookup
 
 
-def adapt(variants: Mapping[str, type[Mixer]], name: str, **options) -> Callable[..., jax.Array]:
+def adapt(variants: Mapping[str, type[Mixer]], name: str, **options: Any) -> Callable[..., jax.Array]:
     """`variants[name]` as an `attention_fn`; see `efficient_tx.attention.as_attention_fn`."""
     variant = lookup(variants, name, "attention")
     function = variant.function

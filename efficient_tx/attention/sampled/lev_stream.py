@@ -55,7 +55,13 @@ class LevState(NamedTuple):
 
 
 def lev_init(
-    batch: int, groups: int, head_dim: int, v_dim: int | None = None, *, budget: int = 128, dtype=jnp.float32
+    batch: int,
+    groups: int,
+    head_dim: int,
+    v_dim: int | None = None,
+    *,
+    budget: int = 128,
+    dtype: jnp.dtype = jnp.float32,
 ) -> LevState:
     """The empty state; `groups` heads of keys and values, `dtype` float32 or float64, v_dim None means head_dim."""
     v_dim = head_dim if v_dim is None else v_dim
