@@ -17,14 +17,13 @@ from runs import draw, last_accuracy, summary, train, validation
 from efficient_tx.attention import ATTENTION
 from efficient_tx.linear import LINEAR
 
-MODELS = "softmax,kernelized,skyformer,nystromformer,soft,sigmoid,lev,hyper,performer,gla,bigbird,vmean"
 BUDGET = 32
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="where the runs, curves.png and curves.json go")
-    parser.add_argument("--models", default=MODELS, help="MIXER or MIXER+LINEAR, by commas")
+    parser.add_argument("--models", default=",".join(ATTENTION), help="MIXER or MIXER+LINEAR, by commas; default: all")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each model")
     parser.add_argument("--steps", type=int, default=1500)
     arguments = parser.parse_args()

@@ -1,6 +1,6 @@
 """Pathfinder: at which step does a mixer leave chance?
 
-    python benchmarks/pathfinder.py --out=DIR [--mixers=skyformer,softmax] [--contour_length=6] [--hours=3]
+    python benchmarks/pathfinder.py --out=DIR --mixers=skyformer,softmax [--contour_length=6] [--hours=3]
 
 Every run is `train.py --config=configs/lra_pathfinder.py:MIXER` with rotary positions in rows and columns, a
 convolution of 4 pixels on queries, keys and values, no dropout, 32 images a step and 2,000 for validation, in the
@@ -47,7 +47,7 @@ def leaves_chance(curve: Curve, images: int) -> int | None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="where the runs and pathfinder.png go")
-    parser.add_argument("--mixers", default="skyformer,softmax", help="by commas")
+    parser.add_argument("--mixers", required=True, help="by commas")
     parser.add_argument("--contour_length", type=int, default=6, choices=CONTOUR_LENGTHS, help="dashes of a contour")
     parser.add_argument("--steps", type=int, default=20000, help="of a whole run")
     parser.add_argument("--hours", type=float, default=3, help="that a run may take")

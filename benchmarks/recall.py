@@ -1,18 +1,18 @@
 """Associative recall (MQAR) against the size of the state: which mixer keeps how many pairs in how many bytes.
 
-    python benchmarks/recall.py --out=DIR                                    the table: one size a mixer, 3 seeds
-    python benchmarks/recall.py --out=DIR --pairs=4,8,16 --sizes=0,1,2 --seeds=1 --conv=4     the figure
+    python benchmarks/recall.py --out=DIR --mixers=softmax,local,linear,gla,skyformer    the table: one size, 3 seeds
+    python benchmarks/recall.py --out=DIR --mixers=... --pairs=4,8,16 --sizes=0,1,2 --seeds=1 --conv=4     the figure
 
 Every run is `train.py --config=configs/recall.py:MIXER` (2 layers, 64 wide, examples of 64 tokens) in a workdir of its
 own below DIR, with three learning rates; the one with the best mean validation accuracy is reported, by its test
 accuracy. Started again, it goes on where it was stopped, and what is finished is only read: so the last call of all
-settings draws the whole picture. Mixers are causal, skyformer aside, which has no causal form: it sees both directions,
-where the answer is not to be seen either.
+settings draws the whole picture. Mixers are causal; one that has no causal form sees both directions, where the answer
+is not to be seen either.
 
 The state is what a causal decoder keeps of the tokens before, in all layers, in float32: keys and values of all tokens
 (softmax) or of the window (local), a matrix of keys × values for each head (linear, which has a normaliser beside it;
-gla), and with a convolution of size c the last c − 1 projected tokens. In skyformer, which cannot decode, it is what
-queries read instead of the tokens: landmarks and their values.
+gla), and with a convolution of size c the last c − 1 projected tokens. Of a mixer that cannot decode it is what queries
+read instead of the tokens, as landmarks and their values (`Mixer.state_bytes`).
 """
 
 import argparse
@@ -23,46 +23,58 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from flax import nnx
 from matplotlib.figure import Figure
 from runs import summary, train
 
+from efficient_tx.attention import ATTENTION, Mixer, MultiHead
+
 LENGTH, LAYERS, FEATURES, HEADS = 64, 2, 64, 2
-# Three sizes of state for each mixer, by an option that leaves the parameters as they are.
-SIZES: dict[str, tuple[str, tuple[int, ...]]] = {
-    "softmax": ("model.heads", (HEADS,)),
-    "local": ("attention.local.window", (4, 16, 48)),
-    "linear": ("model.heads", (8, 2, 1)),
-    "gla": ("model.heads", (8, 2, 1)),
-    "skyformer": ("attention.skyformer.landmarks", (4, 16, 48)),
-}
+# Three sizes of state: budgets of a mixer that has one; of others heads, where they decide how large the state is.
+BUDGETS, MORE_HEADS = (4, 16, 48), (8, 2, 1)
 
 
 class Point(NamedTuple):
-    """One mixer at one size on one task."""
+    """One mixer at one size, a budget or a number of heads, on one task."""
 
     mixer: str
     conv: int
     pairs: int
     size: int
 
+    @property
+    def variant(self) -> type[Mixer]:
+        return ATTENTION[self.mixer]
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Of the mixer."""
+        return {"conv": self.conv} | self.variant.within(self.size)
+
+    @property
+    def heads(self) -> int:
+        return HEADS if self.variant.within(1) else self.size
+
     def settings(self) -> dict[str, object]:
         """Keys of the config."""
-        option = SIZES[self.mixer][0]
-        causal = {"model.causal": False} if self.mixer == "skyformer" else {}
-        return {f"attention.{self.mixer}.conv": self.conv, "task.pairs": self.pairs, option: self.size, **causal}
+        options = {f"attention.{self.mixer}.{option}": value for option, value in self.options.items()}
+        causal = {} if self.variant.can_be_causal else {"model.causal": False}
+        return {**options, "task.pairs": self.pairs, "model.heads": self.heads, **causal}
 
     def state_bytes(self) -> int:
         """What the module's docstring counts."""
-        head = FEATURES // self.size if self.mixer in ("linear", "gla") else 0
-        numbers = {
-            "softmax": 2 * LENGTH * FEATURES,
-            "local": 2 * self.size * FEATURES,
-            "linear": self.size * head * (head + 1),
-            "gla": self.size * (head // 2) * head,
-            "skyformer": 2 * self.size * FEATURES,
-        }[self.mixer]
-        projected = 2 * FEATURES if self.mixer == "gla" else 3 * FEATURES
-        return 4 * LAYERS * (numbers + max(self.conv - 1, 0) * projected)
+        shapes = nnx.eval_shape(
+            lambda: self.variant(FEATURES, heads=self.heads, max_len=LENGTH, rngs=nnx.Rngs(0), **self.options)
+        )
+        return LAYERS * shapes.state_bytes(LENGTH)
+
+
+def sizes(mixer: str) -> tuple[int, ...]:
+    """Of the state, as far as an option that leaves the parameters as they are decides it."""
+    if ATTENTION[mixer].within(1):
+        return BUDGETS
+    kept = {heads: Point(mixer, 0, 1, heads).state_bytes() for heads in MORE_HEADS}
+    return MORE_HEADS if len(set(kept.values())) > 1 else (HEADS,)
 
 
 class Result(NamedTuple):
@@ -97,7 +109,8 @@ def draw(path: Path, results: Mapping[Point, Result], baselines: Mapping[int, Ma
     panels = sorted({point.pairs for point in results})
     figure = Figure(figsize=(1 + 4 * len(panels), 4.5), layout="constrained")
     for axes, pairs in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels):
-        for (index, mixer), conv in itertools.product(enumerate(SIZES), sorted({point.conv for point in results})):
+        mixers = dict.fromkeys(point.mixer for point in results)
+        for (index, mixer), conv in itertools.product(enumerate(mixers), sorted({point.conv for point in results})):
             points = sorted(
                 (point.state_bytes(), result.accuracies)
                 for point, result in results.items()
@@ -130,7 +143,7 @@ def decimals(text: str) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="where the runs, recall.png and recall.json go")
-    parser.add_argument("--mixers", default=",".join(SIZES), help="by commas")
+    parser.add_argument("--mixers", required=True, help="by commas; those that project queries, keys and values")
     parser.add_argument("--pairs", type=numbers, default=[8], help="to be remembered, by commas")
     parser.add_argument("--sizes", type=numbers, default=[1], help="which of a mixer's sizes, 0 to 2, by commas")
     parser.add_argument("--conv", type=numbers, default=[0, 4], help="sizes of the convolution, by commas")
@@ -141,12 +154,13 @@ def main() -> None:
     if arguments.seeds < 1:
         parser.error(f"--seeds={arguments.seeds}: must be at least 1")
     mixers = arguments.mixers.split(",")
-    if set(mixers) - set(SIZES):
-        parser.error(f"--mixers has {min(set(mixers) - set(SIZES))!r}: use some of {', '.join(SIZES)}")
+    known = [name for name, variant in ATTENTION.items() if issubclass(variant, MultiHead)]
+    if unknown := [mixer for mixer in mixers if mixer not in known]:
+        parser.error(f"--mixers has {unknown[0]!r}: use some of {', '.join(known)}")
     results: dict[Point, Result] = {}
     for conv, pairs, mixer, index in itertools.product(arguments.conv, arguments.pairs, mixers, arguments.sizes):
-        sizes = SIZES[mixer][1]
-        point = Point(mixer, conv, pairs, sizes[min(index, len(sizes) - 1)])
+        of_mixer = sizes(mixer)
+        point = Point(mixer, conv, pairs, of_mixer[min(index, len(of_mixer) - 1)])
         if point in results:
             continue
         results[point] = measure(arguments.out, point, arguments.rates, arguments.seeds, arguments.steps)
