@@ -103,7 +103,7 @@ class MultiHead(Mixer):
         That is `state_numbers(length)`, and the last conv − 1 projected tokens of a short convolution. Of a variant
         that cannot decode it is what a query reads in place of the tokens.
         """
-        convolved = sum((conv.kernel.shape[0] - 1) * conv.kernel.shape[1] for conv in self.short_conv.values())
+        convolved = sum((conv.weight.shape[0] - 1) * conv.weight.shape[1] for conv in self.short_conv.values())
         return 4 * (self.state_numbers(length) + convolved)
 
     def state_numbers(self, length: int) -> int:
