@@ -25,8 +25,13 @@ def describe(config: ConfigDict) -> dict[str, str]:
         options = config
         for part in section.split("."):
             options = options[part]
-        lines |= {f"{section}.{key}": known.get(key, "") for key in options if key != "name"}
+        lines = {f"{section}.{key}": sentence(known.get(key, "")) for key in options} | lines
     return lines
+
+
+def sentence(text: str) -> str:
+    """The first sentence of a text, without its full stop."""
+    return re.split(r"\.(?: |$)", text, maxsplit=1)[0]
 
 
 def arguments(call: Callable | type) -> dict[str, str]:
