@@ -6,21 +6,18 @@ blocks are drawn with the example's key, anew in every training step. Padding is
 """
 
 from functools import reduce
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from efficient_tx.attention.base.multihead import MultiHead
 from efficient_tx.attention.base.options import checked_by
+from efficient_tx.attention.block_sparse.mixer import BlockSparse
 from efficient_tx.attention.block_sparse.patterns import (
-    OTHER_QUERIES,
     Window,
     last_queries,
     side_by_side,
     with_global_rows,
 )
-from efficient_tx.attention.exact.softmax import softmax
 from efficient_tx.checks import at_least
 from efficient_tx.kernels import block_attention
 from efficient_tx.numerics.random import evaluation_keys, example_keys
@@ -109,17 +106,13 @@ def distinct(uniform: jax.Array, choices: jax.Array) -> jax.Array:
     return chosen
 
 
-class BigBird(MultiHead):
+class BigBird(BlockSparse):
     """Multi-head `bigbird` attention; options as the function, the other arguments as `MultiHead`."""
 
     paper = "Zaheer et al. 2020, arXiv 2007.14062"
     computes = "softmax over near, first and random blocks, m tokens in all"
     cost = "n·m"
     function = staticmethod(bigbird)
-    exact = staticmethod(softmax)
-    near_on = ("clustered", "imbalanced")
-    refuses: ClassVar = {"cross": OTHER_QUERIES}
-    windowed = True
     draws = True
 
     @staticmethod

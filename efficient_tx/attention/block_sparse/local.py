@@ -6,14 +6,11 @@ covers everything. Unlike the published code of Long Range Arena it is local, no
 was not asked to be.
 """
 
-from typing import ClassVar
-
 import jax
 
-from efficient_tx.attention.base.multihead import MultiHead
 from efficient_tx.attention.base.options import checked_by
-from efficient_tx.attention.block_sparse.patterns import OTHER_QUERIES, Window, last_queries, side_by_side
-from efficient_tx.attention.exact.softmax import softmax
+from efficient_tx.attention.block_sparse.mixer import BlockSparse
+from efficient_tx.attention.block_sparse.patterns import Window, last_queries, side_by_side
 from efficient_tx.checks import at_least
 from efficient_tx.tokens.mask import key_mask, spread
 
@@ -53,17 +50,13 @@ def local(
     return spread(near.attend(*side_by_side(mask, q, k, v), causal), mask)
 
 
-class Local(MultiHead):
+class Local(BlockSparse):
     """Multi-head `local` attention; options as the function, the other arguments as `MultiHead`."""
 
     paper = "Parmar et al. 2018, arXiv 1802.05751"
     computes = "softmax over the w nearest tokens"
     cost = "n·w"
     function = staticmethod(local)
-    exact = staticmethod(softmax)
-    near_on = ("clustered", "imbalanced")
-    refuses: ClassVar = {"cross": OTHER_QUERIES}
-    windowed = True
 
     @staticmethod
     def within(budget: int) -> dict[str, int]:

@@ -4,20 +4,18 @@ With i and j the ranks of two real tokens, i sees j as in `local`, or where i or
 No pattern is a dense mask, and padding is neither near nor far.
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 
-from efficient_tx.attention.base.multihead import MultiHead
 from efficient_tx.attention.base.options import checked_by
+from efficient_tx.attention.block_sparse.mixer import BlockSparse
 from efficient_tx.attention.block_sparse.patterns import (
-    OTHER_QUERIES,
     Window,
     last_queries,
     side_by_side,
     with_global_rows,
 )
-from efficient_tx.attention.exact.softmax import softmax
 from efficient_tx.checks import at_least
 from efficient_tx.tokens.mask import key_mask, spread
 
@@ -59,7 +57,7 @@ def longformer(
     return spread(out, mask)
 
 
-class Longformer(MultiHead):
+class Longformer(BlockSparse):
     """Multi-head `longformer` attention; options as the function, the other arguments as `MultiHead`.
 
     Args:
@@ -71,10 +69,6 @@ class Longformer(MultiHead):
     computes = "softmax over the w nearest tokens and g global ones"
     cost = "n·(w + g)"
     function = staticmethod(longformer)
-    exact = staticmethod(softmax)
-    near_on = ("clustered", "imbalanced")
-    refuses: ClassVar = {"cross": OTHER_QUERIES}
-    windowed = True
 
     @staticmethod
     def within(budget: int) -> dict[str, int]:

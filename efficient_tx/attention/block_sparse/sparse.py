@@ -8,21 +8,17 @@ With i and j the ranks of two real tokens, i sees j where
 and causal forms see j ≤ i of these, with the window before the query. Every head has both patterns ("merged").
 """
 
-from typing import ClassVar
-
 import jax
 
-from efficient_tx.attention.base.multihead import MultiHead
 from efficient_tx.attention.base.options import checked_by
+from efficient_tx.attention.block_sparse.mixer import BlockSparse
 from efficient_tx.attention.block_sparse.patterns import (
-    OTHER_QUERIES,
     Fixed,
     Strided,
     Window,
     last_queries,
     side_by_side,
 )
-from efficient_tx.attention.exact.softmax import softmax
 from efficient_tx.checks import OptionError, at_least, one_of
 from efficient_tx.tokens.mask import key_mask, spread
 
@@ -61,17 +57,13 @@ def sparse(
     return spread(chosen.attend(*side_by_side(mask, q, k, v), causal), mask)
 
 
-class Sparse(MultiHead):
+class Sparse(BlockSparse):
     """Multi-head `sparse` attention; options as the function, the other arguments as `MultiHead`."""
 
     paper = "Child et al. 2019, arXiv 1904.10509"
     computes = "softmax over the l nearest tokens and every l-th one"
     cost = "n·(l + n/l)"
     function = staticmethod(sparse)
-    exact = staticmethod(softmax)
-    near_on = ("clustered", "imbalanced")
-    refuses: ClassVar = {"cross": OTHER_QUERIES}
-    windowed = True
 
     @staticmethod
     def within(budget: int) -> dict[str, int]:
