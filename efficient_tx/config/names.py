@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_tx.attention import ATTENTION, Mixer
-from efficient_tx.checks import lookup, one_of
+from efficient_tx.checks import lookup
 from efficient_tx.config.errors import ConfigError, at
 from efficient_tx.linear import LINEAR
 from efficient_tx.linear.structured import Weight
@@ -107,11 +107,8 @@ def task_module(name: str) -> ModuleType:
     for needed in ("get_task", "KIND", "sizes"):
         if not hasattr(module, needed):
             raise ConfigError("task.name", f"is {name!r}: that module has no {needed}, so it makes no task")
-    with at("task"):
-        try:
-            one_of(MODELS, KIND=module.KIND)
-        except ValueError as error:
-            raise ConfigError("task.name", f"is {name!r}, whose {error}") from None
+    if module.KIND not in MODELS:
+        raise ConfigError("task.name", f"is {name!r}, whose KIND is {module.KIND!r}: choose one of {', '.join(MODELS)}")
     return module
 
 
@@ -132,4 +129,7 @@ def task_sizes(task: Mapping[str, Any]) -> dict[str, Any]:
     """What a model has to know of the task in the section `task`, without touching data."""
     options = {key: value for key, value in task.items() if key != "name"}
     with at("task"):
-        return task_module(task["name"]).sizes(**options)
+        try:
+            return task_module(task["name"]).sizes(**options)
+        except TypeError as error:  # of a module of the user's own
+            raise ValueError(f"its module's sizes() does not take its options: {error}") from None
