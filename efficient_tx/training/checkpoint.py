@@ -1,8 +1,9 @@
-"""Checkpoints: trees of arrays on disk, every array and every file with a CRC-32. The one module that knows Orbax.
+"""Checkpoints: trees of arrays on disk, with a CRC-32 of every array and every file. Only this module uses Orbax.
 
-A checkpoint is written under a temporary name and renamed when it is complete, so that a killed process leaves the
-older ones as they were. Orbax loads a flipped bit without a word; the CRCs notice it. (Those of the arrays say that
-what is loaded is what was saved; those of the files also cover the copies that Orbax makes and does not read.)
+A checkpoint is written under a temporary name and renamed when it is complete. So a killed process leaves the older
+checkpoints as they were. Orbax loads a flipped bit without an error; the CRCs detect it. The CRCs of the arrays prove
+that the loaded arrays are the saved ones. The CRCs of the files also cover the copies that Orbax writes but does not
+read.
 """
 
 import contextlib
@@ -27,20 +28,20 @@ from orbax.checkpoint import v1 as ocp
 from efficient_tx.training.errors import Refused
 from efficient_tx.training.workdir import write_json, writing
 
-# The CRC-32 of every other file of a checkpoint, by its path.
+# A file of every checkpoint: the CRC-32 of all its other files, by path.
 FILES = "crc32.json"
 
 
 class Unusable(Exception):
-    """Why a checkpoint cannot be used: the rest of a line that begins with its name."""
+    """A checkpoint cannot be used. The message continues a line that begins with the checkpoint's name."""
 
 
 class Damaged(Unusable):
-    """A checkpoint does not open, or an array is not what was saved."""
+    """A checkpoint does not open, or an array differs from what was saved."""
 
 
 class Mismatch(Unusable):
-    """A checkpoint is whole, but its arrays are not those of the tree asked for."""
+    """A checkpoint is intact, but its arrays do not fit the requested tree."""
 
 
 class Checkpoints:
@@ -54,16 +55,16 @@ class Checkpoints:
         self.directory = Path(directory)
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending; whether they are whole only `load` tells."""
+        """Steps of the complete checkpoints, ascending. Only `load` detects damage."""
         if not self.directory.is_dir():
             return []
         return sorted(int(entry.name) for entry in self.directory.iterdir() if re.fullmatch(r"\d+", entry.name))
 
     def save(self, step: int, tree: Any) -> None:
-        """Writes `tree`, replacing a checkpoint of the same step. Over several processes, all of them call this.
+        """Writes `tree` and replaces a checkpoint of the same step. With several processes all of them call this.
 
         Raises:
-          RunError: it cannot be written; the others are as they were.
+          RunError: it cannot be written. The other checkpoints stay as they were.
         """
         arrays = {name: np.asarray(array) for name, array in _named(jax.device_get(tree)).items() if array.size}
         path = self.directory / str(step)
@@ -83,9 +84,9 @@ class Checkpoints:
                 os.replace(part, path)
 
     def load(self, step: int, like: Any) -> Any:
-        """The tree saved at `step`, verified, in the structure of `like` (arrays or `jax.ShapeDtypeStruct`).
+        """Returns the tree saved at `step`, verified, in the structure of `like` (arrays or `jax.ShapeDtypeStruct`).
 
-        It does not matter on how many devices it was saved.
+        It may have been saved on another number of devices.
 
         Raises:
           Unusable: see its subclasses.
@@ -93,10 +94,10 @@ class Checkpoints:
         return _fit(self.arrays(step), like)
 
     def arrays(self, step: int) -> dict[str, np.ndarray]:
-        """What was saved at `step`, verified, by dotted path: "params.blocks.0.norm.scale".
+        """Returns the verified arrays saved at `step`, by dotted path: "params.blocks.0.norm.scale".
 
         Raises:
-          Damaged: it does not open, or is not what was saved.
+          Damaged: the checkpoint does not open, or differs from what was saved.
         """
         return _read(self.directory / str(step))
 
@@ -107,12 +108,12 @@ class Checkpoints:
         warn: Callable[[str], None],
         passing: type[Unusable] = Unusable,
     ) -> tuple[int, Any] | tuple[None, None]:
-        """The first of `steps` that loads, and its tree, of structure like(step); (None, None) if `steps` is empty.
+        """The first of `steps` that loads, and its tree in the structure like(step); (None, None) if `steps` is empty.
 
-        Each one that cannot be used for the reason `passing` gets one line through `warn`, and the next is tried.
+        If a checkpoint raises the error `passing`, `warn` gets one line, and the next checkpoint is tried.
 
         Raises:
-          Refused: none of them loads, or one cannot be used for another reason.
+          Refused: no checkpoint loads, or one raises another `Unusable` error.
         """
         for step, following in zip(steps, [*steps[1:], None]):
             try:
@@ -127,9 +128,9 @@ class Checkpoints:
         return None, None
 
     def prune(self, keep: int, *, newest: int, best: int | None) -> None:
-        """Deletes all but the `keep` newest up to step `newest`, and `best`.
+        """Deletes all checkpoints except `best` and the `keep` newest up to step `newest`.
 
-        What is newer than `newest` was passed over as unusable when the run went on from an older one.
+        Checkpoints after `newest` were unusable when the run resumed from an older one.
         """
         steps = self.steps()
         kept = {step for step in steps if step <= newest}
@@ -140,14 +141,14 @@ class Checkpoints:
         self.clean()
 
     def clean(self) -> None:
-        """Removes what killed processes left half written or half deleted."""
+        """Removes checkpoints that killed processes left half written or half deleted."""
         if self.directory.is_dir():
             for entry in self.directory.iterdir():
                 if re.fullmatch(r"\d+\..*", entry.name):
                     shutil.rmtree(entry, ignore_errors=True)
 
     def _delete(self, step: int) -> None:
-        """Takes a checkpoint away in one go; `clean` frees the space."""
+        """Removes a checkpoint by one rename; `clean` frees the space."""
         path = self.directory / str(step)
         if path.exists():
             with writing(path):
@@ -165,7 +166,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             arrays = ocp.load(path.absolute())
     except Damaged:
         raise
-    # Orbax and tensorstore raise whatever the damage happened to lead to.
+    # Damaged files make Orbax and tensorstore raise errors of any type.
     except Exception as error:
         reason = re.split(r"\n|\[tensorstore|https?:", str(error))[0].strip()
         raise Damaged(f"does not open ({type(error).__name__}: {reason[:300]})") from error
@@ -177,7 +178,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 
 def _fit(arrays: dict[str, np.ndarray], like: Any) -> Any:
-    """`arrays` in the structure of `like`, or Mismatch naming the first differences."""
+    """Returns `arrays` in the structure of `like`, or raises Mismatch with the first differences."""
     wanted = {name: leaf for name, leaf in _named(like).items() if leaf.size}
     problems = []
     for name in [*wanted, *(arrays.keys() - wanted.keys())]:
@@ -219,7 +220,7 @@ def _file_checksums(path: Path) -> dict[str, int]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences what Orbax says beside raising, where the caller says it in one line."""
+    """Silences the messages of Orbax: the caller reports an error in one line."""
     _ignore_abandoned()
     level = logging.get_verbosity()
     logging.set_verbosity(logging.FATAL)
@@ -231,7 +232,7 @@ def _quiet() -> Iterator[None]:
 
 @functools.cache
 def _ignore_abandoned() -> None:
-    """Silences, for good, the coroutines and callbacks that a failing call of Orbax abandons: they complain later."""
+    """Silences late messages of coroutines and callbacks that a failed Orbax call abandons, for the whole process."""
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     report = sys.unraisablehook
 

@@ -1,4 +1,4 @@
-"""Compilation: compiled programs are kept on disk, so that the second run of a program starts at once."""
+"""Compilation cache on disk: the second run of a program starts without compilation."""
 
 import os
 import re
@@ -10,10 +10,10 @@ import jax
 
 
 def keep_programs(directory: Path) -> None:
-    """Makes jax store and look up compiled programs in `directory`; without it where it cannot be written.
+    """Makes jax store and look up compiled programs in `directory`, if it can be written.
 
-    jax writes an entry in place, so a killed process may leave half of one, which jax would then warn of, and never
-    replace, at every start: here it is deleted when that is noticed, and compiled and stored anew.
+    jax writes a cache entry in place, so a killed process may leave an incomplete one. jax then warns about it at every
+    start and never replaces it. Here the warning deletes the entry: the program is compiled and stored again.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -24,7 +24,7 @@ def keep_programs(directory: Path) -> None:
         print(f"compiled programs are not kept: {directory} cannot be written", file=sys.stderr)
         return
     jax.config.update("jax_compilation_cache_dir", str(directory))
-    # Also the dozens of small programs around the step: together they take seconds at every start.
+    # Store the dozens of small programs around the step too: together they take seconds at every start.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     show = warnings.showwarning
 

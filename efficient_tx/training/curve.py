@@ -19,14 +19,15 @@ def draw(
     """Writes a PNG: loss and metric over steps, training and validation, baselines as dashed horizontal lines.
 
     Args:
-      lines: those of metrics.jsonl.
-      metric: the one beside the loss.
-      baselines: what answers score in it that a model has to beat, by name.
+      lines: the lines of metrics.jsonl.
+      title: above the two plots.
+      metric: plotted beside the loss.
+      baselines: scores in the metric that a model has to beat, by name.
 
     Raises:
       RunError: the file cannot be written.
     """
-    # Not pyplot: it has global state, and looks for a screen.
+    # Not pyplot: it has global state and looks for a display.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")

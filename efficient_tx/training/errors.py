@@ -1,4 +1,4 @@
-"""What ends a run with one line for people, and the exit status it ends with."""
+"""Errors that end a run with one line and an exit status."""
 
 import contextlib
 import signal
@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 
 class RunError(Exception):
-    """One line: what happened, where, and what would work.
+    """An error in one line: what happened, where, and what would help.
 
     Attributes:
       status: exit status of the program.
-      resumable: whether the same command, given again, goes on from where the run ended.
-      option: whose value the line begins with, None where it begins with no option.
+      resumable: whether the same command can resume the run.
+      option: the option whose value begins the line; None if no option does.
     """
 
     status = 1
@@ -23,12 +23,12 @@ class RunError(Exception):
 
     @property
     def flag(self) -> str:
-        """The line with its option as a flag of the command line."""
+        """The line, with its option written as a command-line flag."""
         return f"--{self.option}={self}" if self.option else str(self)
 
 
 class Refused(RunError):
-    """What was asked for cannot be done; nothing was changed."""
+    """The request cannot be fulfilled; nothing was changed."""
 
     status = 2
     resumable = False
@@ -42,7 +42,7 @@ class NonFinite(RunError):
 
 
 class Interrupted(RunError):
-    """A signal asked the run to stop, and it did so at a step from which it can go on."""
+    """A signal stopped the run at a step from which it can resume."""
 
     def __init__(self, signum: int, line: str):
         super().__init__(f"stopped by {signal.Signals(signum).name}: {line}")
@@ -51,7 +51,7 @@ class Interrupted(RunError):
 
 @contextlib.contextmanager
 def refusing(where: str = "") -> Iterator[None]:
-    """Turns what wrong settings, missing data or a missing package raise into Refused, headed by `where`."""
+    """Turns errors from wrong settings, missing data or a missing package into Refused, with `where` in front."""
     try:
         yield
     except (ValueError, OSError, ModuleNotFoundError) as error:

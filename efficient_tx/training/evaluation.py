@@ -1,4 +1,4 @@
-"""Evaluation of one set of parameters on one split, and the parameters that a finished run is worth."""
+"""Evaluation of parameters on a split, and the choice of the checkpoint to evaluate."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,13 +22,13 @@ from efficient_tx.training.step import make_eval_step, replicate, split_batch
 
 
 class Scores(NamedTuple):
-    """What a model scores on a split.
+    """Scores of a model on a split.
 
     Attributes:
-      means: of the loss and of every metric of the objective, over the items.
-      count: items (labels, where there is one per token) that were counted.
-      examples_per_second: rows of batches over wall time, without the first batch of each shape, which compiles; None
-        if there are no others.
+      means: the mean loss and the mean of every metric of the objective, over the items.
+      count: items that were counted; an item is a label if there is one per token, else an example.
+      examples_per_second: rows of batches over wall time. The first batch of each shape compiles and is not timed; None
+        if there is no other batch.
     """
 
     means: dict[str, float]
@@ -37,10 +37,10 @@ class Scores(NamedTuple):
 
 
 def prefetch(batches: grain.MapDataset, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
-    """Batches start..stop, split over the local devices, a few of them prepared ahead in threads.
+    """Yields `batches[start:stop]`, split over the local devices; threads prepare a few batches ahead.
 
     Raises:
-      Refused: (from the iterator) an example cannot be read.
+      Refused: (while iterating) an example cannot be read.
     """
     split = partial(split_batch, devices=jax.local_devices())
     read = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
@@ -49,9 +49,9 @@ def prefetch(batches: grain.MapDataset, start: int = 0, stop: int | None = None)
 
 
 def make_evaluate(graphdef: nnx.GraphDef, objective: Objective = CLASSIFICATION) -> Callable[..., Scores]:
-    """evaluate(params, batches, check=None) -> Scores over all devices and processes, each item counted once.
+    """Returns evaluate(params, batches, check=None) -> Scores over all devices and processes; each item counts once.
 
-    `check` is called before each batch; what it raises ends the evaluation.
+    `check` is called before each batch; an exception from it ends the evaluation.
     """
     step = make_eval_step(graphdef, objective=objective)
 
@@ -68,7 +68,7 @@ def make_evaluate(graphdef: nnx.GraphDef, objective: Objective = CLASSIFICATION)
                 jax.block_until_ready(pending)
                 seconds += time.perf_counter() - started
             part = step(params, batch)
-            # One batch behind, so that the device need not wait for the host; Python's floats add up exactly.
+            # One batch behind, so the device does not wait for the host. Python's floats add up exactly.
             if pending is not None:
                 sums = metrics.add(sums, metrics.fetch(pending))
             pending = part
@@ -91,15 +91,16 @@ def trained_parameters(
     stages: Sequence[Stage],
     warn: Callable[[str], None],
 ) -> tuple[int, Stage, nnx.State]:
-    """(step, its stage, parameters to evaluate) of a checkpoint of the run in the workdir `path`.
+    """Returns (step, its stage, parameters to evaluate) of a checkpoint of the run in the workdir `path`.
 
     Args:
-      which: "best" (on validation, by the objective), "last", or a step. Of a damaged best or last one `warn` gets a
-        line, and the next best or next older one is used.
-      stages: the run's own, which say what the state of a step looks like; the model's values are not looked at.
+      which: "best" (on validation, by the objective), "last", or a step. If the best or last one is damaged, `warn`
+        gets one line, and the next best or next older one is used.
+      stages: stages of this run; they define the structure of the state at each step. The values of the models are not
+        used.
 
     Raises:
-      Refused: there is no such checkpoint, none that opens, or its parameters do not fit the model of its stage.
+      Refused: there is no such checkpoint, none opens, or the parameters do not fit the model of their stage.
     """
     checkpoints = Checkpoints(Path(path) / "checkpoints")
     steps = checkpoints.steps()

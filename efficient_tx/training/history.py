@@ -1,4 +1,4 @@
-"""History: metrics.jsonl, the one record of what a run measured; everything else is drawn from it."""
+"""History: metrics.jsonl, the only record of what a run measured; all reports are made from it."""
 
 import json
 import math
@@ -12,22 +12,28 @@ from efficient_tx.training.workdir import write_bytes, writing
 
 Line = dict[str, Any]
 
-# Fields that differ from one machine, and one run, to the next; all others are the same bit for bit.
+# Fields that differ between machines and between runs; all others are the same bit for bit.
 TIMINGS = ("seconds", "data_seconds", "examples_per_second")
 
 
 class History:
-    """metrics.jsonl: one JSON object a line, in the order of steps.
+    """metrics.jsonl: one JSON object per line, in the order of steps.
 
-    Every line has `step`, `split` ("train" or "validation"), `loss` and the objective's metrics (`accuracy`), means
-    over the steps since the last train line, or over the split. Train lines add `learning_rate` (of that step's
-    update), `grad_norm` (before clipping, mean over the window), and of the part of the window that this process ran,
-    without its first step, which compiles: `seconds`, evaluation and saving excluded, `data_seconds` of them waiting
-    for batches, and `examples_per_second` (null where there is no such part). A number that is not finite is null.
+    Every line has `step`, `split` ("train" or "validation"), `loss` and the metrics of the objective (`accuracy`):
+    means over the steps since the last train line, or over the split. Train lines add
+
+      learning_rate: of the update of this step.
+      grad_norm: before clipping, mean over the window.
+      seconds: training time, without evaluation and saving.
+      data_seconds: the part of `seconds` that was spent waiting for batches.
+      examples_per_second: null if no step was timed.
+
+    The last three cover the steps of the window that this process ran, except its first step, which compiles. A number
+    that is not finite is null.
 
     Args:
       path: the file; it need not exist.
-      writer: whether to write it; otherwise only `lines` follow.
+      writer: whether to write the file; if not, only `lines` changes.
     """
 
     def __init__(self, path: Path, *, writer: bool = True):
@@ -35,7 +41,7 @@ class History:
         self.lines = read_lines(path)
 
     def append(self, line: Line) -> None:
-        """Adds a line. Once this returns, a killed process has not lost it."""
+        """Adds a line. It is on disk when this returns."""
         line = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in line.items()}
         self.lines.append(line)
         if self._writer:
@@ -45,7 +51,7 @@ class History:
                 os.fsync(file.fileno())
 
     def rewind(self, step: int) -> None:
-        """Drops the lines after `step`, and a last one that was only half written, in one atomic replacement."""
+        """Drops the lines after `step` and an incomplete last line, by one atomic replacement of the file."""
         self.lines = [line for line in self.lines if line["step"] <= step]
         content = "".join(json.dumps(line) + "\n" for line in self.lines).encode()
         if self._writer and (not self.path.exists() or self.path.read_bytes() != content):
@@ -60,14 +66,14 @@ class History:
         return [line for line in self.lines if line["split"] == split]
 
     def ranked(self, objective: Objective = CLASSIFICATION) -> list[int]:
-        """Validated steps, the best by the objective first, and of equal ones the earliest."""
+        """Validated steps, best first by the objective; of equal ones the earliest first."""
         sign = -1 if objective.higher_is_better else 1
         ranked = sorted(self.of("validation"), key=lambda line: (sign * line[objective.best], line["step"]))
         return [line["step"] for line in ranked]
 
 
 def read_lines(path: Path) -> list[Line]:
-    """The complete lines of metrics.jsonl, up to the first that is no JSON; [] where there is no file."""
+    """The complete lines of metrics.jsonl, up to the first that is not JSON; [] if there is no file."""
     if not path.exists():
         return []
     lines = []

@@ -1,4 +1,4 @@
-"""Loggers: where the lines of metrics.jsonl go besides."""
+"""Loggers: further destinations for the lines of metrics.jsonl."""
 
 import hashlib
 import os
@@ -15,11 +15,11 @@ class TensorBoard:
 
     Args:
       path: the workdir.
-      step: the run goes on after this step; TensorBoard hides what an earlier process wrote beyond it.
+      step: the run resumes after this step; TensorBoard hides later steps of an earlier process.
     """
 
     def __init__(self, path: Path, step: int, config: Mapping[str, Any]):
-        # The plain writer: tensorboardX.SummaryWriter writes from a thread, and waits for ever once the disk is full.
+        # Not tensorboardX.SummaryWriter: it writes from a thread and waits forever if the disk is full.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.summary import scalar
@@ -47,7 +47,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """The same scalars as a run of Weights & Biases, which goes on when the workdir's run does.
+    """The same scalars as a run of Weights & Biases, which resumes with the run of the workdir.
 
     Raises:
       ImportError: wandb is not installed.

@@ -1,4 +1,4 @@
-"""The loop: steps, lines, checkpoints and evaluations of one run, from wherever an earlier process left it."""
+"""The training loop: steps, metric lines, checkpoints and evaluations of one run, new or resumed."""
 
 import dataclasses
 import time
@@ -25,15 +25,15 @@ from efficient_tx.training.summary import parameter_count
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How long a run is and when it does what, in steps; the last step does all of it.
+    """The length of a run and its intervals, in steps. The last step is followed by line, evaluation and checkpoint.
 
     Attributes:
       steps: updates of the run.
       batch_size: examples of a step, over all devices and processes.
-      log_every: between train lines.
-      eval_every: between evaluations, each with a checkpoint.
-      checkpoint_every: between further checkpoints.
-      keep: newest checkpoints that stay, the best one aside.
+      log_every: steps between train lines.
+      eval_every: steps between evaluations, each with a checkpoint.
+      checkpoint_every: steps between further checkpoints.
+      keep: number of newest checkpoints to keep, besides the best one.
     """
 
     steps: int
@@ -57,7 +57,7 @@ class Plan:
 
 
 class Stopwatch:
-    """Wall time of training since the last train line: without compilation, evaluation and saving."""
+    """Wall time of training since the last train line, without compilation, evaluation and saving."""
 
     def __init__(self):
         self._started = None
@@ -68,12 +68,12 @@ class Stopwatch:
         self.steps, self.seconds, self.data_seconds = 0, 0.0, 0.0
 
     def start(self, at: float) -> None:
-        """Training began, or went on, at this time; nothing if it is running."""
+        """Starts at the time `at`; does nothing if the watch is running."""
         if self._started is None:
             self._started = at
 
     def stop(self) -> bool:
-        """Training pauses; nothing if it is not running. Whether it was."""
+        """Stops, and returns whether the watch was running."""
         running = self._started is not None
         if running:
             self.seconds += time.perf_counter() - self._started
@@ -84,20 +84,20 @@ class Stopwatch:
 class Loop:
     """One run.
 
-    After a step, in this order: a train line, the next stage, a checkpoint, a validation line, each when it is due; a
-    stage begins with a checkpoint, of the new state. A checkpoint holds the open window of training sums, and a resumed
-    run first drops the lines after its step, and evaluates where the line is missing: so wherever a process is killed,
-    the next one writes the same lines.
+    After each step the loop does what is due, in this order: a train line, the next stage, a checkpoint, a validation
+    line. A stage begins with a checkpoint of its new state. A checkpoint holds the open window of training sums. A
+    resumed run first drops the lines after its step, and evaluates if the validation line of its step is missing. So a
+    run that was killed at any point and resumed writes the same lines.
 
     Args:
-      stages: from `make_stages`; the parameters of the first one's model are where the run starts.
+      stages: from `make_stages`; the run starts from the parameters of the first stage's model.
       schedule: schedule(updates done before) is the learning rate in the train lines.
-      batches: element i is this process's rows of step i's batch.
+      batches: element i is this process's rows of the batch of step i.
       validation: batches that hold every item of the validation split once.
-      plan: when to do what.
-      checkpoints, history, report: of the workdir, which this process owns.
-      seed: of dropout and sampling.
-      grad_accum: parts that each device cuts its rows into.
+      plan: length and intervals of the run.
+      checkpoints, history, report: those of the workdir, which this process owns.
+      seed: seed of dropout and sampling.
+      grad_accum: number of micro-batches that each device splits its rows into.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Loop:
         self._use(stages[0])
 
     def _use(self, stage: Stage) -> None:
-        """Trains and evaluates what `stage` says from here on; its first step with each shape of batches compiles."""
+        """Switches training and evaluation to `stage`; the first step with each shape of batches compiles."""
         graphdef = nnx.split(stage.model)[0]
         self._stage, self._objective = stage, stage.objective
         self._compiled = set()
@@ -142,13 +142,14 @@ class Loop:
     def run(self) -> State:
         """Trains up to the last step and returns the state there.
 
-        `compile_seconds` is then what the first steps of this process took, one for each stage and shape of batches:
-        tracing, compilation (or the compiled program's way out of the cache) and the step itself.
+        `compile_seconds` is then the time of the first steps of this process, one for each stage and shape of batches.
+        It includes tracing, compilation (or loading the program from the cache) and the step itself.
 
         Raises:
-          Interrupted: by a signal; the state is saved.
+          Interrupted: a signal arrived; the state is saved.
           NonFinite: the loss, a gradient or a parameter is not finite; such a state is never saved.
-          RunError: something cannot be written; Refused: there are checkpoints, but none can be used.
+          RunError: a file cannot be written.
+          Refused: there are checkpoints, but none can be used.
         """
         step, state = self._restore()
         self._report.start(step)
@@ -179,7 +180,7 @@ class Loop:
         return state
 
     def _restore(self) -> tuple[int, State]:
-        """The newest state there is."""
+        """The step and the state to start from: the newest usable checkpoint, else step 0."""
         if self._writer:
             self._checkpoints.clean()
         step, state = self._checkpoints.first_usable(
@@ -195,7 +196,7 @@ class Loop:
         return step, replicate(state)
 
     def _enter(self, stage: Stage, state: State) -> State:
-        """The state with which `stage` begins."""
+        """The first state of `stage`."""
         self._settle(state)
         before = self._stage
         self._use(stage)
@@ -204,7 +205,7 @@ class Loop:
         return replicate(enter(state, before, stage))
 
     def _advance(self, state: State, batches: Iterator[Batch]) -> State:
-        """One step. The host waits for a batch, never for the device, but for a first step, which compiles."""
+        """Runs one step. The host waits for the batch, and for the device only at a first step, which compiles."""
         asked = time.perf_counter()
         batch = next(batches)
         arrived = time.perf_counter()
@@ -256,7 +257,7 @@ class Loop:
         self._prune(step)
 
     def _validate(self, state: State, step: int, signals: StopSignals) -> None:
-        """Writes the validation line of `step`, whose checkpoint there is; a signal ends it between two batches."""
+        """Writes the validation line of `step`, which has a checkpoint. A signal stops it between two batches."""
 
         def check():
             if signals.received and jax.process_count() == 1:
@@ -274,7 +275,7 @@ class Loop:
             self._checkpoints.prune(self._plan.keep, newest=step, best=best)
 
     def _settle(self, state: State) -> None:
-        """Waits for the device, stops the watch, and looks whether a step went wrong."""
+        """Waits for the device, stops the watch, and raises NonFinite if a step went wrong."""
         jax.block_until_ready(state.step)
         self._watch.stop()
         bad = int(state.bad_step)

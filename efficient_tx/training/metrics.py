@@ -1,8 +1,8 @@
-"""Metrics: dict of name -> (sum, count), two float32 scalars, divided only when a person looks at them.
+"""Metrics: dict of name -> (sum, count), two float32 scalars. They are divided only for display.
 
-Sums add up over micro-batches, devices, processes, steps and evaluation batches without weighting anything twice.
-A float32 sum of ones is exact up to 2^24 = 16,777,216: more items than one window or evaluation batch has. To add up
-more than that, `fetch` each batch: Python's floats carry on exactly.
+Sums add up over micro-batches, devices, processes, steps and evaluation batches; nothing counts twice. A float32 sum of
+ones is exact up to 2^24 = 16,777,216, more items than one window or evaluation batch has. For larger sums, `fetch` each
+batch and add Python's floats, which stay exact.
 """
 
 from typing import Any
@@ -14,12 +14,12 @@ Metrics = dict[str, tuple[Any, Any]]
 
 
 def zeros(*names: str) -> Metrics:
-    """Nothing seen yet, for each of `names`; leaves are float32 scalars in host memory."""
+    """Zero sums and counts for each of `names`: float32 scalars in host memory."""
     return {name: (np.zeros((), np.float32), np.zeros((), np.float32)) for name in names}
 
 
 def add(a: Metrics, b: Metrics) -> Metrics:
-    """The metrics of what `a` and `b` saw together; both have the same names."""
+    """The metrics of the items in `a` and `b` together; both have the same names."""
     return jax.tree.map(lambda x, y: x + y, a, b)
 
 
@@ -29,5 +29,5 @@ def fetch(metrics: Metrics) -> Metrics:
 
 
 def means(metrics: Metrics) -> dict[str, float]:
-    """sum / count of every metric, NaN where nothing was counted; waits until the device has computed them."""
+    """sum / count of every metric, NaN if nothing was counted; waits until the device has computed them."""
     return {name: total / count if count else float("nan") for name, (total, count) in fetch(metrics).items()}

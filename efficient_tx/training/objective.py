@@ -1,4 +1,4 @@
-"""Classification: the objective of every task that brings no other."""
+"""Classification: the default objective of a task."""
 
 from collections.abc import Mapping
 
@@ -10,17 +10,17 @@ from efficient_tx.task import Objective, Task
 
 
 def classification(logits: jax.Array, batch: Mapping[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Cross-entropy (nats) and right answers, sums over the rows of a batch, each with the sum of weights.
+    """Cross-entropy (nats) and correct answers: sums over the rows of a batch, each with the sum of weights.
 
-    Logits are `[B, classes]`, or `[B, L, classes]` where label and weight are `[B, L]`. Where there is a `mix`, the
-    loss of an example is that share of `label`'s and the rest of `label2`'s; right is `label`.
+    Logits are `[B, classes]`, or `[B, L, classes]` if label and weight are `[B, L]`. If the batch has `mix`, the loss
+    of an example is mix · loss(label) + (1 − mix) · loss(label2); the correct answer is `label`.
     """
     weight = batch["weight"].astype(jnp.float32)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
     if "mix" in batch:
         other = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label2"])
         loss = batch["mix"] * loss + (1 - batch["mix"]) * other
-    # Rows of weight 0 only fill up the batch: whatever their labels and logits are, the loss stays finite.
+    # Rows of weight 0 only fill up the batch: the loss stays finite for any labels and logits in them.
     loss = jnp.where(weight > 0, loss, 0.0)
     right = jnp.argmax(logits, -1) == batch["label"]
     total = weight.sum()
@@ -31,5 +31,5 @@ CLASSIFICATION = Objective(classification, metrics=("accuracy",), best="accuracy
 
 
 def objective_of(task: Task) -> Objective:
-    """The task's own objective, or classification."""
+    """The task's own objective, else classification."""
     return task.objective or CLASSIFICATION

@@ -1,4 +1,4 @@
-"""Names to optimizers and learning-rate schedules: two tables over optax and optax.contrib."""
+"""Optimizers and learning-rate schedules by name: two tables over optax and optax.contrib."""
 
 import inspect
 import math
@@ -14,14 +14,15 @@ Schedule = Callable[[jax.Array | int], jax.Array]
 
 
 def _warm(step, warmup):
-    """Linear warm-up: step / warmup, at most 1; no warm-up is 1 everywhere."""
+    """Linear warm-up: min(1, step / warmup); 1 if warmup is 0."""
     return jnp.minimum(1.0, step / warmup) if warmup else jnp.ones_like(step, jnp.float32)
 
 
 def cosine(learning_rate: float, *, steps: int, warmup: int) -> Schedule:
     """base · min(1, s/w) · ½(1 + cos π·max(0, s − w)/steps), as Long Range Arena (Tay et al., 2020, arXiv 2011.04006).
 
-    The arc is `steps` long and starts after the warm-up, so it would end at s = steps + w.
+    s is the number of updates done, w the warm-up. The cosine is `steps` long and starts after the warm-up, so it would
+    end at s = steps + w.
     """
 
     def schedule(step):
@@ -32,16 +33,20 @@ def cosine(learning_rate: float, *, steps: int, warmup: int) -> Schedule:
 
 
 def rsqrt(learning_rate: float, *, steps: int, warmup: int) -> Schedule:
-    """base · min(1, s/w) / √max(s, w), Long Range Arena's (Tay et al., 2020, arXiv 2011.04006); the peak is base/√w."""
+    """base · min(1, s/w) / √max(s, w), as in Long Range Arena (Tay et al., 2020, arXiv 2011.04006).
+
+    s is the number of updates done, w the warm-up. The peak is base/√w.
+    """
     return lambda step: learning_rate * _warm(step, warmup) / jnp.sqrt(jnp.maximum(step, max(warmup, 1)))
 
 
 def one_cycle(learning_rate: float, *, steps: int, warmup: int) -> Schedule:
-    """Two lines: base/25 at s = 0 up to base at s = w − 1, down to base/250,000 at s = steps − 1.
+    """Two lines: from base/25 at s = 0 up to base at s = w − 1, then down to base/250,000 at s = steps − 1.
 
-    The 1cycle policy (Smith and Topin, 2018, arXiv 1708.07120) as torch's OneCycleLR(max_lr=base, total_steps=steps,
-    pct_start=w/steps, anneal_strategy="linear") counts it. By default torch's also moves Adam's b1 from 0.95 down to
-    0.85 and back, whatever b1 the optimizer was given; here `b1` is what the config says.
+    s is the number of updates done, w the warm-up. This is the 1cycle policy (Smith and Topin, 2018, arXiv 1708.07120)
+    as in torch's OneCycleLR(max_lr=base, total_steps=steps, pct_start=w/steps, anneal_strategy="linear"). By default
+    torch also moves Adam's b1 from 0.95 down to 0.85 and back and ignores the optimizer's own b1. Here `b1` is the
+    config's.
     """
     if warmup > steps:
         raise OptionError("warmup", warmup, f"one_cycle peaks within the run, whose steps are {steps}")
@@ -56,7 +61,7 @@ def one_cycle(learning_rate: float, *, steps: int, warmup: int) -> Schedule:
 
 
 def constant(learning_rate: float, *, steps: int, warmup: int) -> Schedule:
-    """base · min(1, s/w)."""
+    """base · min(1, s/w), with s the number of updates done and w the warm-up."""
     return lambda step: learning_rate * _warm(step, warmup)
 
 
@@ -69,7 +74,7 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 
 
 def sgd(learning_rate: Schedule, *, b1: float, weight_decay: float) -> optax.GradientTransformation:
-    """Momentum `b1` (0 = none) and decoupled weight decay."""
+    """SGD with momentum `b1` (0 = none) and decoupled weight decay."""
     return optax.chain(
         optax.trace(decay=b1), optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(learning_rate)
     )
@@ -78,12 +83,12 @@ def sgd(learning_rate: Schedule, *, b1: float, weight_decay: float) -> optax.Gra
 def muon(
     learning_rate: Schedule, *, b1: float, b2: float, eps: float, weight_decay: float
 ) -> optax.GradientTransformation:
-    """Muon (Jordan et al., 2024) for the matrices between input and output, adamw for everything else.
+    """Muon (Jordan et al., 2024) for the matrices between input and output, adamw for all other parameters.
 
-    A matrix is a two-dimensional parameter called `kernel`, as `nnx.Linear`'s, unless a module called `head` or
-    `embedding` holds it: the output layer, embeddings, positions, vectors and the factors of structured weights are
-    adamw's. Updates are scaled to adamw's root mean square (0.2, Liu et al., 2025, arXiv 2502.16982), so both share one
-    learning rate.
+    A matrix is a two-dimensional parameter called `kernel`, as in `nnx.Linear`, that is not inside a module called
+    `head` or `embedding`. So adamw trains the output layer, embeddings, positions, vectors and the factors of
+    structured weights. Updates are scaled to adamw's root mean square (0.2, Liu et al., 2025, arXiv 2502.16982), so
+    both share one learning rate.
     """
 
     def label(path, param):
@@ -101,16 +106,17 @@ def muon(
 def prodigy(
     learning_rate: Schedule, *, b1: float, b2: float, eps: float, weight_decay: float
 ) -> optax.GradientTransformation:
-    """Prodigy (Mishchenko and Defazio, 2023, arXiv 2306.06101) finds the step size itself: learning_rate is best 1.
+    """Prodigy (Mishchenko and Defazio, 2023, arXiv 2306.06101) finds the step size itself: learning_rate 1 is best.
 
-    Its safeguard keeps the learning rate out of the estimate's denominator, which a warm-up from 0 would make 0/0.
+    `safeguard_warmup` keeps the learning rate out of the denominator of the estimate. Otherwise a warm-up from 0 would
+    make it 0/0.
     """
     return optax.contrib.prodigy(
         learning_rate, betas=(b1, b2), eps=eps, weight_decay=weight_decay, safeguard_warmup=True
     )
 
 
-# Which of weight_decay, b1, b2 and eps an optimizer listens to is what its signature says.
+# An optimizer gets those of weight_decay, b1, b2 and eps that are in its signature.
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adam": optax.adam,
     "adamw": optax.adamw,
@@ -121,7 +127,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "prodigy": prodigy,
 }
 
-# Their updates have entries of about the size of the learning rate, whatever the gradient.
+# Optimizers whose updates have entries of about the size of the learning rate, for any gradient.
 SIGN_LIKE = ("adam", "adamw", "lion")
 
 
@@ -143,32 +149,32 @@ def make_optimizer(
     births: optax.Params | None = None,
     rewarm: int = 0,
 ) -> tuple[optax.GradientTransformation, Schedule]:
-    """The optimizer, and its schedule: updates done before this one -> learning rate (float32).
+    """Returns the optimizer and its schedule: updates done before this one -> learning rate (float32).
 
     Args:
-      steps: updates of the whole run, to which the schedule is fitted.
+      steps: updates of the whole run; the schedule is fitted to them.
       name: a key of OPTIMIZERS.
       learning_rate: base of the schedule.
       schedule: a key of SCHEDULES.
       warmup: updates over which the learning rate rises linearly from 0; 0 = none.
-      weight_decay: each update also subtracts learning rate × weight_decay × parameter, from every parameter, as the
-        official Long Range Arena code, optax and torch do.
-      clip: largest global norm of the gradient, or largest absolute value of an entry; 0 = no clipping.
+      weight_decay: each update also subtracts learning rate × weight_decay × parameter from every parameter, as in the
+        official Long Range Arena code, optax and torch.
+      clip: largest global norm of the gradient, or largest absolute value of an entry (see clip_by); 0 = no clipping.
       clip_by: "norm" or "value".
-      b1: decay of the first moment, or the momentum (sgd, muon, schedule_free_adamw's interpolation).
+      b1: decay of the first moment; momentum of sgd and muon; interpolation weight of schedule_free_adamw.
       b2: decay of the second moment.
       eps: added to the root of the second moment.
-      structured_lr: a learning rate for every layer and factor that moves the layer's output alike at every width and
-        in every structure; `learning_rate` is then that of a dense layer with 64 inputs. The rule is one for updates
-        whose entries are all of one size: those of the optimizers in SIGN_LIKE.
-      scaling: with structured_lr, what multiplies the updates so; None where the optimizer is made to look at only.
-      births: where parameters change their form during the run: for each, the update from which its moments and their
-        bias corrections count. Those of one birth make a group, which an optimizer that estimates something over all
-        parameters (prodigy) sees alone; clipping by norm sees all of them.
+      structured_lr: gives every layer and factor its own learning rate, so that an update changes a layer's output
+        equally at every width and in every structure. `learning_rate` is then the rate of a dense layer with 64 inputs.
+        The rule needs updates whose entries are all of one size: optimizers in SIGN_LIKE only.
+      scaling: transformation that scales the updates if structured_lr is set; None if nothing is trained.
+      births: for runs in which parameters change their form: for each parameter, the update from which its moments and
+        their bias corrections count. Parameters with the same birth form a group. An optimizer that estimates something
+        over all parameters (prodigy) sees one group at a time; clipping by norm sees all groups.
       rewarm: updates over which the learning rate of parameters that are born later rises linearly to the schedule's.
 
     Raises:
-      ValueError: an unknown name, or an option that the chosen optimizer has no use for.
+      ValueError: an unknown name, an option out of its range, or one that has no effect with the chosen optimizer.
     """
     one_of(OPTIMIZERS, name=name)
     one_of(SCHEDULES, schedule=schedule)
@@ -210,15 +216,15 @@ def make_optimizer(
     if clip:
         parts.insert(0, optax.clip(clip) if clip_by == "value" else optax.clip_by_global_norm(clip))
     if structured_lr:
-        # Both have an empty state: the same checkpoint fits.
+        # Both have an empty state, so the same checkpoint fits both.
         parts.append(scaling or optax.identity())
     return (optax.chain(*parts) if parts[1:] else chosen), rate
 
 
 def evaluation_params(optimizer_state: optax.OptState, params: optax.Params) -> optax.Params:
-    """The parameters to evaluate: `params` themselves, or their average where a schedule-free optimizer keeps one.
+    """The parameters to evaluate: `params`, or their average if the optimizer is schedule-free and keeps one.
 
-    Training goes on from `params`. (Defazio et al., 2024, arXiv 2405.15682)
+    Training continues from `params` (Defazio et al., 2024, arXiv 2405.15682).
     """
 
     def keeps_average(node):
@@ -229,5 +235,5 @@ def evaluation_params(optimizer_state: optax.OptState, params: optax.Params) -> 
 
 
 def _reborn(schedule: Schedule, birth: int, rewarm: int) -> Schedule:
-    """The schedule of parameters whose updates are counted from `birth` on, with a linear warm-up of its own."""
+    """The schedule of parameters whose updates count from `birth` on, with a linear warm-up of their own."""
     return lambda step: schedule(step + birth) * (jnp.minimum(1.0, (step + 1) / rewarm) if rewarm else 1.0)

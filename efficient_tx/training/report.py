@@ -1,4 +1,4 @@
-"""Report: what a run shows while it goes on: a progress bar or plain lines, the loggers, the learning curve."""
+"""Report: what a run shows while it trains: progress bar or plain lines, loggers, learning curve."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -20,19 +20,19 @@ SECONDS_BETWEEN_PICTURES = 10.0
 
 
 class Report:
-    """Shows the lines of a run to people.
+    """Shows the metric lines of a run.
 
     Args:
       path: the workdir.
       history: its metrics.jsonl.
       steps: length of the run.
       batch_size: examples of a step.
-      config: what loggers store beside the lines.
-      loggers: keys of LOGGERS; one that is not installed is named in a line and left out.
-      title: of the picture.
-      objective: of the task: its names are shown.
-      baselines: what is to beat in `objective.best`, by name.
-      active: False where another process does the talking.
+      config: stored by the loggers beside the lines.
+      loggers: keys of LOGGERS; a line reports one that is not installed, and the run continues without it.
+      title: of the learning curve.
+      objective: of the task; its loss and metrics are shown.
+      baselines: scores to beat in `objective.best`, by name.
+      active: False if another process reports.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Report:
         self._task = None
 
     def start(self, step: int) -> None:
-        """Opens loggers and progress bar; the run goes on after `step`."""
+        """Opens the loggers and the progress bar; the run continues after `step`."""
         for name in self._names if self._active else ():
             try:
                 self._loggers.append(LOGGERS[name](self._path, step, self._config))
@@ -99,7 +99,7 @@ class Report:
             self.say(f"step {line['step']}/{self._steps}  train  {latest}  {left} left")
 
     def draw(self, *, last: bool = False) -> None:
-        """Draws curve.png anew, unless the last picture is only seconds old (and this is not the `last`)."""
+        """Draws curve.png again, unless the last picture is only seconds old; with `last` always."""
         if self._active and (last or time.monotonic() - self._pictured > SECONDS_BETWEEN_PICTURES):
             curve.draw(
                 self._path / "curve.png",
@@ -111,7 +111,7 @@ class Report:
             self._pictured = time.monotonic()
 
     def close(self) -> None:
-        """Takes the bar off the screen and closes the loggers."""
+        """Removes the bar and closes the loggers."""
         self._bar.stop()
         while self._loggers:
             self._loggers.pop().close()

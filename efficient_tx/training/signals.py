@@ -1,4 +1,4 @@
-"""Signals: SIGTERM and Ctrl-C become a question that the loop asks after every step."""
+"""Signals: SIGTERM and Ctrl-C are noted, and the loop asks for them after every step."""
 
 import signal
 from types import FrameType
@@ -8,10 +8,10 @@ from jax.experimental import multihost_utils
 
 
 class StopSignals:
-    """While open, SIGTERM and SIGINT are noted instead of ending the process; a second one raises KeyboardInterrupt.
+    """While open, SIGTERM and SIGINT are noted and do not end the process; a second one raises KeyboardInterrupt.
 
-    Over several processes, jax's preemption service spreads a SIGTERM that any of them gets, so that all of them stop
-    after the same step.
+    In a run of several processes, jax's preemption service passes a SIGTERM of one process to all of them, so that all
+    stop after the same step.
     """
 
     def __init__(self):
@@ -19,7 +19,7 @@ class StopSignals:
         self._previous = {}
 
     def __enter__(self) -> "StopSignals":
-        # jax's service, where there is one, listens to SIGTERM itself.
+        # With several processes, jax's service listens to SIGTERM itself.
         listened = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
         self._previous = {number: signal.signal(number, self._note) for number in listened}
         return self
@@ -29,7 +29,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def after(self, step: int) -> int | None:
-        """The signal that asks the run to stop after `step`, or None; every process gets the same answer."""
+        """The signal that stops the run after `step`, or None; every process gets the same answer."""
         if jax.process_count() > 1:
             return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
         return self.received

@@ -12,20 +12,20 @@ from efficient_tx.task import Objective
 from efficient_tx.training.objective import CLASSIFICATION
 from efficient_tx.training.step import State, init_state
 
-# Changes a model in place; parameters that stay the same `nnx.Param` keep their moments.
+# Changes a model in place. A parameter that stays the same `nnx.Param` keeps its moments.
 Transform = Callable[[nnx.Module], Any]
 
 
 class Stage(NamedTuple):
-    """What a run trains from a step on, up to the next stage.
+    """What a run trains from one step on, until the next stage.
 
-    The checkpoint of step `start` is this stage's: it is saved right after the transform.
+    The checkpoint of step `start` belongs to this stage: it is saved right after the transform.
 
     Attributes:
-      start: updates done when it begins; 0 for the first.
-      model: with the values that the run starts from in the first stage, abstract in the others.
-      optimizer: of the parameters of `model`.
-      transform: makes this model of that of the stage before; None for the first.
+      start: updates done when the stage begins; 0 for the first.
+      model: in the first stage with the values that the run starts from, in the others abstract.
+      optimizer: for the parameters of `model`.
+      transform: turns the model of the stage before into this one; None for the first.
       objective: what the model is trained for.
     """
 
@@ -52,10 +52,10 @@ def make_stages(
     """The stages of a run.
 
     Args:
-      model: of the first stage; may be abstract, where nothing is trained.
-      transforms: (step, transform) with ascending steps, which begin a stage each.
-      make_optimizer: (model, births) -> its optimizer; births, in the structure of the parameters, are the steps from
-        which the moments of each are counted, None where all of them always start at 0.
+      model: of the first stage; may be abstract if nothing is trained.
+      transforms: (step, transform) with ascending steps; each begins a stage.
+      make_optimizer: (model, births) -> optimizer. `births` has the structure of the parameters and holds the steps
+        from which their moments count; None if all count from 0.
       objective: of all stages.
     """
     births = jax.tree.map(lambda _: 0, nnx.split(model)[1])
@@ -72,9 +72,9 @@ def stage_at(stages: Sequence[Stage], step: int) -> Stage:
 
 
 def enter(state: State, before: Stage, stage: Stage) -> State:
-    """The state with which `stage` begins, from the last one of the stage `before`.
+    """The first state of `stage`, from the last state of the stage `before`.
 
-    What the optimizer remembers is carried over where it has the same path in the new one, and starts anew elsewhere.
+    Arrays of the optimizer's state are kept if the new state has the same path; the others start anew.
     """
     state = jax.tree.map(jnp.asarray, jax.device_get(state))
     model = nnx.merge(nnx.split(before.model)[0], state.params)
@@ -88,7 +88,7 @@ def enter(state: State, before: Stage, stage: Stage) -> State:
 
 
 def _abstractly(transform: Transform, start: int, model: nnx.Module, births: nnx.State) -> tuple[nnx.Module, nnx.State]:
-    """The model after the transform, abstract, and its births: `start` for parameters that are new in it."""
+    """The abstract model after the transform, and its births: `start` for its new parameters."""
     graphdef, params = nnx.split(model)
     old = {path: birth.get_value() for path, birth in nnx.to_flat_state(births)}
     static = []

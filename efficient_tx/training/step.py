@@ -1,8 +1,8 @@
 """One training step and one evaluation step over any number of devices, processes and micro-batches.
 
-`train_step` and `eval_step` are written for one device and speak to the others through one `psum` over the axis
-"devices"; `make_train_step` and `make_eval_step` map them. Every sum is over the global batch and every random key
-belongs to a global row, so the way a batch is spread changes nothing but the order of float32 additions.
+`train_step` and `eval_step` are written for one device; one `psum` over the axis "devices" connects the devices.
+`make_train_step` and `make_eval_step` map them. Every sum is over the global batch, and every random key belongs to a
+global row. So the split of a batch changes only the order of float32 additions.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from efficient_tx.training.metrics import Metrics
 from efficient_tx.training.objective import CLASSIFICATION
 
 AXIS = "devices"
-# Entries of a batch that a model does not see.
+# Entries of a batch that a model does not get.
 NOT_READ = ("label", "label2", "mix", "weight", "row", "seed")
 
 
@@ -32,10 +32,10 @@ class State(NamedTuple):
     Attributes:
       step: int32 scalar, updates done.
       params: the model's parameters, `nnx.split(model)[1]`.
-      optimizer: what the optax transformation remembers.
+      optimizer: state of the optax transformation.
       window: (sum, count) of the loss, the metrics and grad_norm since `clear_window`.
-      bad_step: int32 scalar, the first step (1 = the first update) whose loss or gradient was not finite; -1 = none.
-        Its update was applied all the same: such a state is good for nothing but the message that names the step.
+      bad_step: int32 scalar, the first step (1 = the first update) with a loss or gradient that is not finite; -1 =
+        none. Its update was applied nevertheless: use such a state only to name the step.
     """
 
     step: jax.Array
@@ -48,7 +48,7 @@ class State(NamedTuple):
 def init_state(
     model: nnx.Module, optimizer: optax.GradientTransformation, objective: Objective = CLASSIFICATION
 ) -> State:  # fmt: skip
-    """The state before the first step. It owns its arrays: the step donates them and `model` stays usable."""
+    """The state before the first step. Its arrays are copies: the step donates them, and `model` stays usable."""
     params = nnx.split(model)[1]
     state = State(
         step=jnp.int32(0),
@@ -66,18 +66,18 @@ def clear_window(state: State) -> State:
 
 
 def replicate(tree, devices: Sequence[jax.Device] | None = None):
-    """A copy of every array on each of the local `devices` (None = all): where the steps want and leave their state."""
+    """A copy of every array on each of the local `devices` (None = all), where the steps expect their state."""
     return jax.device_put(tree, _everywhere(jax.local_devices() if devices is None else devices))
 
 
 def split_batch(batch: Batch, devices: Sequence[jax.Device]) -> Batch:
-    """Local rows `[local_batch, ...]` to `[devices, local_batch / devices, ...]`, in order.
+    """Splits local rows `[local_batch, ...]` into `[devices, local_batch / devices, ...]`, in order.
 
-    Local row j of process p is row p + j·P of the global batch (P processes); device d of `devices`, the local ones,
-    takes the local rows from d·local_batch/devices on.
+    Local row j of process p is row p + j·P of the global batch (P processes). Device d of the local `devices` takes the
+    local rows from d·local_batch/devices on.
 
     Raises:
-      ValueError: the rows cannot be shared out evenly.
+      ValueError: the number of rows is not a multiple of the number of devices.
     """
     rows, count = len(batch["label"]), len(devices)
     if rows % count:
@@ -86,7 +86,7 @@ def split_batch(batch: Batch, devices: Sequence[jax.Device]) -> Batch:
 
 
 def check_batch_size(batch_size: int, *, devices: int, grad_accum: int) -> None:
-    """Raises ValueError unless `batch_size` can be shared out over all `devices` (of all processes) × `grad_accum`."""
+    """Raises ValueError unless `batch_size` is a multiple of `devices` (of all processes) × `grad_accum`."""
     if batch_size % (devices * grad_accum):
         raise ValueError(
             f"batch_size={batch_size} cannot be shared out over devices={devices} × grad_accum={grad_accum}: "
@@ -95,10 +95,10 @@ def check_batch_size(batch_size: int, *, devices: int, grad_accum: int) -> None:
 
 
 def score(model: nnx.Module, batch: Batch, keys: jax.Array | None, objective: Objective) -> Metrics:
-    """Sums over the rows of one micro-batch: the objective's loss and metrics, each with what it is divided by.
+    """Sums over the rows of one micro-batch: loss and metrics of the objective, each with its divisor.
 
-    The model gets every entry of the batch but `label`, `label2`, `mix`, `weight`, `row` and `seed`, by name, and one
-    key per example (None at evaluation); what it returns goes to the objective in float32.
+    The model gets, by name, every entry of the batch except `label`, `label2`, `mix`, `weight`, `row` and `seed`, and
+    one key per example (None at evaluation). The objective gets the model's output in float32.
     """
     features = {name: array for name, array in batch.items() if name not in NOT_READ}
     return objective.score(model(**features, key=keys).astype(jnp.float32), batch)
@@ -113,7 +113,7 @@ def train_step(
     objective: Objective,
     grad_accum: int,
 ) -> State:
-    """One update from one device's rows `[b, ...]`; `row` and `seed`, both `[b]`, say which keys are theirs."""
+    """One update from one device's rows `[b, ...]`; `row` and `seed`, both `[b]`, determine their random keys."""
 
     def example_key(seed, row):
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), row)
@@ -172,13 +172,13 @@ def make_train_step(
 ) -> Callable[[State, Batch], State]:
     """The training step of all devices: (state, batch from `split_batch`) -> state; the old state is donated.
 
-    The loss is the weighted mean over the global batch. Keys come from `seed`, the step and the global row, so neither
-    `devices` (this process's; None = all) nor the processes nor `grad_accum` (how many micro-batches each device's
-    rows are cut into) changes a draw. Seed and rows travel with the batch: all seeds and processes run one program.
-    `step.lower(state, batch)` is pmap's.
+    The loss is the weighted mean over the global batch. Keys come from `seed`, the step and the global row. So no draw
+    depends on `devices` (this process's; None = all), on the processes or on `grad_accum` (the number of micro-batches
+    that each device splits its rows into). Seed and rows are entries of the batch: all seeds and processes run one
+    program. `step.lower(state, batch)` is that of pmap.
 
     Raises:
-      ValueError: `devices` does not fit; at a call, the batch cannot be shared out over devices and micro-batches.
+      ValueError: `devices` does not fit; (in a call) the batch does not divide over devices and micro-batches.
     """
     devices, mesh_devices = _devices(devices)
     step = partial(train_step, graphdef=graphdef, optimizer=optimizer, objective=objective, grad_accum=grad_accum)
@@ -191,7 +191,7 @@ def make_train_step(
             raise ValueError(f"the batch is split over {count} devices, the step runs on {len(devices)}")
         check_batch_size(count * rows * process_count, devices=count * process_count, grad_accum=grad_accum)
         row = process_index + process_count * np.arange(count * rows, dtype=np.int32).reshape(count, rows)
-        # A state that lies elsewhere (new, or from a checkpoint) would be compiled for a second time.
+        # For a state with another sharding (new, or from a checkpoint) the step would be compiled a second time.
         if getattr(state.step, "sharding", None) != home:
             state = replicate(state, devices)
         return state, {**batch, "row": row, "seed": np.full((count, rows), seed, np.uint32)}
@@ -219,7 +219,7 @@ def _everywhere(devices: Sequence[jax.Device]) -> NamedSharding:
 
 
 def _devices(devices: Sequence[jax.Device] | None) -> tuple[list[jax.Device], list[jax.Device] | None]:
-    """This process's devices, and what `pmap` has to be told; over several processes it takes all there are."""
+    """This process's devices, and the `devices` argument of `pmap`: None with several processes, as it takes all."""
     local = jax.local_devices()
     devices = local if devices is None else list(devices)
     if jax.process_count() == 1:

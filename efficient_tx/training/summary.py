@@ -1,4 +1,4 @@
-"""Summary: what a finished run tells beside its scores: parameters, speed, memory, versions, device."""
+"""Summary: figures of a finished run beside its scores: parameters, speed, memory, versions, device."""
 
 import importlib.metadata
 import platform
@@ -13,7 +13,7 @@ from efficient_tx.training.history import Line
 
 
 def steps_per_second(lines: list[Line], batch_size: int) -> float | None:
-    """Training speed over all processes of a run, from its train lines; None where no step was timed."""
+    """Training speed over all processes of a run, from its train lines; None if no step was timed."""
     timed = [line for line in lines if line["split"] == "train" and line["examples_per_second"]]
     seconds = sum(line["seconds"] for line in timed)
     return (
@@ -22,12 +22,12 @@ def steps_per_second(lines: list[Line], batch_size: int) -> float | None:
 
 
 def parameter_count(model: nnx.Module) -> int:
-    """How many numbers the model learns."""
+    """Number of scalar parameters of the model."""
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
 def peak_memory() -> dict[str, int | str]:
-    """`peak_memory_bytes`, the most that was in use; `peak_memory_of`: "device" if devices count, else "process"."""
+    """`peak_memory_bytes`: largest use; `peak_memory_of`: "device" if the devices report it, else "process"."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
     if all(peaks):
         return {"peak_memory_bytes": max(peaks), "peak_memory_of": "device"}
@@ -38,13 +38,13 @@ def peak_memory() -> dict[str, int | str]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that decide the numbers."""
+    """Versions of Python and of the packages that affect the numbers."""
     packages = ("efficient-tx", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
 
 
 def device() -> dict[str, Any]:
-    """What the run ran on."""
+    """The devices of the run."""
     kind = jax.devices()[0]
     return {
         "platform": kind.platform,

@@ -1,4 +1,4 @@
-"""Workdir: the folder of one run, which belongs to one config and to one live process at a time."""
+"""Workdir: the folder of one run. It belongs to one config and to one live process at a time."""
 
 import contextlib
 import fcntl
@@ -11,7 +11,7 @@ from typing import Any
 from efficient_tx.files import write
 from efficient_tx.training.errors import Refused, RunError
 
-# Where the data lie, how often a line is written, where it goes, and how many checkpoints stay: none changes a result.
+# Folder of the data, interval of train lines, number of checkpoints, loggers: none changes a result.
 FREE_KEYS = ("task.data_dir", "log_every", "keep", "loggers")
 
 
@@ -29,18 +29,22 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """`files.write`, whose OSError becomes a RunError."""
+    """Calls `files.write`; its OSError becomes a RunError."""
     with writing(path):
         write(path, content)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_bytes` of indented JSON."""
+    """Writes `value` as indented JSON.
+
+    Raises:
+      RunError: as `write_bytes`.
+    """
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings to one, with dotted keys: {"task": {"name": 1}} -> {"task.name": 1}."""
+    """Turns nested mappings into one with dotted keys: {"task": {"name": 1}} -> {"task.name": 1}."""
     flat = {}
     for key, value in config.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
@@ -50,14 +54,14 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 class Workdir:
     """The folder of one run.
 
-    `claim` refuses what must not run and writes nothing into a folder that does not exist; `begin` makes the folder
-    and its config.json. Over several processes only the `writer` holds the lock and writes.
+    `claim` refuses runs that must not start; it creates no folder. `begin` creates the folder and config.json. With
+    several processes only the `writer` locks and writes.
 
     Attributes:
       path: the folder; it holds config.json, metrics.jsonl, checkpoints/, event files, curve.png and summary.json.
-      config: what identifies the run, plain JSON values.
+      config: identifies the run, plain JSON values.
       writer: whether this process writes.
-      complete: what makes a stored config one of today: the keys that have come since get their defaults.
+      complete: updates a stored config to this version: new keys get their defaults.
     """
 
     def __init__(
@@ -75,10 +79,10 @@ class Workdir:
         self._lock = None
 
     def claim(self) -> None:
-        """Locks the folder if there is one and its run is not finished.
+        """Locks the folder if it exists and its run is not finished.
 
         Raises:
-          Refused: it belongs to another config or to a live run, or there is none and none can be made.
+          Refused: it belongs to another config or to a live run, or it cannot be created.
           RunError: it cannot be written.
         """
         if self.path.exists() and not self.path.is_dir():
@@ -89,14 +93,14 @@ class Workdir:
                 raise Refused(f"{self.path} cannot be made: {parent} cannot be written", option="workdir")
             return
         self._check_config()
-        # Where a run is finished nothing will be written, and perhaps nothing can be.
+        # A finished run writes nothing, and its folder may be read-only.
         if self.summary() is None:
             self._take_lock()
-            # Between the first look and the lock another run may have begun here.
+            # Another run may have begun here between the first check and the lock.
             self._check_config()
 
     def begin(self) -> None:
-        """Makes and locks the folder, and writes config.json.
+        """Creates and locks the folder, and writes config.json.
 
         Raises:
           Refused, RunError: as `claim`.
@@ -110,13 +114,13 @@ class Workdir:
             write_json(self.path / "config.json", self.config)
 
     def release(self) -> None:
-        """Lets another process have the folder."""
+        """Gives up the lock."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
     def summary(self) -> dict[str, Any] | None:
-        """summary.json of a finished run, else None; also for a damaged one, which the last checkpoint makes again."""
+        """summary.json of a finished run, else None. None for a damaged one: the last checkpoint makes it again."""
         try:
             return json.loads((self.path / "summary.json").read_text())
         except (FileNotFoundError, ValueError):
@@ -130,7 +134,7 @@ class Workdir:
         stored = self._stored_config()
         if stored is None:
             return
-        with contextlib.suppress(ValueError):  # where it cannot be completed, what differs is told as it is stored
+        with contextlib.suppress(ValueError):  # if it cannot be completed, it is compared as stored
             stored = json.loads(json.dumps(self.complete(stored)))
         old, new = flatten(stored), flatten(self.config)
         differing = [
@@ -173,7 +177,7 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
     """config.json of the run in the folder `path`.
 
     Raises:
-      Refused: there is none, or it is no JSON object.
+      Refused: there is none, or it is not a JSON object.
     """
     file = Path(path) / "config.json"
     try:
