@@ -1,4 +1,4 @@
-"""Configuration: from names, files and flags to one checked config, and from a config to objects."""
+"""Configuration: names, files and flags become one checked config, and a config becomes objects."""
 
 from efficient_tx.config.errors import ConfigError
 from efficient_tx.config.schema import make_config

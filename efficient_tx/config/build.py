@@ -1,6 +1,5 @@
-"""From a resolved config to objects: the task, the model, what is trained."""
+"""Builds the objects of a resolved config: task, model, stages."""
 
-import traceback
 from collections.abc import Callable
 
 import jax
@@ -8,7 +7,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from efficient_tx.checks import OptionError, lookup
-from efficient_tx.config.errors import at
+from efficient_tx.config.errors import at, blame
 from efficient_tx.config.names import (
     DTYPES,
     MODELS,
@@ -25,16 +24,18 @@ from efficient_tx.training.objective import CLASSIFICATION
 from efficient_tx.training.optimizer import make_optimizer
 from efficient_tx.training.stages import Stage, make_stages
 
-# Folded into the key of `config.seed` for the parameters: above every step number, which the training step folds in.
+# Folded into the key of `config.seed` for the parameters. The training step folds in step numbers, which are smaller.
 PARAMETERS = 2**31
 
 
 def build_task(config: ConfigDict) -> Task:
-    """The task of `config.task`; generates its data on first use.
+    """The task of `config.task`; its data are generated on first use.
 
     Raises:
-      ConfigError: settings that no data can meet, data that the user must bring and that are not there, or a module
-        whose task is not what it says.
+      ConfigError: settings that no data can satisfy, damaged data, or a module whose task contradicts its KIND or
+        sizes().
+      OSError: data that the user must provide are missing, or a file cannot be read or written.
+      ModuleNotFoundError: the data need a package that is not installed.
     """
     arguments = dict(config.task)
     module = task_module(arguments.pop("name"))
@@ -43,7 +44,7 @@ def build_task(config: ConfigDict) -> Task:
             task = module.get_task(**arguments)
         except (OSError, ValueError, ModuleNotFoundError):
             raise
-        except Exception as error:  # whatever a module of the user's own does wrong
+        except Exception as error:  # any mistake in a module of the user's own
             frame = traceback.extract_tb(error.__traceback__)[-1]
             raise ValueError(f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})") from None
         if not isinstance(task, Task):
@@ -56,7 +57,7 @@ def build_task(config: ConfigDict) -> Task:
 
 
 def build_linear(section: ConfigDict, where: str) -> Callable[..., nnx.Module]:
-    """A factory of linear layers with the signature of `nnx.Linear`, from {name, options}."""
+    """A factory of linear layers with the signature of `nnx.Linear`, from a section {name, options}."""
     arguments = dict(section)
     structure = structure_class(arguments.pop("name"), f"{where}.name")
 
@@ -68,7 +69,7 @@ def build_linear(section: ConfigDict, where: str) -> Callable[..., nnx.Module]:
 
 
 def build_mixer(name: str, section: ConfigDict, linear: Callable[..., nnx.Module]) -> Callable[..., nnx.Module]:
-    """A factory of one token mixer, which names its config section in the errors of its constructor."""
+    """A factory of one token mixer; errors of its constructor name the mixer's config section."""
 
     def make(features, **sizes):
         with at(f"attention.{section_name(name)}"):
@@ -81,13 +82,13 @@ def build_model(config: ConfigDict, task: Task) -> nnx.Module:
     """The model of a config for a task's kind and sizes, initialised from `config.seed`.
 
     Raises:
-      ConfigError: a name, a size or a combination that no model has.
+      ConfigError: a name, size or combination that no model supports.
     """
     arguments = dict(config.model)
     with at("model"):
         model = lookup(MODELS[task.kind], arguments.pop("name"), "name")
         features, heads = arguments["features"], arguments["heads"]
-        # A model of stages has a tuple of each.
+        # A model with stages (the pyramid) has a tuple of each.
         if isinstance(features, int) and arguments.get("head_dim") is None and features % heads:
             raise OptionError("heads", heads, f"{features} features do not divide into it; set head_dim too")
     with at():
@@ -113,11 +114,11 @@ def build_model(config: ConfigDict, task: Task) -> nnx.Module:
 def build_stages(
     config: ConfigDict, model: nnx.Module, objective: Objective = CLASSIFICATION
 ) -> tuple[list[Stage], Callable]:
-    """What a run trains, in one or two stages, and the schedule, step -> learning rate.
+    """The stages of a run, one or two, and its schedule: step -> learning rate.
 
     Args:
       config: of the run.
-      model: of `config`; its values count where the run is trained, elsewhere it may be abstract.
+      model: model of `config`. Its values are used only in training; otherwise it may be abstract.
       objective: of the task.
     """
     schedules = []

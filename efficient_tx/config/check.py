@@ -1,4 +1,4 @@
-"""What in a config cannot work, found before a run touches disk or data."""
+"""Checks a config before a run touches disk or data."""
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,14 @@ from efficient_tx.numerics.random import check_rate
 from efficient_tx.task import Task
 from efficient_tx.training.loggers import LOGGERS
 
-# Sequences beyond this would not fit any machine; it is far above Path-X and the needle tasks.
+# Longer sequences fit no machine. The limit is far above Path-X and the needle tasks.
 LONGEST = 2**24
 
 
 def check(config: ConfigDict) -> None:
-    """Raises ConfigError, one line, for whatever in `config` cannot work; touches neither disk nor data.
+    """Raises ConfigError, one line, for anything in `config` that cannot work; touches neither disk nor data.
 
-    The model is built and called on abstract values, so that its own refusals come out here.
+    The model is built and called on abstract values, so its own errors appear here.
     """
     counts = ("steps", "batch_size", "grad_accum", "eval_every", "checkpoint_every", "log_every", "keep")
     sizes = ("features", "layers", "heads", "head_dim", "mlp_features")
@@ -62,7 +62,7 @@ def check(config: ConfigDict) -> None:
 
 
 def empty_inputs(task: Task) -> dict[str, jax.Array]:
-    """A batch of one example without content: what a model of the task is called with."""
+    """The arguments of a model's call for a batch of one example without content."""
     if task.kind == "image":
         return {"inputs": jnp.zeros((1, *task.image_shape))}
     tokens = jnp.zeros((1, task.max_len), jnp.float32 if task.vocab_size is None else jnp.int32)
@@ -73,7 +73,7 @@ def empty_inputs(task: Task) -> dict[str, jax.Array]:
 
 
 def check_densify(config: ConfigDict, model: nnx.Module) -> None:
-    """Raises OptionError where `densify_at` or `densify_warmup` cannot work for an (abstract) model."""
+    """Raises OptionError if `densify_at` or `densify_warmup` cannot work for `model`, which may be abstract."""
     if not 1 <= config.densify_at < config.steps:
         rule = f"it must be at least 1 and less than steps={config.steps}"
         raise OptionError("densify_at", config.densify_at, rule)

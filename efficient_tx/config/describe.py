@@ -1,4 +1,4 @@
-"""What each key of a config means: the lines on arguments in the docstrings of what takes them."""
+"""The meaning of each config key, from the "Args:" sections of docstrings."""
 
 import inspect
 import re
@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from efficient_tx.config.schema import RUN, owners
 
-# Keys that no docstring speaks of, since they choose what takes the others.
+# Keys that no docstring describes: they choose the class or module that takes the other keys.
 CHOICES = {
     "task.name": "module that makes the task, or a file of your own",
     "model.name": "which model reads the examples",
@@ -18,7 +18,7 @@ CHOICES = {
 
 
 def describe(config: ConfigDict) -> dict[str, str]:
-    """Dotted key -> one line on its meaning, for every key of a resolved config; empty where nothing is known."""
+    """Dotted key -> one line on its meaning, for every key of a resolved config; empty if no docstring describes it."""
     lines = {key: text for key, (_, text) in RUN.items()} | CHOICES
     for section, owner in owners(config).items():
         known = arguments(owner)
@@ -35,7 +35,7 @@ def sentence(text: str) -> str:
 
 
 def arguments(call: Callable | type) -> dict[str, str]:
-    """What the docstrings of a function, or of a class, its function and its bases say of their arguments."""
+    """Argument -> text, from the docstring of a function, or of a class, its `function` and its bases."""
     if not inspect.isclass(call):
         return parse(call)
     sources = [*call.__mro__]
@@ -48,7 +48,7 @@ def arguments(call: Callable | type) -> dict[str, str]:
 
 
 def parse(documented: Callable | type) -> dict[str, str]:
-    """Argument -> text of the "Args:" section of a docstring, on one line; "a, b: text" is of both."""
+    """Argument -> text on one line, from the "Args:" section of a docstring; "a, b: text" describes both."""
     text = inspect.cleandoc(documented.__doc__ or "")
     section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", text, re.MULTILINE | re.DOTALL)
     if not section:

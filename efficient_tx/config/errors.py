@@ -1,17 +1,18 @@
-"""Errors that know which key of a config they are about."""
+"""Errors that name the config key they are about."""
 
 import contextlib
+import traceback
 from collections.abc import Iterator
 
 from efficient_tx.checks import OptionError
 
 
 class ConfigError(ValueError):
-    """A key or a section of a config, and what is wrong with it: "config.steps is 0: it must be at least 1".
+    """A fault in a key or section of a config: "config.steps is 0: it must be at least 1".
 
     Attributes:
-      key: dotted, "optimizer.learning_rate", or of a section, "attention.skyformer".
-      fault: what is wrong, the rest of the line: "is 0: it must be at least 1".
+      key: dotted key, "optimizer.learning_rate", or section, "attention.skyformer".
+      fault: the rest of the line: "is 0: it must be at least 1".
     """
 
     def __init__(self, key: str, fault: str):
@@ -21,7 +22,7 @@ class ConfigError(ValueError):
 
 @contextlib.contextmanager
 def at(section: str = "") -> Iterator[None]:
-    """Gives a ValueError its place: an OptionError the key of its option in `section`, any other one the section."""
+    """Turns an OptionError into the ConfigError of its key in `section`, another ValueError into that of the section."""
     try:
         yield
     except ConfigError:
@@ -33,3 +34,9 @@ def at(section: str = "") -> Iterator[None]:
         if not section:
             raise
         raise ConfigError(section, f"cannot be used: {error}") from None
+
+
+def blame(error: Exception) -> str:
+    """One line on an exception out of a module of the user's own: its type, its message and where it was raised."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"

@@ -1,4 +1,4 @@
-"""Evaluation's settings: the config of a run, changed in what evaluation reads, on examples that are new to it."""
+"""Settings of an evaluation: the config of a run with changes, on examples that the run was not trained on."""
 
 import copy
 from collections.abc import Mapping
@@ -14,25 +14,26 @@ from efficient_tx.config.resolve import NAMES
 from efficient_tx.config.schema import complete
 from efficient_tx.config.stored import restore
 
-# Between a run's seed and that of generated data for evaluating it where the splits have moved.
+# Added to the seed of generated data if an evaluation moves the splits.
 FAR = 2**31
-# Keys and sections that evaluation reads: what may be changed.
+# Keys and sections that an evaluation uses; only these may be changed.
 EVALUATED = ("mixers", "attention", "linear", "model", "task", "dtype")
 
 
 def apply_settings(stored: Mapping[str, Any], settings: Mapping[str, str], split: str = "test") -> ConfigDict:
-    """The config of a run's config.json with other settings; names of mixers and structures come first.
+    """The config in a run's config.json with other settings. Names of mixers and structures are set first.
 
-    No example of the evaluated split is one that the run was trained on (`hold_out`), but for short ListOps expressions
-    and the like, which chance draws again.
+    The run was not trained on any example of the evaluated split (`hold_out`). The exception is data that chance draws
+    twice, such as short ListOps expressions.
 
     Args:
       stored: config.json.
-      settings: dotted key -> value as it is typed.
+      settings: dotted key -> value as typed.
       split: "train", "validation" or "test".
 
     Raises:
-      ConfigError: an unknown key, a value of another type, or a key that evaluation does not read, or must not change.
+      ConfigError: an unknown key, a value of another type, a key that evaluation does not use, or one that it must not
+        change.
     """
     config = restore(stored)
     names = (*NAMES, "model.name")
@@ -51,16 +52,17 @@ def apply_settings(stored: Mapping[str, Any], settings: Mapping[str, str], split
 def hold_out(task: ConfigDict, trained: ConfigDict, split: str, *, typed: bool) -> None:
     """Keeps training examples out of an evaluation whose options may move the splits.
 
-    Generated data come from a seed far away instead.
+    Generated data get a distant seed instead.
 
     Args:
-      task: the options to evaluate with; its seed may be changed.
-      trained: those that the run was trained with.
+      task: the options of the evaluation; its seed may be changed.
+      trained: the options of the training run.
       split: "validation" or "test".
-      typed: whether the seed is asked for.
+      typed: whether the user chose the seed.
 
     Raises:
-      ConfigError: the data are given, so there are no others, or their seed is.
+      ConfigError: training examples would be in the split, and the data are not generated or the user chose the seed;
+        or the validation split of other data is asked for.
     """
     source = trained.get("source")
     if task.name != trained.name or not same_source(task.get("source"), source):
@@ -79,7 +81,7 @@ def hold_out(task: ConfigDict, trained: ConfigDict, split: str, *, typed: bool) 
 
 
 def same_source(one: str | None, two: str | None) -> bool:
-    """Whether both are the same name, or the same place in two spellings."""
+    """Whether both are the same name, or two spellings of the same path."""
     if one is None or two is None:
         return one == two
     return Path(one).expanduser().resolve() == Path(two).expanduser().resolve()

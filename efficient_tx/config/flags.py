@@ -1,4 +1,4 @@
-"""Flags: the command line of training to one resolved config, and every mistake to one line."""
+"""Flags: the command line of training becomes one resolved config, and every mistake one line."""
 
 import re
 import sys
@@ -27,7 +27,7 @@ class Run(NamedTuple):
 
     Attributes:
       config: resolved and checked.
-      departures: its keys that differ from the protocol it names.
+      departures: keys that differ from the protocol that the config names.
     """
 
     config: ConfigDict
@@ -35,24 +35,24 @@ class Run(NamedTuple):
 
 
 def invoked(command: str) -> list[str]:
-    """How a person who started this process would start `command`, "train" or "eval"."""
+    """The words that start `command`, "train" or "eval", in the same way as this process was started."""
     as_module = getattr(sys.modules["__main__"], "__spec__", None) is not None
     return ["python", "-m", f"efficient_tx.{command}"] if as_module else ["python", f"{command}.py"]
 
 
 def refuse(error: object) -> NoReturn:
-    """Prints one line on standard error and exits with 2; an option is a flag here."""
+    """Prints one line on standard error and exits with 2; an option is written as a flag."""
     text = f"--{error.option}={error.value}: {error.rule}" if isinstance(error, OptionError) else str(error)
     print(" ".join(text.split()), file=sys.stderr)
     raise SystemExit(2)
 
 
 def parse(argv: Sequence[str], *, usage: str, own: Sequence[str]) -> Run:
-    """The `flags_parser` of `absl.app.run`, whose result `main` gets: whatever is wrong ends in one line and exit 2.
+    """The `flags_parser` of `absl.app.run`; `main` gets its result. Every mistake ends in one line and exit status 2.
 
     Args:
       argv: of the process.
-      usage: what --help begins with.
+      usage: first lines of --help.
       own: the command's flags, which --help lists.
     """
     program, *arguments = argv
@@ -81,7 +81,7 @@ def parse(argv: Sequence[str], *, usage: str, own: Sequence[str]) -> Run:
 
 
 def split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The path of the config file, None where there is none, and the other arguments."""
+    """The path of the config file (None if there is none) and the other arguments."""
     places = [i for i, argument in enumerate(arguments) if re.match(r"--?config(=|$)", argument)]
     if not places:
         return None, list(arguments)
@@ -94,7 +94,7 @@ def split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def typed_keys(arguments: Sequence[str]) -> dict[str, str]:
-    """Key -> text of the overrides among the arguments."""
+    """Key -> text of the overrides --config.KEY=TEXT among the arguments."""
     return {match[1]: match[2] for argument in arguments if (match := OVERRIDE.match(argument))}
 
 
@@ -105,7 +105,7 @@ def typed_values(file: ConfigFile, argv: Sequence[str]) -> tuple[dict[str, Any],
       ConfigError: an unknown key, or a value of another type.
     """
     keys = typed_keys(argv)
-    # Typed names of mixers and structures bring their sections, as in the argument.
+    # Typed names of mixers and structures add their sections, as names in the argument do.
     config = file.config({name: keys[name] for name in NAMES if name in keys})
     for key in keys:
         section_of(config, key)
@@ -122,7 +122,7 @@ def typed_values(file: ConfigFile, argv: Sequence[str]) -> tuple[dict[str, Any],
 def print_help(
     usage: str, own: Sequence[str], path: str | None = None, config: ConfigDict | None = None
 ) -> NoReturn:  # fmt: skip
-    """Prints the flags and what there is to choose from; of a resolved config all keys, with values; exits with 0."""
+    """Prints flags and choices, and for a resolved config all keys with values and meanings; exits with 0."""
     print(usage)
     print("\n".join(f"  --{name}: {flags.FLAGS[name].help}" for name in own), end="\n\n")
     print(f"Configs: {', '.join(shipped())}, or the path of a file")

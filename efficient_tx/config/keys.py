@@ -1,4 +1,4 @@
-"""Keys: the dotted names of what is in a config, and setting them."""
+"""Keys: the dotted names of the values in a config, and functions that set them."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
 
 
 def section_of(config: ConfigDict, key: str) -> ConfigDict:
-    """The section that holds the dotted key; ConfigError, with the nearest key, where there is none."""
+    """The section that holds the dotted key. Raises ConfigError, with the nearest key, if there is none."""
     flat = flatten(config)
     if key not in flat:
         mixers = f"; the mixers here are {config.mixers}" if key.startswith("attention.") else ""
@@ -26,12 +26,12 @@ def section_of(config: ConfigDict, key: str) -> ConfigDict:
 
 
 def type_of(config: ConfigDict, key: str) -> type:
-    """The type of the dotted key's values; ConfigError where there is none."""
+    """The type of the dotted key's values. Raises ConfigError if there is no such key."""
     return section_of(config, key).get_type(key.rpartition(".")[2])
 
 
 def assign(config: ConfigDict, key: str, value: Any) -> None:
-    """config.key = value, in place; ConfigError where there is no such key, or it holds another type."""
+    """Sets config.key = value in place. Raises ConfigError for an unknown key or a value of another type."""
     section, last = section_of(config, key), key.rpartition(".")[2]
     try:
         section[last] = value
@@ -40,7 +40,7 @@ def assign(config: ConfigDict, key: str, value: Any) -> None:
 
 
 def parse(config: ConfigDict, key: str, text: str) -> Any:
-    """`text` as a value of the type that `config.key` has; ConfigError where there is no such key, or value."""
+    """`text` as a value of the type of `config.key`. Raises ConfigError for an unknown key or another type."""
     kind = type_of(config, key)
     parsers = {bool: {"true": True, "false": False}.__getitem__, tuple: parse_tuple}
     try:
@@ -50,12 +50,12 @@ def parse(config: ConfigDict, key: str, text: str) -> Any:
 
 
 def wrong_type(config: ConfigDict, key: str, value: Any) -> ConfigError:
-    """The error of a value that the key cannot hold."""
+    """The error for a value of a type that the key cannot hold."""
     return ConfigError(key, f"takes a value of type {type_of(config, key).__name__}, not {value!r}")
 
 
 def parse_tuple(text: str) -> tuple[int | str, ...]:
-    """The parts of `text` between commas, as numbers if all of them are."""
+    """The comma-separated parts of `text`, as integers if all of them are."""
     parts = text.split(",")
     try:
         return tuple(map(int, parts))

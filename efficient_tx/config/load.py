@@ -1,4 +1,4 @@
-"""Config files: a path or a shipped name, with an argument behind a colon, to a config."""
+"""Config files: loads the config of a path or a shipped name, with an argument after a colon."""
 
 import importlib.util
 import os
@@ -20,7 +20,7 @@ class ConfigFile:
     """A config file, executed once.
 
     Args:
-      path: "FILE.py:ARGUMENT", or "NAME:ARGUMENT" of a shipped config.
+      path: "FILE.py:ARGUMENT", or "NAME:ARGUMENT" for a shipped config.
 
     Raises:
       OptionError: there is no such file, or it has no `get_config`.
@@ -32,14 +32,14 @@ class ConfigFile:
 
     @property
     def protocols(self) -> tuple[str, ...]:
-        """Those that the file may run under: its PROTOCOLS, or all there are."""
+        """The protocols that the file allows: its PROTOCOLS, else all."""
         return getattr(self._module, "PROTOCOLS", tuple(PROTOCOLS))
 
     def config(self, names: Mapping[str, str] | None = None) -> ConfigDict:
-        """The file's config, with other names of mixers and structures (NAMES) than in its argument.
+        """The file's config. `names` (keys of NAMES) replace mixers and structures of the argument.
 
         Raises:
-          OptionError: an argument or a name that the file refuses.
+          OptionError: the file refuses its argument or a name.
         """
         config = self._get_config(self._argument)
         if not names:
@@ -48,10 +48,10 @@ class ConfigFile:
         return self._get_config("+".join(names.get(name, plain[name]) for name in NAMES))
 
     def resolve(self, typed: Mapping[str, Any]) -> ConfigDict:
-        """The file's config with its protocol's settings under the typed values.
+        """The file's config with the settings of its protocol, overridden by the typed values.
 
         Raises:
-          OptionError, ConfigError: a name, a key or a value that there is not, or a protocol that is not the file's.
+          OptionError, ConfigError: an unknown name, key or value, or a protocol that the file does not allow.
         """
         config = resolve(self.config({name: typed[name] for name in NAMES if name in typed}), typed)
         if config.protocol not in self.protocols:
@@ -60,7 +60,7 @@ class ConfigFile:
         return config
 
     def departures(self, config: ConfigDict) -> list[str]:
-        """The keys of a resolved config that differ from the protocol it names."""
+        """The keys of a resolved config that differ from the protocol that it names."""
         names = {name: value for name, value in flatten(config).items() if name in NAMES}
         return departures(config, self.config(names))
 
@@ -72,12 +72,12 @@ class ConfigFile:
 
 
 def load(path: str) -> ConfigDict:
-    """The config of a path, before protocol and flags; errors as of `ConfigFile`."""
+    """The config of a path, before protocol and flags; raises the errors of `ConfigFile`."""
     return ConfigFile(path).config()
 
 
 def folder() -> Path:
-    """Where the shipped configs are: in the package where it is installed, beside it in a checkout."""
+    """The folder of the shipped configs: inside an installed package, beside the package in a checkout."""
     package = Path(__file__).parents[1]
     return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
 
@@ -88,7 +88,7 @@ def shipped() -> list[str]:
 
 
 def find(path: str, name: str) -> Path:
-    """The file of a name: of a path, or else of a shipped config."""
+    """The config file: `name` as a path, else as a shipped name."""
     if name.endswith(".py") and Path(name).expanduser().is_file():
         return Path(name).expanduser()
     if name in shipped():

@@ -1,4 +1,4 @@
-"""What the names in a config stand for: mixers, weight structures, models, tasks."""
+"""The names in a config and what they stand for: mixers, weight structures, models, tasks."""
 
 import importlib
 import importlib.util
@@ -14,12 +14,12 @@ from flax import nnx
 
 from efficient_tx.attention import ATTENTION, Mixer
 from efficient_tx.checks import lookup
-from efficient_tx.config.errors import ConfigError, at
+from efficient_tx.config.errors import ConfigError, at, blame
 from efficient_tx.linear import LINEAR
 from efficient_tx.linear.structured import Weight
 from efficient_tx.models import Classifier, DualEncoder, Pyramid, TokenClassifier, ViT
 
-# What reads the examples of each kind, by name; the first one unless a config says otherwise.
+# The models for each kind of examples, by name; the first one is the default.
 MODELS: dict[str, dict[str, type[nnx.Module]]] = {
     "tokens": {"transformer": Classifier},
     "token_labels": {"transformer": TokenClassifier},
@@ -33,7 +33,7 @@ def parse_mixers(pattern: str) -> list[str]:
     """The layers of a mixer pattern: "gla*3,softmax" -> ["gla", "gla", "gla", "softmax"].
 
     Raises:
-      ConfigError: a name that stands for no mixer, or a part that is neither NAME nor NAME*COUNT.
+      ConfigError: an unknown mixer, a part that is neither NAME nor NAME*COUNT, or two classes with the same section.
     """
     layers = []
     for part in pattern.split(","):
@@ -50,17 +50,17 @@ def parse_mixers(pattern: str) -> list[str]:
 
 
 def section_name(mixer: str) -> str:
-    """Where the options of a mixer stand, in the section `attention`: under its name, or that of its class."""
+    """The section of a mixer's options inside `attention`: its name, or the name of its class."""
     return mixer.rpartition(":")[2]
 
 
 def mixer_class(name: str) -> type[Mixer]:
-    """The class of a key of ATTENTION, or of "module:Class". ConfigError where there is none."""
+    """The class of a key of ATTENTION, or of "module:Class". Raises ConfigError if there is none."""
     return _class(name, ATTENTION, Mixer, "mixers", "efficient_tx.attention.Mixer")
 
 
 def structure_class(name: str, where: str) -> type[Weight]:
-    """The class of a key of LINEAR, or of "module:Class"; ConfigError of the key `where` where there is none."""
+    """The class of a key of LINEAR, or of "module:Class". Raises ConfigError for the key `where` if there is none."""
     return _class(name, LINEAR, Weight, where, "efficient_tx.linear.structured.Structured")
 
 
@@ -70,11 +70,14 @@ def _class(name: str, table: Mapping[str, type], base: type, where: str, of: str
         with at():
             return lookup(table, name, where)
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except ImportError as error:
+        home = importlib.import_module(module)
+    except (ImportError, SyntaxError) as error:
         raise ConfigError(where, f"is {name!r}: {error} ({_looked_in()})") from None
-    except AttributeError:
-        raise ConfigError(where, f"is {name!r}: the module {module} has no {attribute}") from None
+    except Exception as error:  # out of a module of the user's own
+        raise ConfigError(where, f"is {name!r}, which cannot be imported: {blame(error)}") from None
+    found = getattr(home, attribute, None)
+    if found is None:
+        raise ConfigError(where, f"is {name!r}: the module {module} has no {attribute}")
     if not (isinstance(found, type) and issubclass(found, base)):
         raise ConfigError(where, f"is {name!r}: that is no subclass of {of}")
     return found
@@ -85,15 +88,15 @@ def _looked_in() -> str:
 
 
 def absolute_task(name: str) -> str:
-    """The name of a task, the path of a file as an absolute one: it is stored, and read from another folder."""
+    """The name of a task. The path of a file becomes absolute: it is stored, and read from another folder."""
     return str(Path(name).expanduser().absolute()) if name.endswith(".py") else name
 
 
 def task_module(name: str) -> ModuleType:
-    """The module that makes a task with `get_task`: its dotted name, or the path of a file that ends in .py.
+    """The module that makes a task: its dotted name, or the path of a file that ends in .py.
 
-    With `KIND` it says what the examples look like, and with `sizes`, from the options of `get_task` and without
-    touching data, the num_classes, vocab_size, max_len and image_shape of the task. With `split_by`, if it has one, it
+    `get_task` makes the task. `KIND` is the kind of its examples. `sizes` returns num_classes, vocab_size, max_len and
+    image_shape of the task, from the options of `get_task` and without reading data. `split_by`, which is optional,
     names the options that may move a training example of a source into the validation or the test split.
 
     Raises:
@@ -104,6 +107,8 @@ def task_module(name: str) -> ModuleType:
     except (ImportError, OSError, SyntaxError, TypeError, ValueError) as error:
         fault = f"is {name!r}: {error}; give a module with get_task, as 'lra.listops', or a file ({_looked_in()})"
         raise ConfigError("task.name", fault) from None
+    except Exception as error:  # out of a module of the user's own
+        raise ConfigError("task.name", f"is {name!r}, which cannot be imported: {blame(error)}") from None
     for needed in ("get_task", "KIND", "sizes"):
         if not hasattr(module, needed):
             raise ConfigError("task.name", f"is {name!r}: that module has no {needed}, so it makes no task")
@@ -113,20 +118,23 @@ def task_module(name: str) -> ModuleType:
 
 
 def _from_file(path: Path) -> ModuleType:
-    """The module in a file, made once: its classes stay the same ones."""
+    """The module in a file. It is executed once, so its classes stay the same objects."""
     if not path.is_file():
         raise FileNotFoundError("there is no such file")
     name = f"task_file {path.absolute()}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        sys.modules[name] = module
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(sys.modules[name])
+        except BaseException:
+            del sys.modules[name]
+            raise
     return sys.modules[name]
 
 
 def task_sizes(task: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model has to know of the task in the section `task`, without touching data."""
+    """The sizes that a model needs to know of the task in the section `task`, without reading data."""
     options = {key: value for key, value in task.items() if key != "name"}
     with at("task"):
         try:

@@ -1,19 +1,21 @@
-"""Protocols: the settings under which published numbers were made, per task. Numbers of different ones don't compare.
+"""Protocols: the settings of published numbers, per task. Numbers of different protocols must not be compared.
 
-`lra` are the official settings of Long Range Arena (google-research/long-range-arena cd31e5c, `*/configs/base_*.py`),
-`skyformer` those of the Skyformer paper's code (pkuzengqi/Skyformer 1a677cb, `src/config.py`). `default` is what the
-config file says.
+`lra` are the official settings of Long Range Arena (google-research/long-range-arena cd31e5c, `*/configs/base_*.py`).
+`skyformer` are those of the Skyformer paper's code (pkuzengqi/Skyformer 1a677cb, `src/config.py`). `default` are those
+of the config file.
 
-What these settings leave different from the original code. Both read files, not data generated here; average over
-masked positions too, padding and black pixels; drop attention weights and hidden units of the MLPs beside the outputs,
-which are all that we drop; and draw learnt positions, Skyformer's word embeddings too, with a deviation of .02, ours 1.
+Some differences from the original code remain under these settings.
 
-  Skyformer: cycles Adam's b1 with the learning rate; keeps the best checkpoint only after a fifth of the steps; draws
-    landmarks with replacement, anew in evaluation; and takes six steps towards the inverse that a Cholesky solve gives
-    here (`attention.skyformer.inverse=iteration` takes them, from another start).
-  The arena: drops attention weights at another rate than the rest for Image (.2 beside .3) and Pathfinder (.1 beside
-    .2); has Xavier weights, and no biases in attention; a class token starts at zero and has a position. For Retrieval
-    it pools the first position of encoders without a class token, where "cls" here adds one.
+  Both: read files; here data are generated. They average over masked positions too, that is over padding and black
+    pixels. They apply dropout to attention weights and hidden units of the MLPs too; here dropout acts on the outputs
+    only. They draw learnt positions with a standard deviation of .02 (Skyformer's code word embeddings too); here it is
+    1.
+  Skyformer: cycles Adam's b1 with the learning rate. It keeps the best checkpoint only after a fifth of the steps. It
+    draws landmarks with replacement, and draws again in evaluation. It takes six iterations to the inverse; here a
+    Cholesky solve gives it (`attention.skyformer.inverse=iteration` iterates, from another start).
+  Long Range Arena: drops attention weights at another rate than the rest for Image (.2 beside .3) and Pathfinder (.1
+    beside .2). It has Xavier weights, and no biases in attention. A class token starts at zero and has a position. For
+    Retrieval it pools the first position of encoders without a class token; "cls" here adds one.
 """
 
 from collections.abc import Mapping
@@ -21,7 +23,7 @@ from typing import Any
 
 from efficient_tx.checks import OptionError, one_of
 
-# The arena's, for every task; Adam has decoupled weight decay, as in flax.optim.
+# Long Range Arena, every task. Adam has decoupled weight decay, as in flax.optim.
 LRA = {
     "model.causal": False,
     "model.norm": "layer",
@@ -32,7 +34,7 @@ LRA = {
     "optimizer.eps": 1e-9,
 }
 
-# For ListOps, Text and Retrieval.
+# Long Range Arena: ListOps, Text and Retrieval.
 LRA_SEQUENCES = {
     **LRA,
     "model.layers": 4,
@@ -59,10 +61,10 @@ PATHFINDER = {
     "task.val_size": 20000,
     "task.test_size": 20000,
     "task.contour_length": 14,
-    "task.legacy_mask": True,  # their mask is inputs > 0, which takes black pixels for padding
+    "task.legacy_mask": True,  # their mask is inputs > 0: black pixels count as padding
 }
 
-# Of Pathfinder and Path-X.
+# Long Range Arena: Pathfinder and Path-X.
 LRA_PATHFINDER = {
     **LRA,
     **PATHFINDER,
@@ -77,7 +79,7 @@ LRA_PATHFINDER = {
 TEXT = {
     "task.train_size": 25000,
     "task.test_size": 25000,
-    "task.max_len": 4000,  # of the paper's table; base_text_classification_config.py says 1000
+    "task.max_len": 4000,  # from the paper's table; base_text_classification_config.py says 1000
     "task.validation": "test",  # both codes choose their checkpoint on test reviews
 }
 
@@ -92,10 +94,10 @@ IMAGE = {
     "task.train_size": 45000,
     "task.val_size": 5000,
     "task.test_size": 10000,
-    "task.legacy_mask": True,  # their mask is inputs > 0, which takes black pixels for padding
+    "task.legacy_mask": True,  # their mask is inputs > 0: black pixels count as padding
 }
 
-# Options of mixers count where a run has that mixer.
+# Options of a mixer apply only to runs with that mixer.
 SKYFORMER = {
     "attention.skyformer.landmarks": 128,
     "attention.skyformer.ridge": 0.1,
@@ -233,7 +235,7 @@ PROTOCOLS: dict[str, dict[str, dict[str, Any]]] = {
         "lra.text": {
             **SKYFORMER,
             **TEXT,
-            "task.val_size": 6400,  # 200 batches; theirs go round the test reviews, each evaluation sees the next ones
+            "task.val_size": 6400,  # 200 batches; theirs cycle through the test reviews: each evaluation takes the next
             "batch_size": 32,
             "eval_every": 500,
             "optimizer.learning_rate": 1e-4,
@@ -242,7 +244,7 @@ PROTOCOLS: dict[str, dict[str, dict[str, Any]]] = {
         "lra.retrieval": {
             **SKYFORMER,
             **RETRIEVAL,
-            "task.val_size": 4800,  # 300 batches; theirs go round the validation pairs
+            "task.val_size": 4800,  # 300 batches; theirs cycle through the validation pairs
             "model.pair_head": "interaction",
             "batch_size": 16,
             "eval_every": 1000,
@@ -260,10 +262,10 @@ PROTOCOLS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
-# Sources that stand in for the data that a protocol is about: always a departure from it.
+# Sources that replace the original data of a protocol: always a departure from it.
 STAND_INS = {"generated", "spam", "sotu", "fashion_mnist"}
 
-# How a run is carried out, not what it computes: no departure from a protocol.
+# Keys that change how a run is carried out, not what it computes: never a departure from a protocol.
 HOUSEKEEPING = {
     "seed",
     "grad_accum",
@@ -278,15 +280,15 @@ HOUSEKEEPING = {
 
 
 def key(task: Mapping[str, Any]) -> str:
-    """A task's key in PROTOCOLS: its module, and its resolution where one module makes tasks of several."""
+    """A task's key in PROTOCOLS: its module, and its resolution if the module has several."""
     return f"{task['name']} {task['resolution']}" if "resolution" in task else task["name"]
 
 
 def settings(protocol: str, task: str) -> dict[str, Any]:
-    """Key -> value of a protocol on a task, given by its `key`.
+    """Key -> value of a protocol for the task with this `key`.
 
     Raises:
-      OptionError: no such protocol, or it says nothing about this task.
+      OptionError: there is no such protocol, or it has no settings for this task.
     """
     one_of(PROTOCOLS, protocol=protocol)
     if protocol == "default":

@@ -1,6 +1,6 @@
-"""One resolved config, from a config file's, its protocol's settings and what was typed.
+"""Resolves a config: the config file, the settings of its protocol and the typed values become one.
 
-Precedence: base < protocol < the argument after the colon < what was typed, in any order.
+Precedence: base < protocol < the argument after the colon < typed values. The order of typing does not matter.
 """
 
 import copy
@@ -15,12 +15,12 @@ from efficient_tx.config.keys import assign, flatten
 from efficient_tx.config.names import absolute_task
 from efficient_tx.config.schema import complete
 
-# What the argument after the colon names.
+# The keys that the argument after the colon sets.
 NAMES = ("mixers", "linear.mlp.name", "linear.projections.name")
 
 
 def resolve(config: ConfigDict, typed: Mapping[str, Any]) -> ConfigDict:
-    """The config with the protocol's settings under the typed ones.
+    """The config with the settings of its protocol, overridden by the typed values.
 
     Raises:
       ConfigError: an unknown protocol or key, or a value of another type.
@@ -39,7 +39,7 @@ def resolve(config: ConfigDict, typed: Mapping[str, Any]) -> ConfigDict:
 
 
 def protocol_settings(config: ConfigDict) -> dict[str, Any]:
-    """What the config's protocol says about its task, options of mixers that it does not have aside."""
+    """The protocol's settings for the config's task, without options of mixers that the config does not have."""
     with at():
         settings = protocols.settings(config.protocol, protocols.key(config.task))
     return {
@@ -50,10 +50,10 @@ def protocol_settings(config: ConfigDict) -> dict[str, Any]:
 
 
 def departures(config: ConfigDict, plain: ConfigDict) -> list[str]:
-    """The keys of a resolved config that differ from the protocol it names.
+    """The keys of a resolved config that differ from the protocol that it names.
 
-    What a protocol leaves open is compared with `plain`, the config file's own for the same mixers and structures. Data
-    of our own making, or others that stand in for its own, are a departure from any published protocol.
+    Keys that the protocol leaves open are compared with `plain`, the file's config for the same mixers and structures.
+    Generated data, or other data in place of the original data, depart from any published protocol.
     """
     mine, typed = flatten(config), {"protocol": config.protocol}
     if config.protocol != "default" and "task.resolution" in mine:

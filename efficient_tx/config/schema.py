@@ -1,4 +1,4 @@
-"""The schema: which keys a config has, with their defaults, read from the classes and functions that take them."""
+"""The schema: the keys of a config and their defaults, read from the signatures of classes and functions."""
 
 import copy
 import inspect
@@ -23,7 +23,7 @@ from efficient_tx.config.names import (
 from efficient_tx.signatures import constructor
 from efficient_tx.training.optimizer import make_optimizer
 
-# The top-level keys of a run: the default, or the type of a key that is unset at first; and what it is.
+# The top-level keys of a run: the default, or the type of a key that is unset by default; and the meaning.
 RUN: dict[str, tuple[Any, str]] = {
     "mixers": ("softmax", 'token mixers by layer, repeated to depth: "gla*3,softmax"'),
     "protocol": ("default", "whose settings the others start from: a key of PROTOCOLS"),
@@ -44,7 +44,7 @@ RUN: dict[str, tuple[Any, str]] = {
     "debug_nans": (False, "stop inside the step at the first NaN (slow)"),
 }
 
-# What is passed to a class by itself, and so is no option of its config section.
+# Arguments that the builders pass themselves; they are not keys of the class's config section.
 GIVEN = {
     "model": {"linear", "prefix", "remat", "dtype"},
     "mixer": {"heads", "head_dim", "linear", "dropout", "causal", "positions", "max_len", "dtype", "rngs"},
@@ -58,12 +58,13 @@ def make_config(module: str, argument: str = "", /, **settings: Any) -> ConfigDi
 
     Args:
       module: of the task, "lra.listops", or the path of a file that ends in .py.
-      argument: "MIXERS+LINEAR+PROJECTIONS", what follows the colon of a config's path: a mixer pattern, the weight
-        structure of the MLPs, and that of the mixers' projections; "softmax+dense+dense" where left out.
-      **settings: what this task sets otherwise, by section: `steps=100, model={"layers": 4}`.
+      argument: "MIXERS+LINEAR+PROJECTIONS", the part of a config's path after the colon: a mixer pattern, the weight
+        structure of the MLPs, and that of the mixers' projections. Parts left out are "softmax", "dense" and "dense".
+      **settings: values for this task, by section: `steps=100, model={"layers": 4}`.
 
     Raises:
-      ConfigError: the argument has an unknown name, or a setting an unknown key.
+      ConfigError: the argument has an unknown name.
+      KeyError: a setting has an unknown key.
       ValueError: the argument has more than three parts.
     """
     parts = argument.split("+") if argument else []
@@ -89,8 +90,8 @@ def make_config(module: str, argument: str = "", /, **settings: Any) -> ConfigDi
 def options(call: Callable | type, given: set[str] = frozenset()) -> ConfigDict:
     """A config section: the keyword arguments with defaults of a function, or of a class and its bases.
 
-    An argument whose default is None becomes a placeholder of its annotated type. `given` are left out, and so is what
-    a class has from flax.
+    An argument with the default None becomes a placeholder of its annotated type. Arguments in `given`, and those that
+    a class inherits from flax, are left out.
     """
     section = ConfigDict()
     for name, parameter in signature(call).parameters.items():
@@ -105,7 +106,7 @@ def options(call: Callable | type, given: set[str] = frozenset()) -> ConfigDict:
 
 
 def signature(call: Callable | type) -> inspect.Signature:
-    """The arguments of a function, or of a class and those of its bases that are not flax's."""
+    """The arguments of a function, or of a class and its bases without flax's classes."""
     if not inspect.isclass(call):
         return inspect.signature(call)
     if issubclass(call, nnx.Linear) and "__init__" not in vars(call):
@@ -114,9 +115,9 @@ def signature(call: Callable | type) -> inspect.Signature:
 
 
 def complete(config: ConfigDict) -> ConfigDict:
-    """A copy whose sections fit the names in it: model, attention.*, linear.*. Missing keys get their defaults.
+    """A copy whose sections model, attention.* and linear.* fit the names in it. Missing keys get their defaults.
 
-    Sections of variants that the pattern does not name are dropped, and so are keys that a named class does not have.
+    Sections of mixers that the pattern does not name are dropped, and so are keys that a named class does not have.
     """
     config = copy.deepcopy(config)
     with config.unlocked():
@@ -136,9 +137,9 @@ def complete(config: ConfigDict) -> ConfigDict:
 
 
 def named(section: ConfigDict, owner: type, given: set[str]) -> ConfigDict:
-    """The options of the class `owner`, with the values that `section` has of them, and the section's name.
+    """The options of the class `owner`, with the values that `section` has for them, and the section's name.
 
-    Those of another type are another class's: where that has a number, this one may have a tuple of the same name.
+    Values of another type are not copied: they belong to another class. A number there may be a tuple here.
     """
     fresh = options(owner, given)
     fresh.name = section.name
@@ -163,7 +164,7 @@ def task_options(name: str) -> ConfigDict:
 
 
 def owners(config: ConfigDict) -> dict[str, Callable | type]:
-    """Who takes the keys of each section: "attention.skyformer" -> Skyformer."""
+    """The class or function that takes the keys of each section: "attention.skyformer" -> Skyformer."""
     models = MODELS[task_module(config.task.name).KIND]
     return {
         "task": task_module(config.task.name).get_task,

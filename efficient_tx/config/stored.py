@@ -1,4 +1,4 @@
-"""Stored configs: config.json of a run, of this version or an older one, back to a config."""
+"""Stored configs: config.json of a run, of this version or an older one, becomes a config again."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,12 +11,12 @@ from efficient_tx.config.schema import make_config
 
 
 def restore(stored: Mapping[str, Any]) -> ConfigDict:
-    """The config of a run from its config.json, with the types that JSON loses (tuples, and what may be None).
+    """The config of a run from its config.json, with the types that JSON loses (tuples, and values that may be None).
 
-    Keys that have come since get their defaults.
+    New keys get their defaults.
 
     Raises:
-      ValueError: a key is missing, or one that this version does not have.
+      ValueError: a required key is missing, or this version does not have a key.
     """
     flat = flatten(ConfigDict(stored))
     missing = {"task.name", *NAMES} - set(flat)
