@@ -22,7 +22,7 @@ class ConfigError(ValueError):
 
 @contextlib.contextmanager
 def at(section: str = "") -> Iterator[None]:
-    """Turns an OptionError into the ConfigError of its key in `section`, another ValueError into that of the section."""
+    """An OptionError becomes the ConfigError of its key in `section`; another ValueError, that of the section."""
     try:
         yield
     except ConfigError:
