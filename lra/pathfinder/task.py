@@ -123,7 +123,7 @@ def state(
     if source == "generated":
         numba = importlib.util.find_spec("numba") is not None
         where = f"generated on first use, {data_directory(data_dir) / 'pathfinder'}"
-        return numba, where if numba else "numba, which generates the images: pip install -e '.[pathfinder]'"
+        return numba, where if numba else "numba, which generates the images: pip install numba"
     try:
         return True, str(files.find(source, resolution, contour_length))
     except FileNotFoundError as error:
