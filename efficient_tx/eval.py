@@ -1,12 +1,12 @@
 """Evaluates runs: python -m efficient_tx.eval --workdir=RUN [--workdir=RUN ...] [--checkpoint=best|last|STEP]
 
-Needs nothing but the workdirs, on any number of devices; prints one table for each protocol and writes what it found
-into each workdir. `--set KEY=VALUE` evaluates the same parameters under another mixer, budget or length that they fit.
+Needs only the workdirs and runs on any number of devices. Prints one table for each protocol and writes the results
+into each workdir. `--set KEY=VALUE` evaluates the same parameters with another mixer, budget or length that they fit.
 """
 
 import os
 
-# Before jax is imported: its CPU solvers run in OpenBLAS, whose threads collide with XLA's.
+# Set before jax is imported: its CPU solvers run in OpenBLAS, whose threads collide with XLA's.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 from efficient_tx.extras import require
@@ -42,12 +42,12 @@ from efficient_tx.training.workdir import FREE_KEYS, read_config, write_json
 
 
 def warn(line: str) -> None:
-    """One line on standard error."""
+    """Prints one line on standard error."""
     print(line, file=sys.stderr)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line; what is wrong with it ends in one line and exit status 2."""
+    """Parses the command line; a mistake ends in one line and exit status 2."""
 
     def setting(text: str) -> tuple[str, str]:
         key, equals, value = text.partition("=")
@@ -73,7 +73,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 @contextlib.contextmanager
 def naming_setting(settings: Mapping[str, str]) -> Iterator[None]:
-    """Puts `--set KEY=VALUE` in front of what is wrong with it."""
+    """Puts `--set KEY=VALUE` in front of the error of a setting."""
     try:
         yield
     except ConfigError as error:
@@ -83,7 +83,7 @@ def naming_setting(settings: Mapping[str, str]) -> Iterator[None]:
 
 
 def evaluate(path: str, options: argparse.Namespace) -> dict[str, Any]:
-    """What the run in `path` scores under the command line's options."""
+    """The scores of the run in `path` under the options of the command line."""
     with refusing(path), naming_setting(options.settings):
         config = apply_settings(read_config(path), options.settings, options.split)
         check(config)
@@ -94,7 +94,7 @@ def evaluate(path: str, options: argparse.Namespace) -> dict[str, Any]:
     dead = [key for key in options.settings if key.startswith("linear.") and stage.start]
     if dead:
         raise Refused(f"{path}: --set {dead[0]}: the weights of step {step} are dense, as from step {stage.start} on")
-    # Every device gets the same number of rows; what fills up the last batch does not count.
+    # Every device gets the same number of rows; rows that fill up the last batch do not count.
     devices = jax.device_count()
     batch_size = -(-(options.batch_size or config.batch_size) // devices) * devices
     batches = evaluation_batches(getattr(task, options.split), task, batch_size=batch_size)
@@ -119,7 +119,7 @@ def evaluate(path: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def settings_of(row: Mapping[str, Any]) -> str:
-    """ "key=value,key=value" of what `--set` changed."""
+    """The settings of `--set` as "key=value,key=value", in one string."""
     return ",".join(f"{key}={value}" for key, value in row["set"].items())
 
 
@@ -130,7 +130,7 @@ def file_name(row: Mapping[str, Any]) -> str:
 
 
 def table(protocol: str, rows: list[tuple[str, Mapping[str, Any]]]) -> Table:
-    """One line for each (workdir, result) of a protocol."""
+    """The table of one protocol, with one row for each (workdir, result)."""
     head = rows[0][1]
     result = Table(title=f"{head['split']} split, {head['checkpoint']} checkpoint, protocol {protocol}")
     metrics = list(dict.fromkeys(name for _, row in rows for name in (*row["metrics"], "loss")))
@@ -151,7 +151,7 @@ def table(protocol: str, rows: list[tuple[str, Mapping[str, Any]]]) -> Table:
 
 
 def main(arguments: list[str]) -> int:
-    """Evaluates every workdir; those that cannot be get a line, and then the exit status is 2 (1: a full disk)."""
+    """Evaluates every workdir. One that fails gets a line, and then the exit status is 2 (1: a full disk)."""
     options = parse(arguments)
     keep_programs(data_directory() / "compilation")
     rows, status = [], 0
@@ -163,7 +163,7 @@ def main(arguments: list[str]) -> int:
         except RunError as error:
             warn(error.flag)
             status = error.status
-    # A table is as wide as its rows, also where standard output is no terminal.
+    # A fixed width if standard output is not a terminal: rows must not be cut.
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     for protocol in dict.fromkeys(row["protocol"] for _, row in rows):
         console.print(table(protocol, [(path, row) for path, row in rows if row["protocol"] == protocol]))
@@ -172,7 +172,7 @@ def main(arguments: list[str]) -> int:
 
 def command() -> None:
     """The command line."""
-    sys.path.append(os.getcwd())  # where a task or a mixer of the user's own may be
+    sys.path.append(os.getcwd())  # for a task or a mixer of the user's own
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:

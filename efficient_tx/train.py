@@ -1,13 +1,13 @@
 """Trains a model: python -m efficient_tx.train --config=NAME[:MIXERS+LINEAR] --workdir=FOLDER [--config.KEY=VALUE ...]
 
 NAME is a shipped config or the path of a file. The same command resumes a run that was stopped or killed. Exit status:
-0 finished; 2 refused; 3 the loss, a gradient or a parameter is not finite; 143 or 130 stopped by SIGTERM or Ctrl-C; 1
-something could not be written.
+0 finished; 2 refused; 3 the loss, a gradient or a parameter is not finite; 143 or 130 stopped by SIGTERM or Ctrl-C; 1 a
+file could not be written.
 """
 
 import os
 
-# Before jax is imported: its CPU solvers run in OpenBLAS, whose threads collide with XLA's.
+# Set before jax is imported: its CPU solvers run in OpenBLAS, whose threads collide with XLA's.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 from efficient_tx.extras import require
@@ -154,7 +154,7 @@ def train(asked: command_line.Run, workdir: Workdir) -> None:
 
 
 def sentences(result: Mapping[str, Any], objective: Objective, path: Path) -> list[str]:
-    """What the end of a run tells a person, line by line."""
+    """The lines that are printed at the end of a run."""
     baselines = ", ".join(f"{name} {value:.4f}" for name, value in result["baselines"].items())
     score, step = result[f"test_{objective.best}"], result["best_step"]
     evaluator = command_line.invoked("eval")
@@ -167,9 +167,10 @@ def sentences(result: Mapping[str, Any], objective: Objective, path: Path) -> li
 
 
 def warm_start(model: nnx.Module, task: Task, config: ConfigDict) -> list[str]:
-    """Gives `model` the parameters of `config.init_from`, another run or a file; returns the lines that tell of it.
+    """Gives `model` the parameters of `config.init_from`, another run or a file; returns lines that report it.
 
-    Linear layers of another structure, or with other options of it, become the nearest ones to those there.
+    A linear layer with another structure, or with other options of it, gets the nearest approximation of the layer
+    there.
     """
     path = config.init_from
     try:
@@ -186,11 +187,11 @@ def warm_start(model: nnx.Module, task: Task, config: ConfigDict) -> list[str]:
 
 
 def from_run(config: ConfigDict, task: Task) -> tuple[nnx.Module, list[str]]:
-    """The model of the best checkpoint of the run that `config` starts from, and a line that names it."""
+    """The model of the best checkpoint of the run `config.init_from`, and a line that names it."""
     path = config.init_from
     with refusing():
         other = restore(read_config(path))
-        # The other run's data are not needed: what depends on their sizes has to fit this run's.
+        # The other run's data are not needed: parameters that depend on their sizes must fit this run's.
         kind = task_module(other.task.name).KIND
         if (kind == "image") != (task.kind == "image"):
             raise ValueError(f"its task {other.task.name} is of kind {kind!r}, and this one of {task.kind!r}")
@@ -202,7 +203,7 @@ def from_run(config: ConfigDict, task: Task) -> tuple[nnx.Module, list[str]]:
 
 
 def from_file(config: ConfigDict, task: Task) -> tuple[nnx.Module, list[str]]:
-    """A model as `config` has it, but with dense weights and those of a published checkpoint; and lines about it."""
+    """A model as in `config`, but with dense weights and those of a published checkpoint; and lines that report it."""
     with refusing():
         if (task.kind, config.model.name) != ("image", "vit"):
             raise ValueError(f"a file has the parameters of a vit for images, here is {config.model.name}")
@@ -211,7 +212,7 @@ def from_file(config: ConfigDict, task: Task) -> tuple[nnx.Module, list[str]]:
 
 
 def run(asked: command_line.Run) -> None:
-    """Does what the flags say, unless it is done already."""
+    """Does what the flags say, unless the run is finished."""
     connect()
     config = asked.config
     keep_programs(data_directory(config.task.get("data_dir")) / "compilation")
@@ -234,9 +235,9 @@ def run(asked: command_line.Run) -> None:
 
 
 def main(asked: command_line.Run) -> int:
-    """Runs, and ends with one line and an exit status where a person, a signal or the disk is to blame."""
+    """Runs. Errors of the user, signals and a full disk end in one line and an exit status."""
     if FLAGS.verbosity == logging.INFO:
-        # absl's default, at which jax tells which backends it looked for.
+        # At INFO, absl's default, jax logs which backends it looked for.
         logging.set_verbosity(logging.WARNING)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     again = f"the same command goes on: {shlex.join([*command_line.invoked('train'), *sys.argv[1:]])}"
@@ -259,7 +260,7 @@ def main(asked: command_line.Run) -> int:
 
 def command() -> None:
     """The command line."""
-    sys.path.append(os.getcwd())  # where a task or a mixer of the user's own may be
+    sys.path.append(os.getcwd())  # for a task or a mixer of the user's own
     own = ("workdir", "coordinator_address", "num_processes", "process_id")
     app.run(main, flags_parser=functools.partial(command_line.parse, usage=__doc__, own=own))
 

@@ -22,7 +22,7 @@ class ConfigError(ValueError):
 
 @contextlib.contextmanager
 def at(section: str = "") -> Iterator[None]:
-    """An OptionError becomes the ConfigError of its key in `section`; another ValueError, that of the section."""
+    """Turns an OptionError into the ConfigError of its key in `section`, other ValueErrors into that of the section."""
     try:
         yield
     except ConfigError:
