@@ -1,7 +1,7 @@
-"""What there is of Long Range Arena's data: python -m lra --check [--data_dir=DIR]
+"""The state of Long Range Arena's data: python -m lra --check [--data_dir=DIR]
 
-Lists every task with the state of its data: where they are, or what is missing, where it was looked for and how to get
-it. Nothing is read or made. Exit status 0; 2 for a mistake on the command line.
+Lists for every task where its data are, or what is missing, where it was searched and how to get it. Nothing is read or
+generated. Exit status 0; 2 for a mistake on the command line.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from lra.tasks import TASKS
 
 
 def check(data_dir: str | None = None) -> list[tuple[str, bool, str]]:
-    """(name, whether it can be loaded, where from or what is missing) of every task."""
+    """(name, whether it can be loaded, where it is or what is missing) of every task."""
     found = []
     for name, (module, options) in TASKS.items():
         there, where = importlib.import_module(module).state(data_dir, **options)
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     print(f"Data in {data_directory(options.data_dir)}; other places: task.source (lra/README.md)")
     width = max(map(len, TASKS))
-    # A line each, uncut: what is missing comes with commands and paths to copy.
+    # One line each, never cut: it holds commands and paths to copy.
     for name, there, where in check(options.data_dir):
         print(f"{name:{width}}  {'ready  ' if there else 'missing'}  {where}")
 

@@ -1,4 +1,4 @@
-"""CIFAR-10's own archives, python or binary, unpacked or not. Krizhevsky 2009, www.cs.toronto.edu/~kriz/cifar.html."""
+"""CIFAR-10's own archives, python or binary, packed or not. Krizhevsky 2009, www.cs.toronto.edu/~kriz/cifar.html."""
 
 import io
 import pathlib
@@ -16,7 +16,7 @@ _NAMES = [name for names in _BATCHES.values() for name in names]
 
 
 def find(path: pathlib.Path) -> pathlib.Path | None:
-    """The archive or folder of batches that `path` is or holds. Raises ValueError for a folder of some of them."""
+    """The archive or folder of batches at `path` or inside it. Raises ValueError for a folder of only some of them."""
     for place in (path, *(path / name for name in PLACES)):
         if place.is_file():
             return place
@@ -27,7 +27,7 @@ def find(path: pathlib.Path) -> pathlib.Path | None:
 
 
 def read(place: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """{"train", "test"}: colours uint8 `[n, 1024, 3]`, row by row, and labels uint8 `[n]`, in their order.
+    """{"train", "test"}: colours uint8 `[n, 1024, 3]`, row by row, and labels uint8 `[n]`, in stored order.
 
     Raises:
       ValueError: a file is missing or damaged.
@@ -48,7 +48,7 @@ def _check_whole(place: pathlib.Path, batches: Collection[str]) -> None:
 
 
 def _files(place: pathlib.Path) -> dict[str, pathlib.Path]:
-    """The batches in a folder, by name, without the .bin of the binary ones."""
+    """The batches in a folder, by name without .bin."""
     paths = [path for name in _NAMES for path in (place / name, place / f"{name}.bin") if path.is_file()]
     return {path.name.removesuffix(".bin"): path for path in paths}
 
@@ -64,12 +64,12 @@ def _contents(place: pathlib.Path) -> Iterator[tuple[str, bytes]]:
                 name = pathlib.PurePosixPath(member.name).name.removesuffix(".bin")
                 if member.isfile() and name in _NAMES:
                     yield name, tar.extractfile(member).read()
-    except Exception as error:  # a flipped bit can make the readers of tar and gzip raise almost anything
+    except Exception as error:  # a flipped bit makes the readers of tar and gzip raise almost any error
         raise ValueError(f"{place} is damaged or no archive of CIFAR-10 ({error})") from None
 
 
 def _batch(content: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Colours `[n, 1024, 3]` and labels `[n]` of one file: of rows that are the red, the green and the blue pixels."""
+    """Colours `[n, 1024, 3]` and labels `[n]` of one file. Its rows are all red, then all green, then all blue pixels."""
     row = 3 * SIDE * SIDE
     try:
         if content[:1] == b"\x80":  # a pickle; in a binary file this is a label, 0 to 9
@@ -81,12 +81,12 @@ def _batch(content: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
         if pixels.dtype != np.uint8 or len(labels) == 0 or labels.max() > 9:
             raise ValueError("labels are 0 to 9 and pixels are bytes")
         return pixels.reshape(len(labels), 3, SIDE * SIDE).transpose(0, 2, 1), labels
-    except Exception as error:  # a flipped bit can make a pickle raise almost anything
+    except Exception as error:  # a flipped bit makes a pickle raise almost any error
         raise ValueError(f"{where} is damaged ({error})") from None
 
 
 class _Plain(pickle.Unpickler):
-    """Reads arrays and nothing else: a pickle from elsewhere must not run what it likes."""
+    """Unpickles arrays only: a pickle from elsewhere must not run other code."""
 
     ALLOWED = frozenset({"_reconstruct", "ndarray", "dtype", "_frombuffer", "encode"})
 

@@ -1,17 +1,17 @@
 """Writes a task as npz shards: python -m lra.export TASK --out=DIR [--data_dir=DIR] [--OPTION=VALUE ...]
 
 For users of other frameworks. An OPTION is one of the task's `get_task`: --seed=1, --max_len=1000, --source=...
-DIR/TASK then holds, readable with numpy alone,
+DIR/TASK then holds these files, which numpy alone can read:
 
     train-00000-of-00012.npz ...   validation-..., test-...: examples in order, SHARD to a shard
     task.json                      kind, classes, vocabulary, lengths, source, options (the seed too), sizes, baselines
     SHA256SUMS                     checksums of all of these, for `sha256sum -c`
 
-In a shard, "label" is int32 `[n]`; the tokens of example i are inputs[offsets[i]:offsets[i + 1]], and of pairs also
-inputs2[offsets2[i]:offsets2[i + 1]]; "mask", where a task has its own, lies like inputs. Nothing is padded. The folder
-appears complete or not at all, and the same options make the same shards.
+In a shard, "label" is int32 `[n]`. The tokens of example i are inputs[offsets[i]:offsets[i + 1]], and of pairs also
+inputs2[offsets2[i]:offsets2[i + 1]]. If a task has its own "mask", it is stored like inputs. Nothing is padded. The
+folder appears complete or not at all, and the same options give the same shards.
 
-Exit status: 0 written; 1 the disk is full; 2 anything else that went wrong, in one line; 130 stopped by Ctrl-C.
+Exit status: 0 written; 1 the disk is full; 2 any other error, in one line; 130 stopped by Ctrl-C.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def export(task: Task, folder: pathlib.Path, options: dict[str, Any]) -> None:
     """Writes `task`, made with `options`, into `folder`.
 
     Raises:
-      OSError: it cannot be written; a FileExistsError if there is something in it.
+      OSError: it cannot be written; FileExistsError if it is not empty.
     """
     check_empty(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def export(task: Task, folder: pathlib.Path, options: dict[str, Any]) -> None:
 
 
 def check_empty(folder: pathlib.Path) -> None:
-    """Raises an OSError unless `folder` is empty, or can be made: FileExistsError if there is something in it."""
+    """Raises an OSError unless `folder` is empty or can be created; FileExistsError if it is not empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(errno.EEXIST, "is not empty: remove it, or choose another --out", str(folder))
     above = next(parent for parent in folder.absolute().parents if parent.exists())
@@ -97,7 +97,7 @@ def _checksum(path: pathlib.Path) -> str:
 
 
 def _parser(name: str | None) -> argparse.ArgumentParser:
-    """The command line; with the options of a task, once its name is known."""
+    """The parser of the command line, with the options of the task `name`, if it is known."""
     parser = argparse.ArgumentParser(
         "python -m lra.export",
         description=__doc__,
@@ -117,7 +117,7 @@ def _parser(name: str | None) -> argparse.ArgumentParser:
 
 
 def _type(parameter: inspect.Parameter) -> Any:
-    """What turns an option's text into its value."""
+    """The function that turns an option's text into its value."""
     kind = next(iter(get_args(parameter.annotation)), parameter.annotation)
     if kind is not bool:
         return kind
@@ -133,7 +133,7 @@ def _type(parameter: inspect.Parameter) -> Any:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    # The task says which options there are, wherever it stands among them; what follows "--OPTION" is its value.
+    # The task determines the options and may stand anywhere among them. A word after "--OPTION" is its value.
     pairs = zip(["", *arguments], arguments)
     name = next((word for before, word in pairs if word in TASKS and not re.fullmatch(r"--\w+", before)), None)
     options = vars(_parser(name).parse_args(arguments))
@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_empty(out / name)
         task = importlib.import_module(TASKS[name][0]).get_task(**options)
-        # Where the data lie is the reader's affair, and would make the same data look different.
+        # Not data_dir: the same data in another folder must give the same files.
         export(task, out / name, {key: value for key, value in options.items() if key != "data_dir"})
     except OSError as error:
         print(error if error.filename is None else f"{error.filename}: {error.strerror}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Data sets that `python -m efficient_tx.data.fetch` has put into the data directory; its docstring says how."""
+"""Data sets that `python -m efficient_tx.data.fetch` has stored in the data directory; see its docstring."""
 
 import hashlib
 import pathlib
@@ -10,7 +10,7 @@ _SUMS = "SHA256SUMS"
 
 
 def find(name: str, data_dir: str | None, items: str) -> pathlib.Path:
-    """The folder of a data set. Raises FileNotFoundError, which says that there are no such `items`."""
+    """The folder of a data set. Raises FileNotFoundError, with the name `items` of its contents, if it is not there."""
     folder = data_directory(data_dir) / name
     if not (folder / _SUMS).is_file():
         raise FileNotFoundError(f"no {items} in {folder}: python -m efficient_tx.data.fetch {name} gets them")
@@ -21,7 +21,7 @@ def read(folder: pathlib.Path) -> Iterator[tuple[str, bytes]]:
     """(path within the folder, content) of each of its files.
 
     Raises:
-      ValueError: a file is missing or is not the one that was fetched.
+      ValueError: a file is missing or differs from what was fetched.
     """
     for line in (folder / _SUMS).read_text().splitlines():
         checksum, _, name = line.partition("  ")

@@ -1,8 +1,7 @@
-"""Image: which of ten things does a small grey picture show? Pixel by pixel, row by row, 1,024 of them.
+"""Image: which of ten things does a small grey picture show? Its 1,024 pixels are read one by one, row by row.
 
-CIFAR-10 (Krizhevsky 2009); as a task of Long Range Arena, Tay et al. 2020 (arXiv:2011.04006). Where there is no
-CIFAR-10, the Fashion-MNIST that `python -m efficient_tx.data.fetch fashion_mnist` fetches makes a task of the same form
-under a name of its own.
+CIFAR-10 (Krizhevsky 2009), as a task of Long Range Arena, Tay et al. 2020 (arXiv:2011.04006). Without CIFAR-10,
+Fashion-MNIST from `python -m efficient_tx.data.fetch fashion_mnist` gives a task of the same form with its own name.
 """
 
 import gzip
@@ -22,18 +21,18 @@ KIND = "tokens"
 COUNTS = {"cifar10": (50000, 10000), "fashion_mnist": (60000, 10000)}  # images for training and for testing
 
 _SIDES = {"fashion_mnist": 28}
-_READER = "v2"  # part of the stored data's name: raise it with any change of how they are read
+_READER = "v2"  # part of the stored data's name: increase it with any change of the reader
 _RIDGE = 1.0
 
 
 def sizes(*, source: str = "cifar10", legacy_mask: bool = False, **_) -> dict[str, int]:
-    """What a model has to know of the task, from the options of `get_task` alone."""
+    """The sizes that a model needs to know of the task, from the options of `get_task` alone."""
     side = _SIDES.get(source, cifar.SIDE)
     return {"num_classes": 10, "vocab_size": 256, "max_len": side**2, "own_masks": legacy_mask}
 
 
 def split_by(source: str, split: str) -> tuple[str, ...]:
-    """Options that may move a training example into `split`, which no evaluation may."""
+    """Options that may move a training example into `split`; an evaluation must not do that."""
     del source
     return ("val_size",) if split == "validation" else ()
 
@@ -50,15 +49,15 @@ def get_task(
     """The image task: grey values 0 to 255 as ids, row by row, labelled with the class. Nothing is padded.
 
     Args:
-      data_dir: where data are kept, and what is made of them, default $EFFICIENT_TX_DATA or ~/.cache/efficient_tx.
-      source: "cifar10", as TensorFlow Datasets prepares it in array_record, or one of `cifar.PLACES`, in the data
-        directory; "fashion_mnist", the fetched one, 784 pixels; or the path of one of `cifar.PLACES`.
+      data_dir: folder of the data, original and converted, default $EFFICIENT_TX_DATA or ~/.cache/efficient_tx.
+      source: "cifar10", prepared by TensorFlow Datasets in array_record, or one of `cifar.PLACES` in the data
+        directory; "fashion_mnist", as fetched, 784 pixels; or the path of one of `cifar.PLACES`.
       train_size, val_size, test_size: number of images, or as many as there are; `Task.source` says how many.
-        Validation takes the last ones of those for training, training and testing the first ones, in the order of
-        the pictures' checksums, as CIFAR-10's archives and TensorFlow Datasets store them in different ones. (The
-        arena's validation is the last tenth of the latter's.)
-      legacy_mask: mask black pixels as if they were padding, as the arena's code and the Skyformer paper's did; the
-        others keep their places in the picture.
+        Validation takes the last of the training images; training and testing take the first ones. The order is that of
+        the pictures' checksums, because CIFAR-10's archives and TensorFlow Datasets store them in different orders.
+        (The arena's validation split is the last tenth in the order of TensorFlow Datasets.)
+      legacy_mask: mask black pixels like padding, as the code of the arena and of the Skyformer paper does; the other
+        pixels keep their positions.
 
     Raises:
       ValueError: a setting is out of range, or files are damaged.
@@ -88,7 +87,7 @@ def get_task(
 
 
 def state(data_dir: str | None = None, source: str = "cifar10", **_: Any) -> tuple[bool, str]:
-    """Whether the data are there, and where, or what is missing; nothing is read."""
+    """Whether the data are there, and where, or what is missing. Nothing is read."""
     try:
         return True, f"{source}: {_locate(source, data_dir)}"
     except (FileNotFoundError, ValueError) as error:
@@ -96,12 +95,12 @@ def state(data_dir: str | None = None, source: str = "cifar10", **_: Any) -> tup
 
 
 class Images:
-    """Flat grey images with labels, a random-access source; item i is a view, nothing is copied.
+    """Flat grey images with labels, a random-access source. Item i is a view without a copy.
 
     Attributes:
       pixels: uint8 `[n, pixels]`.
       labels: uint8 `[n]`.
-      legacy_mask: whether examples bring a mask that is False at black pixels.
+      legacy_mask: whether examples have a mask that is False at black pixels.
     """
 
     def __init__(self, pixels: np.ndarray, labels: np.ndarray, legacy_mask: bool = False):
@@ -119,10 +118,10 @@ class Images:
 
 
 def grey(colours: np.ndarray) -> np.ndarray:
-    """uint8 `[..., 3]` -> uint8 `[...]`, as tf.image.rgb_to_grayscale does, which the arena's code calls.
+    """uint8 `[..., 3]` -> uint8 `[...]`, as tf.image.rgb_to_grayscale, which the arena's code calls.
 
-    That is, in float32: bytes become fractions of 255, are weighted, and go back as the whole part of 255.5 times
-    the sum. What lies within float32's rounding of a whole number may come out as its neighbour.
+    In float32, bytes become fractions of 255 and are weighted; the result is the integer part of 255.5 times the sum. A
+    value within float32's rounding of an integer may become the next integer below or above.
     """
     weights = np.array([0.2989, 0.5870, 0.1140], np.float32)
     fractions = colours.astype(np.float32) * np.float32(1 / 255)
@@ -130,7 +129,7 @@ def grey(colours: np.ndarray) -> np.ndarray:
 
 
 def _baselines(train: Images, test: Images) -> dict[str, np.ndarray]:
-    """Test accuracy of the constant answer and of least squares on the pixels, one output a class, a little ridge."""
+    """Test accuracy of the constant answer and of least squares on the pixels: one output per class, a small ridge."""
     print("image: fitting the linear baseline", file=sys.stderr, flush=True)
     size = train.pixels.shape[1] + 1
     gram, moment = np.zeros((size, size)), np.zeros((size, 10))
@@ -153,7 +152,7 @@ def _locate(source: str, data_dir: str | None) -> pathlib.Path:
 
     Raises:
       FileNotFoundError: it is not there.
-      ValueError: it is not whole, or in a form that cannot be read by index.
+      ValueError: it is incomplete, or in a format that cannot be read by index.
     """
     root = data_directory(data_dir)
     if source == "fashion_mnist":
@@ -176,7 +175,7 @@ def _locate(source: str, data_dir: str | None) -> pathlib.Path:
 
 
 def _fingerprint(place: pathlib.Path) -> str:
-    """Of the files of a source: another one when they are others."""
+    """A digest of the paths, sizes and modification times of a source's files."""
     files = sorted(path for path in place.iterdir() if path.is_file()) if place.is_dir() else [place]
     stats = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.blake2b(repr(stats).encode(), digest_size=8).hexdigest()
@@ -186,7 +185,7 @@ def _read(source: str, place: pathlib.Path) -> dict[str, np.ndarray]:
     """pixels, labels, test_pixels, test_labels of a source, uint8, the pixels flat.
 
     Raises:
-      ValueError: files are missing or damaged, or are not the whole data set.
+      ValueError: files are missing or damaged, or the data set is incomplete.
     """
     if source == "fashion_mnist":
         splits = [_idx(place, "train"), _idx(place, "t10k")]
@@ -203,7 +202,7 @@ def _read(source: str, place: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _ordered(pixels: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same in an order that nothing but the pictures and their labels decides."""
+    """The same in an order that depends on the pictures and their labels only."""
     contents = (row.tobytes() + bytes([label]) for row, label in zip(pixels, labels, strict=True))
     sums = b"".join(hashlib.blake2b(content, digest_size=8).digest() for content in contents)
     order = np.argsort(np.frombuffer(sums, ">u8"), kind="stable")
@@ -219,7 +218,7 @@ def _prepared(place: pathlib.Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _idx(place: pathlib.Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels of the IDX files of MNIST and its kin: a header of big-endian numbers, then bytes."""
+    """Images and labels of files in MNIST's IDX format: a header of big-endian integers, then bytes."""
     try:
         images = gzip.decompress((place / f"{split}-images-idx3-ubyte.gz").read_bytes())
         labels = gzip.decompress((place / f"{split}-labels-idx1-ubyte.gz").read_bytes())
@@ -228,7 +227,7 @@ def _idx(place: pathlib.Path, split: str) -> tuple[np.ndarray, np.ndarray]:
         labels = np.frombuffer(labels, np.uint8, offset=8)
         if magic != 2051 or len(labels) != count:
             raise ValueError("another header expected")
-    except Exception as error:  # a flipped bit can make the reader of gzip raise almost anything
+    except Exception as error:  # a flipped bit makes the reader of gzip raise almost any error
         raise ValueError(
             f"{place} is damaged ({error}): python -m efficient_tx.data.fetch {place.name} gets it again"
         ) from None

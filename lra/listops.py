@@ -1,8 +1,8 @@
 """ListOps: the value, 0 to 9, of a nested expression such as `[MAX 4 3 [MIN 2 3 ] 1 [MED 1 5 8 9 2 ] ]`.
 
 Nangia and Bowman 2018 (arXiv:1804.06028); long version: Long Range Arena, Tay et al. 2020 (arXiv:2011.04006). The
-grammar, its probabilities and the length filter are those of the arena's generator. The ids are constants here: the
-original code numbered the tokens anew in every process, so that its reloaded checkpoints score like a constant answer.
+grammar, its probabilities and the length filter are those of the arena's generator. The token ids are constants here.
+The original code numbered the tokens anew in every process, so its reloaded checkpoints score like a constant answer.
 """
 
 import contextlib
@@ -25,19 +25,19 @@ _MAX_DEPTH = 10  # the root has depth 1; at depth 10 there are only digits
 _MAX_ARGS = 10
 _P_OPERATOR = 0.25
 
-_GENERATOR = "v1"  # part of the stored data's name: raise it with any change of what is generated
+_GENERATOR = "v1"  # part of the stored data's name: increase it with any change of the generator
 _MOST_TOKENS_PER_CHUNK = 2**24  # bounds roots x max_len, and with it a worker's memory (about 150 MB)
 _DRAWS_PER_TRIAL = 2**20
 _LEAST_GAIN_PER_TRIAL = 0.01
 
 
 def sizes(*, max_len: int, **_) -> dict[str, int]:
-    """What a model has to know of the task, from the options of `get_task` alone."""
+    """The sizes that a model needs to know of the task, from the options of `get_task` alone."""
     return {"num_classes": 10, "vocab_size": len(VOCABULARY), "max_len": max_len}
 
 
 def split_by(source: str, split: str) -> tuple[str, ...]:
-    """Options that may move a training example into `split`, which no evaluation may."""
+    """Options that may move a training example into `split`; an evaluation must not do that."""
     del split
     return ("train_size", "val_size", "min_len", "max_len", "seed") if source == "generated" else ()
 
@@ -57,25 +57,25 @@ def get_task(
 ) -> Task:
     """The ListOps task: expressions with min_len < length < max_len tokens, labelled with their value.
 
-    A token is a digit, an operator with its opening bracket, or a closing bracket. No expression occurs twice, within
-    a split or across splits. Batches are padded to `max_len`, so the longest expression leaves one position free.
+    A token is a digit, an operator with its opening bracket, or a closing bracket. No expression occurs twice, within a
+    split or across splits. Batches are padded to `max_len`, so the longest expression leaves one position free.
 
     Args:
-      data_dir: where generated data are kept, default $EFFICIENT_TX_DATA or ~/.cache/efficient_tx.
+      data_dir: folder of the generated data, default $EFFICIENT_TX_DATA or ~/.cache/efficient_tx.
       source: "generated", or the path of an `lra_release` directory, which holds `listops-1000/basic_train.tsv`,
-        `basic_val.tsv` and `basic_test.tsv`. Of these the first `train_size`, `val_size` and `test_size` expressions
+        `basic_val.tsv` and `basic_test.tsv`. From these the first `train_size`, `val_size` and `test_size` expressions
         within the length bounds are taken, or as many as there are; `Task.source` says how many.
       train_size, val_size, test_size: number of expressions.
-      min_len, max_len: both excluded; always lengths with brackets.
-      drop_brackets: leave out the closing brackets; the operators keep their ids. Same information as the arena's
-        tokenizer before 2021-06-10 (alphanumeric runs only: `MAX 4 3 MIN 2 3 1`), which the Skyformer paper's
-        pipeline kept. The expression can no longer be parsed, so these numbers do not compare with others.
-      bucket: batches of similar lengths, padded no further than need be.
+      min_len, max_len: bounds of the length, both excluded; brackets always count.
+      drop_brackets: leave out the closing brackets; the operators keep their ids. This is the information from the
+        arena's tokenizer before 2021-06-10 (alphanumeric runs only: `MAX 4 3 MIN 2 3 1`), which the Skyformer paper's
+        pipeline kept using. The expression can no longer be parsed, so these numbers do not compare with others.
+      bucket: batches of similar lengths, with little padding.
       seed: of the generator; not used for files.
 
     Raises:
       ValueError: a setting is out of range, too few expressions fit the length bounds, or a file is damaged.
-      FileNotFoundError: `source` is no directory, or a file in it is missing.
+      FileNotFoundError: `source` is not a directory, or a file in it is missing.
       OSError: generated data cannot be stored.
     """
     counts = {"train": train_size, "val": val_size, "test": test_size}
@@ -111,7 +111,7 @@ def get_task(
 
 
 def state(data_dir: str | None = None, source: str = "generated", **_: Any) -> tuple[bool, str]:
-    """Whether the data are there, or can be made, and where, or what is missing; nothing is read."""
+    """Whether the data are there or can be generated, and where, or what is missing. Nothing is read."""
     if source == "generated":
         return True, f"generated on first use, {data_directory(data_dir) / 'listops'}"
     try:
@@ -121,7 +121,7 @@ def state(data_dir: str | None = None, source: str = "generated", **_: Any) -> t
 
 
 class Expressions:
-    """Ragged token sequences with labels, a random-access source; item i is a view, nothing is copied.
+    """Ragged token sequences with labels, a random-access source. Item i is a view without a copy.
 
     Attributes:
       tokens: uint8, all sequences one after the other.
@@ -217,15 +217,15 @@ def _generate(total: int, min_len: int, max_len: int, seed: int) -> dict[str, np
 
 
 def sample(index: int, *, min_len: int, max_len: int, seed: int) -> dict[str, np.ndarray | int]:
-    """Chunk `index` of the seed's stream: many draws from the grammar, of which those of the right length are kept.
+    """Chunk `index` of the seed's stream: many draws from the grammar. Those of the right length are kept.
 
-    All trees of the chunk grow together, one level at a time. A tree that cannot end below `max_len` any more (each
-    pending node is at least one token) stops growing: it would be rejected whatever its other nodes are, so what is
-    kept has exactly the distribution of rejection sampling.
+    All trees of the chunk grow together, one level at a time. A tree that can no longer end below `max_len` (each
+    pending node is at least one token) stops growing, because any other nodes would not prevent its rejection. So the
+    kept trees have exactly the distribution of rejection sampling.
 
     Returns:
       draws: number of trees drawn; lengths int64 `[n]`, labels uint8 `[n]` and the tokens uint8 of those kept, one
-      after the other, in the order drawn.
+        after the other, in the order drawn.
     """
     rng = np.random.default_rng([seed, index])
     draws = int(np.clip(_MOST_TOKENS_PER_CHUNK // max_len, 2**8, 2**17))
@@ -320,7 +320,7 @@ def _write(levels: list[_Level], lengths: list[np.ndarray]) -> np.ndarray:
 
 
 def _release(source: str) -> pathlib.Path:
-    """The directory with the three files under an unpacked archive, which holds them once or twice."""
+    """The directory of the three files in an unpacked archive, which holds them once or twice."""
     root = pathlib.Path(source).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(
@@ -337,7 +337,7 @@ def _release(source: str) -> pathlib.Path:
     )
 
 
-# In "( ( ( [MAX 4 ) 3 ) ] )" the second letter tells the operators apart; all else but digits and ] carries nothing.
+# In "( ( ( [MAX 4 ) 3 ) ] )" one letter identifies an operator: I, A, E or S. Else only digits and ] carry information.
 _LETTERS = {"I": "[MIN", "A": "[MAX", "E": "[MED", "S": "[SM"}
 _TABLE = bytearray(256)
 for _character in "0123456789]IAES":

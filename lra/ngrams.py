@@ -1,8 +1,8 @@
-"""Texts without order: which byte n-grams occur. What a model of sequences has to beat.
+"""Baselines for sequence models: the byte n-grams of a text, without their order.
 
-`accuracy` is of a classifier, Wang and Manning 2012 ("Baselines and bigrams", NB-SVM), with logistic loss: every
-feature is scaled by its log-count ratio between the classes, which is naive Bayes' weight, before a regularised linear
-model is fitted. `Similarity` is the cosine of two texts' n-grams, the rarer ones weighing more.
+`accuracy` is that of a classifier, Wang and Manning 2012 ("Baselines and bigrams", NB-SVM), with logistic loss. Every
+feature is scaled by its log-count ratio between the classes, which is its weight in naive Bayes. Then a regularised
+linear model is fitted. `Similarity` is the cosine of the n-grams of two texts; rarer ones have larger weights.
 """
 
 import functools
@@ -32,7 +32,7 @@ def features(text: bytes) -> np.ndarray:
 
 
 def accuracy(train: Sequence[bytes], train_labels: np.ndarray, test: Sequence[bytes], test_labels: np.ndarray) -> float:
-    """Test accuracy of the model fitted on `train`; labels are 0 and 1. Seconds for some megabytes of text.
+    """Test accuracy of the model fitted on `train`; labels are 0 and 1. Takes seconds for some megabytes of text.
 
     Raises:
       ValueError: the training texts are all of one class.
@@ -80,7 +80,7 @@ class Similarity:
     """The cosine of the n-grams of two texts, each weighted by ln((1 + texts) / (1 + texts that have it)) + 1.
 
     Args:
-      pairs: of texts, from which the weights are counted.
+      pairs: pairs of texts, in which the texts are counted.
     """
 
     def __init__(self, pairs: Iterable[tuple[bytes, bytes]]):
@@ -93,7 +93,7 @@ class Similarity:
         self._squares = (np.log((1 + count) / (1 + having)) + 1) ** 2
 
     def __call__(self, one: bytes, two: bytes) -> float:
-        """In [0, 1]; 0 where a text is too short for an n-gram."""
+        """In [0, 1]; 0 if a text is too short for an n-gram."""
         rows = [self._features(text) for text in (one, two)]
         common = self._squares[np.intersect1d(*rows, assume_unique=True)].sum()
         norms = np.sqrt(np.prod([self._squares[row].sum() for row in rows]))
@@ -101,10 +101,10 @@ class Similarity:
 
 
 def threshold(scores: np.ndarray, labels: np.ndarray) -> float:
-    """The t at which most of the answers scores > t are the labels, 0 or 1, midway between two different scores."""
+    """The t for which scores > t agrees with most of the labels, 0 or 1; it is midway between two different scores."""
     order = np.argsort(scores, kind="stable")
     ordered, positive = scores[order], np.asarray(labels)[order] == 1
     right = np.concatenate([[0], np.cumsum(~positive)]) + positive.sum() - np.concatenate([[0], np.cumsum(positive)])
     edges = np.concatenate([[ordered[0] - 1], (ordered[1:] + ordered[:-1]) / 2, [ordered[-1] + 1]])
-    right[1:-1][ordered[1:] == ordered[:-1]] = 0  # no t parts equal scores
+    right[1:-1][ordered[1:] == ordered[:-1]] = 0  # no t separates equal scores
     return float(edges[right.argmax()])

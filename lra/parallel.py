@@ -19,19 +19,19 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 def chunks(function: str, settings: dict[str, Any], workers: int | None = None) -> Iterator[Any]:
-    """Yields f(0, **settings), f(1, **settings), ... without end, in this order, whatever the number of workers.
+    """Yields f(0, **settings), f(1, **settings), ... without end, in this order for any number of workers.
 
-    The workers are fresh interpreters that import f's module and nothing of the caller: no fork of a process with
-    threads (jax), no second run of a script without a `__main__` guard. They end with the generator, and also when
-    the caller is killed. Chunk 0 is computed here, so that a small data set starts no process.
+    The workers are fresh interpreters that import f's module only. So no process with threads (jax) is forked, and a
+    script without a `__main__` guard does not run twice. The workers end with the generator, and also if the caller is
+    killed. Chunk 0 is computed in this process, so a small data set starts no other.
 
     Args:
-      function: "module:name" of f; its module should be light to import. f's results must pickle.
+      function: "module:name" of f. The module should import fast, and f's results must pickle.
       settings: keyword arguments of f.
       workers: number of processes, default one per available core; 1 starts none.
 
     Raises:
-      ChildProcessError: a worker ended by itself; what it said is on stderr.
+      ChildProcessError: a worker ended by itself; its messages are on stderr.
     """
     workers = min(available_cores(), _MOST_WORKERS) if workers is None else workers
     f = _resolve(function)
@@ -59,10 +59,10 @@ def chunks(function: str, settings: dict[str, Any], workers: int | None = None) 
 
 
 def collect(function: str, settings: dict[str, Any], count: int, title: str) -> dict[str, np.ndarray]:
-    """The first `count` rows of the arrays that the chunks of a function hold by name, with a progress bar.
+    """The first `count` rows of the arrays in a function's chunks, by name, with a progress bar.
 
     Raises:
-      ValueError: a chunk is a string instead, which says what is wrong.
+      ValueError: a chunk is a string, the message of an error.
     """
     arrays: dict[str, np.ndarray] = {}
     done = 0
@@ -105,7 +105,7 @@ def _start(function: str, settings: dict[str, Any], indices: range) -> subproces
 
 
 def _work() -> None:
-    """What a worker runs: writes its chunks to stdout; a full pipe makes it wait, a closed one ends it."""
+    """Runs in a worker and writes its chunks to stdout. A full pipe makes it wait, a closed one ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the workers
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     function, settings, indices = pickle.load(sys.stdin.buffer)
@@ -119,7 +119,7 @@ def _work() -> None:
 
 @contextlib.contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Gives a function to call with the count reached: a bar on a terminal, plain lines on stderr otherwise."""
+    """Yields a function to call with the count reached. It moves a bar on a terminal, else prints lines on stderr."""
     if not sys.stderr.isatty():
         start = said = time.monotonic()
         print(f"{title}: {total} to make", file=sys.stderr, flush=True)

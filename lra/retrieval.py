@@ -1,9 +1,9 @@
-"""Retrieval: do two documents belong together? Both are read byte by byte, up to 4,000 of each.
+"""Retrieval: do two documents belong together? Both are read byte by byte, up to 4,000 bytes of each.
 
-Does one paper cite the other, in the ACL Anthology Network (Radev et al. 2013); as a task of Long Range Arena, Tay et
-al. 2020 (arXiv:2011.04006). Where there is no such file, the State of the Union addresses that `python -m
-efficient_tx.data.fetch sotu` fetches make a task of the same form under a name of its own: are two pieces of 4 KB of
-the same address? There the splits have no address in common.
+The documents are papers in the ACL Anthology Network (Radev et al. 2013), and the question is whether one cites the
+other; as a task of Long Range Arena, Tay et al. 2020 (arXiv:2011.04006). Without these files, the State of the Union
+addresses from `python -m efficient_tx.data.fetch sotu` give a task of the same form with its own name: are two pieces
+of 4 KB from the same address? There the splits have no address in common.
 """
 
 import hashlib
@@ -21,22 +21,22 @@ from lra import fetched, ngrams, store
 KIND = "token_pairs"
 FILES = {"train": "new_aan_pairs.train.tsv", "val": "new_aan_pairs.eval.tsv", "test": "new_aan_pairs.test.tsv"}
 PAIRS = {"train": 147086, "val": 18090, "test": 17437}  # of the ACL Anthology Network
-PIECE = 4096  # bytes of an address that make a document
+PIECE = 4096  # bytes of an address in one document
 SOTU_PAIRS = {"train": 20000, "val": 2000, "test": 4000}
 
 _LONGEST = 10000  # the arena's code cuts papers here, before max_len
 _SCANNED = 2**26
 _JUDGED = 2000  # training pairs on which the baseline chooses its threshold
-_BASELINES = "v2"  # part of the stored baselines' name: raise it with any change of how they are computed
+_BASELINES = "v2"  # part of the stored baselines' name: increase it with any change of their computation
 
 
 def sizes(*, max_len: int, **_) -> dict[str, int]:
-    """What a model has to know of the task, from the options of `get_task` alone."""
+    """The sizes that a model needs to know of the task, from the options of `get_task` alone."""
     return {"num_classes": 2, "vocab_size": 257, "max_len": max_len}
 
 
 def split_by(source: str, split: str) -> tuple[str, ...]:
-    """Options that may move a training example into `split`, which no evaluation may."""
+    """Options that may move a training example into `split`; an evaluation must not do that."""
     del split
     return ("seed",) if source == "sotu" else ()
 
@@ -55,13 +55,14 @@ def get_task(
     """The retrieval task: the first `max_len` bytes of two documents as ids byte + 1, label 1 if they belong together.
 
     Args:
-      data_dir: where data and baselines are kept, default $EFFICIENT_TX_DATA or ~/.cache/efficient_tx.
-      source: "aan", the three files of FILES in the data directory (in `lra_release` and its `tsv_data`, or beside
-        them); "sotu", the fetched addresses; or the path of a folder with such files or of an `lra_release`.
-      train_size, val_size, test_size: number of pairs, or as many as a file has; unset is all of them, or SOTU_PAIRS.
-      max_len: longer documents are cut there.
-      bucket: batches of similar lengths, padded no further than need be.
-      seed: of the addresses' splits and pairs; not used for files.
+      data_dir: folder of data and baselines, default $EFFICIENT_TX_DATA or ~/.cache/efficient_tx.
+      source: "aan", the three files of FILES in the data directory, or in `tsv_data` of an `lra_release` there; "sotu",
+        the fetched addresses; or the path of a folder with such files or of an `lra_release`.
+      train_size, val_size, test_size: number of pairs, or as many as a file has; None is all of them, for "sotu"
+        SOTU_PAIRS.
+      max_len: longer documents are cut to this many bytes.
+      bucket: batches of similar lengths, with little padding.
+      seed: of the splits and pairs of addresses; not used for files.
 
     Raises:
       ValueError: a setting is out of range, or a file is damaged.
@@ -103,7 +104,7 @@ def get_task(
 
 
 def state(data_dir: str | None = None, source: str = "aan", **_: Any) -> tuple[bool, str]:
-    """Whether the data are there, and where, or what is missing; nothing is read."""
+    """Whether the data are there, and where, or what is missing. Nothing is read."""
     try:
         return True, f"{source}: {_locate(source, data_dir)}"
     except FileNotFoundError as error:
@@ -111,7 +112,7 @@ def state(data_dir: str | None = None, source: str = "aan", **_: Any) -> tuple[b
 
 
 class FilePairs:
-    """The pairs of a file, a line each: label, two names, two texts, with tabs between them. Read when asked for.
+    """The pairs of a file, one per line: label, two names, two texts, separated by tabs. Texts are read on access.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -139,7 +140,7 @@ class FilePairs:
         self.labels = self._read_labels(tabs[first[:-1]])
 
     def _separators(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where newlines and tabs are in the file, int64; read in blocks, as it may be larger than the memory."""
+        """Positions of newlines and tabs in the file, int64. Read in blocks: the file may be larger than the memory."""
         found = {letter: [np.zeros(0, np.int64)] for letter in "\n\t"}
         for start in range(0, len(self._bytes), _SCANNED):
             block = self._bytes[start : start + _SCANNED]
@@ -148,7 +149,7 @@ class FilePairs:
         return tuple(np.concatenate(places) for places in found.values())
 
     def _read_labels(self, ends: np.ndarray) -> np.ndarray:
-        """uint8 `[n]`, from the first field of each line, which ends at `ends`; it is 0 or 1, with or without ".0"."""
+        """uint8 `[n]`, from the first field of each line, which ends at `ends`: 0 or 1, with or without ".0"."""
         starts = self._offsets[:-1]
         first, second, third = (self._bytes[starts + i] for i in range(3))
         whole = ends - starts == 1
@@ -160,7 +161,7 @@ class FilePairs:
         return (first == ord("1")).astype(np.uint8)
 
     def first(self, count: int | None) -> "FilePairs":
-        """Self, with no more than the first `count` pairs."""
+        """Keeps at most the first `count` pairs, and returns self."""
         self.labels = self.labels[:count]
         return self
 
@@ -181,16 +182,16 @@ class FilePairs:
 
 
 class PiecePairs:
-    """Pairs of pieces of the same address (1) or of two (0). Pair i is a pure function of (seed, split, i).
+    """Pairs of pieces of the same address (label 1) or of two (label 0). Pair i is a pure function of (seed, split, i).
 
-    Each piece is uniform over all pieces, whatever the label (but for who speaks most), so that one alone tells
-    nothing.
+    Each piece is uniform over all pieces for both labels (except for the longest addresses), so one piece alone does
+    not tell the label.
 
     Args:
-      addresses: the pieces of each one, at least two addresses of at least two pieces.
+      addresses: the pieces of each address; at least two addresses of at least two pieces.
       count: number of pairs.
-      max_len: pieces are cut there.
-      seed, split: of the pairs.
+      max_len: pieces are cut to this many bytes.
+      seed, split: determine the pairs.
     """
 
     def __init__(self, addresses: Sequence[Sequence[bytes]], count: int, max_len: int, seed: int, split: int):
@@ -219,7 +220,7 @@ class PiecePairs:
 
     @property
     def labels(self) -> np.ndarray:
-        """Of all pairs, uint8 `[n]`."""
+        """Labels of all pairs, uint8 `[n]`."""
         return np.array([self.draw(index)[2] for index in range(len(self))], np.uint8)
 
     def texts(self, index: int) -> tuple[bytes, bytes]:
@@ -241,7 +242,7 @@ def _example(one: bytes, two: bytes, label: int) -> dict[str, np.ndarray | int]:
 def _baselines(
     train: FilePairs | PiecePairs, test: FilePairs | PiecePairs, directory: pathlib.Path
 ) -> dict[str, float]:
-    """Test accuracy of the constant answer and of the texts' similarity in byte n-grams, stored under their digest."""
+    """Test accuracy of the constant answer and of the similarity in byte n-grams, stored under the data's digest."""
     digest = hashlib.blake2b(digest_size=16)
     judged = np.unique(np.linspace(0, len(train) - 1, _JUDGED).astype(int))
     train_labels, test_labels = train.labels, test.labels
@@ -283,10 +284,10 @@ def _locate(source: str, data_dir: str | None) -> pathlib.Path:
 
 
 def _addresses(place: pathlib.Path) -> dict[str, list[bytes]]:
-    """File name -> its pieces of PIECE bytes; what is left over at the end, and addresses of one piece, are left out.
+    """File name -> its pieces of PIECE bytes, without the rest at the end. Addresses of one piece are left out.
 
     Raises:
-      ValueError: a file is missing or is not the one that was fetched.
+      ValueError: a file is missing or differs from what was fetched.
     """
     return {
         name: [text[i : i + PIECE] for i in range(0, len(text) - PIECE + 1, PIECE)]
@@ -296,7 +297,7 @@ def _addresses(place: pathlib.Path) -> dict[str, list[bytes]]:
 
 
 def _split(addresses: dict[str, list[bytes]], seed: int) -> list[list[list[bytes]]]:
-    """Eight tenths of the addresses for training, a tenth for validation, a tenth for testing, drawn by `seed`."""
+    """Splits the addresses by `seed`: eight tenths for training, a tenth for validation, a tenth for testing."""
     key = str(seed).encode()
     names = sorted(addresses, key=lambda name: hashlib.blake2b(name.encode(), key=key, digest_size=16).digest())
     cut = len(names) // 10

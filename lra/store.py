@@ -1,4 +1,4 @@
-"""Arrays made on first use and stored once, safe against kills and concurrent runs."""
+"""Arrays that are made on first use and stored once, safe against kills and concurrent runs."""
 
 import contextlib
 import errno
@@ -17,15 +17,15 @@ _TEMPORARY = ".writing-"
 
 
 def stored(directory: pathlib.Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The arrays kept in `directory`/data.npz; made and written there when they are missing or damaged.
+    """The arrays in `directory`/data.npz; they are made and written there if they are missing or damaged.
 
-    They are read-only and memory-mapped, so gigabytes start in seconds and take no more memory than what is used of
-    them. The file appears complete or not at all, and its checksums are verified on every load. One process makes the
-    data while others that want the same wait for it; what a killed one left behind is removed.
+    They are read-only and memory-mapped: gigabytes open in seconds, and only parts that are used take memory. The file
+    appears complete or not at all, and its checksums are verified on every load. One process makes the data while
+    others wait for it; files that a killed process left are removed.
 
     Raises:
-      OSError: the directory cannot be read or written; the message names it and what to set.
-      ValueError: from `make`, also for what it could not read.
+      OSError: the directory cannot be read or written; the message names it and the setting to change.
+      ValueError: from `make`; its OSError becomes a ValueError too.
     """
     path = directory / _FILE
     try:
@@ -66,16 +66,16 @@ def _load(path: pathlib.Path) -> dict[str, np.ndarray] | None:
         if error.errno in (None, errno.ENOENT, errno.EINVAL):
             return None
         raise
-    except Exception:  # a flipped bit can make the readers of zip and npy raise almost anything
+    except Exception:  # a flipped bit makes the readers of zip and npy raise almost any error
         return None
 
 
 def _map(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The arrays of an uncompressed npz file, memory-mapped, which np.load does for single npy files only."""
+    """The arrays of an uncompressed npz file, memory-mapped; np.load does this for single npy files only."""
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         arrays = {}
         for member in archive.infolist():
-            file.seek(member.header_offset + 26)  # of a zip's header for a file: 30 bytes, its name, extra fields
+            file.seek(member.header_offset + 26)  # a file's header in a zip: 30 bytes, its name, extra fields
             name, extra = np.frombuffer(file.read(4), "<u2").tolist()
             file.seek(name + extra, os.SEEK_CUR)
             version = np.lib.format.read_magic(file)
@@ -100,9 +100,10 @@ def _save(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
 
 @contextlib.contextmanager
 def _locked(directory: pathlib.Path) -> Iterator[bool]:
-    """Holds the directory's lock, waiting for it; the kernel frees it however the holder ends.
+    """Waits for the directory's lock and holds it; the kernel frees it however the holder ends.
 
-    Yields False on a file system without locks: then concurrent runs all make the data, and the last one's stay.
+    Yields False on a file system without locks: there concurrent runs all make the data, and those of the last one
+    stay.
     """
     handle = os.open(directory, os.O_RDONLY)
     try:

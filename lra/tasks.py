@@ -1,9 +1,9 @@
-"""The tasks by the names that the command line knows them by."""
+"""The tasks, by their names on the command line."""
 
 from typing import Any
 
-# Name -> the module that makes it and the options of its `get_task`. The stand-ins, of data out of package registries,
-# have names of their own: their numbers belong in no column of Long Range Arena.
+# Name -> module and options of its `get_task`. Stand-ins use data from package registries and have their own names:
+# their numbers must not stand in a column of Long Range Arena.
 TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "listops": ("lra.listops", {}),
     "text": ("lra.text", {}),

@@ -1,7 +1,7 @@
-"""Text: is a film review positive? Read byte by byte, up to 4,000 of them.
+"""Text: is a film review positive? It is read byte by byte, up to 4,000 bytes.
 
-Maas et al. 2011 (IMDb); as a task of Long Range Arena, Tay et al. 2020 (arXiv:2011.04006). Where there is no IMDb, the
-e-mails that `python -m efficient_tx.data.fetch spam` fetches make a task of the same form under a name of its own.
+Maas et al. 2011 (IMDb), as a task of Long Range Arena, Tay et al. 2020 (arXiv:2011.04006). Without IMDb, the e-mails
+from `python -m efficient_tx.data.fetch spam` give a task of the same form with its own name.
 """
 
 import hashlib
@@ -22,19 +22,19 @@ REVIEWS = 25000  # of IMDb, in the training split and in the test split
 
 _CLASSES = ("neg", "pos")
 _IMDB = "imdb_reviews/plain_text"
-_SAME = 1024  # e-mails that agree in so many bytes, white space and case aside, are taken for one
-_BASELINES = "v1"  # part of the stored baselines' name: raise it with any change of how they are computed
+_SAME = 1024  # e-mails that agree in this many bytes, except for white space and case, count as one
+_BASELINES = "v1"  # part of the stored baselines' name: increase it with any change of their computation
 
 Labelled = list[tuple[bytes, int]]
 
 
 def sizes(*, max_len: int, **_) -> dict[str, int]:
-    """What a model has to know of the task, from the options of `get_task` alone."""
+    """The sizes that a model needs to know of the task, from the options of `get_task` alone."""
     return {"num_classes": 2, "vocab_size": 257, "max_len": max_len}
 
 
 def split_by(source: str, split: str) -> tuple[str, ...]:
-    """Options that may move a training example into `split`, which no evaluation may."""
+    """Options that may move a training example into `split`; an evaluation must not do that."""
     if split == "validation":
         return ("val_size", "validation", "seed")
     return ("seed",) if source == "spam" else ()
@@ -52,21 +52,21 @@ def get_task(
     bucket: bool = False,
     seed: int = 0,
 ) -> Task:
-    """The text task: the bytes of a text, its first `max_len`, as ids byte + 1, labelled 1 if positive (or spam).
+    """The text task: the first `max_len` bytes of a text as ids byte + 1, labelled 1 if it is positive (or spam).
 
     Args:
-      data_dir: where data and baselines are kept, default $EFFICIENT_TX_DATA or ~/.cache/efficient_tx.
-      source: "imdb", as TensorFlow Datasets prepares it in array_record, or the unpacked `aclImdb`, either in the
-        data directory; "spam", the fetched e-mails; or the path of a folder in the form of `aclImdb`.
-      train_size, val_size, test_size: number of texts, or as many as there are; `Task.source` says how many. Unset is
-        all for training; a tenth of the training texts for validation (with validation="test" all test texts); all
-        texts for testing. Of the e-mails a fifth is for testing, whatever the sizes.
-      max_len: longer texts are cut there.
-      validation: "split" keeps a part of the training texts for it; "test" validates on test texts, as the arena's
-        code and the Skyformer paper's do, so that a checkpoint chosen on it has seen the test.
-      bucket: batches of similar lengths, padded no further than need be.
-      seed: of the splits. They do not depend on the order of files, nor on max_len; equal texts lie side by side in
-        the drawn order, so that hardly any is in two splits.
+      data_dir: folder of data and baselines, default $EFFICIENT_TX_DATA or ~/.cache/efficient_tx.
+      source: "imdb", prepared by TensorFlow Datasets in array_record, or the unpacked `aclImdb` in the data directory;
+        "spam", the fetched e-mails; or the path of a folder in the form of `aclImdb`.
+      train_size, val_size, test_size: number of texts, or as many as there are; `Task.source` says how many. None is
+        all texts for training and testing, and for validation a tenth of the training texts (all test texts with
+        validation="test"). A fifth of the e-mails is for testing, for any sizes.
+      max_len: longer texts are cut to this many bytes.
+      validation: "split" holds out a part of the training texts. "test" validates on test texts, as the code of the
+        arena and of the Skyformer paper does; a checkpoint chosen that way has seen the test.
+      bucket: batches of similar lengths, with little padding.
+      seed: of the splits, which depend neither on the order of files nor on max_len. Equal texts are neighbours in the
+        drawn order, so hardly any is in two splits.
 
     Raises:
       ValueError: a setting is out of range, or files are damaged.
@@ -114,7 +114,7 @@ def get_task(
 
 
 def state(data_dir: str | None = None, source: str = "imdb", **_: Any) -> tuple[bool, str]:
-    """Whether the data are there, and where, or what is missing; nothing is read."""
+    """Whether the data are there, and where, or what is missing. Nothing is read."""
     try:
         return True, f"{source}: {_locate(source, data_dir)}"
     except (FileNotFoundError, ValueError) as error:
@@ -125,9 +125,9 @@ class Texts:
     """Labelled texts as byte ids, a random-access source.
 
     Attributes:
-      texts: the whole ones, as bytes.
+      texts: the whole texts, as bytes.
       labels: uint8 `[n]`.
-      max_len: where longer ones are cut.
+      max_len: longer texts are cut to this many bytes.
     """
 
     def __init__(self, texts: Labelled, max_len: int):
@@ -146,18 +146,18 @@ class Texts:
         return {"inputs": inputs.astype(np.uint16) + np.uint16(1), "label": int(self.labels[index])}
 
     def cut(self) -> list[bytes]:
-        """The texts as far as they are read."""
+        """The texts, cut to `max_len` bytes."""
         return [text[: self.max_len] for text in self.texts]
 
 
 def _ordered(texts: Labelled, seed: int) -> Labelled:
-    """In an order that depends on the seed and the texts alone; equal ones side by side."""
+    """The texts in an order that depends on the seed and the texts only; equal ones are neighbours."""
     key = str(seed).encode()
     return sorted(texts, key=lambda item: (hashlib.blake2b(item[0], key=key, digest_size=16).digest(), item[1]))
 
 
 def _baselines(train: Texts, test: Texts, directory: pathlib.Path) -> dict[str, float]:
-    """Test accuracy of the constant answer and of a linear model of byte n-grams, stored under their data's digest."""
+    """Test accuracy of the constant answer and of a linear model of byte n-grams, stored under the data's digest."""
     digest = hashlib.blake2b(digest_size=16)
     for split in (train, test):
         for text in split.cut():
@@ -181,7 +181,7 @@ def _locate(source: str, data_dir: str | None) -> pathlib.Path:
 
     Raises:
       FileNotFoundError: it is not there.
-      ValueError: it is there in a form that cannot be read by index.
+      ValueError: it is in a format that cannot be read by index.
     """
     root = data_directory(data_dir)
     if source == "spam":
@@ -225,10 +225,10 @@ def _reviews(place: pathlib.Path, split: str) -> Labelled:
 
 
 def _emails(place: pathlib.Path) -> Labelled:
-    """The bodies of the fetched e-mails, 1 for spam, each once: headers, which tell the label, are left out.
+    """The bodies of the fetched e-mails, each once, 1 for spam. Headers are left out, because they tell the label.
 
     Raises:
-      ValueError: a file is missing or is not the one that was fetched.
+      ValueError: a file is missing or differs from what was fetched.
     """
     bodies: dict[bytes, tuple[bytes, int]] = {}
     for name, email in fetched.read(place):

@@ -1,1 +1,1 @@
-"""From a Task's sources to batches; vision and synthetic tasks."""
+"""Batches from the sources of a Task; vision and synthetic tasks."""

@@ -1,7 +1,7 @@
 """Batches of a run: batch i is a pure function of (seed, i), so the data position of a run is its step.
 
-Under `task.bucket` a batch holds sequences of similar length and is as long as a power of two that fits the longest of
-them, so that no more than a few programs are compiled and little of their work is padding.
+Under `task.bucket` a batch holds sequences of similar length, padded to a power of two. So only a few programs are
+compiled, and little of their work is padding.
 """
 
 import functools
@@ -14,24 +14,24 @@ import numpy as np
 from efficient_tx.checks import at_least
 from efficient_tx.task import Batch, Example, Source, Task
 
-SHORTEST_BUCKET = 64  # lengths below this are not told apart
+SHORTEST_BUCKET = 64  # shorter sequences are in this bucket too
 WINDOW = 64  # batches that are sorted by length together
 
 
 def train_batches(
     task: Task, *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
 ) -> grain.MapDataset[Batch]:
-    """The training batches of a run, without end: element i is this process's part of step i's batch.
+    """The endless training batches of a run: element i is this process's part of the batch of step i.
 
-    The split is shuffled anew in every epoch, and the epochs follow one another without a gap, so that every batch is
-    full. Of the global batch of `batch_size` rows process p holds rows p::process_count: its row j is the global row
-    p + j * process_count. Under `task.bucket` the examples of WINDOW consecutive batches are dealt out by length, and
-    these batches come in a random order.
+    Every epoch shuffles the split anew. Epochs follow one another without a gap, so every batch is full. Process p
+    holds rows p::process_count of the global batch: its row j is the global row p + j * process_count. Under
+    `task.bucket` the examples of WINDOW consecutive batches are sorted by length, and these batches come in random
+    order.
 
     Args:
-      task: its `train` split is read, and its `augment` applied: a row draws from a generator of (seed, step, row).
+      task: its `train` split is read and its `augment` applied; the generator of a row depends on (seed, step, row).
       batch_size: rows of the global batch; a multiple of `process_count`.
-      seed: of the shuffling, at least 0.
+      seed: of shuffling and augmentation, at least 0.
 
     Raises:
       ValueError: `batch_size` or `seed` does not fit, the split is empty, or (on access) an example is too long.
@@ -45,7 +45,7 @@ def train_batches(
     @functools.lru_cache(maxsize=4)  # one epoch's order at a time, two where epochs meet
     def order(epoch: int) -> np.ndarray:
         generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(epoch,)))
-        # Not `permutation`: NumPy keeps the stream of `random` over its versions, but not that one's.
+        # Not `permutation`: over its versions NumPy keeps the stream of `random` only.
         return np.argsort(generator.random(count), kind="stable")
 
     def items(start: int, stop: int) -> np.ndarray:
@@ -55,7 +55,7 @@ def train_batches(
 
     @functools.lru_cache(maxsize=2)
     def window(index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Items `[WINDOW, batch_size]` of the batches of a window, and how long each batch is."""
+        """Items `[WINDOW, batch_size]` of the batches of a window, and the longest length in each batch."""
         size = WINDOW * batch_size
         chosen = items(index * size, (index + 1) * size)
         lengths = np.array([_length(task.train[int(item)]) for item in chosen])
@@ -82,9 +82,9 @@ def evaluation_batches(
 ) -> grain.MapDataset[Batch]:
     """Batches in which every item of `source` counts exactly once over all processes.
 
-    Row r of global batch i is item i * batch_size + r (under `task.bucket`, of the items sorted by length), and process
-    p holds rows p::process_count of every batch, so all processes have the same number of batches. What fills up the
-    last one is the first item with weight 0 (a real example, as a model need not be finite on an empty one).
+    Row r of global batch i is item i * batch_size + r; under `task.bucket` the items are sorted by length first.
+    Process p holds rows p::process_count of every batch, so all processes have the same number of batches. The first
+    item, with weight 0, fills up the last batch: a model need not be finite on an empty example.
 
     Args:
       source: a split of `task`.
@@ -118,26 +118,28 @@ def evaluation_batches(
 
 
 def bucket(longest: int, max_len: int) -> int:
-    """How long a batch is whose longest sequence has `longest` tokens: a power of two, at most `max_len`."""
+    """The length of a batch whose longest sequence has `longest` tokens: a power of two, at most `max_len`."""
     return min(max_len, max(SHORTEST_BUCKET, 1 << int(longest - 1).bit_length()))
 
 
 def collate(examples: Sequence[Example], task: Task, length: int | None = None) -> Batch:
     """One batch of unpadded examples, padded with zeros on the right to `length`, by default `task.max_len`.
 
-    An example may carry its own "weight" (a number, or `[length]` for per-token labels); otherwise it is 1. Under
-    `task.own_masks` its bool "mask" `[length]` says which of its tokens are real. Where the examples carry "label2" and
-    "mix" (numbers), these are stacked too.
+    An example may have its own "weight" (a number, or `[length]` for per-token labels); the default is 1. Under
+    `task.own_masks` its bool "mask" `[length]` marks its real tokens. If the examples have "label2" and "mix"
+    (numbers), these are stacked too.
 
     Returns:
-      `inputs` `[B, length]` int32 (float32 where the task has no vocabulary; further axes of an example follow),
-      `mask` bool `[B, length]`, True up to the example's length whatever its values unless it brings its own, and then
-      `positions` int32 `[B, length]`, the places of the tokens; `inputs2` and `mask2` for pairs; `label` int32 and
-      `weight` float32, `[B]`, or `[B, length]` for per-token labels, with weight 0 beyond the example's end. Images are
-      stacked as they are and have no mask. Labels have another dtype where the objective says so.
+      `inputs` `[B, length]` int32 (float32 if the task has no vocabulary; further axes of an example follow).
+      `mask` bool `[B, length]`, True up to the example's length for any token values. With masks of the examples' own,
+      True for their real tokens; then `positions` int32 `[B, length]` are the places of the tokens.
+      `inputs2` and `mask2` for pairs.
+      `label` int32 and `weight` float32, `[B]`, or `[B, length]` for per-token labels, with weight 0 after the
+      example's end. Labels have the dtype of the objective if the task has one.
+      Images are stacked unchanged and have no mask.
 
     Raises:
-      ValueError: an example is longer than `length`, or brings a mask without `task.own_masks`.
+      ValueError: an example is longer than `length`, or has a mask without `task.own_masks`.
     """
     length = task.max_len if length is None else length
     labels = np.dtype(task.objective.label_dtype if task.objective else "int32")
@@ -170,7 +172,7 @@ def collate(examples: Sequence[Example], task: Task, length: int | None = None) 
 
 
 def _length(example: Example) -> int:
-    """Tokens of an example; of a pair, those of its longer sequence."""
+    """Tokens of an example; of a pair, those of the longer sequence."""
     return max(len(example["inputs"]), len(example.get("inputs2", ())), 1)
 
 
@@ -185,7 +187,7 @@ def _pad(arrays: Sequence[np.ndarray], length: int, task: Task, dtype: type) -> 
 
 
 def _generator(seed: int, step: int, row: int) -> np.random.Generator:
-    """What a row of a step draws from, whichever process holds it."""
+    """The random generator of a row of a step, the same in any process."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(step, row, 2)))
 
 
@@ -199,7 +201,7 @@ def _rows(batch_size: int, process_index: int, process_count: int) -> np.ndarray
 
 
 class _Lazy:
-    """A random-access source of `length` elements, computed by `element` when asked for."""
+    """A random-access source of `length` elements; `element` computes each on access."""
 
     def __init__(self, length: int, element):
         self._length, self._element = length, element

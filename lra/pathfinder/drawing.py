@@ -1,7 +1,7 @@
-"""Pathfinder's images: two long dashed contours, short distractors, and a marker at two of the long contours' ends.
+"""Pathfinder's images: two long dashed contours, short distractors, and a marker at two ends of the long contours.
 
 The algorithm is that of Linsley et al. 2018 (arXiv:1805.08315) and Kim et al. 2020 (arXiv:1906.01558), as published in
-drewlinsley/pathfinder ab9c130; the parameters for each size are those of Long Range Arena (Tay et al. 2020,
+drewlinsley/pathfinder ab9c130. The parameters for each size are those of Long Range Arena (Tay et al. 2020,
 arXiv:2011.04006, data/pathfinder.py). Dashes are drawn with Pillow, once for each direction; the walks are compiled.
 """
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 ANGLES = 360  # of first dashes, whole degrees from -180
 CONTOUR_LENGTHS = (6, 9, 14)  # dashes; 14 is Long Range Arena's
-_FINE = 2  # dashes and markers are drawn that many times finer and then sampled down
+_FINE = 2  # dashes and markers are drawn at this many times the resolution and then sampled down
 
 
 class Look(NamedTuple):
@@ -26,11 +26,11 @@ class Look(NamedTuple):
     Attributes:
       padding: border that stays free of long contours.
       length, thickness: of a dash.
-      margins: free space around dashes, one of them drawn for each image.
+      margins: free space around dashes; one of them is drawn for each image.
       marker: radius of the markers.
       seed_distance: between the tails of the two long contours.
-      continuity: how much a contour favours going straight on.
-      distractor_dashes: dashes of all distractors together, at most.
+      continuity: how strongly a contour prefers to go straight on.
+      distractor_dashes: largest number of dashes of all distractors together.
       target, distractor: brightness of long and short contours; markers have 1.
     """
 
@@ -55,16 +55,16 @@ LOOKS = {
 
 
 class Drawing(NamedTuple):
-    """One image and how it came about.
+    """One image and its geometry.
 
     Attributes:
       pixels: uint8 `[size, size]`, the brightest 255.
       label: 1 if the markers are at the two ends of one contour, 0 if they are on two.
-      contours: int64 `[2, dashes, 3]`, the long contours' dashes (y, x, state), see lra.pathfinder.growth.
-      distractors: int64 `[n, dashes, 3]`, the short ones'.
+      contours: int64 `[2, dashes, 3]`, the dashes (y, x, state) of the long contours, see lra.pathfinder.growth.
+      distractors: int64 `[n, dashes, 3]`, those of the short contours.
       markers: int64 `[2, 2]`, (y, x) of the two markers, at a tail and at a head.
       margin: free space around dashes.
-      attempts: pairs of long contours that were begun, the complete one included.
+      attempts: pairs of long contours that were begun, including the complete one.
     """
 
     pixels: np.ndarray
@@ -77,7 +77,7 @@ class Drawing(NamedTuple):
 
 
 def draw(index: int, *, resolution: int, contour_length: int, seed: int) -> Drawing:
-    """Image `index` of the seed's stream, whoever draws it; sizes are keys of LOOKS and among CONTOUR_LENGTHS.
+    """Image `index` of the seed's stream, the same in any process. Sizes are in LOOKS and CONTOUR_LENGTHS.
 
     Raises:
       ModuleNotFoundError: numba is not installed.
@@ -105,7 +105,7 @@ def draw(index: int, *, resolution: int, contour_length: int, seed: int) -> Draw
 
 
 def ends(contour: np.ndarray, resolution: int, margin: int) -> np.ndarray:
-    """Where the dashes `[dashes, 3]` of a contour start and end: (y, x) `[dashes, 2, 2]`, from tail to head."""
+    """The tails and heads of a contour's dashes `[dashes, 3]`: (y, x) `[dashes, 2, 2]`, tail first."""
     look = LOOKS[resolution]
     result = []
     for y, x, state in contour.tolist():
@@ -138,8 +138,8 @@ def _growth():
 
 
 def displacements(distance: float, angles: Sequence[float]) -> np.ndarray:
-    """(y, x) `[angles, 2]` by `distance` at each angle (radians, from x towards y)."""
-    # Not np.sin: its last bit, which counts, is not the same on every processor.
+    """Displacements (y, x) `[angles, 2]` of length `distance` at each angle (radians, from x towards y)."""
+    # Not np.sin: its last bit matters and differs between processors.
     return np.array([(distance * math.sin(angle), distance * math.cos(angle)) for angle in angles])
 
 
@@ -163,7 +163,7 @@ def candidates(radius: int) -> np.ndarray:
 
 @functools.lru_cache
 def angles(radius: int) -> list[float]:
-    """The direction of each state of a dash: the whole degrees of first ones, then those of the candidates' heads."""
+    """The direction of each state of a dash: whole degrees for first dashes, then the heads of the candidates."""
     first = [(degrees - 180) * math.pi / 180 for degrees in range(ANGLES)]
     return first + [math.atan2(y, x) for y, x in candidates(radius).tolist()]
 
@@ -178,7 +178,7 @@ def make_tables(length: int, thickness: float, margin: int, continuity: float) -
     weights = np.where(continuity * turn < np.pi / 2, np.cos(continuity * turn) ** 2, 0.0)
     dashes = [draw_dash(angle, length, thickness, margin) for angle in [*first, *map(turned, later)]]
     lines, masks = (np.stack(arrays) for arrays in zip(*dashes))
-    # As published, a first dash is tried one pixel further than it is drawn, within a window of length + margin.
+    # As published, a first dash is tested one pixel further than it is drawn, in a window of length + margin.
     half, reach = masks.shape[1] // 2, length + margin
     shapes = [np.argwhere(mask == 255) - half + 1 for mask in masks[: len(first)]]
     shapes = [shape[(np.abs(shape) <= reach).all(1)] for shape in shapes]
@@ -201,10 +201,10 @@ def make_tables(length: int, thickness: float, margin: int, continuity: float) -
 
 
 def _spans_corners(shape: np.ndarray) -> bool:
-    """Whether some pixel of a first dash is in the image wherever its tail is, in each corner too.
+    """Whether a first dash has a pixel in the image for every place of its tail, also in each corner.
 
-    Where none is, the published code's dilation (cv2's) says -1.8e308, and then no tail counts as free: a bug that the
-    published data have, so most first dashes there point up and to the left at 32 pixels, and distractors are few.
+    If not, the published code's dilation (cv2's) gives -1.8e308, and no tail counts as free. The published data have
+    this bug: at 32 pixels most first dashes point up and to the left, and distractors are few.
     """
     return all(((shape * signs) >= 0).all(1).any() for signs in ((1, 1), (1, -1), (-1, 1), (-1, -1)))
 

@@ -12,7 +12,7 @@ from lra import parallel, store
 LEVELS = {6: "curv_baseline", 9: "curv_contour_length_9", 14: "curv_contour_length_14"}
 _PIXELS_PER_PART = 2**28
 _FILES_PER_CHUNK = 256
-_FEWEST = 10  # of which validation and test have one each
+_FEWEST = 10  # images; validation and test then have one each
 _LAYOUT = "pathfinder{0}/{1}/imgs/<batch>/sample_<i>.png and pathfinder{0}/{1}/metadata/<batch>.npy (lines of text)"
 _KNOWN_EMPTY = ("pathfinder32", "curv_baseline", "imgs/0/sample_172.png")  # in the arena's archive
 
@@ -20,12 +20,12 @@ _KNOWN_EMPTY = ("pathfinder32", "curv_baseline", "imgs/0/sample_172.png")  # in 
 def read(
     source: str, directory: pathlib.Path, resolution: int, contour_length: int
 ) -> tuple[pathlib.Path, list[dict[str, np.ndarray]]]:
-    """The images of one level, sorted by the names of their files, decoded once and then kept under `directory`.
+    """The images of one level, sorted by file name. They are decoded once and then kept under `directory`.
 
     Args:
-      source: of an unpacked `lra_release`. The archive holds a directory of this name in itself, and pathfinder128 in
-        both; the inner one is taken, as other codes do.
-      directory: where the decoded images are kept, under a name made of the level's place and metadata.
+      source: folder of an unpacked `lra_release`. The archive holds a directory of this name inside itself, and
+        pathfinder128 in both; the inner one is taken, as in other codes.
+      directory: folder of the decoded images. Their name there depends on the level's place and metadata.
       resolution: 32, 64, 128 or 256.
       contour_length: a key of LEVELS.
 
@@ -33,8 +33,8 @@ def read(
       The level's directory, and parts {"pixels": uint8 `[n, resolution^2]`, "labels": uint8 `[n]`}.
 
     Raises:
-      FileNotFoundError: what is missing, and where it was looked for.
-      ValueError: a damaged image or line of metadata.
+      FileNotFoundError: files are missing; the message says which, and where they were searched.
+      ValueError: an image or a line of metadata is damaged, or there are fewer than 10 images.
     """
     level = find(source, resolution, contour_length)
     labels, digest = _labels(level)
@@ -85,9 +85,9 @@ def find(source: str, resolution: int, contour_length: int) -> pathlib.Path:
 
 
 def _labels(level: pathlib.Path) -> tuple[dict[str, int], str]:
-    """File name, from the level's directory -> label, of all metadata files; and a digest of place and lines."""
+    """File name, relative to the level's directory -> label, of all metadata files; and a digest of place and lines."""
     labels = {}
-    # The lines also tell how each image was drawn, so other images of the same names have other ones.
+    # The lines also describe how each image was drawn, so they differ for other images with the same names.
     digest = hashlib.blake2b(str(level.resolve()).encode(), digest_size=8)
     for path in sorted((level / "metadata").glob("*.npy")):
         content = path.read_bytes()
@@ -105,7 +105,7 @@ def _labels(level: pathlib.Path) -> tuple[dict[str, int], str]:
 
 
 def decode(index: int, *, level: str, labels: dict[str, int], resolution: int) -> dict[str, np.ndarray] | str:
-    """Chunk `index` of the named images: `pixels` uint8 `[n, resolution^2]` and `labels`, or what is wrong with one."""
+    """Chunk `index` of the named images: `pixels` uint8 `[n, resolution^2]` and `labels`, or an error message."""
     from PIL import Image
 
     names = list(labels)[index * _FILES_PER_CHUNK : (index + 1) * _FILES_PER_CHUNK]
@@ -117,7 +117,7 @@ def decode(index: int, *, level: str, labels: dict[str, int], resolution: int) -
                 values = np.asarray(image.convert("L"))
         except FileNotFoundError:
             return f"{path}: no such file, though the metadata beside it name it"
-        except Exception as error:  # a damaged PNG can raise almost anything
+        except Exception as error:  # a damaged PNG raises almost any error
             return f"{path}: no readable PNG image ({error}); unpack lra_release.gz again"
         if values.shape != (resolution, resolution):
             return f"{path}: {values.shape[1]} x {values.shape[0]} pixels, expected {resolution} x {resolution}"

@@ -1,8 +1,8 @@
 """Compiled random walks of Pathfinder's contours; `drawing` makes the tables that they read. Needs numba.
 
-Occupancy is uint8, 255 = taken. A dash is (y, x, state): where it starts and a row of the tables, which fixes its
-direction. States 0 to 359 are first dashes, drawn forwards from their tail at a whole degree; the others are later
-dashes, drawn backwards from their head, one state for each displacement of a head from its pivot.
+Occupancy is uint8, 255 = taken. A dash is (y, x, state): its start and a row of the tables, which fixes its direction.
+States 0 to 359 are first dashes, drawn forwards from their tail at a whole degree. The others are later dashes, drawn
+backwards from their head, with one state for each displacement of a head from its pivot.
 """
 
 from typing import NamedTuple
@@ -14,16 +14,16 @@ _ANGLES = 360  # of first dashes
 _TRIES = 3  # for one dash
 _CONTOUR_TRIES = 5  # for one distractor
 _CLASH = 459  # 1.8 x 255: two masks that add up to this overlap
-_FREE = 76  # 0.3 x 255: what a tail may still lie on
+_FREE = 76  # 0.3 x 255: largest occupancy under a first dash
 _LEAST_FREE = 0.01  # share of free pixels below which no distractor is added
-_DEAD_END = 1e-4  # total weight of the candidates
+_DEAD_END = 1e-4  # total weight of the candidates below which a contour ends
 
 
 class Tables(NamedTuple):
-    """What depends on the look of the dashes only; offsets and displacements are (y, x).
+    """Arrays that depend on the look of the dashes only; offsets and displacements are (y, x).
 
-    Places are whole pixels: a place plus a displacement that is not whole is rounded up, as published, after the sum.
-    So the last bit of a sine counts near the upper and left borders, where the sum does not absorb it.
+    Places are whole pixels. A place plus a fractional displacement is rounded up after the sum, as published. So the
+    last bit of a sine matters near the upper and left borders, where the sum does not absorb it.
 
     Attributes:
       lines, masks: uint8 `[states, window, window]`, a dash and the room that it takes, around its start.
@@ -31,8 +31,8 @@ class Tables(NamedTuple):
       offsets: int64 `[candidates, 2]`, displacements of heads from the pivot; candidate c has state 360 + c.
       weights: float64 `[states, candidates]`, how well a candidate continues a dash.
       heads, pivots: float64 `[360, 2]`, from the tail of a first dash to its head, and from there to its pivot.
-      shapes: int64 `[360, most, 2]`, the pixels that a first dash takes, from its tail; the first `counts` `[360]` of
-        them; none where no tail counts as free.
+      shapes: int64 `[360, most, 2]`, the pixels that a first dash takes, relative to its tail.
+      counts: int64 `[360]`, the number of pixels in `shapes`; 0 if no tail counts as free.
       disc: int64 `[pixels, 2]`, the pixels within the margin.
     """
 
@@ -129,7 +129,7 @@ def _begin(tables, size, y, x, angle, pivot, dash):
 
 @numba.njit(cache=True)
 def _seed_pair(rng, tables, size, seed_distance, pivots, pair):
-    """The two first dashes: the first near the centre, the second's tail at the seed distance from it."""
+    """The two first dashes: the first near the centre, the tail of the second at the seed distance from its tail."""
     for trial in range(_TRIES):
         angle = _below(rng, _ANGLES)
         if tables.counts[angle] == 0:
@@ -158,7 +158,7 @@ def _seed_pair(rng, tables, size, seed_distance, pivots, pair):
 def draw_pair(rng, tables, occupied, padding, seed_distance, pair):
     """The two long contours, drawn in turns into `pair` `[2, dashes, 3]`; returns the number of attempts.
 
-    `occupied` then holds the border and all dashes but the last one of the first contour.
+    `occupied` then holds the border and all dashes except the last one of the first contour.
     """
     size, dashes = occupied.shape[0], pair.shape[1]
     pivots = np.zeros((2, 2), np.int64)
@@ -181,7 +181,7 @@ def draw_pair(rng, tables, occupied, padding, seed_distance, pair):
 
 @numba.njit(cache=True)
 def free_tails(tables, occupied, angle, tails):
-    """Writes the pixels y * size + x where a first dash fits into `tails`; returns their number."""
+    """Writes into `tails` the pixels y * size + x where a first dash fits; returns their number."""
     if tables.counts[angle] == 0:
         return 0
     size = occupied.shape[0]
@@ -228,7 +228,7 @@ def _draw_distractor(rng, tables, occupied, tails, pivot, contour):
 
 @numba.njit(cache=True)
 def draw_distractors(rng, tables, occupied, contours):
-    """Short contours anywhere free, drawn into `contours` `[most, dashes, 3]`; returns how many there is room for."""
+    """Draws short contours into `contours` `[most, dashes, 3]` where there is room; returns their number."""
     tails = np.empty(occupied.size, np.int64)
     pivot = np.zeros(2, np.int64)
     drawn = 0
@@ -244,7 +244,7 @@ def draw_distractors(rng, tables, occupied, contours):
 
 @numba.njit(cache=True)
 def paint(image, tables, contours, contrast):
-    """Adds the dashes of `contours` `[contours, dashes, 3]` to a float64 image, the brighter value staying."""
+    """Draws the dashes of `contours` `[contours, dashes, 3]` into a float64 image; a pixel keeps the larger value."""
     size, half = image.shape[0], tables.lines.shape[1] // 2
     for contour in contours:
         for dash in contour:

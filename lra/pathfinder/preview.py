@@ -1,4 +1,4 @@
-"""A sheet of Pathfinder images: each as a model sees it, and beside it with its contours traced."""
+"""A sheet of Pathfinder images: each one plain, and beside it with its contours traced."""
 
 import argparse
 import pathlib
@@ -13,7 +13,7 @@ _COLUMNS = 4
 
 
 def write(path: pathlib.Path, count: int, resolution: int, contour_length: int, seed: int) -> None:
-    """Draws the first `count` images of a seed into `path`, whose ending says the format; PNG if there is none."""
+    """Draws the first `count` images of a seed into `path`, in the format of its suffix; PNG without a suffix."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,6 +1,6 @@
 """Pathfinder and Path-X: are the two marked points ends of one dashed contour, or do they lie on two?
 
-Linsley et al. 2018 (arXiv:1805.08315); as sequences of pixels: Long Range Arena, Tay et al. 2020 (arXiv:2011.04006),
+Linsley et al. 2018 (arXiv:1805.08315); as sequences of pixels in Long Range Arena, Tay et al. 2020 (arXiv:2011.04006),
 where Pathfinder has 32 x 32 pixels and Path-X 128 x 128. `drawing` makes the images, or `files` reads the arena's;
 `python -m lra.pathfinder --preview=FILE.png` shows some.
 """
@@ -21,16 +21,16 @@ from lra.pathfinder import drawing, files
 
 KIND = "tokens"
 
-_FIRST = {"test": 0, "val": 2**30, "train": 2**31}  # where the splits lie in a seed's stream: sizes never mix them
-_GENERATOR = "v3"  # part of the stored data's name: raise it with any change of what is drawn
-_PIXELS_PER_PART = 2**26  # a part is stored at once and held in memory while it is made; a killed run loses one
-_PIXELS_PER_CHUNK = 2**18  # what a process draws at a time
-_BASELINES = "v1"  # part of the stored baselines' name: raise it with any change of how they are computed
+_FIRST = {"test": 0, "val": 2**30, "train": 2**31}  # where the splits begin in a seed's stream: they never overlap
+_GENERATOR = "v3"  # part of the stored data's name: increase it with any change of the drawing
+_PIXELS_PER_PART = 2**26  # a part is made in memory, then stored at once; a killed run loses one part
+_PIXELS_PER_CHUNK = 2**18  # drawn by a process in one call
+_BASELINES = "v1"  # part of the stored baselines' name: increase it with any change of their computation
 _FITTED = 20000  # training images that the baseline is fitted on
 
 
 def sizes(*, resolution: int = 32, contour_length: int = 14, legacy_mask: bool = False, **_) -> dict[str, int]:
-    """What a model has to know of the task, from the options of `get_task` alone."""
+    """The sizes that a model needs to know of the task, from the options of `get_task` alone."""
     for name, value, known in (
         ("resolution", resolution, drawing.LOOKS),
         ("contour_length", contour_length, drawing.CONTOUR_LENGTHS),
@@ -41,7 +41,7 @@ def sizes(*, resolution: int = 32, contour_length: int = 14, legacy_mask: bool =
 
 
 def split_by(source: str, split: str) -> tuple[str, ...]:
-    """Options that may move a training example into `split`, which no evaluation may."""
+    """Options that may move a training example into `split`; an evaluation must not do that."""
     del split
     return () if source == "generated" else ("seed",)
 
@@ -60,22 +60,22 @@ def get_task(
 ) -> Task:
     """The Pathfinder task: grey values 0 to 255, row by row, labelled 1 if both markers are on one contour.
 
-    Image i of a split is a function of (seed, split, i), the same whatever the sizes, and in no other split.
+    Image i of a split is a function of (seed, split, i): it does not depend on the sizes and is in no other split.
 
     Args:
-      data_dir: where generated and decoded images are kept, default $EFFICIENT_TX_DATA or ~/.cache/efficient_tx.
+      data_dir: folder of generated and decoded images, default $EFFICIENT_TX_DATA or ~/.cache/efficient_tx.
       source: "generated", or the path of an `lra_release` directory, see `files.read`.
-      train_size, val_size, test_size: number of images. Of files, 80 / 10 / 10 % in an order drawn from `seed` are
-        the splits, and the first ones of each are taken, or as many as there are; `Task.source` says how many.
+      train_size, val_size, test_size: number of images. Files are split 80 / 10 / 10 % in an order drawn from `seed`;
+        the first ones of each split are taken, or as many as there are; `Task.source` says how many.
       resolution: 32, 64, 128 (Path-X) or 256 pixels a side.
-      contour_length: dashes of the two contours, 6, 9 or 14 (the arena's task).
+      contour_length: dashes of each of the two contours: 6, 9 or 14 (the arena's task).
       seed: of the generator; for files, of the split.
-      legacy_mask: mask black pixels as if they were padding, as the arena's code and the Skyformer paper's did; the
-        others keep their places in the picture.
+      legacy_mask: mask black pixels like padding, as the code of the arena and of the Skyformer paper does; the other
+        pixels keep their positions.
 
     Raises:
-      ValueError: a setting is out of range, or a file is damaged, or there are too few.
-      FileNotFoundError: `source` is no directory, or files in it are missing.
+      ValueError: a setting is out of range, a file is damaged, or there are too few.
+      FileNotFoundError: `source` is not a directory, or files in it are missing.
       ModuleNotFoundError: numba is not installed, and the images have to be generated.
       OSError: generated data cannot be stored.
     """
@@ -98,7 +98,8 @@ def get_task(
     train, validation, test = (Images(parts, items, legacy_mask) for parts, items in splits)
     name = {32: "pathfinder", 128: "path-x"}.get(resolution, f"pathfinder-{resolution}")
     name += "" if contour_length == 14 else f"-length-{contour_length}"
-    if any(len(items) < count - 1 for (_, items), count in zip(splits, counts.values())):  # the arena's may lack one
+    # The arena's files may lack one image.
+    if any(len(items) < count - 1 for (_, items), count in zip(splits, counts.values())):
         name += f"-{pathlib.Path(source).resolve().name}"
     return Task(
         train,
@@ -119,7 +120,7 @@ def state(
     contour_length: int = 14,
     **_: Any,
 ) -> tuple[bool, str]:
-    """Whether the data are there, or can be made, and where, or what is missing; nothing is read."""
+    """Whether the data are there or can be generated, and where, or what is missing. Nothing is read."""
     if source == "generated":
         numba = importlib.util.find_spec("numba") is not None
         where = f"generated on first use, {data_directory(data_dir) / 'pathfinder'}"
@@ -131,12 +132,12 @@ def state(
 
 
 class Images:
-    """Flat images with labels, a random-access source; item i is a view, nothing is copied.
+    """Flat images with labels, a random-access source. Item i is a view without a copy.
 
     Attributes:
-      parts: {"pixels": uint8 `[n, size * size]`, "labels": uint8 `[n]`}, of the same n but for the last.
+      parts: {"pixels": uint8 `[n, size * size]`, "labels": uint8 `[n]`}, with the same n except for the last.
       items: int64 `[images]`, the positions of this split's images in all parts together.
-      legacy_mask: whether examples bring a mask that is False at black pixels.
+      legacy_mask: whether examples have a mask that is False at black pixels.
     """
 
     def __init__(self, parts: Sequence[dict[str, np.ndarray]], items: np.ndarray, legacy_mask: bool = False):
@@ -167,7 +168,7 @@ class Images:
 
 
 def _generated(folder: pathlib.Path, split: str, total: int, settings: dict[str, int]) -> list[dict]:
-    """The first `total` images of a split, in parts; those that are not stored yet are drawn."""
+    """The first `total` images of a split, in parts. Parts that are not stored yet are drawn."""
     resolution = settings["resolution"]
     size, chunk = (pixels // resolution**2 for pixels in (_PIXELS_PER_PART, _PIXELS_PER_CHUNK))
     parts = []
@@ -181,14 +182,14 @@ def _generated(folder: pathlib.Path, split: str, total: int, settings: dict[str,
 
 
 def brightness(pixels: np.ndarray) -> np.ndarray:
-    """Features `[n, 15]` that know nothing of contours: mean, deviation, histogram, share of black, quadrant means.
+    """Features `[n, 15]` without contours: mean, standard deviation, share of black, quadrant means, histogram.
 
     Args:
       pixels: uint8 `[n, size * size]`.
     """
     side = int(pixels.shape[1] ** 0.5)
     features = []
-    for block in np.array_split(pixels, max(1, pixels.size // 2**24)):  # what the float copies take
+    for block in np.array_split(pixels, max(1, pixels.size // 2**24)):  # bounds the memory of the float copies
         values = block.astype(np.float32)
         quadrants = values.reshape(len(block), 2, side // 2, 2, side // 2).mean((2, 4)).reshape(len(block), 4)
         rows = np.arange(len(block))[:, None]
@@ -202,7 +203,7 @@ def brightness(pixels: np.ndarray) -> np.ndarray:
 
 
 def fit_logistic(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Weights `[n + 1]`, the last one the intercept, of a ridge-regularised logistic regression; Newton's method."""
+    """Weights `[n + 1]`, the intercept last, of a ridge-regularised logistic regression, by Newton's method."""
     x = np.column_stack([features, np.ones(len(features))])
     weights = np.zeros(x.shape[1])
     for _ in range(20):
@@ -215,7 +216,7 @@ def fit_logistic(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def _baselines(train: Images, test: Images, directory: pathlib.Path) -> dict[str, float]:
     """Test accuracy of the best constant answer and of a logistic regression on brightness, fitted on train.
 
-    Stored under the digest of the images.
+    Stored under a digest of the images.
     """
     pixels, labels = train.arrays(_FITTED)
     test_pixels, test_labels = test.arrays()

@@ -1,10 +1,10 @@
-"""Recall and state tracking, generated: what tells token mixers apart within minutes.
+"""Recall and state tracking: generated tasks that separate token mixers within minutes.
 
     mqar    multi-query associative recall       copy    selective copying       needle  one fact in a long text
     parity  of the bits so far                   count   of a token so far
 
-Every example has `max_len` tokens; labels are per token, and only where a question is does the weight differ from 0.
-They can be learnt causally and in both directions: no answer follows its question in the inputs, unless by chance.
+Every example has `max_len` tokens. Labels are per token; the weight is not 0 only at questions. The tasks can be learnt
+causally and in both directions: no answer follows its question in the inputs, except by chance.
 """
 
 import collections
@@ -25,7 +25,7 @@ KINDS: dict[str, type[Kind]] = {"mqar": Mqar, "copy": SelectiveCopy, "needle": N
 
 
 def sizes(*, kind: str = "mqar", max_len: int = 64, **options) -> dict[str, int]:
-    """What a model has to know of the task, from the options of `get_task` alone; errors as there."""
+    """The sizes that a model needs to know of the task, from the options of `get_task` alone; raises as that does."""
     made = make(kind, max_len, options)
     return {"num_classes": made.num_classes, "vocab_size": made.vocab_size, "max_len": max_len}
 
@@ -47,20 +47,22 @@ def get_task(
     test_size: int = 3000,
     seed: int = 0,
 ) -> Task:
-    """The task of one of the KINDS, whose class says what its options mean; one left out has the default there.
+    """The task of one of the KINDS, whose class documents its options; an option that is None has the default there.
 
-    Example i of a split is a function of (seed, split, i), made when it is asked for: nothing is stored, and a split
-    may have any size.
+    Example i of a split is a function of (seed, split, i) and is made on access. Nothing is stored, and a split may
+    have any size.
 
     Args:
       data_dir: unused, nothing is stored.
-      kind: of KINDS.
+      kind: a key of KINDS: "mqar", "copy", "needle", "parity" or "count".
       max_len: tokens of every example.
-      vocab_size: all kinds but "parity".
-      pairs, gap_power, noise: "mqar".
-      tokens: "copy".
-      needles: "needle".
-      modulus: "count".
+      vocab_size: number of token ids; all kinds but "parity".
+      pairs: "mqar" only: key-value pairs to remember.
+      gap_power: "mqar" only, above 0: 1 draws gaps uniformly, less puts queries nearer to the pairs.
+      noise: "mqar" only: random tokens instead of blanks.
+      tokens: "copy" only: tokens to copy.
+      needles: "needle" only: how many, of which one is asked for.
+      modulus: "count" only: number of answers; counts are modulo this.
       train_size, val_size, test_size: number of examples.
       seed: of the generator, at least 0.
 
@@ -87,7 +89,7 @@ def get_task(
 
 
 class Examples:
-    """`count` examples of one split, a random-access source; each is made anew at every access."""
+    """A random-access source of `count` examples of one split; each is made on access."""
 
     def __init__(self, kind: Kind, seed: int, split: int, count: int):
         self.kind, self.seed, self.split, self.count = kind, seed, split, count
@@ -104,7 +106,7 @@ class Examples:
 
 
 def make(kind: str, max_len: int, options: dict) -> Kind:
-    """The generator of a kind, with those of `options` that are not None and belong to any kind."""
+    """The generator of a kind. Options that are None or belong to no kind are ignored."""
     if kind not in KINDS:
         raise OptionError("kind", kind, f"choose one of {', '.join(KINDS)}")
     known = {name: [field.name for field in dataclasses.fields(KINDS[name])] for name in KINDS}

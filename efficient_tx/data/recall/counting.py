@@ -1,4 +1,4 @@
-"""Parity and counting: what a state has to keep of a sequence, without anything to look up."""
+"""Parity and counting: tasks that need a state, but no look-up."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from efficient_tx.data.recall.kind import FIRST, Kind, answered
 
 @dataclasses.dataclass(frozen=True)
 class Parity(Kind):
-    """Random bits; at every token, whether the ones up to it are odd in number (Hahn 2020, arXiv 1906.06755).
+    """Random bits. The answer at every token is the parity of the bits up to it (Hahn 2020, arXiv 1906.06755).
 
     Args:
       max_len: bits of every example.
@@ -27,13 +27,13 @@ class Parity(Kind):
 
 @dataclasses.dataclass(frozen=True)
 class Count(Kind):
-    """Random symbols; at every token, how often it has occurred before, modulo `modulus`.
+    """Random symbols. The answer at every token is how often it occurred before, modulo `modulus`.
 
     The causal form of the histogram of Weiss et al. 2021 (arXiv 2106.06981).
 
     Args:
       max_len: tokens of every example.
-      vocab_size: token ids: the padding, the blank and the symbols.
+      vocab_size: number of token ids: the padding, the blank and the symbols.
       modulus: number of answers, at least 2.
     """
 

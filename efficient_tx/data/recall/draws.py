@@ -1,4 +1,4 @@
-"""Random draws from `Generator.random` alone, the one stream that NumPy keeps over its versions."""
+"""Random draws from `Generator.random` alone, the only stream that NumPy keeps the same over its versions."""
 
 import numpy as np
 
@@ -12,14 +12,14 @@ def distinct(rng: np.random.Generator, low: int, high: int, count: int) -> np.nd
     """`count` different integers in [low, high), in random order: every such sequence is equally likely."""
     if high - low < 8 * count**2:
         return low + _smallest(rng.random(high - low), count)
-    while True:  # a few of many, without a number for each of them: at most one time in 16 two are equal
+    while True:  # few of many: draw again if two are equal, at most one time in 16
         chosen = integers(rng, low, high, count)
         if len(np.unique(chosen)) == count:
             return chosen
 
 
 def weighted_distinct(rng: np.random.Generator, weights: np.ndarray, count: int) -> np.ndarray:
-    """`count` different indices, drawn one after the other in proportion to the weights of those that are left; int64.
+    """`count` different indices, int64, drawn one after the other with the weights of those that are left.
 
     The first of exponential clocks with these rates (Efraimidis and Spirakis 2006).
     """
@@ -27,7 +27,7 @@ def weighted_distinct(rng: np.random.Generator, weights: np.ndarray, count: int)
 
 
 def _smallest(values: np.ndarray, count: int) -> np.ndarray:
-    """Where the `count` smallest values stand, smallest first."""
+    """Indices of the `count` smallest values, smallest first."""
     if count < len(values):
         places = np.argpartition(values, count)[:count]
         return places[np.argsort(values[places], kind="stable")]

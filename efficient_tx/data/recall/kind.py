@@ -1,4 +1,4 @@
-"""Kind: what makes the examples of one kind of recall task."""
+"""Kind: base class of the generators of recall tasks."""
 
 import dataclasses
 
@@ -6,13 +6,13 @@ import numpy as np
 
 from efficient_tx.checks import at_least
 
-# Token ids: 0 is the padding, which does not occur; 1 stands where there is nothing to read; the others follow.
+# Token ids: 0 is the padding, which does not occur; 1 is the blank; the others follow.
 BLANK, FIRST = 1, 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A subclass has its options as fields, refuses with ValueError what is out of range, and writes `example`.
+    """A subclass has its options as fields, raises ValueError for options out of range, and implements `example`.
 
     Args:
       max_len: tokens of every example.
@@ -28,7 +28,7 @@ class Kind:
         at_least(1, max_len=self.max_len)
 
     def guess(self) -> dict[str, float]:
-        """Accuracies of guesses that can be had without remembering what was asked for, by name."""
+        """Accuracies, by name, of guesses that do not remember the answer."""
         return {}
 
     def example(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -37,7 +37,7 @@ class Kind:
 
 
 def answered(inputs: np.ndarray, places: np.ndarray | slice, answers: np.ndarray | int) -> dict[str, np.ndarray]:
-    """An example with these answers, of weight 1; all other tokens have weight 0."""
+    """An example with these answers at `places`, of weight 1; all other tokens have weight 0."""
     label, weight = np.zeros(len(inputs), np.int32), np.zeros(len(inputs), np.float32)
     label[places], weight[places] = answers, 1.0
     return {"inputs": inputs, "label": label, "weight": weight}

@@ -10,21 +10,21 @@ from efficient_tx.data.recall.kind import BLANK, FIRST, Kind, answered
 
 @dataclasses.dataclass(frozen=True)
 class Mqar(Kind):
-    """`pairs` keys, each followed by its value; then every key again, once, and there its value is the answer.
+    """`pairs` keys, each followed by its value. Then every key comes again, once; the answer there is its value.
 
         inputs  k₁ v₁ k₂ v₂ … _ _ k₂ _ _ _ k₁ _        labels  v₂ at the second k₂, v₁ at the second k₁
 
-    Behind the pairs a key stands at an even distance 2g from their end, at different ones, drawn with p(g) ∝
-    (g + 1)^(gap_power − 1). Its value does not follow it, so that nothing is to be read off the inputs where both
-    directions are seen. Keys differ within an example, and so do values. Published: 8,192 tokens; lengths 64, 128, 256
-    and 512 with 4, 8, 16 and 64 pairs; gap_power 0.01.
+    After the pairs a key stands at an even distance 2g from their end. The distances differ and are drawn with p(g) ∝
+    (g + 1)^(gap_power − 1). The value does not follow the second key, so that a model that sees both directions cannot
+    read it. Keys differ within an example, and so do values. Published: 8,192 tokens; lengths 64, 128, 256 and 512 with
+    4, 8, 16 and 64 pairs; gap_power 0.01.
 
     Args:
       max_len: tokens of every example.
-      vocab_size: token ids; keys are the first half of those after the blank, values the second.
-      pairs: to be remembered.
-      gap_power: 1 is uniform, less has queries nearer to the pairs; above 0.
-      noise: the other places hold random tokens instead of blanks, keys and values too.
+      vocab_size: number of token ids; keys are the first half of those after the blank, values the second.
+      pairs: key-value pairs to remember.
+      gap_power: above 0; 1 is uniform, less puts queries nearer to the pairs.
+      noise: the other places hold random tokens, keys and values too, instead of blanks.
     """
 
     vocab_size: int = 130
@@ -55,7 +55,7 @@ class Mqar(Kind):
         return self.vocab_size - self.first_value
 
     def guess(self) -> dict[str, float]:
-        """Of who knows the example's values, but not which is whose."""
+        """Accuracy of a guess among the values of the example."""
         return {"one of its values": 1 / self.pairs}
 
     def example(self, rng: np.random.Generator) -> dict[str, np.ndarray]:

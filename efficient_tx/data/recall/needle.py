@@ -10,15 +10,15 @@ from efficient_tx.data.recall.kind import FIRST, Kind, answered
 
 @dataclasses.dataclass(frozen=True)
 class Needle(Kind):
-    """`needles` keys, each followed by a word, at random places of a text of random words; at the end one of the keys.
+    """`needles` keys, each followed by a word, at random places in a text of random words. The last token is one key.
 
         inputs  w w w k₁ a w w w w w k₂ b w w … w k₁        label  a at the end
 
-    Every word of the text is as likely as a needle's, so that only the key in front of it tells it apart.
+    The answer is the word after this key. All words are equally likely everywhere: only the key marks the needle.
 
     Args:
       max_len: tokens of every example; 2^20 and more work, in memory linear in it.
-      vocab_size: token ids; keys are the first half of those after the blank, words the second.
+      vocab_size: number of token ids; keys are the first half of those after the blank, words the second.
       needles: how many, of which one is asked for.
     """
 
@@ -47,8 +47,8 @@ class Needle(Kind):
     def example(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
         inputs = integers(rng, self.first_word, self.vocab_size, self.max_len)
         keys = distinct(rng, FIRST, self.first_word, self.needles)
-        # A needle takes two places: choosing among the rest, and moving each by one for every needle before it, leaves
-        # all arrangements equally likely.
+        # A needle takes two places. Draw places among the rest and move each by one for every needle before it: all
+        # arrangements are equally likely.
         free = self.max_len - 1 - self.needles
         ranks = np.sort(distinct(rng, 0, free, self.needles))
         places = ranks + np.arange(self.needles)

@@ -12,7 +12,7 @@ MARKER = FIRST
 
 @dataclasses.dataclass(frozen=True)
 class SelectiveCopy(Kind):
-    """`tokens` random tokens at random places among blanks; at the markers behind them, the same tokens in order.
+    """`tokens` random tokens at random places among blanks, then as many markers. The answers there are these tokens.
 
         inputs  _ a _ _ c _ b _ ? ? ?        labels  a c b at the ?
 
@@ -20,8 +20,8 @@ class SelectiveCopy(Kind):
 
     Args:
       max_len: tokens of every example, markers included.
-      vocab_size: token ids: the padding, the blank, the marker and the alphabet.
-      tokens: to be copied.
+      vocab_size: number of token ids: the padding, the blank, the marker and the alphabet.
+      tokens: number of tokens to copy.
     """
 
     vocab_size: int = 18
