@@ -1,11 +1,12 @@
 """A task of your own: labelled texts in a CSV file, read byte by byte. Task and config are this one file.
 
 Command:   cd examples/own_task
-           python -m efficient_tx.train --config=my_task.py:skyformer --workdir=runs/texts
+           python -m efficient_tx.train --config=my_task.py --workdir=runs/texts
            python -m efficient_tx.eval --workdir=runs/texts
 Duration:  under a minute on 2 CPU cores
-Expected:  test accuracy 1.0 on its 20 texts: they are made of ten subjects and ten verdicts. It shows that the parts
-           fit together, no more; take texts of your own
+Expected:  test accuracy 0.90 (softmax; 0.95 with --config=my_task.py:nystromformer), one seed; the best constant answer
+           has 0.55. The 200 texts are made of twenty subjects and ten verdicts and show that the parts fit together, no
+           more: take texts of your own
 """
 
 import csv

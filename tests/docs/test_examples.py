@@ -1,0 +1,70 @@
+"""The scripts in examples/, each as a process."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.docs.pages import SHORT
+from tests.support import ROOT
+from tests.support.command import scratch
+
+EXAMPLES = ROOT / "examples"
+
+
+def run(*words, cwd=ROOT):
+    """The standard output of a Python command that succeeds."""
+    environment = os.environ | {"EFFICIENT_TX_DATA": str(scratch() / "data"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "line"),
+    [
+        ("reuse_plain_jax.py", r"same output with other padding: True\n.*gradients finite: True"),
+        ("reuse_nnx.py", r"logits: \(8, 3\)"),
+        ("reuse_linen.py", r"refused: mask has shape .*pass the key mask"),
+        ("reuse_equinox.py", r"gradients finite: True"),
+    ],
+)
+def test_reuse(script, line):
+    if script == "reuse_equinox.py" and not os.environ.get("CI"):
+        pytest.importorskip("equinox")  # CI installs it, with the extra [test]
+    assert re.search(line, run(EXAMPLES / script))
+
+
+@pytest.mark.slow
+def test_reuse_nnx_learns():
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", run(EXAMPLES / "reuse_nnx.py"))]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.slow
+def test_own_task(tmp_path):
+    task = f"--config={EXAMPLES / 'own_task/my_task.py'}"
+    out = run("-m", "efficient_tx.train", task, f"--workdir={tmp_path}/texts", "--config.steps=5", cwd=tmp_path)
+    assert "texts (texts.csv): 120 training examples" in out
+    assert "texts" in run("-m", "efficient_tx.eval", f"--workdir={tmp_path}/texts", cwd=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixers", ["my_mixers:SquaredReLU", "my_mixers:Shift,softmax"])
+def test_own_mixer(mixers, tmp_path):
+    arguments = (f"--config=quickstart:{mixers}", f"--workdir={tmp_path}/run", *SHORT.split())
+    assert "test accuracy" in run("-m", "efficient_tx.train", *arguments, cwd=EXAMPLES / "own_mixer")
+
+
+def test_examples_are_all_run():
+    """And each says how it is started, and how long that takes."""
+    scripts = sorted(path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.rglob("*.py"))
+    reuse = [f"reuse_{library}.py" for library in ("equinox", "linen", "nnx", "plain_jax")]
+    assert scripts == ["own_mixer/my_mixers.py", "own_task/my_task.py", *reuse]
+    for script in scripts:
+        text = (EXAMPLES / script).read_text(encoding="utf-8")
+        assert "Command: " in text and "Duration: " in text, script
