@@ -8,12 +8,12 @@ T = TypeVar("T")
 
 
 class OptionError(ValueError):
-    """The value of an option is wrong: "landmarks is 1: it must be at least 2".
+    """An option has a wrong value: "landmarks is 1: it must be at least 2".
 
     Attributes:
-      option: the option's name; dotted, where it stands in a section of a config.
-      value: what was given.
-      rule: what would work, the rest of the line.
+      option: the option's name, dotted if it is in a section of a config.
+      value: the given value.
+      rule: the rest of the line: which values are allowed.
     """
 
     def __init__(self, option: str, value: Any, rule: str):
@@ -26,21 +26,21 @@ class OptionError(ValueError):
 
 
 def at_least(least: int, **options: int | None) -> None:
-    """Raises OptionError for the first of the options that is below `least`; None, left out, is none."""
+    """Raises OptionError for the first option below `least`; None means not given and passes."""
     for name, value in options.items():
         if value is not None and value < least:
             raise OptionError(name, value, f"it must be at least {least}")
 
 
 def above_zero(**options: float | None) -> None:
-    """Raises OptionError for the first of the options that is not a number above 0; None, left out, is none."""
+    """Raises OptionError for the first option that is not a finite number above 0; None means not given and passes."""
     for name, value in options.items():
         if value is not None and not 0 < value < float("inf"):
             raise OptionError(name, value, "it must be a number above 0")
 
 
 def one_of(choices: Collection[str], **options: str) -> None:
-    """Raises OptionError for the first of the options that is none of `choices`; the line has the nearest one."""
+    """Raises OptionError for the first option that is not one of `choices`; the message names the nearest one."""
     for name, value in options.items():
         if value not in choices:
             near = nearest(value, choices)
@@ -48,11 +48,11 @@ def one_of(choices: Collection[str], **options: str) -> None:
 
 
 def lookup(table: Mapping[str, T], name: str, where: str) -> T:
-    """table[name]; OptionError of the option `where` as `one_of`."""
+    """table[name]; an unknown name raises the OptionError of `one_of` for the option `where`."""
     one_of(table, **{where: name})
     return table[name]
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """The choice that is most like `name`."""
+    """The choice most similar to `name`."""
     return difflib.get_close_matches(str(name), list(choices), 1, 0.0)[0]

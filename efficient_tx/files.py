@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic writes: a file is complete or absent."""
 
 import contextlib
 import os
@@ -6,10 +6,10 @@ from pathlib import Path
 
 
 def write(path: Path, content: bytes | str) -> None:
-    """Writes a file that is, at any moment and whatever kills the process, either the old one or the new one.
+    """Writes a file atomically: if the process is killed at any moment, the file is the old one or the new one.
 
     Raises:
-      OSError: it cannot be written; the old one is as it was, and nothing lies beside it.
+      OSError: the file cannot be written. The old file is unchanged, and no temporary file is left.
     """
     part = path.with_name(f"{path.name}.tmp")
     try:

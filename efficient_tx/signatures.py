@@ -1,7 +1,7 @@
-"""What a class of modules takes: the arguments of its constructor and of its bases', in one signature.
+"""One signature for the constructor of a class: its own arguments and those of its base classes.
 
-nnx's metaclass hides the arguments of a module from `help()` and notebooks, and a constructor that passes `**others`
-on to its base hides the base's.
+nnx's metaclass hides a module's arguments from `help()` and notebooks. A constructor that passes `**others` to its base
+class hides the arguments of that class.
 """
 
 import inspect
@@ -10,11 +10,11 @@ from inspect import Parameter, Signature
 
 
 def constructor(cls: type, options: Iterable[Parameter] = ()) -> Signature:
-    """The arguments of `cls(...)`: those of its `__init__`, and where that takes `**others`, of the next base's too.
+    """The arguments of `cls(...)`: those of its `__init__` and, if it takes `**others`, those of the next base class.
 
     Args:
       cls: any class.
-      options: keyword arguments that the constructor takes besides; they come first.
+      options: further keyword arguments of the constructor; they come first.
     """
     found: dict[str, Parameter] = {option.name: option for option in options}
     for base in cls.__mro__:

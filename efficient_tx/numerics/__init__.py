@@ -1,1 +1,1 @@
-"""Numerical linear algebra and sampling, each with at least one caller in this project."""
+"""Numerical linear algebra and sampling."""

@@ -8,17 +8,17 @@ import jax.numpy as jnp
 
 @partial(jax.jit, static_argnames=("count", "dim", "dtype"))
 def orthogonal_gaussian(key: jax.Array, count: int, dim: int, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-    """`count` vectors, each of them standard normal, in blocks of `dim` that are orthogonal to each other.
+    """`count` standard normal vectors; within each block of `dim` of them, the vectors are orthogonal.
 
-    A block is a uniformly distributed orthogonal matrix whose rows get the norms of independent normal vectors. The
-    factor of a QR decomposition is uniformly distributed only with the signs of R's diagonal made positive (Mezzadri
-    2007, arXiv math-ph/0609050): as LAPACK leaves it, the first entry of every block has one sign, and averages over
-    these vectors are biased.
+    A block is a uniformly distributed orthogonal matrix; its rows are scaled to the norms of independent normal
+    vectors. The factor Q of a QR decomposition is uniformly distributed only if the diagonal of R is made positive
+    (Mezzadri 2007, arXiv math-ph/0609050). Without this, LAPACK gives the first entry of every block the same sign, and
+    averages over the vectors are biased.
 
     Args:
       key: one key.
-      count: how many; the last block may be in part.
-      dim: of the vectors.
+      count: number of vectors; the last block may be incomplete.
+      dim: dimension of the vectors.
       dtype: float32 or float64.
 
     Returns:

@@ -1,6 +1,6 @@
-"""Which tokens stand for all of them: draws by weight, ridge leverage scores of a kernel, Lloyd's k-means.
+"""Choice of landmarks: weighted sampling, ridge leverage scores of a kernel, Lloyd's k-means.
 
-Each example and each head chooses for itself, among the real tokens only; nothing depends on the padded length.
+Each example and each head chooses independently, among its real tokens only. Nothing depends on the padded length.
 """
 
 from collections.abc import Callable
@@ -18,14 +18,14 @@ _dot = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 def draw_by_weight(keys: jax.Array, log_weight: jax.Array, mask: jax.Array | None, count: int) -> jax.Array:
     """Positions of `count` real tokens for each head, drawn without replacement with probabilities ∝ exp(log_weight).
 
-    The `count` largest of log_weight plus Gumbel noise are such a draw. The noise belongs to a token's rank among the
-    real ones; real tokens come before padding.
+    The draw is the `count` largest values of log_weight plus Gumbel noise. The noise depends on a token's rank among
+    the real tokens; real tokens are returned before padding.
 
     Args:
       keys: one key per example, `[batch]`.
       log_weight: `[batch, length, heads]`, finite at real tokens.
       mask: bool `[batch, length]`, True for real tokens; None means all are.
-      count: how many; at most `length` are returned.
+      count: number of tokens; at most `length` are returned.
 
     Returns:
       int32 `[batch, min(count, length), heads]`, distinct for each head.
@@ -51,18 +51,18 @@ def kernel_leverage(
     keys: jax.Array, x: jax.Array, mask: jax.Array, *,
     kernel: Callable[[jax.Array, jax.Array], jax.Array], pilots: int, ridge: float,
 ) -> jax.Array:  # fmt: skip
-    """Upper bounds of the tokens' ridge leverage scores in their kernel matrix, from a uniform sample of them.
+    """Upper bounds of the tokens' ridge leverage scores in their kernel matrix, from a uniform sample of tokens.
 
-    With pilots P a token scores κ(x, x) − κ(x, P) (κ(P, P) + ridge · I)⁻¹ κ(P, x), what they leave unexplained of it:
-    one level of the recursion of Musco and Musco (2017, arXiv 1605.07583). With the matrix K of all tokens it is at
-    least ridge · (K (K + ridge · I)⁻¹)_xx, and equal where all tokens are pilots.
+    With a sample P, the pilots, the score of a token is its residual κ(x, x) − κ(x, P) (κ(P, P) + ridge · I)⁻¹ κ(P, x):
+    one level of the recursion of Musco and Musco (2017, arXiv 1605.07583). With the kernel matrix K of all tokens, the
+    score is at least ridge · (K (K + ridge · I)⁻¹)_xx, with equality if all tokens are pilots.
 
     Args:
-      keys: one key per example, `[batch]`, draws the pilots, the same for all heads.
-      x: `[batch, length, heads, dim]`. No gradient flows through the scores: they are made to select.
+      keys: one key per example, `[batch]`, to draw the pilots, which all heads share.
+      x: `[batch, length, heads, dim]`. No gradient flows through the scores: they serve to select tokens.
       mask: bool `[batch, length]`, True for real tokens.
       kernel: κ: `[..., n, dim]`, `[..., m, dim]` -> `[..., n, m]`, positive definite with κ(x, x) = 1.
-      pilots: how many.
+      pilots: number of pilots.
       ridge: above 0.
 
     Returns:
@@ -74,7 +74,7 @@ def kernel_leverage(
     pilot, valid = jax.vmap(lambda x, i: x[i])(x, position).swapaxes(1, 2), valid[:, None, :, None]
     pilot = jnp.where(valid, pilot, 0)
     eye = jnp.eye(pilot.shape[2], dtype=x.dtype)
-    # A pilot that does not exist is a row of the identity, and meets no token below.
+    # A missing pilot is a row of the identity and has no effect on the tokens below.
     core = jnp.where(valid & valid.mT, kernel(pilot, pilot), eye) + ridge * eye
     rows = jnp.broadcast_to(jnp.where(valid, eye, 0), core.shape)
     whiten = triangular_solve(cholesky(core, symmetrize_input=False), rows, left_side=True, lower=True)
@@ -89,20 +89,21 @@ def kernel_leverage(
 
 
 def lloyd(x: jax.Array, mask: jax.Array, start: jax.Array, *, steps: int = 4) -> jax.Array:
-    """The centres that `steps` of Lloyd's algorithm find: each the mean of the tokens nearest to it.
+    """The centres after `steps` steps of Lloyd's algorithm: each is the mean of its nearest tokens.
 
-    Assignments are found without gradient; it flows through the means of the last. A centre that loses all its tokens
-    stays where it is; of equally near ones the first counts.
+    No gradient flows through the assignments; it flows through the means of the last step. A centre without tokens
+    keeps its place. Ties go to the first centre.
 
     Args:
       x: `[batch, length, heads, dim]`.
       mask: bool `[batch, length]`, True for real tokens.
-      start: distinct positions of the tokens that are the first centres, int32 `[batch, count, heads]`, those of real
-        tokens first.
-      steps: at least 1, each of time length · count.
+      start: distinct positions of the tokens that are the initial centres, int32 `[batch, count, heads]`; positions of
+        real tokens come first.
+      steps: at least 1; each takes time length · count.
 
     Returns:
-      `[batch, count, heads, dim]` in promote_types(dtype, float32); zero where an example has fewer tokens than count.
+      `[batch, count, heads, dim]` in promote_types(dtype, float32); missing centres are zero if an example has fewer
+      tokens than count.
     """
     batch, _, heads, dim = x.shape
     count = start.shape[1]
@@ -117,7 +118,7 @@ def lloyd(x: jax.Array, mask: jax.Array, start: jax.Array, *, steps: int = 4) ->
         def nearest(centres):
             closeness = _dot(centres, jax.lax.stop_gradient(x).T) - jnp.square(centres).sum(-1, keepdims=True) / 2
             closeness = jnp.where(valid[:, None], closeness, -jnp.inf)
-            # The first of the largest down the columns: twenty times faster on a CPU than argmax along rows.
+            # The first of the largest, along the columns: on a CPU twenty times faster than argmax along the rows.
             best = closeness >= closeness.max(0)
             return jnp.where(mask, jnp.where(best, jnp.arange(count)[:, None], count).min(0), count)
 

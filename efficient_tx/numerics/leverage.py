@@ -1,12 +1,12 @@
-"""Leverage scores of the rows of a matrix: exact, ridge, and online, each row against the rows before it.
+"""Leverage scores of the rows of a matrix: exact, ridge and online (each row relative to the rows before it).
 
-The score τ_i = a_iᵀ(AᵀA)⁺a_i = max_x (a_iᵀx)² / ‖Ax‖² is the largest share that row i can have of any ‖Ax‖²; the
-scores sum to the rank of A. With a ridge λ, (AᵀA + λI)⁻¹ takes the place of (AᵀA)⁺. The online score (Cohen, Musco
-and Pachocki 2016, arXiv 1604.05448) replaces A by its rows up to i; it is at least the ridge score, and the online
-scores sum to at most d log(1 + ‖A‖_F² / (dλ)).
+The score τ_i = a_iᵀ(AᵀA)⁺a_i = max_x (a_iᵀx)² / ‖Ax‖² is the largest share that row i can have of any ‖Ax‖²; the scores
+sum to the rank of A. With a ridge λ, (AᵀA + λI)⁻¹ replaces (AᵀA)⁺. The online score (Cohen, Musco and Pachocki 2016,
+arXiv 1604.05448) replaces A by its rows up to i. It is at least the ridge score. The online scores sum to at most
+d log(1 + ‖A‖_F² / (dλ)).
 
-All go through the Gram matrix, d² numbers for any number of rows. A sketch of A would save at most half of the n·d²
-operations, at the price of scores wrong by a factor: there is none here.
+All scores are computed from the Gram matrix, d² numbers for any number of rows. A sketch of A is not used: it would
+save at most half of the n·d² operations, and the scores would be wrong by a factor.
 """
 
 from functools import partial
@@ -21,12 +21,12 @@ _dot = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 def leverage_scores(rows: jax.Array, *, mask: jax.Array | None = None, ridge: float = 0.0) -> jax.Array:
     """The (ridge) leverage score of every row.
 
-    A direction with less than 8 eps of the Gram matrix's largest eigenvalue is lost in its rounding and counts as
-    none, so that the scores of a matrix without full rank sum to its rank.
+    Eigenvalues of the Gram matrix below 8 eps times the largest one are rounding errors and count as zero, so that the
+    scores of a rank-deficient matrix sum to its rank.
 
     Args:
-      rows: `[..., n, d]`. No gradient flows through the scores: they are made to select.
-      mask: bool `[..., n]`; rows that are False, whatever they hold, score 0.
+      rows: `[..., n, d]`. No gradient flows through the scores: they serve to select rows.
+      mask: bool `[..., n]`; rows that are False score 0, whatever their content.
       ridge: λ, 0 or more.
 
     Returns:
@@ -40,16 +40,15 @@ def leverage_scores(rows: jax.Array, *, mask: jax.Array | None = None, ridge: fl
 def online_ridge_scores(rows: jax.Array, *, ridge: float, mask: jax.Array | None = None, chunk: int = 64) -> jax.Array:
     """The ridge leverage score of every row among the rows up to and including it.
 
-    Row by row, a_i arrives at G = λI + Σ_{j<i} a_j a_jᵀ and scores β / (1 + β), β = a_iᵀG⁻¹a_i. The 1 + β of a chunk X
-    of rows are the squared pivots in the Cholesky factor of I + X G⁻¹ Xᵀ, so that only G is carried from chunk to
-    chunk.
+    With G = λI + Σ_{j<i} a_j a_jᵀ and β = a_iᵀG⁻¹a_i, row i scores β / (1 + β). For a chunk X of rows, the values 1 + β
+    are the squared pivots in the Cholesky factor of I + X G⁻¹ Xᵀ, so only G is carried from chunk to chunk.
 
     Args:
       rows: `[..., n, d]`; no gradient flows.
-      ridge: λ above 0. Below 16 · chunk · eps · ‖a_i‖² (1e-4 ‖a_i‖² in float32) or the rounding of G it has no effect:
-        what it should tell apart is lost.
-      mask: bool `[..., n]`; rows that are False score 0 and count for no other.
-      chunk: rows taken together; it changes rounding only.
+      ridge: λ above 0. A λ below 16 · chunk · eps · ‖a_i‖² (1e-4 ‖a_i‖² in float32) or below the rounding error of G
+        has no effect.
+      mask: bool `[..., n]`; rows that are False score 0 and do not affect the other rows.
+      chunk: rows per chunk; it changes only rounding errors.
 
     Returns:
       Scores in [0, 1), `[..., n]`, promote_types(dtype, float32).
@@ -60,7 +59,7 @@ def online_ridge_scores(rows: jax.Array, *, ridge: float, mask: jax.Array | None
     rows = jnp.pad(rows, (*((0, 0) for _ in lead), (0, count * chunk - n), (0, 0)))
     chunks = jnp.moveaxis(rows.reshape(*lead, count, chunk, d), -3, 0)
     eye = jnp.eye(chunk, dtype=rows.dtype)
-    # Longer rows would leave no digits to the others of their chunk. Their own score is 1 up to 1 / longest.
+    # Longer rows would leave no digits to the other rows of their chunk. Their own score is 1 up to 1 / longest.
     longest = 1 / (16 * chunk * jnp.finfo(rows.dtype).eps)
 
     def advance(gram, x):
@@ -89,7 +88,7 @@ def whitening(gram: jax.Array, ridge: float = 0.0) -> jax.Array:
 
 
 def ridge_factor(gram: jax.Array, ridge: float) -> jax.Array:
-    """The Cholesky factor of gram + λI, lower; λ = `ridge`, above 0, and what rounding makes of it."""
+    """The lower Cholesky factor of gram + λI; λ is `ridge`, above 0, plus an allowance for rounding errors."""
     rounding = 2 * jnp.finfo(gram.dtype).eps * jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
     eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
     return cholesky(gram + (ridge + rounding) * eye, symmetrize_input=False)

@@ -1,7 +1,7 @@
-"""Randomness for one example at a time: keys per example, dropout, sampling among real tokens.
+"""Randomness per example: keys, dropout, sampling among real tokens.
 
-Every draw is made for a single example with the length axis leading, so that its first n rows do not depend on the
-padded length, on the other examples of the batch, or on how the batch is spread over devices.
+Every draw is made for one example with the length axis first. So its first n rows do not depend on the padded length,
+on the other examples of the batch, or on how the batch is split over devices.
 """
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 def example_keys(key: jax.Array | None, batch: int) -> jax.Array | None:
-    """One key per example, `[batch]`: `key` itself when it is one already, else the scalar `key` folded per row.
+    """One key per example, `[batch]`: `key` itself if it has this shape, else the scalar `key` folded per example.
 
     Raises:
       ValueError: `key` is neither a scalar nor `[batch]` typed keys (`jax.random.key`).
@@ -26,17 +26,17 @@ def example_keys(key: jax.Array | None, batch: int) -> jax.Array | None:
 
 
 def evaluation_keys(batch: int) -> jax.Array:
-    """The same fixed key for every example, `[batch]`, whatever jax's default generator: for sampling at evaluation."""
+    """The same fixed key for every example, `[batch]`, for sampling at evaluation; jax's default PRNG has no effect."""
     return jnp.broadcast_to(jax.random.key(0, impl="threefry2x32"), (batch,))
 
 
 def fold(keys: jax.Array | None, data: int) -> jax.Array | None:
-    """New keys `[batch]` for the use numbered `data`; None stays None."""
+    """New keys `[batch]` for the use with the number `data`; None stays None."""
     return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, data)
 
 
 def check_rate(rate: float, name: str = "dropout") -> None:
-    """Raises ValueError unless `rate` is a share that dropout can leave out: at least 0, below 1 − 1/131072."""
+    """Raises ValueError unless `rate` is a valid dropout rate: at least 0, below 1 − 1/131072."""
     if not 0 <= rate <= 1 or round(rate * 65536) == 65536:
         raise ValueError(f"{name} is {rate}: it must be at least 0 and below 1")
 
@@ -44,9 +44,9 @@ def check_rate(rate: float, name: str = "dropout") -> None:
 def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
     """Zeroes entries of `x` `[batch, length, ...]` with probability `rate` and scales the others by 1/(1 − rate).
 
-    `keys` are `[batch]`; None means evaluation and returns `x` itself. The generator makes 32 bits at a time and is
-    most of the cost, so an entry gets 16: the rate is rounded to a multiple of 1/65536, and the scale with it, so that
-    the mean stays exact.
+    `keys` are `[batch]`; None means evaluation and returns `x` itself. Random bits are most of the cost, so an entry
+    uses 16 bits instead of 32. The rate is rounded to a multiple of 1/65536; the scale follows the rounded rate, so the
+    mean stays exact.
     """
     if rate == 0.0 or keys is None:
         return x
@@ -58,18 +58,18 @@ def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
 
 
 def sample_tokens(keys: jax.Array, mask: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """Uniform sample without replacement of `count` real tokens of each example.
+    """Uniform sample of `count` real tokens of each example, without replacement.
 
-    The draw belongs to a token's rank among the real ones, so padding, wherever it stands, changes nothing.
+    The draw depends on a token's rank among the real tokens, so padding at any place changes nothing.
 
     Args:
       keys: one key per example, `[batch]`.
       mask: bool `[batch, length]`, True for real tokens.
-      count: how many; at most `length` are returned.
+      count: number of tokens; at most `length` are returned.
 
     Returns:
-      Positions int32 `[batch, min(count, length)]`, and bool of the same shape: False where the example has fewer
-      real tokens than `count` (such entries name a padded position and must be masked by the caller).
+      Positions int32 `[batch, min(count, length)]`, and bool of the same shape. The latter is False for entries that
+      exceed the number of real tokens: these point to padding, and the caller must mask them.
     """
 
     def one(key, mask):
@@ -82,5 +82,5 @@ def sample_tokens(keys: jax.Array, mask: jax.Array, count: int) -> tuple[jax.Arr
 
 
 def take_tokens(x: jax.Array, position: jax.Array) -> jax.Array:
-    """Tokens of `x` `[batch, length, ...]` at positions `[batch, count]` that exist and differ within an example."""
+    """Tokens of `x` `[batch, length, ...]` at positions `[batch, count]`, valid and distinct within an example."""
     return jax.vmap(lambda x, position: x.at[position].get(unique_indices=True, mode="promise_in_bounds"))(x, position)

@@ -6,23 +6,23 @@ import jax
 import jax.numpy as jnp
 from jax.lax.linalg import cholesky, triangular_solve
 
-# Devices that round float32 factors by default would lose the inverse.
+# Devices that round float32 factors by default would make the inverse useless.
 _dot = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 @jax.custom_vjp
 def spd_solve(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Solves `a x = b` by Cholesky; nothing is differentiated through the factorisation.
+    """Solves `a x = b` by Cholesky; the gradient does not differentiate through the factorisation.
 
-    With x̄ the cotangent of x, that of b is a⁻¹ x̄ and that of a is −b̄ xᵀ, symmetrised: one more solve with the
-    factor at hand.
+    With x̄ the cotangent of x, the cotangent of b is b̄ = a⁻¹ x̄ and that of a is −b̄ xᵀ, symmetrised. This is one more
+    solve with the same factor.
 
     Args:
       a: `[..., m, m]`, symmetric positive definite, float32 or float64.
       b: `[..., m, n]`, the same leading dimensions and dtype.
 
     Returns:
-      x `[..., m, n]`; NaN where `a` is not positive definite in its own precision.
+      x `[..., m, n]`; NaN if `a` is not positive definite in its precision.
     """
     return _forward(a, b)[0]
 
@@ -51,21 +51,21 @@ spd_solve.defvjp(_forward, _backward)
 def newton_inverse(a: jax.Array, iterations: int = 6, *, start: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """Inverse by the fourth-order iteration X ← ¼ X (13 I − A X (15 I − A X (7 I − A X))).
 
-    Razavi et al. (2014); used for attention by Xiong et al. 2021 (Nyströmformer, arXiv 2102.03902) and Chen et al.
-    2021 (Skyformer, arXiv 2111.00035). One step maps the error E = I − A X to E³ (E + 3) / 4; it converges when the
-    eigenvalues of A X₀ lie in (0, 3), and a small one grows 3.25 times a step.
+    Razavi et al. (2014); used for attention by Xiong et al. 2021 (Nyströmformer, arXiv 2102.03902) and Chen et al. 2021
+    (Skyformer, arXiv 2111.00035). One step maps the error E = I − A X to E³ (E + 3) / 4. The iteration converges if the
+    eigenvalues of A X₀ lie in (0, 3); a small eigenvalue grows 3.25 times per step.
 
     Args:
       a: `[..., m, n]`, float32 or float64.
-      iterations: how many steps, four matrix products each.
-      start: X₀ `[..., n, m]`. None means Aᵀ / (‖A‖₁ ‖A‖_∞), from which any A converges to its pseudo-inverse; each
-        matrix has its own norms, so that none sees another (the published code takes one maximum over the batch). For
-        a symmetric A with spectrum in (0, 1] the identity is the better start: E is I − A then, not I − A² / ‖A‖₁².
+      iterations: number of steps, four matrix products each.
+      start: X₀ `[..., n, m]`. None means Aᵀ / (‖A‖₁ ‖A‖_∞), from which the iteration converges to the pseudo-inverse of
+        any A. Unlike the published code, which takes one maximum over the batch, each matrix has its own norms. For a
+        symmetric A with spectrum in (0, 1] the identity is a better start: then E is I − A, not I − A² / ‖A‖₁².
 
     Returns:
       The inverse `[..., n, m]`, zero for a zero matrix; and its residual ‖I − A X‖_∞ (largest absolute row sum)
-      `[...]`: below 1 the iteration converges, and the relative error of X in this norm is at most the residual.
-      Where A has no right inverse the residual stays at 1 or above.
+      `[...]`. If the residual is below 1, the iteration converges, and the relative error of X in this norm is at most
+      the residual. If A has no right inverse, the residual stays at 1 or above.
     """
     if start is None:
         rows, columns = (jnp.abs(a).sum(axis).max(-1) for axis in (-1, -2))
@@ -85,18 +85,18 @@ def newton_raphson_inverse(a: jax.Array, iterations: int = 20) -> tuple[jax.Arra
     """Inverse by the second-order iteration X ← X (2 I − A X) (Schulz 1933), with the gradient of the inverse.
 
     As in SOFT (Lu et al. 2021, arXiv 2110.11945), X₀ = 1.8 A / ‖A‖_∞², with each matrix's own norm. One step maps the
-    error I − A X to its square, so an eigenvalue λ is resolved once 2^iterations λ² is above ‖A‖_∞².
+    error I − A X to its square, so an eigenvalue λ is resolved if 2^iterations λ² is above ‖A‖_∞².
 
-    The iterations are not differentiated: with X̄ the cotangent of X, that of A is −X X̄ X, symmetrised. This is the
-    gradient of the result as far as the iteration has converged, which the residual tells.
+    The iterations are not differentiated: with X̄ the cotangent of X, the cotangent of A is −X X̄ X, symmetrised. This
+    gradient is as accurate as the convergence of the iteration; see the residual.
 
     Args:
       a: `[..., m, m]`, symmetric positive definite, float32 or float64.
-      iterations: how many steps, two matrix products each.
+      iterations: number of steps, two matrix products each.
 
     Returns:
-      The inverse `[..., m, m]`, and its residual ‖I − A X‖_∞ (largest absolute row sum) `[...]`, no function of `a`
-      to automatic differentiation: below 1 the relative error of X in this norm is at most the residual.
+      The inverse `[..., m, m]`, and its residual ‖I − A X‖_∞ (largest absolute row sum) `[...]`, through which no
+      gradient flows. If the residual is below 1, the relative error of X in this norm is at most the residual.
     """
     x = _newton_raphson(a, iterations)
     eye = jnp.eye(a.shape[-1], dtype=a.dtype)

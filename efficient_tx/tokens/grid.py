@@ -11,13 +11,13 @@ from efficient_tx.tokens.segments import grid_sides
 
 
 def lay_out(x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """The real tokens of `x` `[batch, length, ...]` as cells `[batch, side, side, ...]`, zero where there is none.
+    """The real tokens of `x` `[batch, length, ...]` as cells `[batch, side, side, ...]`; empty cells are zero.
 
-    `side` is that of the whole length; an example with fewer real tokens fills the upper left corner, and the last row
-    of its own square may be incomplete. Also which cells there are, bool `[batch, side, side]`.
+    `side` belongs to the whole length. An example with fewer real tokens fills the upper left corner; the last row of
+    its square may be incomplete. Also returns which cells hold a token, bool `[batch, side, side]`.
 
     Raises:
-      ValueError: no mask, and a length that is no square.
+      ValueError: there is no mask, and the length is no square.
     """
     batch, length, *rest = x.shape
     side = math.isqrt(length - 1) + 1
@@ -35,7 +35,7 @@ def lay_out(x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]
 
 
 def take_up(cells: jax.Array, mask: jax.Array | None, length: int) -> jax.Array:
-    """What stands at the cells of the real tokens, `[batch, length, ...]`: the inverse of `lay_out`; zero elsewhere."""
+    """The inverse of `lay_out`: the cells of the real tokens as `[batch, length, ...]`, zero at padding."""
     batch, side, _, *rest = cells.shape
     cells = cells.reshape(batch, side * side, *rest)
     if mask is None:
@@ -46,6 +46,6 @@ def take_up(cells: jax.Array, mask: jax.Array | None, length: int) -> jax.Array:
 
 
 def check_square(length: int, mask: jax.Array | None) -> None:
-    """Raises ValueError if all of `length` tokens are real and make no square."""
+    """Raises ValueError if there is no mask and `length` is no square number."""
     if mask is None and math.isqrt(length) ** 2 != length:
         raise OptionError("length", length, "a grid needs a square number of tokens, or a mask")

@@ -1,4 +1,4 @@
-"""What the pure attention functions check and derive from their arguments, in one place."""
+"""Masks, grouped heads and query positions of the pure attention functions: checks and derived arrays."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ def key_mask(mask: jax.Array | None, batch: int, length: int) -> jax.Array | Non
     """The key mask as bool `[batch, length]`, from `[batch, length]` or `[batch, 1, 1, length]`; None stays None.
 
     Raises:
-      ValueError: any other shape, in particular a full `[batch, heads, length, length]` mask.
+      ValueError: the mask has another shape, for example a full `[batch, heads, length, length]` mask.
     """
     if mask is None:
         return None
@@ -25,9 +25,9 @@ def key_mask(mask: jax.Array | None, batch: int, length: int) -> jax.Array | Non
 
 
 def key_mask_or_pairs(mask: jax.Array | None, q: jax.Array, k: jax.Array) -> jax.Array | None:
-    """What the dense methods take: a key mask as by `key_mask`, or one of all pairs.
+    """The mask of a dense method: a key mask as in `key_mask`, or a mask of all query-key pairs.
 
-    The latter is bool `[batch or 1, heads or 1, queries, keys]`, as of `flax.nnx.make_attention_mask`; it costs memory
+    The latter is bool `[batch or 1, heads or 1, queries, keys]`, as from `flax.nnx.make_attention_mask`. Its memory is
     quadratic in the length.
     """
     full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
@@ -39,7 +39,7 @@ def key_mask_or_pairs(mask: jax.Array | None, q: jax.Array, k: jax.Array) -> jax
 
 
 def token_ranks(mask: jax.Array | None, batch: int, length: int) -> jax.Array:
-    """Each token's rank among the real tokens of its example, int32 `[batch, length]`; 0 before the first one."""
+    """Each token's rank among the real tokens of its example, int32 `[batch, length]`; 0 before the first of them."""
     if mask is None:
         return jnp.broadcast_to(jnp.arange(length), (batch, length))
     return jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
@@ -58,9 +58,9 @@ def repeat_heads(x: jax.Array, heads: int, name: str) -> jax.Array:
 
 
 def compact(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """`x` `[batch, length, ...]` with the real tokens first, in order, and zeros after them.
+    """`x` `[batch, length, ...]` with the real tokens first, in their order, and zeros after them.
 
-    Methods that weight a token by its position compute on this, so that padding counts nowhere, wherever it stands.
+    Methods that weight a token by its position compute on this, so padding at any place has no effect.
     """
     if mask is None:
         return x
@@ -70,30 +70,30 @@ def compact(x: jax.Array, mask: jax.Array | None) -> jax.Array:
 
 
 def spread(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """The way back from `compact`: each real token gets what stands at its rank, the others zero."""
+    """The inverse of `compact`: each real token gets the entry at its rank; padding gets zero."""
     return x if mask is None else jnp.where(over(mask, x), take_tokens(x, places(mask)), 0)
 
 
 def places(mask: jax.Array) -> jax.Array:
-    """Where `compact` puts each token, int32 `[batch, length]`: the real ones in front, in order, the others behind."""
+    """The index to which `compact` moves each token, int32 `[batch, length]`: real tokens first, then padding."""
     return jnp.where(mask, jnp.cumsum(mask, 1), mask.sum(1, keepdims=True) + jnp.cumsum(~mask, 1)) - 1
 
 
 def over(mask: jax.Array, x: jax.Array) -> jax.Array:
-    """`mask` `[batch, length]` with axes of 1 for the further axes of `x` `[batch, length, ...]`."""
+    """`mask` `[batch, length]` with axes of size 1 appended, to broadcast against `x` `[batch, length, ...]`."""
     return mask.reshape(*mask.shape, *(1,) * (x.ndim - 2))
 
 
 def query_positions(real: jax.Array, queries: int) -> tuple[jax.Array, jax.Array]:
-    """Where queries other than the keys stand: the last one at the last real key, the one before at the key before.
+    """Positions of queries that are not the keys' tokens: the last one at the last real key, the others before it.
 
     Args:
       real: bool `[batch, keys]`.
-      queries: how many.
+      queries: number of queries.
 
     Returns:
-      `[batch, queries]` each: the position of that key, int32, and whether there is one: a query in front of all keys
-      sees none.
+      Two arrays `[batch, queries]`: the position of the query's key, int32, and whether this key exists, bool. A query
+      before all keys sees none.
     """
     rank = real.sum(axis=1, keepdims=True) - queries + jnp.arange(queries)
     order = compact(jnp.broadcast_to(jnp.arange(real.shape[1]), real.shape), real)
@@ -108,6 +108,6 @@ def place(x: jax.Array, at: tuple[jax.Array, jax.Array], keys: int) -> jax.Array
 
 
 def take(x: jax.Array, at: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """The rows of `x` `[batch, keys, ...]` at the positions of `query_positions`, zero for a query that sees no key."""
+    """The rows of `x` `[batch, keys, ...]` at the positions of `query_positions`; zero for a query that sees no key."""
     position, seen = at
     return jnp.where(over(seen, x), x[jnp.arange(len(x))[:, None], position], 0)

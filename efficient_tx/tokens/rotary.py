@@ -11,23 +11,24 @@ from efficient_tx.tokens.segments import grid_sides
 
 
 def rotate(x: jax.Array, mask: jax.Array | None, *, layout: str = "rope", base: float = 10000.0) -> jax.Array:
-    """Turns each pair of channels of `x` by an angle proportional to the token's position.
+    """Rotates each pair of channels of `x` by an angle proportional to the token's position.
 
-    A rotation keeps norms and makes inner products and distances depend on relative positions only, so softmax and
-    Gaussian kernels alike stay exact. A token's position is its rank among the real tokens of its example.
+    A rotation keeps norms, and inner products and distances depend on relative positions only. So it suits softmax and
+    Gaussian kernels alike. A token's position is its rank among the real tokens of its example.
 
     Args:
       x: `[batch, length, heads, head_dim]`; channel c pairs with channel c + head_dim/2.
       mask: bool `[batch, length]` or None (all tokens real).
-      layout: "rope" for a line; "rope2d" for a square image in row-major order, of side ⌈√n⌉ with n real tokens: half
-        of the pairs turn with the row, half with the column.
-      base: the slowest pair turns by 1/base radians a position.
+      layout: "rope" for a sequence; "rope2d" for a square image in row-major order, of side ⌈√n⌉ with n real tokens:
+        half of the pairs rotate with the row, half with the column.
+      base: of the rotation frequencies; pair i of n rotates by base^(−i/n) radians per position.
 
     Returns:
-      The same shape and dtype; angles and rotation are float32 at least.
+      The same shape and dtype; angles and rotation are computed in float32 at least.
 
     Raises:
-      ValueError: head_dim is odd ("rope") or no multiple of four, or length is no square ("rope2d" without a mask).
+      ValueError: head_dim is odd ("rope") or no multiple of four ("rope2d"); length is no square ("rope2d" without
+        mask).
     """
     batch, length, _, dim = x.shape
     ways = {"rope": 1, "rope2d": 2}[layout]

@@ -1,4 +1,4 @@
-"""Means over segments of a sequence or cells of a grid: landmarks that need no draw and no parameter."""
+"""Means over segments of a sequence or cells of a grid: landmarks without sampling and without parameters."""
 
 import math
 
@@ -7,19 +7,19 @@ import jax.numpy as jnp
 
 
 def segment_means(x: jax.Array, mask: jax.Array | None, count: int) -> tuple[jax.Array, jax.Array]:
-    """Cuts the n real tokens of each example into `count` segments of almost equal size, and averages each.
+    """Splits the n real tokens of each example into `count` segments of almost equal size and averages each segment.
 
-    The real token of rank i is in segment ⌊i · count / n⌋, so padding, wherever it stands, changes nothing. With fewer
-    real tokens than segments each token is one of its own and the other segments are empty.
+    The real token of rank i is in segment ⌊i · count / n⌋, so padding at any place changes nothing. With fewer real
+    tokens than segments, each token is its own segment and the other segments are empty.
 
     Args:
       x: `[batch, length, ...]`, any floating dtype.
       mask: bool `[batch, length]`, True for real tokens; None means all are.
-      count: how many segments, at least 1.
+      count: number of segments, at least 1.
 
     Returns:
-      Means `[batch, count, ...]`, at least float32, zero for an empty segment; and bool `[batch, count]`, False for
-      an empty one. Time and memory are linear in the length.
+      Means `[batch, count, ...]`, float32 at least, zero for an empty segment; and bool `[batch, count]`, False for an
+      empty segment. Time and memory are linear in the length.
     """
     batch, length = x.shape[:2]
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -29,7 +29,7 @@ def segment_means(x: jax.Array, mask: jax.Array | None, count: int) -> tuple[jax
     def one(x, mask):
         starts = segment_starts(mask.sum(), count)
         rank = jnp.maximum(jnp.cumsum(mask) - 1, 0)
-        # Padding joins the segment of the token before it, as a zero: so the indices are sorted.
+        # Padding joins the segment of the token before it, as zero, to keep the indices sorted.
         segment = jnp.searchsorted(starts[1:-1], rank, side="right")
         sums = jax.ops.segment_sum(jnp.where(mask[:, None], x, 0), segment, count, indices_are_sorted=True)
         size = jnp.diff(starts)
@@ -40,28 +40,28 @@ def segment_means(x: jax.Array, mask: jax.Array | None, count: int) -> tuple[jax
 
 
 def segment_starts(n: jax.Array, count: int) -> jax.Array:
-    """⌈s · n / count⌉ for s = 0 … count, int32 `[count + 1]`: where each segment of n tokens starts; the last is n.
+    """⌈s · n / count⌉ for s = 0 … count, int32 `[count + 1]`: the starts of the segments of n tokens; the last is n.
 
-    `n` is a scalar and may be traced. No product of n and count is formed, which would overflow for long sequences.
+    `n` is a scalar and may be traced. The product n · count is not formed: it would overflow for long sequences.
     """
     s = jnp.arange(count + 1)
     return s * (n // count) - (-(s * (n % count)) // count)
 
 
 def grid_means(x: jax.Array, mask: jax.Array | None, count: int) -> tuple[jax.Array, jax.Array]:
-    """Cuts the n real tokens of each example, as a square image of side S = ⌈√n⌉, into `count` × `count` cells.
+    """Splits the n real tokens of each example, a square image of side S = ⌈√n⌉, into `count` × `count` cells.
 
-    The real token of rank i stands in row ⌊i / S⌋ and column i mod S of the image; row r is in row ⌊r · count / S⌋ of
-    the cells, columns likewise.
+    The real token of rank i is in row ⌊i / S⌋ and column i mod S of the image. Row r of the image is in row
+    ⌊r · count / S⌋ of the cells, and the same for columns.
 
     Args:
       x: `[batch, length, ...]`, any floating dtype.
       mask: bool `[batch, length]`, True for real tokens; None means all are.
-      count: how many cells a side has, at least 1.
+      count: number of cells per side, at least 1.
 
     Returns:
-      Means `[batch, count², ...]`, at least float32, zero for an empty cell; and bool `[batch, count²]`, False for an
-      empty one.
+      Means `[batch, count², ...]`, float32 at least, zero for an empty cell; and bool `[batch, count²]`, False for an
+      empty cell.
     """
     batch, length, *rest = x.shape
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32)).reshape(batch, length, -1)
