@@ -1,12 +1,12 @@
-"""From dense to structured weights and back, on small ListOps: what projection, tuning and densifying cost.
+"""From dense to structured weights and back, on small ListOps: the accuracy after projection, tuning and densifying.
 
     python benchmarks/dense_and_structured.py --out=DIR [--structure=monarch] [--seeds=3] [--steps=1500]
 
-Four models a seed, each a run of `train.py --config=configs/quickstart.py:softmax...` in a workdir below DIR:
-dense; structured in MLPs and projections from the start; the dense one projected onto the structure (its accuracy at
-once, and tuned for 10 % of the steps at half of the learning rate); structured for 70 % of the steps and then dense
-(reverse sparsification). Prints validation accuracy of each, mean and range over seeds, and draws curves.png. Started
-again, it goes on where it was stopped.
+Four models per seed, each a run of `train.py --config=configs/quickstart.py:softmax...` in a workdir below DIR: dense;
+structured in MLPs and projections from the start; the dense one projected onto the structure (its accuracy at once, and
+tuned for 10 % of the steps at half of the learning rate); structured for 70 % of the steps and then dense (reverse
+sparsification). Prints the validation accuracy of each, mean and range over seeds, and draws curves.png. A second start
+resumes where the first one stopped.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def main() -> None:
     for seed, (dense, whole, projected, tuned, densified) in enumerate(zip(*workdirs.values())):
         train(dense, "softmax", seed=seed, steps=steps)
         train(whole, structured, seed=seed, steps=steps)
-        # A step of length zero: what is evaluated is the projection.
+        # One step with learning rate 0: the evaluation is that of the projection.
         start = {"init_from": dense, "optimizer.warmup": 0}
         train(projected, structured, seed=seed, steps=1, **start, **{"optimizer.learning_rate": 0.0})
         train(tuned, structured, seed=seed, steps=tuning, **start, **{"optimizer.learning_rate": 1e-3})

@@ -2,10 +2,10 @@
 
     python benchmarks/learning_curves.py --out=DIR [--models=softmax,skyformer+monarch,...] [--seeds=3] [--steps=1500]
 
-Every run is `train.py --config=configs/quickstart.py:MODEL` (2 layers, 64 wide, expressions below 128 tokens) in a
-workdir of its own below DIR; MODEL is a mixer, where a query meets about 32 keys, landmarks or features, and after a
-plus the weight structure of the MLPs. Started again, it goes on where it was stopped. The printed accuracy of a model
-is that of validation at the end: mean, lowest and highest seed.
+Every run is `train.py --config=configs/quickstart.py:MODEL` (2 layers, 64 wide, expressions below 128 tokens) in its
+own workdir below DIR. MODEL is a mixer, in which a query meets about 32 keys, landmarks or features, and after a plus
+the weight structure of the MLPs. A second start resumes where the first one stopped. The printed accuracy is the
+validation accuracy at the end: mean, lowest and highest seed.
 """
 
 import argparse

@@ -3,12 +3,13 @@
     python benchmarks/pathfinder.py --out=DIR --mixers=skyformer,softmax [--contour_length=6] [--hours=3]
 
 Every run is `train.py --config=configs/lra_pathfinder.py:MIXER` with rotary positions in rows and columns, a
-convolution of 4 pixels on queries, keys and values, no dropout, 32 images a step and 2,000 for validation, in the
-workdir DIR/MIXER, one after the other, for at most `--hours` each. Started again, it goes on where it was stopped, for
-as long again.
+convolution of 4 pixels on queries, keys and values, no dropout, 32 images per step and 2,000 for validation. The runs
+go one after the other, in the workdirs DIR/MIXER, for at most `--hours` each. A second start resumes where the first
+one stopped, for the same time again.
 
 A run has left chance at the first evaluation from which on the 95 % interval of every accuracy lies above 1/2 (with
-2,000 images, above 52.2 %), if these are three at least: of 40 evaluations at chance one is expected there.
+2,000 images, above 52.2 %). At least three such evaluations are needed: at chance, one of 40 evaluations is expected
+there.
 """
 
 import argparse
@@ -36,7 +37,7 @@ SETTINGS = {
 
 
 def leaves_chance(curve: Curve, images: int) -> int | None:
-    """The step from which on three or more accuracies, to the last, have a normal 95 % interval above 1/2, or None."""
+    """The step from which on all accuracies, at least three, have a normal 95 % interval above 1/2; None if none is."""
     above: list[int] = []
     for step, accuracy in curve:
         lowest = accuracy - 1.96 * math.sqrt(accuracy * (1 - accuracy) / images)

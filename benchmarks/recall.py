@@ -1,18 +1,18 @@
-"""Associative recall (MQAR) against the size of the state: which mixer keeps how many pairs in how many bytes.
+"""Multi-query associative recall (MQAR): accuracy against the size of the state in bytes, by mixer and number of pairs.
 
     python benchmarks/recall.py --out=DIR --mixers=softmax,local,linear,gla,skyformer    the table: one size, 3 seeds
     python benchmarks/recall.py --out=DIR --mixers=... --pairs=4,8,16 --sizes=0,1,2 --seeds=1 --conv=4     the figure
 
-Every run is `train.py --config=configs/recall.py:MIXER` (2 layers, 64 wide, examples of 64 tokens) in a workdir of its
-own below DIR, with three learning rates; the one with the best mean validation accuracy is reported, by its test
-accuracy. Started again, it goes on where it was stopped, and what is finished is only read: so the last call of all
-settings draws the whole picture. Mixers are causal; one that has no causal form sees both directions, where the answer
-is not to be seen either.
+Every run is `train.py --config=configs/recall.py:MIXER` (2 layers, 64 wide, examples of 64 tokens) in its own workdir
+below DIR, with three learning rates. The one with the best mean validation accuracy is reported, by its test accuracy.
+A second start resumes where the first one stopped and only reads finished runs: a last call with all settings draws the
+whole picture. Mixers are causal. One without a causal form reads both directions, where the answer is not visible
+either.
 
-The state is what a causal decoder keeps of the tokens before, in all layers, in float32: keys and values of all tokens
-(softmax) or of the window (local), a matrix of keys × values for each head (linear, which has a normaliser beside it;
-gla), and with a convolution of size c the last c − 1 projected tokens. Of a mixer that cannot decode it is what queries
-read instead of the tokens, as landmarks and their values (`Mixer.state_bytes`).
+The state is what a causal decoder keeps of earlier tokens, in all layers, in float32: keys and values of all tokens
+(softmax) or of the window (local); a matrix of keys × values for each head (linear, with a normaliser; gla); and with a
+convolution of size c the last c − 1 projected tokens. For a mixer that cannot decode, it is what queries read instead
+of the tokens, such as landmarks and their values (`Mixer.state_bytes`).
 """
 
 import argparse
@@ -30,7 +30,7 @@ from runs import summary, train
 from efficient_tx.attention import ATTENTION, Mixer, MultiHead
 
 LENGTH, LAYERS, FEATURES, HEADS = 64, 2, 64, 2
-# Three sizes of state: budgets of a mixer that has one; of others heads, where they decide how large the state is.
+# Three sizes of state: budgets of a mixer that has one; for others heads, if they change the size of the state.
 BUDGETS, MORE_HEADS = (4, 16, 48), (8, 2, 1)
 
 
@@ -48,7 +48,7 @@ class Point(NamedTuple):
 
     @property
     def options(self) -> dict[str, int]:
-        """Of the mixer."""
+        """Options of the mixer."""
         return {"conv": self.conv} | self.variant.within(self.size)
 
     @property
@@ -62,7 +62,7 @@ class Point(NamedTuple):
         return {**options, "task.pairs": self.pairs, "model.heads": self.heads, **causal}
 
     def state_bytes(self) -> int:
-        """What the module's docstring counts."""
+        """Bytes of the state, as the module's docstring defines it."""
         shapes = nnx.eval_shape(
             lambda: self.variant(FEATURES, heads=self.heads, max_len=LENGTH, rngs=nnx.Rngs(0), **self.options)
         )
@@ -70,7 +70,7 @@ class Point(NamedTuple):
 
 
 def sizes(mixer: str) -> tuple[int, ...]:
-    """Of the state, as far as an option that leaves the parameters as they are decides it."""
+    """The sizes of the state: values of an option that changes the state but not the parameters."""
     if ATTENTION[mixer].within(1):
         return BUDGETS
     kept = {heads: Point(mixer, 0, 1, heads).state_bytes() for heads in MORE_HEADS}
@@ -167,7 +167,7 @@ def main() -> None:
         print(
             f"{mixer:9s}  conv {conv}  {pairs:2d} pairs  {point.state_bytes():7,} bytes  {results[point]}", flush=True
         )
-        # The number of pairs is all that the guesses depend on.
+        # Guesses depend on the number of pairs only.
         baselines = {n: {"one of its values": 1 / n} for n in {point.pairs for point in results}}
         draw(arguments.out / "recall.png", results, baselines)
         rows = [{**p._asdict(), "bytes": p.state_bytes(), **result._asdict()} for p, result in results.items()]

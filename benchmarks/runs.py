@@ -1,4 +1,4 @@
-"""Training runs that the benchmarks make, most of them on small ListOps, and their learning curves in one picture."""
+"""Training runs of the benchmarks, most of them on small ListOps, and their learning curves in one picture."""
 
 import json
 import signal
@@ -25,7 +25,7 @@ def train(
     seconds: float | None = None,
     **settings: Any,
 ) -> None:
-    """Trains `configs/CONFIG.py:MODEL` to its end, or `seconds` further; a finished workdir is left as it is."""
+    """Trains `configs/CONFIG.py:MODEL` to its end, or for `seconds` more; a finished workdir is left as it is."""
     settings = {"seed": seed, "steps": steps, "eval_every": 100, "checkpoint_every": 500, "loggers": "()"} | settings
     command = [sys.executable, ROOT / "train.py", f"--config={ROOT}/configs/{config}.py:{model}"]
     command += [f"--workdir={workdir.absolute()}", *(f"--config.{key}={value}" for key, value in settings.items())]
@@ -36,12 +36,12 @@ def train(
     except subprocess.TimeoutExpired:
         run.terminate()
         status = run.wait()
-        allowed += [128 + signal.SIGTERM, -signal.SIGTERM]  # it has saved where it was, or had not begun
+        allowed += [128 + signal.SIGTERM, -signal.SIGTERM]  # it has saved its state, or had not begun
     except KeyboardInterrupt:
-        run.wait()  # the terminal has told it, too: it saves where it is
+        run.wait()  # it gets the signal from the terminal too, and saves its state
         raise SystemExit(128 + signal.SIGINT) from None
     if status not in allowed:
-        raise SystemExit(status)  # train.py has said why
+        raise SystemExit(status)  # train.py has printed the reason
 
 
 def validation(workdir: Path) -> Curve:

@@ -1,12 +1,12 @@
-"""Times one full training step of the Skyformer paper's ListOps model on this machine, mixer against mixer.
+"""Times one full training step of the Skyformer paper's ListOps model on this machine, for several mixers.
 
     python benchmarks/train_step.py [--rounds 9] [--scaling] [--out FILE.json]
 
 The model is 2 pre-norm layers, 64 wide, 2 heads of 32, MLP 128, dropout 0.1, sequences of 2048 real tokens, batch 32,
-float32 (Chen et al. 2021, arXiv 2111.00035); the step is the one that train.py runs: forward, backward and AdamW, in
-16 micro-batches of 2, so that activations stay in the cache. PyTorch's scaled_dot_product_attention, forward and
-backward at the same sizes, is measured beside it. All of it runs in one process, in turns, and the table shows medians:
-on a shared machine compare the ratios, not the seconds.
+float32 (Chen et al. 2021, arXiv 2111.00035). The step is that of train.py: forward, backward and AdamW, in 16
+micro-batches of 2, so that activations stay in the cache. PyTorch's scaled_dot_product_attention, forward and backward
+at the same sizes, is measured beside it. All run in one process, in turns, and the table shows medians. On a shared
+machine compare the ratios, not the seconds.
 """
 
 import os
@@ -41,20 +41,20 @@ PAUSE = 0.2
 
 
 class Projections(MultiHead):
-    """Everything of a mixer but the attention: the four projections, around q + k + v."""
+    """All of a mixer except the attention: the four projections, around q + k + v."""
 
     def attend(self, q, k, v, *, mask, key):
         return q + k + v
 
 
 class Nothing(Mixer):
-    """x -> x, without a single parameter."""
+    """x -> x, without parameters."""
 
     def mix(self, x, *, mask, key):
         return x
 
 
-# The paper's mixer between what it approximates, exact attention, and nothing.
+# The paper's mixer; exact softmax and kernelized attention; and two mixers without attention.
 MIXERS = {
     "nothing": Nothing,
     "identity": Projections,
@@ -72,7 +72,7 @@ class Size(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A thing to time; `temporaries` is in bytes, `flops` counts the matrix products."""
+    """A call to time; `temporaries` is in bytes, `flops` counts the matrix products."""
 
     run: Callable[[], None]
     temporaries: int | None
@@ -82,8 +82,9 @@ class Case(NamedTuple):
 def product_flops(mixer: str, size: Size) -> float:
     """Floating-point operations of the matrix products of one step: backward costs twice the forward pass.
 
-    Attention recomputes its weights in the backward pass: 2 products forward and 5 backward, each L × L × head_dim; for
-    Skyformer both κ(Q, Z) and κ(Z, K) at L × landmarks × head_dim. The solves are below a hundredth of that.
+    Attention recomputes its weights in the backward pass: 2 products forward and 5 backward, each L × L × head_dim. For
+    Skyformer both κ(Q, Z) and κ(Z, K) count, at L × landmarks × head_dim. The solves cost less than a hundredth of
+    that.
     """
     tokens = size.length * size.batch
     projections = {"nothing": 0, "identity": 4}.get(mixer, 4) * FEATURES**2
@@ -135,14 +136,14 @@ def torch_attention(size: Size) -> Case | None:
 
 
 def matrix_product() -> Case:
-    """A float32 product of two 2048 × 2048 matrices: what the cores can do."""
+    """A float32 product of two 2048 × 2048 matrices: the speed of the cores."""
     x = jnp.ones((2048, 2048))
     product = jax.jit(jnp.matmul)
     return Case(lambda: jax.block_until_ready(product(x, x)), None, 2.0 * 2048**3)
 
 
 def in_turns(cases: dict[str, Case], rounds: int) -> dict[str, float]:
-    """Median seconds of each case over `rounds` turns, after one that does not count."""
+    """Median seconds of each case over `rounds` turns, after a first turn that does not count."""
     seconds = {name: [] for name in cases}
     for _ in range(rounds + 1):
         for name, case in cases.items():
@@ -207,7 +208,7 @@ def compare(console: Console, size: Size, rounds: int) -> dict:
 
 
 def scaling(console: Console, rounds: int, dropout: float) -> dict:
-    """65,536 tokens a step at every length: Skyformer from 1k to 64k, softmax against it at 8k."""
+    """65,536 tokens per step at every length: Skyformer from 1k to 64k, and softmax at 8k."""
     lengths = [1024, 2048, 4096, 8192, 16384, 32768, 65536]
     sizes = {length: Size(length, 65536 // length, 65536 // max(length, 4096), dropout) for length in lengths}
     figures = {}

@@ -1,11 +1,11 @@
 """Path-X of Long Range Arena: Pathfinder with 128 x 128 pixels, 16,384 tokens.
 
 Command:   python train.py --config=configs/lra_pathx.py:skyformer --workdir=runs/pathx
-           (--config.protocol=lra for the published settings). Generated images need numba, of the
-           extra [data]; 200,000 of them take about half an hour on 2 cores, once, and 3.3 GB of disk
-Hardware:  one accelerator; --config.grad_accum=16 or --config.remat=True where memory is short. Four times the pixels
-           of a step of lra_pathfinder.py, so about 5 s a step of skyformer on 2 CPU cores (derived)
-Expected:  chance, 50 %: protocol lra, all twelve models of Long Range Arena's README, softmax among them
+           (--config.protocol=lra for the published settings). Generated images need numba: pip install -e
+           '.[pathfinder]'. 200,000 images take about half an hour on 2 cores, once, and 3.3 GB of disk
+Hardware:  one accelerator; with too little memory --config.grad_accum=16 or --config.remat=True. A step has four times
+           the pixels of one of lra_pathfinder.py, so about 5 s per step of skyformer on 2 CPU cores (derived)
+Expected:  chance, 50 %: in protocol lra all twelve models of Long Range Arena's README fail, softmax included
 """
 
 from efficient_tx.config import make_config

@@ -2,13 +2,13 @@
 
 Command:   python train.py --config=configs/quickstart.py --workdir=runs/quickstart
 Hardware:  2 CPU cores, about 2 minutes
-Expected:  50 % test accuracy (50.9 % measured here, one seed); the best constant answer has 15 %, the best guess from
-           the root operator 33 %
+Expected:  50 % test accuracy (50.9 % measured here, one seed); the best constant answer scores 15 %, the best guess
+           from the root operator 33 %
 """
 
 from efficient_tx.config import make_config
 
-PROTOCOLS = ("default",)  # published settings are those of the whole task: lra_listops.py
+PROTOCOLS = ("default",)  # the published settings belong to the full task: lra_listops.py
 
 
 def get_config(argument=""):

@@ -3,7 +3,7 @@
 Command:   python -m efficient_tx.data.fetch fashion_mnist
            python train.py --config=configs/soft_fashion.py --workdir=runs/soft_fashion
 Hardware:  2 CPU cores, minutes
-Expected:  88.6 % test accuracy (measured here, one seed); the best constant answer has 10 %, the nearest class mean
+Expected:  88.6 % test accuracy (measured here, one seed); the best constant answer scores 10 %, the nearest class mean
            67.8 %
 """
 

@@ -4,7 +4,8 @@ Command:   python train.py --config=configs/vit_cifar10.py:skyformer --workdir=r
            (CIFAR-10 in array_record, as tensorflow_datasets prepares it, in ~/tensorflow_datasets or
            --config.task.data_dir=DIR)
 Hardware:  one accelerator
-Expected:  not run here, where CIFAR-10 cannot be had. 2.7 million parameters; the best constant answer has 10 %
+Expected:  not run here, because CIFAR-10 is not available here. 2.7 million parameters; the best constant answer
+           scores 10 %
 """
 
 from efficient_tx.config import make_config

@@ -1,10 +1,10 @@
-"""Fashion-MNIST with a small ViT: 49 patches of 4 × 4 pixels, 12 epochs; skyformer, soft and lev with 16 of them.
+"""Fashion-MNIST with a small ViT: 49 patches of 4 × 4 pixels, 12 epochs; skyformer, soft and lev have a budget of 16.
 
 Command:   python -m efficient_tx.data.fetch fashion_mnist
            python train.py --config=configs/vit_fashion.py:skyformer --workdir=runs/fashion
-Hardware:  2 CPU cores, 0.1 s a step, 20 minutes
+Hardware:  2 CPU cores, 0.1 s per step, 20 minutes
 Expected:  test accuracy measured here, one seed: softmax and skyformer 88.8 %, lev and soft 88.1 %; the best constant
-           answer has 10 %, the nearest class mean 67.8 %
+           answer scores 10 %, the nearest class mean 67.8 %
 """
 
 from efficient_tx.config import make_config

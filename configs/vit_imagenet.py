@@ -3,16 +3,16 @@
 Command:   python train.py --config=configs/vit_imagenet.py --workdir=runs/imagenet --config.dtype=bfloat16
            (300 epochs: --config.steps=371588; ImageNet in array_record, as tensorflow_datasets prepares it, in
            ~/tensorflow_datasets or --config.task.data_dir=DIR)
-Hardware:  accelerators; theirs was a TPU v3 with 8 cores, 6 to 7 hours. Nothing but two steps on small images has run
-           here. Two threads of the host prepare the batches, about 170 images a second each (processor time here, JPEGs
-           of 500 × 375 pixels): anything that trains faster waits for them.
+Hardware:  accelerators; the authors used a TPU v3 with 8 cores, 6 to 7 hours. Only two steps on small images were run
+           here. Two threads of the host prepare the batches, about 170 images per second each (processor time here,
+           JPEGs of 500 × 375 pixels); faster training waits for them.
 Expected:  76.5 % on the validation set after 90 epochs, 80 % after 300 (google-research/big_vision,
            configs/vit_s16_i1k.py, and the paper's abstract)
 
-What is left different from theirs: weight decay takes every parameter, not matrices only; the cosine would end a
-warm-up later than the run, at 2 % of the peak; Adam's first moment is float32; linear layers start from LeCun's normal
-distribution, not from Glorot's uniform one; mixup draws a share for each image, and its partner from all of the split;
-images are resized with antialiasing, and evaluation takes a 7/8 square of the picture in one go.
+Differences from the authors' code: weight decay applies to every parameter, not to matrices only; the cosine would end
+a warm-up later than the run, which ends at 2 % of the peak; Adam's first moment is float32; linear layers start from
+LeCun's normal distribution, not from Glorot's uniform one; mixup draws a weight for each image, and its partner from
+the whole split; images are resized with antialiasing, and evaluation takes a 7/8 square of the picture in one step.
 """
 
 from efficient_tx.config import make_config
@@ -37,6 +37,6 @@ def get_config(argument=""):
             "positions": "sincos",
             "representation": 384,
         },
-        # Their weight decay of 1e-4 is what a step subtracts at the peak, whatever its learning rate: ours is times it.
+        # The same weight decay per step at the peak: theirs is 1e-4, not multiplied by the learning rate; here 0.1 × 1e-3.
         optimizer={"learning_rate": 1e-3, "schedule": "cosine", "warmup": 10000, "weight_decay": 0.1, "clip": 1.0},
     )

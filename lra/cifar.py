@@ -69,7 +69,7 @@ def _contents(place: pathlib.Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _batch(content: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Colours `[n, 1024, 3]` and labels `[n]` of one file. Its rows are all red, then all green, then all blue pixels."""
+    """Colours `[n, 1024, 3]` and labels `[n]` of one file. Its rows are all red, all green, then all blue pixels."""
     row = 3 * SIDE * SIDE
     try:
         if content[:1] == b"\x80":  # a pickle; in a binary file this is a label, 0 to 9

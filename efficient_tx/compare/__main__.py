@@ -1,4 +1,4 @@
-"""Measures what this project holds, side by side, on the machine that runs it.
+"""Compares token mixers and weight structures on the machine that runs it.
 
 python -m efficient_tx.compare attention --lengths=1024,4096,16384 --budget=128 --max_seconds=20 --out=DIR
 python -m efficient_tx.compare linear --features=1024,2048 --tokens=8192 --out=DIR
@@ -7,7 +7,7 @@ python -m efficient_tx.compare table [--write README.md]
 
 import os
 
-# Before jax is imported: OpenBLAS's threads collide with XLA's.
+# Set before jax is imported: OpenBLAS's threads collide with XLA's.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 from efficient_tx.extras import require
@@ -26,7 +26,7 @@ from efficient_tx.compare.flags import Parser
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The flags; one line and exit code 2 where they are wrong."""
+    """The flags; a mistake ends in one line and exit code 2."""
     parser = Parser(prog="python -m efficient_tx.compare", description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", metavar=" | ".join(COMMANDS))
     for name, command in COMMANDS.items():
@@ -50,7 +50,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def line(error: Exception) -> str:
-    """What the command says of an error; an option is a flag here."""
+    """The line that is printed for an error; an option is written as a flag."""
     return f"--{error.option}={error.value}: {error.rule}" if isinstance(error, OptionError) else str(error)
 
 

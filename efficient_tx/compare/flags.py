@@ -1,4 +1,4 @@
-"""Flags of the commands: what their values may be, and one line for those that are wrong."""
+"""Flags of the commands: parsers of their values; a wrong value ends in one line."""
 
 import argparse
 from collections.abc import Callable, Mapping
@@ -8,21 +8,21 @@ from efficient_tx.checks import nearest
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line and exits 2."""
+    """Reports a mistake in one line and exits with 2."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{message}\n")
 
 
 def whole(text: str) -> int:
-    """A number of at least 1."""
+    """An integer of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
     return int(text)
 
 
 def wholes(text: str) -> tuple[int, ...]:
-    """Some of them, ascending."""
+    """Comma-separated integers of at least 1, ascending."""
     return tuple(sorted({whole(part) for part in text.split(",")}))
 
 
@@ -37,7 +37,7 @@ def positive(text: str) -> float:
 
 
 def keys_of(table: Mapping[str, Any], noun: str) -> Callable[[str], list[str]]:
-    """For a flag that names some keys of a table, each a `noun`: they come in the order of the table."""
+    """The parser of a flag that names keys of a table, each a `noun`. It returns them in the order of the table."""
 
     def keys(text: str) -> list[str]:
         for name in text.split(","):

@@ -1,4 +1,4 @@
-"""The README's tables of token mixers and of weight structures, from what their classes say of themselves."""
+"""The README's tables of token mixers and weight structures, from attributes of their classes."""
 
 import re
 import sys
@@ -41,7 +41,7 @@ def structure_table() -> str:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Markdown, one line a row."""
+    """A Markdown table with one line per row."""
     lines = [f"| {' | '.join(cells)} |" for cells in (columns, *rows)]
     return "\n".join([lines[0], "|---" * len(columns) + "|", *lines[1:]]) + "\n"
 
@@ -55,14 +55,14 @@ def paper(cls: type[Mixer] | type[Weight]) -> str:
 
 
 def file(cls: type) -> str:
-    """A link that the table's reader would open, from the repository's root."""
+    """A link to the class's file, relative to the repository's root."""
     path = Path(sys.modules[cls.__module__].__file__)
     path = path.relative_to(Path(__file__).parents[2]).as_posix()
     return f"[{Path(path).name}]({path})"
 
 
 def replaced(text: str) -> str:
-    """`text` with the tables between its markers as they are now.
+    """`text` with new tables between its markers.
 
     Raises:
       ValueError: the markers are missing.

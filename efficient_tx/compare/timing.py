@@ -1,4 +1,4 @@
-"""How long a compiled program takes, how that grows with the length, and what is too slow to be tried."""
+"""The time of a compiled program, its growth with the length, and predictions that avoid slow calls."""
 
 import math
 import os
@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-# Growth is taken to be at most that of attention over triples, and at least that of reading the input.
+# Limits of the assumed exponent of growth: that of reading the input, and that of attention over triples.
 SLOWEST_GROWTH, FASTEST_GROWTH = 1.0, 3.0
 
 PASSES = ("forward", "forward_backward")
@@ -25,9 +25,9 @@ class Cell:
     """One pass of one variant at one length.
 
     Attributes:
-      seconds: median time of a call; None where `predicted` exceeded the limit, and nothing was run.
-      predicted: what was expected from the shorter lengths, None at the first one.
-      temporary_bytes: memory of the compiled program beside its inputs and outputs.
+      seconds: median time of a call; None if `predicted` exceeded the limit and nothing was run.
+      predicted: prediction from the shorter lengths; None at the first one.
+      temporary_bytes: memory of the compiled program besides its inputs and outputs.
     """
 
     seconds: float | None
@@ -36,7 +36,7 @@ class Cell:
 
 
 def compile_pass(name: str, call: Callable, arrays: Any, *others: Any) -> tuple[Callable[[], Any], int | None]:
-    """One pass of `call(arrays, *others)`, compiled: something to run, and its temporary memory in bytes.
+    """One pass of `call(arrays, *others)`, compiled: a function to run, and its temporary memory in bytes.
 
     "forward_backward" returns the output and the gradients of all `arrays` under a random cotangent.
     """
@@ -57,9 +57,10 @@ def compile_pass(name: str, call: Callable, arrays: Any, *others: Any) -> tuple[
 
 
 def in_turns(runs: Mapping[Hashable, Callable[[], Any]], rounds: int, max_seconds: float) -> dict[Hashable, float]:
-    """Median seconds of each run over up to `rounds` turns, so that a slow moment of the machine hits all alike.
+    """Median seconds of each run over up to `rounds` turns, so that slow moments of the machine affect all runs alike.
 
-    The first call warms up. It counts only where another one would go beyond `max_seconds` in all; likewise for turns.
+    The first call is a warm-up. It counts only if another call would exceed `max_seconds` in total. The same limit ends
+    the turns.
     """
     seconds = {name: [stopwatch(run)] for name, run in runs.items()}
     for _ in range(rounds):
@@ -77,9 +78,9 @@ def stopwatch(run: Callable[[], Any]) -> float:
 
 
 def predict(seconds: Mapping[int, float], length: int) -> float | None:
-    """Seconds at `length` from those at shorter ones: the growth between the last two goes on.
+    """Seconds at `length`, predicted from shorter lengths with the growth between the last two.
 
-    With one shorter length the growth is taken to be cubic, the steepest there is; with none the answer is None.
+    With one shorter length the assumed growth is cubic, the steepest; with none the result is None.
     """
     known = sorted(shorter for shorter in seconds if shorter < length)
     if not known:
@@ -93,7 +94,7 @@ def predict(seconds: Mapping[int, float], length: int) -> float | None:
 
 
 def exponent(seconds: Mapping[int, float]) -> float | None:
-    """The p of the power law seconds ∝ length^p nearest to the measurements, by least squares of the logarithms."""
+    """The p of the power law seconds ∝ length^p that fits best, by least squares of the logarithms."""
     if len(seconds) < 2:
         return None
     slope, _ = np.polyfit(np.log(list(seconds)), np.log(list(seconds.values())), 1)
@@ -101,7 +102,7 @@ def exponent(seconds: Mapping[int, float]) -> float | None:
 
 
 def machine() -> str:
-    """The device and the versions that figures were measured with."""
+    """The device and the versions of a measurement."""
     device = jax.devices()[0]
     name = device.device_kind
     if device.platform == "cpu":

@@ -91,7 +91,7 @@ def get_task(
     mixup: float = 0.0,
     seed: int = 0,
 ) -> Task:
-    """Images of one collection. Validation images are taken from its training images; its test images stay apart.
+    """Images of one collection. Validation images come from its training images, test images from its test split.
 
     Args:
       data_dir: folder of the data, see `task.data_directory`.

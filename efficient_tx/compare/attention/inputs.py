@@ -1,4 +1,4 @@
-"""What the variants are measured on: families of queries, keys and values, and the arguments of each function."""
+"""Inputs of the measurements: families of queries, keys and values, and the arguments of each function."""
 
 import inspect
 from collections.abc import Callable
@@ -10,19 +10,19 @@ import numpy as np
 
 from efficient_tx.attention import Mixer
 
-# Shares of the clusters that tokens come from.
+# The share of tokens in each cluster.
 CLUSTERED = (1 / 8,) * 8
 IMBALANCED = (0.96, 0.01, 0.01, 0.01, 0.01)
 SPREAD = 0.3
 
 
 def random(rng: np.random.Generator, shape: tuple[int, ...]) -> list[np.ndarray]:
-    """Independent standard normal entries: weights close to uniform, the values of a row nearly cancel."""
+    """Independent standard normal entries: weights are close to uniform, and the values of a row nearly cancel."""
     return [rng.normal(size=shape) for _ in range(3)]
 
 
 def clusters(rng: np.random.Generator, shape: tuple[int, ...], shares: tuple[float, ...]) -> list[np.ndarray]:
-    """Tokens near a few centres, which queries and keys share, so that a query finds the keys of its own cluster."""
+    """Tokens near a few centres that queries and keys share, so that a query finds the keys of its own cluster."""
     batch, length, heads, dim = shape
     label = rng.choice(len(shares), (batch, length), p=shares)
     shared, values = rng.normal(size=(2, batch, len(shares), heads, dim))
@@ -47,7 +47,7 @@ def tokens(family: str, batch: int, length: int, heads: int, head_dim: int, *, s
 def arguments(
     variant: type[Mixer], given: dict[str, jax.Array], budget: int
 ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-    """The arguments of a variant's function, but for mask and key.
+    """The arguments of a variant's function, except mask and key.
 
     Args:
       variant: a mixer whose `function` takes projections.
@@ -58,12 +58,12 @@ def arguments(
       Arrays, which have gradients, and options, which are static.
 
     Raises:
-      ValueError: the function requires an argument that nothing is known of.
+      ValueError: the function requires an argument for which there is no value.
     """
     known = inspect.signature(variant.function).parameters
     options = {option: value for option, value in variant.within(budget).items() if option in known}
     rng = np.random.default_rng(1)
-    # Further projections of the tokens look like queries, whatever they are for.
+    # Other projections of the tokens are drawn like queries.
     arrays = {
         name: given[name] if name in given else rng.normal(size=given["q"].shape).astype(np.float32)
         for name in known
@@ -80,6 +80,6 @@ def arguments(
 
 
 def shared(function: Callable, of: dict[str, Any]) -> dict[str, Any]:
-    """Those of the arguments `of` that `function` takes."""
+    """The arguments in `of` that `function` takes."""
     known = inspect.signature(function).parameters
     return {argument: value for argument, value in of.items() if argument in known}

@@ -1,4 +1,4 @@
-"""What is measured of the attention variants: parameters, approximation error, time and memory."""
+"""Measurements of the attention variants: parameters, approximation error, time and memory."""
 
 import itertools
 import math
@@ -18,13 +18,13 @@ from efficient_tx.compare.timing import PASSES, Cell, compile_pass, exponent, in
 
 # Draws over which the error of a sampling method is averaged.
 DRAWS = 4
-# Up to this length anything may be tried without a shorter probe: even n³ operations take about a second.
+# Up to this length no shorter call is needed as a probe: even n³ operations take about a second.
 HARMLESS = 256
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one comparison; `error_length` is one of `lengths`, which ascend."""
+    """Settings of one comparison. `lengths` ascend, and `error_length` is one of them."""
 
     lengths: tuple[int, ...]
     budget: int = 128
@@ -42,13 +42,13 @@ class Settings:
 
 @dataclass
 class Row:
-    """All that is known of one variant.
+    """All results of one variant.
 
     Attributes:
       timed: "function", or "module" for a mixer without a pure function.
       parameters: of the module at width heads · head_dim and the longest length.
-      approximates: the name of its exact counterpart; its own name if it is one; None if it stands for itself.
-      errors: by input family, relative to the counterpart in Frobenius norm; empty without one.
+      approximates: the name of its exact counterpart; its own name if it is one; None if it approximates nothing.
+      errors: by input family, relative to the counterpart in Frobenius norm; empty without a counterpart.
       cells: by length and pass.
     """
 
@@ -64,12 +64,12 @@ class Row:
     cells: dict[int, dict[str, Cell]] = field(default_factory=dict)
 
     def seconds(self, name: str = "forward_backward") -> dict[int, float]:
-        """Of one pass, at the lengths where it was measured."""
+        """Seconds of one pass, at the lengths where it was measured."""
         return {length: cell[name].seconds for length, cell in self.cells.items() if cell[name].seconds is not None}
 
     @property
     def exponent(self) -> float | None:
-        """How forward and backward grow with the length."""
+        """Exponent of the growth of forward and backward with the length."""
         return exponent(self.seconds())
 
     @property
@@ -78,7 +78,7 @@ class Row:
 
 
 def compare(names: list[str], settings: Settings, progress: Callable[[str], None] = lambda _: None) -> list[Row]:
-    """Measures the variants `names`; `progress` is told what happens."""
+    """Measures the variants `names`; `progress` gets a line on each step."""
     rows = [describe(name, settings) for name in names]
     for row in rows:
         progress(f"error of {row.name}")
@@ -95,13 +95,13 @@ def compare(names: list[str], settings: Settings, progress: Callable[[str], None
 
 
 def rungs(shorter: int, length: int) -> list[int]:
-    """Lengths between two that were asked for, where calls show what the longer one will cost."""
+    """Lengths between two requested ones. Calls there predict the time at the longer one."""
     ladder = itertools.takewhile(lambda rung: rung < length, (HARMLESS * 4**i for i in itertools.count()))
     return [rung for rung in ladder if rung > shorter]
 
 
 def may_be_too_slow(known: Mapping[str, Mapping[int, float]], length: int, max_seconds: float) -> bool:
-    """Whether a call at `length` would exceed the limit if the time grew as steeply as it can from what is known."""
+    """Whether a call at `length` would exceed the limit if the time grew as steeply as possible from known times."""
     worst = [predict(dict(sorted(seconds.items())[-1:]), length) for seconds in known.values()]
     return any(seconds is None or seconds > max_seconds for seconds in worst)
 
@@ -112,7 +112,7 @@ def measure(
 ) -> dict[str, dict[str, Cell]]:  # fmt: skip
     """The cells of one length, all variants in turns.
 
-    `known` are the seconds by variant, pass and length; those at shorter lengths predict, and new ones are added.
+    `known` has the seconds by variant, pass and length. Those at shorter lengths give predictions; new ones are added.
     """
     runs, memory, predicted = {}, {}, {}
     given = inputs.tokens("random", settings.batch, length, settings.heads, settings.head_dim)
@@ -135,9 +135,9 @@ def measure(
 
 
 def case(name: str, given: dict[str, jax.Array], settings: Settings) -> tuple[Callable, Any, jax.Array, jax.Array]:
-    """What is timed, `call(arrays, mask, key)`, and these arguments: all tokens are real, samplers draw as in training.
+    """The call to time, `call(arrays, mask, key)`, and its arguments. All tokens are real; samplers draw as in a step.
 
-    It is the pure function; a mixer without one is called as a module, on tokens of width heads · head_dim.
+    The call is the pure function. A mixer without one is called as a module, on tokens of width heads · head_dim.
     """
     variant = ATTENTION[name]
     batch, length = given["q"].shape[:2]
@@ -170,7 +170,7 @@ def module(variant: type[Mixer], max_len: int, settings: Settings) -> Mixer:
 
 
 def describe(name: str, settings: Settings) -> Row:
-    """What needs no measurement."""
+    """The row of a variant before any measurement."""
     variant = ATTENTION[name]
     shapes = nnx.eval_shape(lambda: module(variant, settings.lengths[-1], settings))
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(shapes, nnx.Param)))
@@ -181,7 +181,7 @@ def describe(name: str, settings: Settings) -> Row:
 
 
 def counterpart(variant: type[Mixer]) -> Callable | None:
-    """The exact function that a variant is compared with; its own if others are compared with that."""
+    """The exact function that a variant is compared with; its own function if others are compared with that."""
     is_one = variant.function in [other.exact for other in ATTENTION.values() if other.exact]
     return variant.function if is_one else variant.exact
 
@@ -212,5 +212,5 @@ def errors(name: str, settings: Settings) -> tuple[str | None, dict[str, float]]
 
 @cache
 def exact_program(exact: Callable, options: tuple[tuple[str, Any], ...]) -> Callable:
-    """(arrays, mask) -> an exact function of them, compiled once for all who are compared with it."""
+    """(arrays, mask) -> an exact function of them, compiled once for all variants that are compared with it."""
     return jax.jit(lambda arrays, mask: exact(**arrays, **dict(options), mask=mask))

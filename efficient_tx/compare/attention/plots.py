@@ -1,10 +1,10 @@
-"""The two pictures of a comparison: error against time, and time against length."""
+"""The two plots of a comparison: error against time, and time against length."""
 
 import io
 import itertools
 from collections.abc import Iterable, Sequence
 
-# Not pyplot: it has global state, and looks for a screen.
+# Not pyplot: it has global state and looks for a display.
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -15,12 +15,12 @@ from efficient_tx.compare.attention.measure import Row, Settings
 
 COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22"]
 MARKERS = "osD^vP*X<>"
-# An error of zero has no place on a logarithmic axis; float32 tells nothing below this.
+# Smallest error that is drawn: a logarithmic axis has no zero, and float32 resolves nothing below this.
 ROUNDING = 1e-7
 
 
 def error_against_time(rows: Sequence[Row], settings: Settings, machine: str) -> bytes:
-    """PNG: a panel for each family of inputs, a point for each approximation, lines where the exact ones are."""
+    """PNG: a panel for each family of inputs, with a point for each approximation and a line for each exact method."""
     figure = Figure(figsize=(5 * len(FAMILIES), 6), layout="constrained")
     length = settings.error_length
     timed = [row for row in rows if row.errors and length in row.seconds()]
@@ -61,7 +61,7 @@ def error_against_time(rows: Sequence[Row], settings: Settings, machine: str) ->
 def time_against_length(rows: Sequence[Row], settings: Settings, machine: str) -> bytes:
     """PNG, log-log: forward and backward of every variant, labelled with the fitted exponent.
 
-    Where a line stops because a call would be too slow, a dotted one leads to what was predicted.
+    If a call would be too slow, a dotted line leads to the predicted time.
     """
     figure = Figure(figsize=(11, 8.5), layout="constrained")
     axes = figure.subplots()
@@ -96,7 +96,7 @@ def sizes(settings: Settings) -> str:
 
 
 def plain_ticks(axis: Axis) -> None:
-    """1, 2, 5, 10 ... in digits, on a logarithmic axis."""
+    """Ticks 1, 2, 5, 10 ... in digits, on a logarithmic axis."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axis.set_minor_formatter(NullFormatter())
@@ -110,7 +110,7 @@ def looks(names: Iterable[str]) -> dict[str, dict[str, str]]:
 
 
 def label_right(axes: Axes, labels: Sequence[tuple[float, str, str, float]]) -> None:
-    """Names beside the right border, at the height of their points as far as they do not overlap.
+    """Writes names beside the right border, at the height of their points or as near as they do not overlap.
 
     Args:
       labels: (y, text, colour, x) each, in the coordinates of the data.
@@ -118,7 +118,7 @@ def label_right(axes: Axes, labels: Sequence[tuple[float, str, str, float]]) -> 
     if not labels:
         return
     labels = sorted(labels)
-    # The limits must not change any more, or names and points part.
+    # Fixes the limits: names must stay at the height of their points.
     axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())
     to_axes = axes.transData + axes.transAxes.inverted()
     heights = [to_axes.transform((x, y))[1] for y, _, _, x in labels]
@@ -132,7 +132,7 @@ def label_right(axes: Axes, labels: Sequence[tuple[float, str, str, float]]) -> 
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Ascending heights, moved as little as neighbouring groups allow until all are `gap` apart.
+    """Ascending heights, moved until all are at least `gap` apart.
 
     Heights that are too close form a group around their mean; groups that meet merge.
     """
@@ -146,7 +146,7 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def bounds(group: Sequence[float], gap: float) -> tuple[float, float]:
-    """The lowest and the highest place of a group spread around its mean, inside of 0 to 1 as far as it fits."""
+    """The lowest and the highest place of a group spread around its mean, moved into [0, 1] if it fits."""
     half = gap * (len(group) - 1) / 2
     middle = max(min(sum(group) / len(group), 1 - half), half)
     return middle - half, middle + half

@@ -1,4 +1,4 @@
-"""The figures of a comparison as tables on a terminal, CSV and JSON, and what they say about speed."""
+"""The results of a comparison as tables on a terminal, CSV and JSON, and verdicts on speed."""
 
 import csv
 import io
@@ -13,25 +13,26 @@ from efficient_tx.compare.attention.inputs import FAMILIES
 from efficient_tx.compare.attention.measure import Row, Settings
 from efficient_tx.compare.timing import PASSES, Cell, exponent
 
-# What a sub-quadratic variant owes: to be faster than exact softmax from a length on, and to grow little from another.
+# A sub-quadratic variant must be faster than exact softmax from length FASTER_FROM on, and from length GROWTH_FROM on
+# its exponent of growth must not exceed MOST_GROWTH.
 FASTER_FROM, GROWTH_FROM, MOST_GROWTH = 4096, 1024, 1.15
 ABSENT = "—"
 
 
 def to_json(rows: Sequence[Row], settings: Settings, machine: str) -> str:
-    """Everything, with what was predicted of the calls that were not made."""
+    """All results, with predictions for the calls that were not made."""
     variants = [asdict(row) | {"exponent": row.exponent} for row in rows]
     record = {"machine": machine, "settings": asdict(settings), "variants": variants}
     return json.dumps(record, indent=2, ensure_ascii=False) + "\n"
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """One line a variant and length; milliseconds and bytes; empty where nothing was measured."""
+    """One line for each variant and length; milliseconds and bytes; empty if nothing was measured."""
     return csv_text([line for row in rows for line in csv_lines(row)])
 
 
 def csv_text(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Lines with the same keys in the same order as CSV."""
+    """Lines with the same keys in the same order, as CSV."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
     writer.writeheader()
@@ -60,7 +61,7 @@ def csv_lines(row: Row) -> list[dict[str, Any]]:
 
 
 def properties(rows: Sequence[Row], settings: Settings) -> Table:
-    """Parameters, cost, causality, errors and growth."""
+    """The table of parameters, cost, causality, errors and growth."""
     table = Table(title=f"Error at length {settings.error_length} and budget {settings.budget}, relative to the exact")
     for column in ("variant", "cost", "causal", "approximates"):
         table.add_column(column, no_wrap=column == "variant")
@@ -81,7 +82,7 @@ def properties(rows: Sequence[Row], settings: Settings) -> Table:
 
 
 def speed(rows: Sequence[Row], settings: Settings) -> Table:
-    """Milliseconds forward, forward and backward, and megabytes of temporary memory of the latter, by length."""
+    """The table of times by length: milliseconds of forward and of both passes, temporary megabytes of both passes."""
     table = Table(title=f"Batch {settings.batch}, {settings.heads} heads of {settings.head_dim}, float32")
     table.add_column("length\nvariant", no_wrap=True)
     for length in settings.lengths:
@@ -102,7 +103,7 @@ def speed_cells(row: Row, settings: Settings) -> list[str]:
 
 
 def milliseconds(cell: Cell) -> str:
-    """Three digits; `ABSENT` where nothing was run."""
+    """Milliseconds with three digits; `ABSENT` if nothing was run."""
     if cell.seconds is None:
         return ABSENT
     ms = 1e3 * cell.seconds
@@ -114,10 +115,10 @@ def figure(value: float | None, form: str) -> str:
 
 
 def verdicts(rows: Sequence[Row], settings: Settings) -> list[tuple[str, list[str]]]:
-    """For each sub-quadratic variant how it stands to exact softmax and how it grows, and what of that is a miss.
+    """For each sub-quadratic variant: its speed beside exact softmax, its growth, and what it misses.
 
     Returns:
-      (line, misses) a variant; no misses means it owes nothing.
+      (line, misses) for each variant; a variant without misses meets all requirements.
     """
     baseline = next((row for row in rows if row.name == "softmax"), None)
     lengths = [length for length in settings.lengths if length >= FASTER_FROM]

@@ -1,4 +1,4 @@
-"""The commands, a module each with HELP, `add_flags(parser)`, `check(args)` and `run(args, console)`."""
+"""The commands: one module each, with HELP, `add_flags(parser)`, `check(args)` and `run(args, console)`."""
 
 from types import ModuleType
 

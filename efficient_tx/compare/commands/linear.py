@@ -1,4 +1,4 @@
-"""compare linear: size, speed beside a dense layer and projection error of the weight structures."""
+"""compare linear: size, speed beside a dense layer, and projection error of the weight structures."""
 
 import argparse
 from pathlib import Path

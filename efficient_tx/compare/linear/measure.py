@@ -1,4 +1,4 @@
-"""What is measured of the weight structures: size, time beside a dense layer, distance from a trained weight."""
+"""Measurements of the weight structures: size, time beside a dense layer, error of projecting a trained weight."""
 
 import bisect
 import math
@@ -18,7 +18,7 @@ Options = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one comparison; `share` of a dense layer's bytes is what structures may store when errors are compared."""
+    """Settings of one comparison. A structure may store `share` of a dense layer's bytes when errors are compared."""
 
     features: tuple[int, ...]
     tokens: int = 8192
@@ -28,16 +28,16 @@ class Settings:
 
 @dataclass
 class Row:
-    """A structure at one width, timed, or at the size of the dense weight, projected; without a bias.
+    """A structure without a bias, either timed at one width or projected at the size of the dense weight.
 
     Attributes:
-      options: other than its defaults.
-      packed: whether this is what `pack()` makes of the trained layer, for inference only.
-      parameters: numbers that are trained; 0 of a packed layer.
-      multiplies: for one token.
+      options: those that are not its defaults.
+      packed: whether this is the `pack()` of the trained layer, for inference only.
+      parameters: number of trained scalars; 0 for a packed layer.
+      multiplies: multiplications for one token.
       stored: bytes of the layer's arrays.
-      cells: by pass, where it was timed.
-      error: ‖W − Ŵ‖ / ‖W‖ in Frobenius norm, of the dense weight; None where it was timed.
+      cells: by pass, if it was timed.
+      error: ‖W − Ŵ‖ / ‖W‖ in Frobenius norm, for the dense weight W; None if it was timed.
     """
 
     structure: str
@@ -66,7 +66,7 @@ def layer(structure: str, n: int, m: int, options: Options) -> nnx.Module:
 
 
 def describe(structure: str, n: int, m: int, options: Options, *, packed: bool = False) -> Row:
-    """What needs no measurement."""
+    """The row of a structure before any measurement."""
     trained = nnx.eval_shape(lambda: layer(structure, n, m, options))
     kept = nnx.eval_shape(lambda: layer(structure, n, m, options).pack()) if packed else trained
     parameters = 0 if packed else trained.parameters
@@ -74,14 +74,14 @@ def describe(structure: str, n: int, m: int, options: Options, *, packed: bool =
 
 
 def inference(structure: str, n: int, m: int, options: Options) -> Row:
-    """As it is stored for inference: packed, if it can be."""
+    """The row of a structure as it is stored for inference: packed, if it can be."""
     return describe(structure, n, m, options, packed=hasattr(LINEAR[structure], "pack"))
 
 
 def compare(
     structures: Sequence[str], settings: Settings, progress: Callable[[str], None] = lambda _: None
 ) -> list[Row]:
-    """Times the structures, and dense, at every width; `progress` is told what happens."""
+    """Times the structures, and dense, at every width; `progress` gets a line on each step."""
     rows = []
     for width in settings.features:
         at_width = [
@@ -99,7 +99,7 @@ def compare(
 
 
 def measure(rows: Sequence[Row], settings: Settings, progress: Callable[[str], None]) -> None:
-    """Fills in the cells of rows of one width, all in turns."""
+    """Times rows of one width, all in turns, and fills in their cells."""
     runs, memory = {}, {}
     x = jax.random.normal(jax.random.key(0), (settings.tokens, rows[0].in_features))
     for i, row in enumerate(rows):
@@ -112,7 +112,7 @@ def measure(rows: Sequence[Row], settings: Settings, progress: Callable[[str], N
 
 
 def case(row: Row, x: jax.Array) -> tuple[Callable, Any]:
-    """What is timed, `call(arrays)`, and its arrays: parameters and tokens, both get gradients."""
+    """The call to time, `call(arrays)`, and its arrays: parameters and tokens, which both get gradients."""
     made = layer(row.structure, row.in_features, row.out_features, row.options)
     graphdef, state = nnx.split(made.pack() if row.packed else made)
     return lambda arrays: nnx.merge(graphdef, arrays["state"])(arrays["x"]), {"state": state, "x": x}
@@ -121,9 +121,9 @@ def case(row: Row, x: jax.Array) -> tuple[Callable, Any]:
 def project(
     structures: Sequence[str], kernel: jax.Array, share: float, progress: Callable[[str], None] = lambda _: None
 ) -> list[Row]:
-    """How near the structures come to a dense weight `[in, out]` within `share` of its bytes, as far as they can.
+    """The error of each structure as an approximation of a dense weight `[in, out]` within `share` of its bytes.
 
-    Each has the size at which it stores as much as it may, or if all are too large the smallest.
+    Each structure has the largest size that fits, or its smallest size if none fits.
     """
     n, m = kernel.shape
     rows = []
@@ -139,7 +139,7 @@ def project(
 
 
 def equal_bytes(structure: str, n: int, m: int, share: float) -> Options:
-    """The options under which an n × m weight is stored in `share` of a dense one's bytes: the most, or the least."""
+    """The options of the largest n × m weight within `share` of a dense one's bytes, or of the smallest weight."""
     sized_by = LINEAR[structure].sized_by(n, m)
     if sized_by is None:
         return {}

@@ -1,4 +1,4 @@
-"""The picture of a comparison of weight structures: what fewer multiplications gain, and what fewer bytes lose."""
+"""The plots of a comparison of weight structures: speed against multiplications, projection error against bytes."""
 
 import textwrap
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from efficient_tx.compare.linear.report import dense, faster, share_stored
 def gains_and_losses(
     rows: Sequence[Row], projected: Sequence[Row], source: str, settings: Settings, machine: str
 ) -> bytes:
-    """PNG: speed against multiplications on the left, a dot a width; projection error against bytes on the right."""
+    """PNG: left, speed against multiplications, a dot for each width; right, projection error against bytes."""
     figure = Figure(figsize=(15, 7), layout="constrained")
     about = f"Weight structures, {settings.tokens} tokens, float32\n{machine}\n{textwrap.fill(source, 150)}"
     figure.suptitle(about, fontsize=10)

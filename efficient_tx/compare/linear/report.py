@@ -1,4 +1,4 @@
-"""The figures of a comparison of weight structures as tables on a terminal, CSV and JSON."""
+"""The results of a comparison of weight structures as tables on a terminal, CSV and JSON."""
 
 import json
 from collections.abc import Sequence
@@ -13,29 +13,29 @@ from efficient_tx.compare.timing import PASSES
 
 
 def dense(row: Row, rows: Sequence[Row]) -> Row:
-    """The dense layer that a timed row is compared with: that of its width."""
+    """The dense layer of the same width as a timed row."""
     return next(other for other in rows if other.structure == "dense" and other.in_features == row.in_features)
 
 
 def faster(row: Row, rows: Sequence[Row], name: str = "forward_backward") -> float | None:
-    """How many times as fast as the dense layer a pass is; None where it was not timed."""
+    """How many times as fast as the dense layer a pass is; None if it was not timed."""
     ours, theirs = row.seconds(name), dense(row, rows).seconds(name)
     return None if ours is None else theirs / ours
 
 
 def rate(row: Row, rows: Sequence[Row]) -> float | None:
-    """Multiplications a second, forward and backward, as a share of the dense layer's."""
+    """Multiplications per second, forward and backward, as a share of the dense layer's."""
     ratio = faster(row, rows)
     return None if ratio is None else ratio * row.multiplies / dense(row, rows).multiplies
 
 
 def share_stored(row: Row) -> float:
-    """Of the bytes of a dense float32 layer without a bias."""
+    """Stored bytes as a share of those of a dense float32 layer without a bias."""
     return row.stored / (4 * row.in_features * row.out_features)
 
 
 def to_json(rows: Sequence[Row], projected: Sequence[Row], source: str, settings: Settings, machine: str) -> str:
-    """Everything."""
+    """All results."""
     record = {
         "machine": machine,
         "settings": asdict(settings),
@@ -47,7 +47,7 @@ def to_json(rows: Sequence[Row], projected: Sequence[Row], source: str, settings
 
 
 def to_csv(rows: Sequence[Row], projected: Sequence[Row]) -> str:
-    """One line for each timed row, then for each projected one; milliseconds and bytes; empty where there is nothing.
+    """One line for each timed row, then for each projected one; milliseconds and bytes; empty if there is no value.
 
     `error` is that of the projection.
     """
@@ -79,7 +79,7 @@ def comparison(row: Row, rows: Sequence[Row]) -> dict[str, float | None]:
 
 
 def speed(rows: Sequence[Row], width: int, settings: Settings) -> Table:
-    """Size and time at one width: milliseconds, and how many times as fast as dense."""
+    """The table of size and time at one width: milliseconds, and how many times as fast as dense."""
     table = Table(title=f"{width} × {width} without bias, {settings.tokens} tokens, float32")
     table.add_column("structure", no_wrap=True)
     for column in ("parameters", "multiplies", "bytes", "fwd ms", "× dense", "+bwd ms", "× dense", "rate"):
@@ -97,7 +97,7 @@ def speed(rows: Sequence[Row], width: int, settings: Settings) -> Table:
 
 
 def errors(projected: Sequence[Row], settings: Settings) -> Table:
-    """What a dense weight loses."""
+    """The table of projection errors."""
     table = Table(title=f"Projection within {settings.share:.0%} of the dense weight's bytes")
     table.add_column("structure", no_wrap=True)
     for column in ("bytes", "of dense", "multiplies", "error"):
@@ -111,7 +111,7 @@ def errors(projected: Sequence[Row], settings: Settings) -> Table:
 
 
 def verdicts(rows: Sequence[Row]) -> list[str]:
-    """A line for each structure that multiplies less than a dense layer and is not faster, forward and backward."""
+    """A line for each structure that multiplies less than a dense layer but is not faster, forward and backward."""
     return [
         f"{row.name}: {row.multiplies / dense(row, rows).multiplies:.0%} of the multiplications of dense "
         f"at {row.in_features} features, {faster(row, rows):.2f} × as fast"

@@ -1,4 +1,4 @@
-"""Dense weights to project: from a file, from a run, or trained here. A random matrix is no stand-in for one."""
+"""Dense weights to project: from a file, from a run, or trained here. A random matrix is not like a trained one."""
 
 import itertools
 from collections.abc import Callable
@@ -20,7 +20,7 @@ IMAGES, SIDE, DISKS, PATCH, WIDTH, NOISE, STEPS, BATCH = 256, 64, 400, 16, 512, 
 
 
 class Dense(NamedTuple):
-    """A weight `[in, out]` and what it is, in words."""
+    """A weight `[in, out]` and its description."""
 
     kernel: jax.Array
     source: str
@@ -30,7 +30,7 @@ def from_file(path: Path) -> Dense:
     """The matrix in a .npy file, as float32.
 
     Raises:
-      ValueError, OSError: it cannot be read, or is no matrix of finite numbers.
+      ValueError, OSError: it cannot be read, or is not a matrix of finite numbers.
     """
     try:
         array = np.load(path)
@@ -51,7 +51,7 @@ def from_run(workdir: Path, layer: str | None = None) -> Dense:
       layer: its dotted path, "encoder.blocks.0.mlp.up"; None is the largest, of equal ones the first.
 
     Raises:
-      ValueError: there is no checkpoint, none that opens, or no such layer.
+      ValueError: there is no checkpoint, the newest does not open, its kernels are latent, or there is no such layer.
     """
     checkpoints = Checkpoints(workdir / "checkpoints")
     if not checkpoints.steps():
@@ -81,9 +81,10 @@ def from_run(workdir: Path, layer: str | None = None) -> Dense:
 def trained(progress: Callable[[str], None] = lambda _: None) -> Dense:
     """The middle layer, 512 × 512, of an MLP that learns to denoise patches of images of occluding disks.
 
-    Such images ("dead leaves", Lee, Mumford and Huang 2001) have the statistics of natural ones that matter to a
-    linear layer: smooth areas, edges, all scales. 16 × 16 patches of images of 64 × 64, of variance 1, get normal noise
-    of deviation 0.5; AdamW fits the clean patch in the mean square. Deterministic; takes about ten seconds.
+    Such images ("dead leaves", Lee, Mumford and Huang 2001) have those statistics of natural images that matter to a
+    linear layer: smooth areas, edges, all scales. Patches of 16 × 16 from images of 64 × 64, of variance 1, get normal
+    noise of standard deviation 0.5. AdamW minimises the mean squared error to the clean patch. The result is
+    deterministic and takes about ten seconds.
     """
     progress("drawing images")
     images = jnp.asarray(disks(np.random.default_rng(0), IMAGES))
@@ -92,7 +93,7 @@ def trained(progress: Callable[[str], None] = lambda _: None) -> Dense:
     widths = PATCH**2, WIDTH, WIDTH, PATCH**2
     keys = jax.random.split(jax.random.key(0), len(widths) - 1)
     params = [jax.random.normal(key, pair) * pair[0] ** -0.5 for key, pair in zip(keys, itertools.pairwise(widths))]
-    # Of the random start the decay leaves e^-1.5.
+    # The weight decay leaves e^-1.5 of the random start.
     optimizer = optax.adamw(optax.cosine_decay_schedule(3e-3, STEPS), weight_decay=1.0)
 
     def patches(key, images):
@@ -132,7 +133,7 @@ def trained(progress: Callable[[str], None] = lambda _: None) -> Dense:
 
 
 def disks(rng: np.random.Generator, count: int) -> np.ndarray:
-    """`[count, SIDE, SIDE]` float32, of mean 0 and variance 1: disks in front of disks, radii with density r⁻³."""
+    """`[count, SIDE, SIDE]` float32, of mean 0 and variance 1: disks that hide each other, radii with density r⁻³."""
     rows, columns = np.mgrid[:SIDE, :SIDE]
     least, most = 2.0, SIDE
     images = np.zeros((count, SIDE, SIDE), np.float32)
@@ -145,6 +146,6 @@ def disks(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def directions(kernel: jax.Array) -> int:
-    """How many of its largest singular values hold 99 % of the squares of a matrix."""
+    """The number of largest singular values of a matrix that hold 99 % of the sum of their squares."""
     held = np.cumsum(np.linalg.svd(np.asarray(kernel), compute_uv=False) ** 2)
     return int(np.searchsorted(held, 0.99 * held[-1])) + 1
