@@ -1,4 +1,4 @@
-"""Attention variants: each a pure function and a token mixer. Adding one is a file and a row of `ATTENTION`."""
+"""Attention variants, each a pure function and a token mixer. A new variant is one file and one row of `ATTENTION`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -65,21 +65,21 @@ ATTENTION: dict[str, type[Mixer]] = {
 def as_attention_fn(name: str, **options: Any) -> Callable[..., jax.Array]:
     """The variant `name` with the signature that flax's attention modules call.
 
-    For `flax.linen.MultiHeadDotProductAttention(attention_fn=...)` and `flax.nnx.MultiHeadAttention(attention_fn=...)`:
-    query `[batch, q_length, heads, head_dim]`, key and value `[batch, length, groups, head_dim]`, mask
-    `[batch, 1, 1, length]` for any variant and a full `[batch, heads or 1, q_length, length]` for the dense ones.
+    For `flax.linen.MultiHeadDotProductAttention(attention_fn=...)` and `flax.nnx.MultiHeadAttention(attention_fn=...)`.
+    The shapes are: query `[batch, q_length, heads, head_dim]`, key and value `[batch, length, groups, head_dim]`, mask
+    `[batch, 1, 1, length]`. Dense variants also take a full mask `[batch, heads or 1, q_length, length]`.
 
-    Methods that sample do so with the module's `dropout_rng` where it passes one (flax's modules do so only while
-    their own dropout_rate is above 0, which is refused here), and with the fixed evaluation key otherwise.
+    Sampling methods use the module's `dropout_rng` if it passes one, else the fixed evaluation key. (Flax's modules
+    pass it only if their dropout_rate is above 0, which raises here.)
 
     Args:
       name: a key of `ATTENTION`.
-      **options: of the variant's function (`landmarks=64`), arrays of parameters included (linformer's `e` and `f`).
+      **options: options of the variant's function (`landmarks=64`) and its parameter arrays (linformer's `e` and `f`).
 
     Raises:
-      ValueError: an unknown name or option; a variant that needs more than queries, keys and values of its tokens;
-        later, when called: a bias, attention dropout, several batch axes, a causal call of a variant that has no causal
-        form, a full mask in a variant that takes key masks only.
+      ValueError: an unknown name or option; a variant that needs more than queries, keys and values. When called: a
+        bias, attention dropout, several batch axes, a causal call of a variant without causal form, a full mask in a
+        variant that takes key masks only.
     """
     return adapt(ATTENTION, name, **options)
 

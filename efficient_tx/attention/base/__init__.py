@@ -1,1 +1,1 @@
-"""What all token mixers share: the contract, its multi-head form, options, and the way into flax's own modules."""
+"""Base of all token mixers: the interface, its multi-head form, options, and the adapter to flax's own modules."""

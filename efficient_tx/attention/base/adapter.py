@@ -1,4 +1,4 @@
-"""as_attention_fn: a variant inside flax's own attention modules."""
+"""as_attention_fn: a variant as the `attention_fn` of flax's own attention modules."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ def adapt(variants: Mapping[str, type[Mixer]], name: str, **options: Any) -> Cal
     check(variant, name, options)
     known = inspect.signature(function).parameters
 
-    # flax.linen passes only what the signature names, flax.nnx passes everything by keyword: so all is spelled out.
+    # All arguments are named: flax.linen passes only those in the signature, flax.nnx passes all of them by keyword.
     def attention_fn(
         query: jax.Array,
         key: jax.Array,
@@ -59,7 +59,7 @@ def adapt(variants: Mapping[str, type[Mixer]], name: str, **options: Any) -> Cal
 
 
 def check(variant: type[Mixer], name: str, options: Mapping[str, object]) -> None:
-    """Raises ValueError, one line, if flax's queries, keys and values and `options` do not make up the arguments."""
+    """Raises ValueError, one line, unless q, k, v and `options` are exactly the arguments that the variant needs."""
     if variant.function is None:
         raise ValueError(f"{name} is no function of queries, keys and values: use the module {variant.__name__}")
     known = inspect.signature(variant.function).parameters

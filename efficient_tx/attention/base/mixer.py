@@ -1,4 +1,4 @@
-"""Mixer: the contract that every token mixer keeps."""
+"""Mixer: the base class and interface of every token mixer."""
 
 import inspect
 import math
@@ -18,44 +18,45 @@ from efficient_tx.tokens.mask import compact, spread
 
 
 class Mixer(nnx.Module):
-    """Mixes the tokens of a sequence: everything between the residual branches of a block.
+    """Mixes the tokens of a sequence: the branch of a residual block that connects tokens.
 
-    A subclass writes `mix` and states what it can do; asking for more is a ValueError at construction. Modules hold
-    parameters and nothing else.
+    A subclass implements `mix` and declares what it supports; the constructor raises ValueError for other requests.
+    Modules hold only parameters.
 
     Args:
-      features: width of the tokens, in and out.
-      heads: how many, for mixers that have any. Others take `heads`, `head_dim`, `linear`, `dtype` and `rngs` too,
-        since all mixers are made alike, and do nothing with them.
+      features: width of the input and output tokens.
+      heads: number of heads. Mixers without heads accept `heads`, `head_dim`, `linear`, `dtype` and `rngs` as well and
+        ignore them.
       head_dim: width of a head.
-      linear: factory of linear layers with the signature of `nnx.Linear`.
+      linear: factory of the linear layers, with the signature of `nnx.Linear`.
       dropout: rate of the dropout on the mixer's output.
-      causal: token i may depend on tokens j ≤ i only.
-      positions: None, "rope" or "rope2d": how queries and keys turn with their position.
-      max_len: the longest sequence; variants with parameters tied to the length need it.
-      dtype: of the computation; None is that of tokens and parameters.
+      causal: whether token i depends on tokens j ≤ i only.
+      positions: rotary positions of queries and keys: None, "rope" or "rope2d".
+      max_len: the largest sequence length; required by variants with parameters tied to the length.
+      dtype: dtype of the computation; None means the promoted dtype of tokens and parameters.
       rngs: source of the initial parameters.
-      **options: of the variant's `function`; each becomes an attribute of the mixer.
+      **options: options of the variant's `function`; each becomes an attribute of the mixer.
 
     Attributes:
-      paper: authors, year and arXiv id, or where else it was published.
-      computes: what the variant does, in one line.
-      cost: time in the length n and the variant's own sizes.
+      paper: authors, year and arXiv id, or another place of publication.
+      computes: the variant's computation, in one line.
+      cost: time as a function of the length n and the variant's own sizes.
       family: the folder of the variant's file; "own" for a class from elsewhere.
-      function: the variant's pure function, whose keyword-only arguments are its options; None where there is none.
-      projections: those arguments of `function` that a linear layer each makes of the tokens; none in a mixer whose
+      function: the variant's pure function, whose keyword-only arguments are its options; None if there is none.
+      projections: the arguments of `function` that are linear projections of the tokens, one layer each; empty if the
         function takes the tokens themselves.
-      exact: the function of the same arguments that `function` approximates; None where it approximates nothing.
+      exact: the function, with the same arguments, that `function` approximates; None if it approximates nothing.
       near_on: families of inputs (`compare.attention.inputs.FAMILIES`) on which the relative error against `exact` is
-        below 0.2 where a query meets a quarter of the keys.
-      refuses: uses of `function` without a meaning, and a part of the line that says so: "cross" (queries of other
-        tokens than the keys), "decode" (one query, the last) and "rows" (decoding gives no row of the causal form).
-      windowed: whether a query of the causal form may see a part of its past only.
+        below 0.2 with a budget of a quarter of the keys.
+      refuses: uses that `function` does not support -> a part of the error message. Keys: "cross" (queries from other
+        tokens than the keys), "decode" (one query, the last) and "rows" (decoding does not give a row of the causal
+        form).
+      windowed: whether a query of the causal form may see only a part of its past.
       can_be_causal: whether `causal=True` has a meaning.
-      has_positions: whether there are queries and keys to turn.
+      has_positions: whether the mixer has queries and keys that can be rotated by their positions.
       needs_max_len: whether parameters or constants are tied to the length.
-      draws: whether `function` draws with its `key`.
-      side_by_side: whether `mix` gets the real tokens in front, side by side, and zeros behind them.
+      draws: whether `function` samples with its `key`.
+      side_by_side: whether `mix` gets the real tokens first, without gaps, and then zeros.
     """
 
     paper: ClassVar[str] = ""
@@ -77,7 +78,7 @@ class Mixer(nnx.Module):
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            """The options of `function`, which are attributes and declared there."""
+            """Declares the options of `function`, which are attributes, to type checkers."""
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -90,17 +91,17 @@ class Mixer(nnx.Module):
 
     @staticmethod
     def within(budget: int) -> dict[str, int]:
-        """Options under which a query meets about `budget` keys, landmarks or features; none where that is fixed."""
+        """Options with which a query uses about `budget` keys, landmarks or features; empty if that number is fixed."""
         return {}
 
     @staticmethod
     def measured_with(q: jax.Array, budget: int, rng: np.random.Generator) -> dict[str, Any]:
-        """Arguments that `function` needs beside its projections and options, to be measured: arrays and constants.
+        """Arrays and constants that `function` needs in a measurement, besides projections and options.
 
         Args:
-          q: the queries of the measurement, `[batch, length, heads, head_dim]`.
-          budget: as of `within`.
-          rng: to draw arrays from.
+          q: queries of the measurement, `[batch, length, heads, head_dim]`.
+          budget: number of keys, landmarks or features per query, as in `within`.
+          rng: generator for random arrays.
         """
         return {}
 
@@ -139,7 +140,7 @@ class Mixer(nnx.Module):
         self._keep(options)
 
     def _keep(self, given: Mapping[str, Any]) -> None:
-        """Makes the options attributes, those of `given` and the defaults of the others, when they are checked."""
+        """Checks the options and stores them as attributes: those in `given` and the defaults of the others."""
         known = options(self.function)
         if unknown := [option for option in given if option not in known]:
             has = ", ".join(known) or "none"
@@ -150,7 +151,7 @@ class Mixer(nnx.Module):
             setattr(self, name, value)
 
     def arguments(self, *, mask: jax.Array | None, key: jax.Array | None) -> dict[str, Any]:
-        """The keyword arguments of `function` that the mixer has: its options, and what this call brings of others."""
+        """The keyword arguments of `function`: the mixer's options, and of mask, key etc. those that it takes."""
         given = {"mask": mask, "key": key, "causal": self.causal, "max_len": self.max_len}
         taken = given.keys() & inspect.signature(self.function).parameters.keys()
         return {name: getattr(self, name) for name in options(self.function)} | {name: given[name] for name in taken}
@@ -161,13 +162,13 @@ class Mixer(nnx.Module):
         Args:
           x: tokens.
           mask: bool `[batch, length]`, True for real tokens; None means all are.
-          key: None at evaluation; in training one key per example `[batch]`, or one key, folded per row.
+          key: None at evaluation; in training one key per example `[batch]`, or a single key, folded per example.
 
         Returns:
           `[batch, length, features]`, zero at masked positions.
 
         Raises:
-          ValueError: the mask has another shape, or the sequence is longer than `max_len` in a variant tied to it.
+          ValueError: the mask has another shape, or the sequence is longer than `max_len` in a variant that needs it.
         """
         if mask is not None and mask.shape != x.shape[:2]:
             raise ValueError(f"mask has shape {mask.shape}: a mixer takes [batch, length], here {x.shape[:2]}")
@@ -176,7 +177,7 @@ class Mixer(nnx.Module):
         if not x.size:
             return x
         keys = example_keys(key, x.shape[0])
-        # Whatever stands at padded positions, NaN included, reaches neither an output nor a gradient.
+        # Values at padded positions, NaN included, reach neither an output nor a gradient.
         x = x if mask is None else jnp.where(mask[..., None], x, 0)
         gathered = self.side_by_side and mask is not None
         tokens, real = (compact(x, mask), compact(mask, mask)) if gathered else (x, mask)
@@ -186,7 +187,7 @@ class Mixer(nnx.Module):
         return out if mask is None else jnp.where(mask[..., None], out, 0)
 
     def mix(self, x: jax.Array, *, mask: jax.Array | None, key: jax.Array | None) -> jax.Array:
-        """The variant itself, before dropout and the final masking: `function` of the tokens, where it takes them.
+        """The variant itself, before dropout and the final mask. By default: `function` of the tokens.
 
         `x` is `[batch, length, features]`, zero where `mask` is False; `key` is `[batch]` or None (evaluation).
         """
@@ -195,8 +196,8 @@ class Mixer(nnx.Module):
         return self.function(x, **self.arguments(mask=mask, key=key))
 
     def state_bytes(self, length: int) -> int:
-        """Bytes, in float32, of what a decoder keeps of `length` tokens of one sequence: the tokens themselves.
+        """Bytes, in float32, of a decoder's state after `length` tokens of one sequence. By default: all tokens.
 
-        Of a variant that cannot decode it is what a query reads in place of the tokens.
+        For a variant that cannot decode: the bytes that a query reads instead of the tokens.
         """
         return 4 * length * self.features

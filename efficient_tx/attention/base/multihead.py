@@ -1,4 +1,4 @@
-"""MultiHead: the token mixer made of projections, heads and one attention formula."""
+"""MultiHead: a token mixer with projections, heads and one attention function."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,20 +15,21 @@ from efficient_tx.tokens.short_conv import ShortConv
 
 
 class MultiHead(Mixer):
-    """Projects tokens to heads, attends, projects back. A variant names its `function` and its `projections`.
+    """Projects tokens to heads, attends, projects back. A variant sets its `function` and its `projections`.
 
     Args:
-      heads: how many.
-      head_dim: width of a head; None is features // heads.
+      heads: number of heads.
+      head_dim: width of a head; None means features // heads.
       linear: factory of the projections, with the signature of `nnx.Linear`.
-      conv: size of a depthwise convolution over the tokens of each projection (`ShortConv`), before positions turn
-        them: 4 is usual, 0 leaves it out. Causal if the mixer is, else centred, where an even size sees one token more
-        behind than ahead.
+      conv: size of the depthwise convolution over the tokens of each projection (`ShortConv`), before rotary positions;
+        4 is usual, 0 means none. It is causal if the mixer is, else centred; with an even size a token sees one more
+        token before it than after it.
       **common: see `Mixer`.
 
     Attributes:
-      projections: names of the linear layers, each features -> heads · head_dim; `attend` gets them in this order.
-      rotated: which of them turn with the position under `positions="rope"`.
+      projections: names of the linear layers, each features -> heads · head_dim; `attend` gets their outputs in this
+        order.
+      rotated: names of the projections that are rotated by their positions with `positions="rope"`.
     """
 
     projections: ClassVar[tuple[str, ...]] = ("q", "k", "v")
@@ -61,7 +62,7 @@ class MultiHead(Mixer):
 
     def mix(self, x: jax.Array, *, mask: jax.Array | None, key: jax.Array | None) -> jax.Array:
         batch, length, features = x.shape
-        # As [batch · length, features]: XLA's CPU backend is slow at a leading axis of 1.
+        # As [batch · length, features]: XLA's CPU backend is slow with a leading axis of 1.
         tokens = x.reshape(-1, features)
         split = (batch, length, self.heads, self.head_dim)
         projected = {name: getattr(self, name)(tokens).reshape(split) for name in self.projections}
@@ -73,39 +74,39 @@ class MultiHead(Mixer):
         return self.out(heads.reshape(batch * length, -1)).reshape(x.shape)
 
     def add_convolutions(self, channels: dict[str, int], size: int, *, rngs: nnx.Rngs) -> None:
-        """Makes the convolutions that `convolve` applies to the projections of these names and widths."""
+        """Adds the convolutions that `convolve` applies; `channels` maps the name of a projection to its width."""
         at_least(0, conv=size)
         make = partial(ShortConv, size=size, causal=self.causal, rngs=rngs)
         self.short_conv = nnx.Dict({name: make(count) for name, count in channels.items()} if size else {})
         self.side_by_side = self.side_by_side or size > 0  # neighbours are real tokens
 
     def convolve(self, projected: dict[str, jax.Array], mask: jax.Array | None) -> dict[str, jax.Array]:
-        """Each `[batch, length, heads, dim]` after the short convolution of its name, if there is one."""
+        """Each array `[batch, length, heads, dim]` after the short convolution of its name, if there is one."""
         return {name: self.short_conv[name](x, mask) if self.short_conv else x for name, x in projected.items()}
 
     def attend(
         self, *projected: jax.Array, mask: jax.Array | None, key: jax.Array | None, **others: jax.Array | float | None
     ) -> jax.Array:
-        """The variant's `function` of the projections: `[batch, length, heads, head_dim]` each -> the same shape.
+        """Applies the variant's `function` to the projections: `[batch, length, heads, head_dim]` each -> this shape.
 
         Args:
           *projected: in the order of `projections`.
           mask: bool `[batch, length]` or None.
           key: one per example `[batch]`, or None (evaluation).
-          **others: what the function takes besides, made of parameters of the class.
+          **others: further arguments of the function, made from parameters of the class.
         """
         tokens = dict(zip(self.projections, projected))
         return self.function(**tokens, **self.arguments(mask=mask, key=key), **others)
 
     def state_bytes(self, length: int) -> int:
-        """Bytes, in float32, of what a decoder keeps of `length` tokens of one sequence.
+        """Bytes, in float32, of a decoder's state after `length` tokens of one sequence.
 
-        That is `state_numbers(length)`, and the last conv − 1 projected tokens of a short convolution. Of a variant
-        that cannot decode it is what a query reads in place of the tokens.
+        The state holds `state_numbers(length)` numbers and, with a short convolution, the last conv − 1 projected
+        tokens. For a variant that cannot decode: the bytes that a query reads instead of the tokens.
         """
         convolved = sum((conv.weight.shape[0] - 1) * conv.weight.shape[1] for conv in self.short_conv.values())
         return 4 * (self.state_numbers(length) + convolved)
 
     def state_numbers(self, length: int) -> int:
-        """Of all heads, convolutions aside: a key and a value for each token, where a variant does not differ."""
+        """Numbers in the state of all heads, without convolutions. By default: a key and a value for each token."""
         return 2 * length * self.heads * self.head_dim

@@ -1,4 +1,4 @@
-"""Options: the keyword arguments of a variant's pure function, declared there and nowhere else."""
+"""Options: the keyword arguments of a variant's pure function, declared only there."""
 
 import functools
 import inspect
@@ -9,7 +9,7 @@ import jax
 
 Function = TypeVar("Function", bound=Callable[..., jax.Array])
 
-# Keyword arguments of a function that a mixer gives at a call, or has for itself.
+# Keyword arguments of a function that are no options: a mixer passes them at each call or has them as its own.
 GIVEN = frozenset({"mask", "key", "causal", "max_len"})
 
 
@@ -28,10 +28,10 @@ def options(function: Callable | None) -> dict[str, inspect.Parameter]:
 
 
 def checked_by(check: Callable[..., None]) -> Callable[[Function], Function]:
-    """Lets `check` see the options of a variant's function: before each call, and when a mixer is made with them.
+    """Checks the options of a variant's function with `check`: before each call and when a mixer is constructed.
 
-    `check` names those of the function's keyword arguments that it looks at, `causal` included, and raises ValueError
-    for a value that cannot work.
+    The arguments of `check` are those keyword arguments of the function that it needs, `causal` included. It raises
+    ValueError for a value that cannot work.
     """
     looked_at = inspect.signature(check).parameters
 
@@ -50,6 +50,6 @@ def checked_by(check: Callable[..., None]) -> Callable[[Function], Function]:
 
 
 def check_options(function: Callable | None, given: Mapping[str, Any]) -> None:
-    """Raises ValueError for the first of the options `given` that the function's check refuses."""
+    """Raises ValueError for the first option in `given` that the function's check refuses."""
     if hasattr(function, "check"):
         function.check(**{name: given.get(name, default) for name, default in function.defaults.items()})

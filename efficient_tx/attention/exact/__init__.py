@@ -1,1 +1,1 @@
-"""Attention to every token, exactly: any score, blockwise, quadratic in the length."""
+"""Exact attention to every token: blockwise, time quadratic in the length."""

@@ -1,6 +1,6 @@
 """Kernelized attention (Chen et al. 2021, Skyformer, arXiv 2111.00035): out_i = Σ_j exp(−‖q_i − k_j‖² / (2√K)) v_j.
 
-A Gaussian kernel in place of the softmax, and no normalisation over the keys: a row of weights may sum to anything.
+A Gaussian kernel instead of the softmax, without normalisation over the keys: the weights of a query do not sum to 1.
 """
 
 import jax
@@ -14,14 +14,14 @@ def kernelized(
     q: jax.Array, k: jax.Array, v: jax.Array, *,
     mask: jax.Array | None = None, key: jax.Array | None = None, causal: bool = False,
 ) -> jax.Array:  # fmt: skip
-    """Sums values under a Gaussian kernel, blockwise: memory is linear in the length, forward and backward.
+    """Sums values with weights of a Gaussian kernel, blockwise: memory is linear in the length, forward and backward.
 
     Args:
       q: `[batch, queries, heads, head_dim]`.
       k: `[batch, keys, groups, head_dim]`; groups divides heads.
       v: `[batch, keys, groups, v_dim]`.
-      mask: key mask, bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens; or one of all pairs,
-        `[batch, heads or 1, queries, keys]`, at a memory quadratic in the length.
+      mask: key mask, bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens; or a mask of all pairs,
+        `[batch, heads or 1, queries, keys]`, with memory quadratic in the length.
       key: unused, nothing is drawn.
       causal: query i sees keys j ≤ i + keys − queries only.
 

@@ -1,9 +1,9 @@
-"""Sigmoid attention (Ramapuram et al. 2024, arXiv 2409.04431): each key weighs by itself, nothing is normalised.
+"""Sigmoid attention (Ramapuram et al. 2024, arXiv 2409.04431): independent weights per key, not normalised.
 
     out_i = Σ_j σ(q_i·k_j / √K + b) v_j        σ(x) = 1 / (1 + exp(−x)), b = −ln(max_len)
 
-With b at minus the logarithm of the trained length a row of weights sums to about the same at any length, as it does
-in softmax attention. b is one constant, trained and evaluated with alike: shorter examples are not rescaled. Cost n².
+With b = −ln(trained length), the weights of a query sum to about the same number at any length, as in softmax
+attention. b is one constant in training and evaluation: shorter examples are not rescaled. Cost n².
 
 Unlike the published kernel, which computes σ as (1 + tanh(x/2)) / 2, weights far below 1 keep their relative accuracy.
 """
@@ -26,15 +26,15 @@ def sigmoid(
     q: jax.Array, k: jax.Array, v: jax.Array, *,
     bias: float, mask: jax.Array | None = None, key: jax.Array | None = None, causal: bool = False,
 ) -> jax.Array:  # fmt: skip
-    """Sums values under sigmoid weights, blockwise: memory is linear in the length, forward and backward.
+    """Sums values with sigmoid weights, blockwise: memory is linear in the length, forward and backward.
 
     Args:
       q: `[batch, queries, heads, head_dim]`.
       k: `[batch, keys, groups, head_dim]`; groups divides heads.
       v: `[batch, keys, groups, v_dim]`.
-      bias: added to every logit; −ln(n) for a model of sequences of up to n tokens.
-      mask: key mask, bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens; or one of all pairs,
-        `[batch, heads or 1, queries, keys]`, at a memory quadratic in the length.
+      bias: added to every logit; −ln(n) for a model with sequences of up to n tokens.
+      mask: key mask, bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens; or a mask of all pairs,
+        `[batch, heads or 1, queries, keys]`, with memory quadratic in the length.
       key: unused, nothing is drawn.
       causal: query i sees keys j ≤ i + keys − queries only.
 
@@ -49,10 +49,10 @@ class Sigmoid(MultiHead):
     """Multi-head sigmoid attention with the bias −ln(max_len).
 
     Args:
-      qk_norm: normalises queries and keys over the channels of each head, before they turn with their position, by a
-        LayerNorm with parameters that the heads share.
-      layer_scale: None, or what each channel of the output is multiplied by at first, learnt from there (LayerScale,
-        Touvron et al. 2021, arXiv 2103.17239); the paper's is 1e-4.
+      qk_norm: LayerNorm of queries and keys over the channels of each head, before rotary positions; the heads share
+        its parameters.
+      layer_scale: initial value of a learnt factor for each output channel; None means no factor. This is LayerScale
+        (Touvron et al. 2021, arXiv 2103.17239); the paper uses 1e-4.
 
     Raises:
       ValueError: no `max_len`; `layer_scale` is not above 0.

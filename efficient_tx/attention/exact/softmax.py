@@ -11,15 +11,15 @@ def softmax(
     q: jax.Array, k: jax.Array, v: jax.Array, *,
     mask: jax.Array | None = None, key: jax.Array | None = None, causal: bool = False,
 ) -> jax.Array:  # fmt: skip
-    """Attends exactly, blockwise: memory is linear in the length, forward and backward.
+    """Exact softmax attention, blockwise: memory is linear in the length, forward and backward.
 
     Args:
       q: `[batch, queries, heads, head_dim]`.
       k: `[batch, keys, groups, head_dim]`; groups divides heads.
       v: `[batch, keys, groups, v_dim]`.
-      mask: key mask, bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens; or one of all pairs,
-        `[batch, heads or 1, queries, keys]`, at a memory quadratic in the length.
-      key: unused, exact attention draws nothing.
+      mask: key mask, bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens; or a mask of all pairs,
+        `[batch, heads or 1, queries, keys]`, with memory quadratic in the length.
+      key: unused, nothing is drawn.
       causal: query i sees keys j ≤ i + keys − queries only.
 
     Returns:

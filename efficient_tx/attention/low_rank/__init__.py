@@ -1,1 +1,1 @@
-"""Attention through few landmarks or mixtures of tokens: the matrix of weights has a low rank."""
+"""Attention through a few landmarks or mixtures of tokens: the attention matrix has a low rank."""

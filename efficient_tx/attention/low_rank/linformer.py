@@ -1,8 +1,8 @@
-"""Linformer: attention over a learnt mixture of the positions (Wang et al. 2020, arXiv 2006.04768).
+"""Linformer: attention to learnt mixtures of the positions (Wang et al. 2020, arXiv 2006.04768).
 
     out = softmax(Q (E K)ᵀ / √d) (F V),        E, F [rank, max_len] learnt
 
-Cost n·rank·d. E and F are tied to positions, hence max_len; not causal, since E mixes all positions.
+Cost n·rank·d. E and F are tied to positions, so max_len is required. Not causal, because E mixes all positions.
 """
 
 from typing import Any
@@ -38,15 +38,15 @@ def linformer(
       v: `[batch, length, groups, v_dim]`.
       e: weights of the keys' positions, `[rank, max_len]`, max_len ≥ length.
       f: weights of the values' positions, `[rank, max_len]`.
-      mask: bool `[batch, length]` or `[batch, 1, 1, length]`, True for real tokens. Padding is taken out before E and
-        F, whose columns belong to the ranks of the real tokens.
-      key: unused, the method draws nothing.
+      mask: bool `[batch, length]` or `[batch, 1, 1, length]`, True for real tokens. Padding is removed first: column i
+        of E and F belongs to the real token of rank i.
+      key: unused, nothing is drawn.
 
     Returns:
       `[batch, q_length, heads, v_dim]`; zero without any key. The softmax is float32 at least.
 
     Raises:
-      ValueError: more tokens than max_len; heads do not group.
+      ValueError: more tokens than max_len, or heads is no multiple of groups.
     """
     del key
     batch, length = k.shape[:2]
@@ -59,10 +59,10 @@ def linformer(
 
 
 class Linformer(MultiHead):
-    """Multi-head Linformer; E and F are shared by the heads.
+    """Multi-head Linformer; all heads share E and F.
 
     Args:
-      rank: rows of E and F, the number of mixed positions that a query attends to.
+      rank: rows of E and F: number of mixed positions that a query attends to.
     """
 
     paper = "Wang et al. 2020, arXiv 2006.04768"
@@ -84,7 +84,7 @@ class Linformer(MultiHead):
     def __init__(self, features: int, *, rank: int = 128, rngs: nnx.Rngs, **common: Any):
         super().__init__(features, rngs=rngs, **common)
         at_least(1, rank=rank)
-        # Mixtures of max_len keys with this variance have the variance of a key.
+        # With this variance of E and F, a mixture of max_len keys has the variance of one key.
         init = nnx.initializers.normal(self.max_len**-0.5)
         self.e = nnx.Param(init(rngs.params(), (rank, self.max_len), jnp.float32))
         self.f = nnx.Param(init(rngs.params(), (rank, self.max_len), jnp.float32))

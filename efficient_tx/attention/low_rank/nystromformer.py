@@ -1,15 +1,15 @@
 """Nyströmformer (Xiong et al. 2021, arXiv 2102.03902): softmax attention through segment means, linear in length.
 
-With Q̃ and K̃ the means of m consecutive segments of the queries and of the keys, and softmax taken over rows,
+Q̃ and K̃ are the means of m consecutive segments of the queries and of the keys; each softmax is over rows:
 
     out = softmax(Q K̃ᵀ / √K) · A⁺ · softmax(Q̃ Kᵀ / √K) V + conv(V),        A = softmax(Q̃ K̃ᵀ / √K).
 
-A⁺ is six steps of an iteration towards the pseudo-inverse. They are not meant to converge: A is not positive
-definite, and its small singular values, inverted, would swamp the output.
+A⁺ is six steps of an iteration for the pseudo-inverse. The iteration is not meant to converge: A is not positive
+definite, and the inverses of its small singular values would dominate the output.
 
-Unlike the published code: segments divide the real tokens, whatever their number, instead of the padded ones; a
-landmark that has no token is no column of a softmax; the iteration starts from each matrix's own norms, instead of one
-maximum over batch and heads.
+Unlike the published code: segments divide the real tokens, of any number, instead of the padded sequence; a landmark
+without tokens is no column of a softmax; the iteration starts from each matrix's own norms instead of one maximum over
+batch and heads.
 """
 
 from typing import Any
@@ -51,10 +51,11 @@ def nystromformer(
       mask: bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens. With as many queries as keys it marks
         the queries too; otherwise all queries are real.
       key: unused, nothing is drawn.
-      conv: weights `[size, heads]` of the depthwise convolution of the values, size odd; None leaves it out. It needs
+      conv: weights `[size, heads]` of the depthwise convolution of the values, size odd; None means none. It requires
         as many queries as keys.
-      landmarks: how many means of the queries, and of the keys; with fewer tokens each is its own.
-      iterations: steps towards the pseudo-inverse. More is not better.
+      landmarks: number of segment means of the queries and of the keys; with fewer tokens each token is its own
+        landmark.
+      iterations: steps of the iteration for the pseudo-inverse; more steps are not better.
 
     Returns:
       `[batch, queries, heads, v_dim]` in the dtype of q; zero for an example without keys. The arithmetic is float32
@@ -83,7 +84,7 @@ def nystromformer(
     logits = jnp.einsum("bihd,bjhd->bhij", q_means, k_means, precision=jax.lax.Precision.HIGHEST) * head_dim**-0.5
     column = k_real[:, None, None, :]
     core = jax.nn.softmax(jnp.where(column, logits, jnp.finfo(dtype).min), axis=-1)
-    # Landmarks that do not exist are zero rows and columns, of the core and so of its pseudo-inverse.
+    # Missing landmarks are zero rows and columns of the core, and so of its pseudo-inverse.
     core = jnp.where(q_real[:, None, :, None] & column, core, 0)
     inverse, _ = newton_inverse(core, iterations)
     weights = jnp.einsum("bhij,bjhd->bihd", inverse, sums, precision=jax.lax.Precision.HIGHEST)
@@ -96,7 +97,7 @@ class Nystromformer(MultiHead):
 
     Args:
       value_conv: size of the depthwise convolution of the values, odd (35 in the paper's runs on Long Range Arena); 0
-        leaves it out.
+        means none.
 
     Raises:
       ValueError: `causal=True`, or an option out of its range.

@@ -1,18 +1,18 @@
-"""S3Attention (Wang et al. 2024, arXiv 2408.08567): a few tokens and a few channels of a smoothed sequence.
+"""S3Attention (Wang et al. 2024, arXiv 2408.08567): attention to a few tokens and channels of a smoothed sequence.
 
-The tokens are smoothed by a learnt circular convolution, in Fourier space, of the means of `groups` groups of channels,
-and mixed with themselves by a convolution over neighbours; queries, keys and values come from that:
+X̄ holds the means of `groups` groups of channels. A learnt circular convolution smooths it in Fourier space, and a
+convolution over neighbours mixes the result with the tokens X. Queries, keys and values are projections of H:
 
     X_s = irFFT(rFFT(X̄) ⊙ filter),        H = ReLU(LN(conv₃([X_s, X])))
     columns = softmax(Q (P₁ K)ᵀ / √K) P₁ V        P₁ picks `columns` tokens
     rows = (V P₂) softmax((K P₂)ᵀ Q / √n)         P₂ picks `rows` channels, the softmax is over them
     out = LN₁(columns) / 2 + LN₂(rows) / 2        LN over all heads together
 
-Linear in the length, n log n for the convolution. Unlike the published code, which is not what the paper says either
-(stem of size 1 with ELU, groups ignored, a BatchNorm per position): padding reaches neither the Fourier transform nor
-a softmax; LayerNorm stands for BatchNorm. P₁ is drawn once, as there, but among the ranks of the real tokens, by one
-fixed key: an example of n tokens has the same columns in every layer, batch and padding. P₂ is the first channels of a
-head: those of a learnt projection are exchangeable.
+Linear in the length, n log n for the convolution. The published code differs from the paper (stem of size 1 with ELU,
+groups ignored, a BatchNorm per position). Unlike the published code: padding reaches neither the Fourier transform nor
+a softmax, and LayerNorm replaces BatchNorm. P₁ is drawn once, as there, but among the ranks of the real tokens, with
+one fixed key: an example of n tokens has the same columns in every layer and batch and with any padding. P₂ takes the
+first channels of a head, because the channels of a learnt projection are exchangeable.
 """
 
 from typing import Any, ClassVar
@@ -42,18 +42,18 @@ def s3(
     mask: jax.Array | None = None, key: jax.Array | None = None, columns: int = 8, rows: int = 8,
     gain: jax.Array | None = None, shift: jax.Array | None = None,
 ) -> jax.Array:  # fmt: skip
-    """Column and row attention, each normalised, in equal parts; without the smoothing before them.
+    """The mean of column and row attention, each normalised; without the smoothing before them.
 
     Args:
       q: `[batch, length, heads, head_dim]`.
       k: `[batch, length, groups, head_dim]`; groups divides heads.
       v: as k.
       mask: bool `[batch, length]` or `[batch, 1, 1, length]`, True for real tokens.
-      key: unused, the tokens are picked by a fixed one.
-      columns: how many tokens; an example with fewer uses all.
-      rows: how many channels; at most head_dim are used.
-      gain: of the two LayerNorms, `[2, heads · head_dim]`; None means 1.
-      shift: likewise; None means 0.
+      key: unused, a fixed key draws the tokens.
+      columns: number of tokens that column attention uses; an example with fewer tokens uses all.
+      rows: number of channels that row attention uses; at most head_dim.
+      gain: scales of the two LayerNorms, `[2, heads · head_dim]`; None means 1.
+      shift: biases of the two LayerNorms, of the same shape; None means 0.
 
     Returns:
       `[batch, length, heads, head_dim]` in the dtype of q, zero at masked positions. The arithmetic is float32 at
@@ -80,7 +80,7 @@ def s3(
 
 
 def column_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, columns: int) -> jax.Array:
-    """Softmax attention to `columns` real tokens, all if there are no more; shapes as `s3`, heads not grouped."""
+    """Softmax attention to at most `columns` real tokens; shapes as in `s3`, with as many key heads as query heads."""
     batch, length = k.shape[:2]
     real = jnp.ones((batch, length), bool) if mask is None else mask
     position, valid = sample_tokens(evaluation_keys(batch), real, columns)
@@ -88,7 +88,7 @@ def column_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array |
 
 
 def row_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, rows: int) -> jax.Array:
-    """Mixes the first `rows` channels of v into each channel of the output; shapes as `s3`, zero at masked tokens."""
+    """Mixes the first `rows` channels of v into each output channel; shapes as in `s3`, zero at masked tokens."""
     n = k.shape[1] if mask is None else jnp.maximum(mask.sum(axis=1), 1)[:, None, None, None]
     k, v = k[..., :rows], v[..., :rows]
     logits = jnp.einsum("blhc,blhd->bhcd", k, q, precision=HIGHEST) / jnp.sqrt(n).astype(q.dtype)
@@ -109,7 +109,7 @@ class S3(MultiHead):
     """Multi-head S3Attention with its smoothing; `columns` and `rows` as `s3`, the other arguments as `MultiHead`.
 
     Args:
-      groups: of channels, whose means are smoothed; with as many as features or more each channel is its own.
+      groups: number of channel groups whose means are smoothed; with groups ≥ features each channel is its own group.
 
     Raises:
       ValueError: `causal=True`, no `max_len`, or an option below 1.
@@ -121,8 +121,8 @@ class S3(MultiHead):
     function = staticmethod(s3)
     refuses: ClassVar = {"cross": "rows need equal lengths", "decode": "rows need equal lengths"}
     needs_max_len = True
-    can_be_causal = False  # smoothing and rows see the whole sequence
-    side_by_side = True  # the smoothing and its neighbours count real tokens
+    can_be_causal = False  # smoothing and row attention see the whole sequence
+    side_by_side = True  # the smoothing and the convolution over neighbours count real tokens
 
     @staticmethod
     def within(budget: int) -> dict[str, int]:
@@ -149,21 +149,21 @@ class S3(MultiHead):
 
 
 class Smoother(nnx.Module):
-    """A learnt circular convolution of period max_len over the sequence, given by its Fourier coefficients.
+    """A learnt circular convolution of period max_len along the sequence, stored as Fourier coefficients.
 
-    Shorter sequences count as followed by zeros up to max_len, whatever their padding: entry j of the filter belongs to
-    the frequency j / max_len per token at any length, and the kernel in tokens stays the same.
+    Shorter sequences are extended with zeros to max_len, independent of their padding. So entry j of the filter belongs
+    to the frequency j / max_len per token at any length, and the kernel along the tokens stays the same.
     """
 
     def __init__(self, features: int, groups: int, max_len: int, *, rngs: nnx.Rngs):
         self.max_len = max_len
         self.groups = min(groups, features)
         init = nnx.initializers.variance_scaling(1.0, "fan_in", "uniform", in_axis=1, out_axis=2, batch_axis=0)
-        # Real and imaginary parts; each with the variance 1 / features, as published.
+        # Real and imaginary parts, each with variance 1 / features, as published.
         self.filter = nnx.Param(init(rngs.params(), (2, features, max_len // 2 + 1), jnp.float32))
 
     def __call__(self, x: jax.Array, real: jax.Array | None) -> jax.Array:
-        """`x` `[batch, length, features]`, zero where `real` `[batch, length]` is False, as the result is."""
+        """Smooths `x` `[batch, length, features]`; input and output are zero if `real` `[batch, length]` is False."""
         length, features = x.shape[1:]
         dtype = jnp.promote_types(x.dtype, jnp.float32)
         member = jax.nn.one_hot(jnp.arange(features) * self.groups // features, self.groups, dtype=dtype)
@@ -178,7 +178,7 @@ class Smoother(nnx.Module):
 
 
 class Stem(nnx.Module):
-    """Mixes the smoothed sequence with the sequence itself, over three neighbours: ReLU(LN(conv([smooth, x])))."""
+    """Mixes the smoothed sequence with the sequence itself, over three tokens: ReLU(LN(conv([smooth, x])))."""
 
     def __init__(self, features: int, *, rngs: nnx.Rngs):
         init = nnx.initializers.lecun_normal(in_axis=(0, 1))
@@ -186,7 +186,7 @@ class Stem(nnx.Module):
         self.norm = nnx.LayerNorm(features, rngs=rngs)
 
     def __call__(self, smooth: jax.Array, x: jax.Array) -> jax.Array:
-        """`[batch, length, features]` each, zero after the last token, to the same shape and dtype."""
+        """`[batch, length, features]` each, zero after the last real token -> the same shape and dtype."""
         batch, length, features = x.shape
         both = jnp.concatenate([smooth, x], axis=-1).reshape(batch * length, -1)
         taps = jnp.moveaxis(self.kernel[...], 0, 1).reshape(2 * features, -1).astype(x.dtype)

@@ -1,15 +1,16 @@
-"""Skyformer (Chen et al. 2021, arXiv 2111.00035): kernelized attention through the Nyström method, linear in length.
+"""Skyformer (Chen et al. 2021, arXiv 2111.00035): kernelized attention by the Nyström method, linear in length.
 
 The Gaussian kernel between queries and keys, C = κ(Q, K) with κ(x, y) = exp(−‖x − y‖² / (2√K)), is a block of the
-positive semi-definite κ([Q; K], [Q; K]). With landmarks Z among the rows of [Q; K], half from each, Nyström gives
+positive semi-definite κ([Q; K], [Q; K]). With landmarks Z from the rows of [Q; K], half from Q and half from K, the
+Nyström method gives
 
     out = κ(Q, Z) (κ(Z, Z) + ridge·I)⁻¹ κ(Z, K) V.
 
-Unlike the published code: landmarks are drawn without replacement, so that all 2L of them are the exact limit; the
-scale follows the real head size; the inverse is a Cholesky solve by default, and the published iteration, where asked
-for, starts from the identity instead of the matrix over one maximum of the batch: no example sees another, and the
-error of the start is I − P where it was about I − P² / max. Landmarks may also be chosen otherwise (`choice`), or each
-be a signed sum of tokens (`accumulate`).
+Unlike the published code: landmarks are drawn without replacement, so using all 2L tokens is the exact limit. The scale
+follows the actual head size. The inverse is a Cholesky solve by default. The published iteration is an option; it
+starts from the identity instead of the matrix divided by one maximum over the batch, so no example depends on another,
+and the initial error is I − P instead of about I − P² / max. Other landmarks are options: see `choice`, and
+`accumulate` for signed sums of tokens.
 """
 
 import jax
@@ -44,7 +45,7 @@ def check_options(*, landmarks, ridge, inverse, iterations, choice, accumulate):
 
 
 def check_inverse(inverse: str, iterations: int) -> None:
-    """Raises ValueError, one line, unless these say how to solve the landmarks' system."""
+    """Raises ValueError, one line, unless `inverse` is a known method and `iterations` is in its range."""
     one_of(INVERSES, inverse=inverse)
     at_least(1, iterations=iterations)
 
@@ -55,7 +56,7 @@ def skyformer(
     mask: jax.Array | None = None, key: jax.Array | None = None, landmarks: int = 128, ridge: float = 0.1,
     inverse: str = "cholesky", iterations: int = 6, choice: str = "uniform", accumulate: int = 1,
 ) -> jax.Array:  # fmt: skip
-    """Approximates `kernelized` with `landmarks` tokens: time and memory are linear in the length.
+    """Approximates `kernelized` with `landmarks` landmarks: time and memory are linear in the length.
 
     Args:
       q: `[batch, queries, heads, head_dim]`.
@@ -63,18 +64,20 @@ def skyformer(
       v: `[batch, keys, groups, v_dim]`.
       mask: bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens. With as many queries as keys it marks
         the queries too; otherwise landmarks come from the keys only.
-      key: draws the landmarks: one key per example `[batch]`, or one, folded per example; None (evaluation) draws
-        every example's with the same fixed key.
-      landmarks: how many; an example with fewer real queries and keys uses all of them.
-      ridge: added to the diagonal of the landmarks' kernel, above 0.
-      inverse: "cholesky", or "iteration": the published Newton-type one on the kernel normalised by its row sums.
-      iterations: steps of "iteration".
-      choice: which tokens become landmarks. "uniform": half of the queries', half of the keys', at the same positions
-        in all heads. "segments": means of consecutive tokens, half of the queries', half of the keys', without a draw.
-        "leverage": drawn by ridge leverage score among queries and keys, by each head for itself; for inputs with few
-        tokens far from the others. "kmeans": the means that four steps of Lloyd's algorithm make of those.
-      accumulate: tokens in a landmark, summed with random signs and drawn uniformly among queries and keys: the
-        sketch of Chen and Yang (2021, arXiv 2103.04031). Time but for the solve grows as many times.
+      key: draws the landmarks: one key per example `[batch]`, or a single key, folded per example; None (evaluation)
+        means the same fixed key for every example.
+      landmarks: number of landmarks; an example with fewer real queries and keys uses all of them.
+      ridge: number above 0, added to the diagonal of the landmarks' kernel matrix.
+      inverse: method to solve with the landmarks' kernel matrix: "cholesky", or "iteration", the published Newton-type
+        iteration on the matrix normalised by its row sums.
+      iterations: steps of the method "iteration".
+      choice: choice of the landmarks: "uniform", "segments", "leverage" or "kmeans". "uniform": uniform samples, half
+        from the queries and half from the keys, at the same positions in all heads. "segments": means of consecutive
+        tokens, half of the queries and half of the keys, without sampling. "leverage": each head samples queries and
+        keys by their ridge leverage scores; for inputs with a few tokens far from the others. "kmeans": the means after
+        four steps of Lloyd's algorithm from the landmarks of "leverage".
+      accumulate: number of tokens per landmark, drawn uniformly among queries and keys and summed with random signs:
+        the sketch of Chen and Yang (2021, arXiv 2103.04031). All time except the solve grows by this factor.
 
     Returns:
       `[batch, queries, heads, v_dim]` in the dtype of q; zero for an example without keys. The arithmetic is float32
@@ -104,7 +107,7 @@ def skyformer(
         core, sums, valid = merge(merge(core, signs).mT, signs), merge(sums, signs), valid[:, :landmarks]
     valid = valid[:, None, :, None]
     eye = jnp.eye(core.shape[-1], dtype=dtype)
-    # A landmark that does not exist is a row of the identity with nothing on its right side: it adds zero.
+    # A missing landmark is a row of the identity with a zero right-hand side, so it adds zero.
     core = jnp.where(valid & valid.mT, core, eye) + ridge * eye
     weights = core_solve(core, jnp.where(valid, sums, 0), inverse, iterations)
     if accumulate > 1:
@@ -115,9 +118,9 @@ def skyformer(
 def choose(
     parts: tuple[jax.Array, ...], real: jax.Array, draws: jax.Array, count: int, choice: str, ridge: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Landmarks `[batch, ≤ count, heads, dim]`, and which of them exist (the others are zero).
+    """Landmarks `[batch, ≤ count, heads, dim]`, and bool `[batch, ≤ count]`, which of them exist (the others are zero).
 
-    `parts` are queries and keys, or keys alone, `[batch, length, heads, dim]`; `real` marks the tokens of either.
+    `parts` are queries and keys, or only keys, each `[batch, length, heads, dim]`; `real` is the mask of each part.
     """
     if choice in ("leverage", "kmeans"):
         x, real = stacked(parts, real)
@@ -126,7 +129,7 @@ def choose(
         valid = jnp.arange(position.shape[1]) < real.sum(1)[:, None]
         z = tokens_at(x, position) if choice == "leverage" else lloyd(x, real, position)
         return jnp.where(valid[..., None, None], z, 0), valid
-    # Of the keys, and half as many as there are landmarks of the queries.
+    # Half of the landmarks come from the queries, if there are any, the others from the keys.
     shares = [(parts[-1], 1, count - (len(parts) - 1) * (count // 2)), (parts[0], 0, count // 2)][: len(parts)]
     if choice == "segments":
         chosen = [segment_means(x, real, share) for x, _, share in shares]
@@ -137,12 +140,12 @@ def choose(
 
 
 def stacked(parts: tuple[jax.Array, ...], real: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Queries and keys as tokens of one sequence, and which of them are real."""
+    """Queries and keys concatenated to one sequence, and its mask."""
     return jnp.concatenate(parts, axis=1), jnp.concatenate([real] * len(parts), axis=1)
 
 
 def draw(x: jax.Array, real: jax.Array, keys: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """`count` real tokens of each example of `x` `[batch, length, heads, dim]`, and which of them exist (else zero)."""
+    """`count` real tokens of each example of `x` `[batch, length, heads, dim]`; missing ones are zero, marked False."""
     position, valid = sample_tokens(keys, real, count)
     return jnp.where(valid[:, :, None, None], take_tokens(x, position), 0), valid
 
@@ -150,10 +153,10 @@ def draw(x: jax.Array, real: jax.Array, keys: jax.Array, count: int) -> tuple[ja
 def draw_sketch(
     x: jax.Array, real: jax.Array, draws: jax.Array, landmarks: int, accumulate: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Tokens of an accumulated sketch `[batch, accumulate · landmarks, heads, dim]`, which exist, and their signs.
+    """Tokens of an accumulated sketch `[batch, accumulate · landmarks, heads, dim]`, their mask, and their signs.
 
-    Landmark j sums the tokens j, j + landmarks, ... with the signs `[batch, accumulate, landmarks]`, which are
-    ± accumulate^-½, zero where there is no token. So every landmark has a token before one has two.
+    Landmark j sums the tokens j, j + landmarks, ... with the signs `[batch, accumulate, landmarks]`. A sign is ±
+    accumulate^-½, or zero for a missing token. So every landmark gets one token before any gets two.
     """
     count = accumulate * landmarks
     z, valid = draw(x, real, fold(draws, 0), count)
@@ -164,7 +167,7 @@ def draw_sketch(
 
 
 def merge(x: jax.Array, signs: jax.Array) -> jax.Array:
-    """Rows of tokens `[batch, heads, accumulate · landmarks, n]` summed to rows of landmarks."""
+    """Sums rows of tokens `[batch, heads, accumulate · landmarks, n]`, with signs, to rows of landmarks."""
     rows = x.reshape(*x.shape[:2], *signs.shape[1:], x.shape[-1])
     return (rows * signs[:, None, ..., None].astype(x.dtype)).sum(2)
 
@@ -173,7 +176,7 @@ def gaussian(x: jax.Array, y: jax.Array) -> jax.Array:
     """exp(−‖x_i − y_j‖² / (2√K)), `[..., n, m]`, from `[..., n, K]` and `[..., m, K]`."""
     dot = jnp.matmul(x, y.mT, precision=jax.lax.Precision.HIGHEST)
     x_norm, y_norm = (jnp.square(z).sum(-1) / 2 for z in (x, y))
-    # A squared distance is not negative, but rounding may make it so.
+    # Rounding may make a squared distance negative.
     return jnp.exp(jnp.minimum(dot - x_norm[..., :, None] - y_norm[..., None, :], 0) * x.shape[-1] ** -0.5)
 
 
@@ -186,7 +189,7 @@ def core_solve(core: jax.Array, sums: jax.Array, inverse: str, iterations: int) 
     """core⁻¹ sums, `[batch, heads, landmarks, v_dim]`."""
     if inverse == "cholesky":
         return spd_solve(core, sums)
-    # Normalised by its row sums the core has its spectrum in (0, 1], with 1 in it (their Lemma 3).
+    # Normalised by its row sums, the core has its spectrum in (0, 1] with largest eigenvalue 1 (Lemma 3 of the paper).
     d = jax.lax.rsqrt(core.sum(-1, keepdims=True))
     eye = jnp.broadcast_to(jnp.eye(core.shape[-1], dtype=core.dtype), core.shape)
     inverse, _ = newton_inverse(d * core * d.mT, iterations, start=eye)

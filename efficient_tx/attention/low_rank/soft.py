@@ -1,15 +1,15 @@
-"""SOFT (Lu et al. 2021, arXiv 2110.11945): Gaussian self-attention through a few bottleneck tokens, linear in length.
+"""SOFT (Lu et al. 2021, arXiv 2110.11945): Gaussian self-attention with a few bottleneck tokens, linear in length.
 
 One projection is both query and key, so the Gaussian kernel κ(x, y) = exp(−‖x − y‖² / (2√K)) of all pairs of tokens is
 positive semi-definite. With bottleneck tokens Z pooled or convolved from Q, and a depthwise convolution of the values,
 
     out = κ(Q, Z) A⁻¹ κ(Z, Q) V + conv(V),        A = κ(Z, Z) + ridge · I
 
-and in SOFT++ (Lu et al. 2022, arXiv 2207.03341) D^-½ A⁻¹ D^-½ for A⁻¹, with D the row sums of κ(Z, Z).
+SOFT++ (Lu et al. 2022, arXiv 2207.03341) replaces A⁻¹ by D^-½ A⁻¹ D^-½, with D the row sums of κ(Z, Z).
 
-Unlike the published code: there are masks, any length, and a system solved by Cholesky unless the published iteration
-is asked for; SOFT++ shares ridge and inverse with SOFT instead of an iteration whose start, and number of halvings,
-depends on the whole batch (its class cannot be constructed as released).
+Unlike the published code: masks and any length are supported; the default solve is Cholesky, and the published
+iteration is an option. SOFT++ uses the ridge and the inverse of SOFT; there, the start and the number of halvings of
+its iteration depend on the whole batch (and the released class cannot be constructed).
 """
 
 import math
@@ -58,18 +58,19 @@ def soft(
       v: `[batch, length, groups, v_dim]`; groups divides heads.
       mask: bool `[batch, length]` or `[batch, 1, 1, length]`, True for real tokens.
       key: unused, nothing is drawn.
-      z: bottleneck tokens `[batch, m, heads, head_dim]`; None takes means of q, over segments of the real tokens or
-        cells of their image.
-      z_mask: bool `[batch, m]`, True for those of z that exist; None means all do.
+      z: bottleneck tokens `[batch, m, heads, head_dim]`; None takes means of q over segments of the real tokens, or
+        over cells of their image.
+      z_mask: bool `[batch, m]`, True for valid tokens of z; None means all are valid.
       conv: weights of the depthwise convolution of the values, `[size, heads]`, or on a grid `[size, size, heads]`,
-        size odd; None leaves it out.
-      landmarks: how many means, where z is None; with fewer tokens each is its own. On a grid the largest square
-        number up to it.
-      grid: the n real tokens are a square image in row-major order, of side ⌈√n⌉; without it, a sequence.
-      ridge: added to the diagonal of the bottleneck tokens' kernel, above 0.
-      inverse: "cholesky", or "iteration": the published Newton-Raphson one.
-      iterations: steps of "iteration".
-      symmetric_norm: SOFT++.
+        size odd; None means none.
+      landmarks: number of means, used if z is None; with fewer tokens each token is its own mean. On a grid it is
+        rounded down to a square number.
+      grid: whether the n real tokens are a square image in row-major order, of side ⌈√n⌉, else a sequence.
+      ridge: number above 0, added to the diagonal of the bottleneck tokens' kernel matrix.
+      inverse: method to solve with the kernel matrix: "cholesky", or "iteration", the published Newton-Raphson
+        iteration.
+      iterations: steps of the method "iteration".
+      symmetric_norm: whether to normalise as in SOFT++, D^-½ A⁻¹ D^-½ instead of A⁻¹.
 
     Returns:
       `[batch, length, heads, v_dim]` in the dtype of q; zero for an example without tokens. The arithmetic is float32
@@ -96,7 +97,7 @@ def soft(
 
     sums = flash_attention(z, q.astype(dtype), v.astype(dtype), score="gaussian", mask=mask)
     eye = jnp.eye(z.shape[1], dtype=dtype)
-    # A token that does not exist is a row of the identity with nothing on its right side: it adds zero.
+    # A missing token is a row of the identity with a zero right-hand side, so it adds zero.
     core = jnp.where(real & real.mT, gaussian_gram(z.swapaxes(1, 2)), eye)
     sums = jnp.where(real, sums.swapaxes(1, 2), 0)
     scale = jax.lax.rsqrt(core.sum(-1, keepdims=True)) if symmetric_norm else 1
@@ -115,12 +116,12 @@ def soft(
 def gaussian_self_attention(
     q: jax.Array, v: jax.Array, *, mask: jax.Array | None = None, key: jax.Array | None = None
 ) -> jax.Array:
-    """What `soft` approximates: `kernelized` attention with q as queries and keys; arguments as there."""
+    """The exact form of `soft`: `kernelized` attention with q as queries and keys; arguments as in `soft`."""
     return kernelized(q, q, repeat_heads(v, q.shape[2], "v"), mask=mask, key=key)
 
 
 def pool(q: jax.Array, mask: jax.Array | None, landmarks: int, grid: bool) -> tuple[jax.Array, jax.Array]:
-    """Means of q, `[batch, landmarks or fewer, heads, head_dim]`, and which of them exist."""
+    """Means of q, `[batch, landmarks or fewer, heads, head_dim]`, and their mask."""
     if grid:
         return grid_means(q, mask, min(math.isqrt(landmarks), math.isqrt(max(q.shape[1] - 1, 0)) + 1))
     return segment_means(q, mask, min(landmarks, q.shape[1]))
@@ -130,10 +131,10 @@ class Soft(MultiHead):
     """Multi-head SOFT attention; options as `soft`, the other arguments as `MultiHead`.
 
     Args:
-      bottleneck: "mean" (no parameters, any length), or "convolution": see `Bottleneck`.
-      value_conv: size of the depthwise convolution of the values, odd, on a grid in both directions (9, 5 and 3 in the
-        stages of the paper's image models); 0 leaves it out, −1 takes the stride s of the convolution bottleneck, made
-        odd: 2 ⌊s/2⌋ + 1, as those stages do.
+      bottleneck: how bottleneck tokens are made: "mean" (no parameters, any length) or "convolution", see `Bottleneck`.
+      value_conv: size of the depthwise convolution of the values, odd; 0 means none, −1 means 2 ⌊s/2⌋ + 1 with s the
+        stride of the convolution bottleneck. On a grid it is the size in both directions. The stages of the paper's
+        image models have 9, 5 and 3, which −1 gives.
 
     Raises:
       ValueError: `causal=True`, an option out of its range, or "convolution" without `max_len`.
@@ -183,10 +184,11 @@ class Soft(MultiHead):
 
 
 class Bottleneck(nnx.Module):
-    """Bottleneck tokens by a convolution of equal size and stride, LayerNorm and GELU; all heads share it.
+    """Bottleneck tokens from a convolution of equal size and stride, LayerNorm and GELU, shared by all heads.
 
-    The stride makes `landmarks` tokens, or fewer, of `max_len`; another length makes as many as it has windows. In a
-    sequence the windows are pieces of the real tokens, on a grid squares of their image. What a window lacks is zero.
+    The stride is such that `max_len` tokens give at most `landmarks` bottleneck tokens; another length gives one per
+    window. In a sequence the windows are segments of the real tokens, on a grid squares of their image. Incomplete
+    windows are filled with zeros.
     """
 
     def __init__(self, head_dim: int, landmarks: int, max_len: int, *, grid: bool, rngs: nnx.Rngs):
@@ -201,7 +203,7 @@ class Bottleneck(nnx.Module):
         self.norm = nnx.LayerNorm(head_dim, rngs=rngs)
 
     def __call__(self, q: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """`[batch, length, heads, head_dim]` -> tokens `[batch, m, heads, head_dim]`, and which exist `[batch, m]`.
+        """`[batch, length, heads, head_dim]` -> tokens `[batch, m, heads, head_dim]` and their mask `[batch, m]`.
 
         Tokens are at least float32.
         """
@@ -213,18 +215,18 @@ class Bottleneck(nnx.Module):
             real = jnp.ones((batch, length), bool) if mask is None else compact(mask, mask)
             q, real = self.pieces(compact(q, mask)), self.pieces(real)
         z = jnp.einsum("bmwhk,wkl->bmhl", q, self.kernel[...].astype(q.dtype), precision=jax.lax.Precision.HIGHEST)
-        # In the paper queries are scaled by K^-¼ before they meet these tokens; ours are scaled together.
+        # The paper scales only the queries by K^-¼. The kernel here scales both, so these tokens get the factor K^¼.
         z = jax.nn.gelu(self.norm(z), approximate=False) * head_dim**0.25
         real = real.any(axis=2)
         return jnp.where(real[..., None, None], z, 0), real
 
     def pieces(self, x: jax.Array) -> jax.Array:
-        """`[batch, length, ...]` cut into windows, the last one filled up with zeros: `[batch, m, window, ...]`."""
+        """`[batch, length, ...]` cut into windows, the last one filled with zeros: `[batch, m, window, ...]`."""
         x = pad(x, 1, -x.shape[1] % self.stride)
         return x.reshape(x.shape[0], -1, self.stride, *x.shape[2:])
 
     def squares(self, x: jax.Array) -> jax.Array:
-        """`[batch, side, side, ...]` cut into square windows, likewise: `[batch, m, window, ...]`."""
+        """`[batch, side, side, ...]` cut into square windows, filled with zeros: `[batch, m, window, ...]`."""
         batch, side, _, *rest = x.shape
         x = pad(pad(x, 1, -side % self.stride), 2, -side % self.stride)
         count = x.shape[1] // self.stride
