@@ -37,6 +37,6 @@ def get_config(argument=""):
             "positions": "sincos",
             "representation": 384,
         },
-        # The same weight decay per step at the peak: theirs is 1e-4, not multiplied by the learning rate; here 0.1 × 1e-3.
+        # As much as theirs at the peak: their 1e-4 is not multiplied by the learning rate, here it is 0.1 × 1e-3.
         optimizer={"learning_rate": 1e-3, "schedule": "cosine", "warmup": 10000, "weight_decay": 0.1, "clip": 1.0},
     )

@@ -58,12 +58,13 @@ def get_task(
       data_dir: folder of data and baselines, default $EFFICIENT_TX_DATA or ~/.cache/efficient_tx.
       source: "imdb", prepared by TensorFlow Datasets in array_record, or the unpacked `aclImdb` in the data directory;
         "spam", the fetched e-mails; or the path of a folder in the form of `aclImdb`.
-      train_size, val_size, test_size: number of texts, or as many as there are; `Task.source` says how many. None is
-        all texts for training and testing, and for validation a tenth of the training texts (all test texts with
-        validation="test"). A fifth of the e-mails is for testing, for any sizes.
+      train_size, test_size: number of texts, or as many as there are; None is all. `Task.source` says how many. A fifth
+        of the e-mails is for testing, for any sizes.
+      val_size: number of texts, or as many as there are; None is a tenth of the training texts, or all test texts with
+        validation="test".
       max_len: longer texts are cut to this many bytes.
-      validation: "split" holds out a part of the training texts. "test" validates on test texts, as the code of the
-        arena and of the Skyformer paper does; a checkpoint chosen that way has seen the test.
+      validation: "split" holds out a part of the training texts; "test" validates on test texts. The code of the arena
+        and of the Skyformer paper does the latter; a checkpoint chosen that way has seen the test.
       bucket: batches of similar lengths, with little padding.
       seed: of the splits, which depend neither on the order of files nor on max_len. Equal texts are neighbours in the
         drawn order, so hardly any is in two splits.

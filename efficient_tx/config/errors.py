@@ -37,6 +37,6 @@ def at(section: str = "") -> Iterator[None]:
 
 
 def blame(error: Exception) -> str:
-    """One line on an exception out of a module of the user's own: its type, its message and where it was raised."""
+    """One line on an error in a module of the user's own: its type, message, file and line."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"

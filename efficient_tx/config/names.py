@@ -1,4 +1,4 @@
-"""The names in a config and what they stand for: mixers, weight structures, models, tasks."""
+"""The names in a config and their meaning: mixers, weight structures, models, tasks."""
 
 import importlib
 import importlib.util

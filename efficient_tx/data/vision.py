@@ -94,22 +94,23 @@ def get_task(
     """Images of one collection. Validation images come from its training images, test images from its test split.
 
     Args:
-      data_dir: folder of the data, see `task.data_directory`.
-      source: "fashion_mnist" (Xiao et al. 2017, arXiv 1708.07747), below data_dir as data.fetch stores it; "cifar10"
-        (Krizhevsky 2009) or "imagenet2012" (Russakovsky et al. 2014, arXiv 1409.0575), prepared by tensorflow_datasets
-        in the file format array_record, below data_dir, $TFDS_DATA_DIR or ~/tensorflow_datasets. ImageNet's test split
-        is its validation set.
+      data_dir: folder of the data, default $EFFICIENT_TX_DATA or ~/.cache/efficient_tx.
+      source: "fashion_mnist", "cifar10" or "imagenet2012". Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747) is below
+        data_dir as data.fetch stores it. CIFAR-10 (Krizhevsky 2009) and ImageNet (Russakovsky et al. 2014, arXiv
+        1409.0575) are prepared by tensorflow_datasets in the file format array_record, below data_dir, $TFDS_DATA_DIR
+        or ~/tensorflow_datasets. ImageNet's test split is its validation set.
       image_size: side of the images that a model gets; None is 28, 32 or 224, by source.
-      train_size, val_size, test_size: number of images; None is all that are left. For val_size None is 5,000, drawn
-        with `seed`; for ImageNet it is the last 1 % in stored order (12,812), as in Beyer et al. 2022 (arXiv
-        2205.01580).
+      train_size, test_size: number of images; None is all that are left.
+      val_size: number of training images that are held out; None is 5,000, for ImageNet 12,812. They are drawn with
+        `seed`; for ImageNet they are the last in stored order, 1 % as in Beyer et al. 2022 (arXiv 2205.01580).
       augment: a key of `pictures.AUGMENTATIONS`: "none"; "flip", mirror images; "flip_crop", mirror images and shifts
         by up to an eighth of the side; "inception", random crops and mirror images; "randaugment", as "inception" and
         then RandAugment(2, 10).
-      mixup: α; 0 is none (Zhang et al. 2017, arXiv 1710.09412). Every training image is a mixture of two, with weights
-        λ and 1 − λ, λ ~ Beta(α, α) and at least 1/2 as in big_vision. Unlike there, λ is drawn for each image, and the
-        partner is any image of the split, not the next one of the batch. So a row of a batch needs no other row, but
-        twice as many images are decoded and augmented.
+      mixup: α of the Beta(α, α) from which the weight of a second image is drawn; 0 is none. Every training image is a
+        mixture of two (Zhang et al. 2017, arXiv 1710.09412), with weights λ and 1 − λ, λ ~ Beta(α, α) and at least 1/2
+        as in big_vision. Unlike there, λ is drawn for each image, and the partner is any image of the split, not the
+        next one of the batch. So a row of a batch needs no other row, but twice as many images are decoded and
+        augmented.
       seed: of the validation split.
 
     Raises:

@@ -56,7 +56,7 @@ def get_task(
       data_dir: unused, nothing is stored.
       kind: a key of KINDS: "mqar", "copy", "needle", "parity" or "count".
       max_len: tokens of every example.
-      vocab_size: number of token ids; all kinds but "parity".
+      vocab_size: number of token ids; not for "parity".
       pairs: "mqar" only: key-value pairs to remember.
       gap_power: "mqar" only, above 0: 1 draws gaps uniformly, less puts queries nearer to the pairs.
       noise: "mqar" only: random tokens instead of blanks.
