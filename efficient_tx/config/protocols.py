@@ -13,8 +13,8 @@ Some differences from the original code remain under these settings.
   Skyformer: cycles Adam's b1 with the learning rate. It keeps the best checkpoint only after a fifth of the steps. It
     draws landmarks with replacement, and draws again in evaluation. It takes six iterations to the inverse; here a
     Cholesky solve gives it (`attention.skyformer.inverse=iteration` iterates, from another start).
-  Long Range Arena: drops attention weights at another rate than the rest for Image (.2, rest .3) and Pathfinder
-    (.1, rest .2). It has Xavier weights, and no biases in attention. A class token starts at zero and has a position. For
+  Long Range Arena: drops attention weights at another rate than the rest for Image (.2, rest .3) and Pathfinder (.1,
+    rest .2). It has Xavier weights, and no biases in attention. A class token starts at zero and has a position. For
     Retrieval it pools the first position of encoders without a class token; "cls" here adds one.
 """
 
