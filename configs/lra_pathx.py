@@ -3,7 +3,7 @@
 Command:   python train.py --config=configs/lra_pathx.py:skyformer --workdir=runs/pathx
            (--config.protocol=lra for the published settings). Generated images need numba: pip install -e
            '.[pathfinder]'. 200,000 images take about half an hour on 2 cores, once, and 3.3 GB of disk
-Hardware:  one accelerator; with too little memory --config.grad_accum=16 or --config.remat=True. A step has four times
+Hardware:  one accelerator; use --config.grad_accum=16 or --config.remat=True if memory is short. A step has four times
            the pixels of one of lra_pathfinder.py, so about 5 s per step of skyformer on 2 CPU cores (derived)
 Expected:  chance, 50 %: in protocol lra all twelve models of Long Range Arena's README fail, softmax included
 """

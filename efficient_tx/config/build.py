@@ -44,7 +44,7 @@ def build_task(config: ConfigDict) -> Task:
             task = module.get_task(**arguments)
         except (OSError, ValueError, ModuleNotFoundError):
             raise
-        except Exception as error:  # out of a module of the user's own
+        except Exception as error:  # any mistake in a module of the user's own
             raise ValueError(blame(error)) from None
         if not isinstance(task, Task):
             raise ValueError(f"get_task returned a {type(task).__name__}, not an efficient_tx.task.Task")

@@ -107,7 +107,7 @@ def task_module(name: str) -> ModuleType:
     except (ImportError, OSError, SyntaxError, TypeError, ValueError) as error:
         fault = f"is {name!r}: {error}; give a module with get_task, as 'lra.listops', or a file ({_looked_in()})"
         raise ConfigError("task.name", fault) from None
-    except Exception as error:  # out of a module of the user's own
+    except Exception as error:  # any mistake in a module of the user's own
         raise ConfigError("task.name", f"is {name!r}, which cannot be imported: {blame(error)}") from None
     for needed in ("get_task", "KIND", "sizes"):
         if not hasattr(module, needed):
@@ -139,5 +139,5 @@ def task_sizes(task: Mapping[str, Any]) -> dict[str, Any]:
     with at("task"):
         try:
             return task_module(task["name"]).sizes(**options)
-        except TypeError as error:  # of a module of the user's own
+        except TypeError as error:  # a mistake in a module of the user's own
             raise ValueError(f"its module's sizes() does not take its options: {error}") from None

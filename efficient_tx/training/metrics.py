@@ -1,4 +1,4 @@
-"""Metrics: dict of name -> (sum, count), two float32 scalars. They are divided only for display.
+"""Metrics: dict of name -> (sum, count), two float32 scalars. They are divided only for reports.
 
 Sums add up over micro-batches, devices, processes, steps and evaluation batches; nothing counts twice. A float32 sum of
 ones is exact up to 2^24 = 16,777,216, more items than one window or evaluation batch has. For larger sums, `fetch` each

@@ -3,8 +3,8 @@
     mqar    multi-query associative recall       copy    selective copying       needle  one fact in a long text
     parity  of the bits so far                   count   of a token so far
 
-Every example has `max_len` tokens. Labels are per token; the weight is not 0 only at questions. The tasks can be learnt
-causally and in both directions: no answer follows its question in the inputs, except by chance.
+Every example has `max_len` tokens. Labels are per token; all tokens except questions have weight 0. The tasks can be
+learnt causally and in both directions: no answer follows its question in the inputs, except by chance.
 """
 
 import collections

@@ -21,7 +21,7 @@ def distinct(rng: np.random.Generator, low: int, high: int, count: int) -> np.nd
 def weighted_distinct(rng: np.random.Generator, weights: np.ndarray, count: int) -> np.ndarray:
     """`count` different indices, int64, drawn one after the other with the weights of those that are left.
 
-    The first of exponential clocks with these rates (Efraimidis and Spirakis 2006).
+    Takes the first of exponential clocks with these rates (Efraimidis and Spirakis 2006).
     """
     return _smallest(-np.log1p(-rng.random(len(weights))) / weights, count)
 
