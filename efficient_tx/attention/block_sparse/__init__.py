@@ -1,1 +1,1 @@
-"""Attention to the keys of a fixed pattern of blocks: near, global, strided, random."""
+"""Attention with a sparsity pattern of blocks: local, global, strided, random."""

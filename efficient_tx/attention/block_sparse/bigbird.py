@@ -1,8 +1,9 @@
-"""BigBird (Zaheer et al. 2020, arXiv 2007.14062): softmax over near, first and random blocks of tokens.
+"""BigBird (Zaheer et al. 2020, arXiv 2007.14062): softmax over local, global and random blocks of tokens.
 
-The block of a token j is near that of i, or drawn for it, or one of the two is among the first. Unlike in the paper the
-global blocks are the first ones only (its last block moves with the length, so it has no causal form), and the random
-blocks are drawn with the example's key, anew in every training step. Padding is taken out first.
+Token i sees token j if the block of j is near the block of i, or is drawn for it, or if one of the two blocks is among
+the first (global) blocks. Unlike in the paper: only the first blocks are global (the paper's last block moves with the
+length, so it has no causal form), and the random blocks are drawn with the example's key, anew in every training step.
+Padding is removed first.
 """
 
 from functools import reduce
@@ -36,18 +37,28 @@ def bigbird(
     mask: jax.Array | None = None, key: jax.Array | None = None, causal: bool = False,
     block: int = 64, window_blocks: int = 3, global_blocks: int = 2, random_blocks: int = 3,
 ) -> jax.Array:  # fmt: skip
-    """Attends by blocks of real tokens: near ones, the first ones, which see all, and random ones.
+    """Attends to blocks of real tokens: local blocks, global blocks, which see all, and random blocks.
 
     Args:
-      q, k, v, mask, causal: as in `local`.
-      key: draws the random blocks, other ones for every head and block of queries: one key per example `[batch]`, or
-        one, folded per example; None (evaluation) draws every example's with the same fixed key.
-      block: tokens in a block.
-      window_blocks: how many blocks are near: the query's own and as many on both sides; causal: before it.
-      global_blocks: how many of the first blocks see all and are seen by all.
-      random_blocks: how many of the other blocks are drawn, without replacement; fewer where there are fewer.
+      q: `[batch, queries, heads, head_dim]`.
+      k: `[batch, keys, groups, head_dim]`; groups divides heads.
+      v: `[batch, keys, groups, v_dim]`.
+      mask: bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens; it marks the queries too.
+      key: draws the random blocks, separately for every head and block of queries: one key per example `[batch]`, or a
+        single key, folded per example; None (evaluation) means the same fixed key for every example.
+      causal: a query sees no later token. Only then the numbers of queries and keys may differ: the last query is at
+        the last real key (decoding), and time and memory are queries × keys.
+      block: tokens per block.
+      window_blocks: number of local blocks: the query's own block and window_blocks // 2 on each side; causal: the own
+        block and window_blocks − 1 before it.
+      global_blocks: number of first blocks that see all tokens and are seen by all.
+      random_blocks: number of other blocks that are drawn, without replacement; fewer if there are fewer.
 
-    Returns, Raises: as `local`.
+    Returns:
+      `[batch, queries, heads, v_dim]` in the dtype of q; zero at padding. Statistics are float32 at least.
+
+    Raises:
+      ValueError: an option out of its range, or shapes that do not fit.
     """
     batch, keys = k.shape[:2]
     mask = key_mask(mask, batch, keys)
@@ -76,14 +87,14 @@ def bigbird(
 
 
 def bigbird_blocks(key, real, near: Window, heads, blocks, causal, first, random) -> jax.Array:
-    """The key blocks of one example's query blocks, int32 `[heads, blocks, n]`, of which `real` hold real tokens."""
+    """The key blocks of each query block of one example, int32 `[heads, blocks, n]`; `real` blocks hold real tokens."""
     own = jnp.arange(blocks, dtype=jnp.int32)[:, None]
     listed = jnp.asarray(near._replace(everywhere=first).blocks(blocks))
-    # To draw from: the blocks from `first` up to the window, and those from `after` on.
+    # Candidates: the blocks from `first` up to the window, and those from `after` on.
     before = jnp.maximum(own - near.before - first, 0)
     after = jnp.maximum(own + near.after + 1, first)
     choices = before + (0 if causal else jnp.maximum(real.astype(jnp.int32) - after, 0))
-    # The rows belong to the blocks' numbers: they do not depend on how many there are.
+    # Row i of the draw belongs to block i and does not depend on the number of blocks.
     drawn = distinct(jax.random.uniform(key, (blocks, heads, random), jnp.float32), choices)
     before, after = before[..., None], after[..., None]
     drawn = jnp.where(drawn < 0, -1, jnp.where(drawn < before, first + drawn, after + drawn - before))
@@ -92,9 +103,9 @@ def bigbird_blocks(key, real, near: Window, heads, blocks, causal, first, random
 
 
 def distinct(uniform: jax.Array, choices: jax.Array) -> jax.Array:
-    """As many different numbers below `choices` as `uniform` `[..., n]` has, int32, −1 for what there is not.
+    """n distinct random numbers below `choices`, from `uniform` `[..., n]`: int32 `[..., n]`, −1 for missing ones.
 
-    Every set is as likely as any other (Floyd's algorithm; Bentley and Floyd 1987).
+    All sets are equally likely (Floyd's algorithm; Bentley and Floyd 1987).
     """
     n = uniform.shape[-1]
     chosen = jnp.full(uniform.shape, -1, jnp.int32)

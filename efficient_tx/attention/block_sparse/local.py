@@ -1,9 +1,9 @@
 """Local attention (Parmar et al. 2018, arXiv 1802.05751): softmax over the nearest tokens.
 
-With i and j the ranks of two real tokens (padding, wherever it stands, is taken out first), i sees j where
-|i − j| ≤ ⌊window / 2⌋; the causal form sees the last `window` tokens, its own included. Exact softmax where the window
-covers everything. Unlike the published code of Long Range Arena it is local, not strided, and nothing is causal that
-was not asked to be.
+Let i and j be the ranks of two real tokens (padding is removed first). Token i sees token j if |i − j| ≤ ⌊window / 2⌋.
+In the causal form a token sees the last `window` tokens, itself included. Exact softmax if the window covers all
+tokens. Unlike the published code of Long Range Arena, attention is local, not strided, and it is causal only on
+request.
 """
 
 import jax
@@ -25,17 +25,17 @@ def local(
     q: jax.Array, k: jax.Array, v: jax.Array, *,
     mask: jax.Array | None = None, key: jax.Array | None = None, causal: bool = False, window: int = 128,
 ) -> jax.Array:  # fmt: skip
-    """Attends to the real tokens at most window // 2 away; causal: to the last `window` ones, the query's included.
+    """Attends to the real tokens at most window // 2 away; causal: to the last `window` tokens, the query's included.
 
     Args:
       q: `[batch, queries, heads, head_dim]`.
       k: `[batch, keys, groups, head_dim]`; groups divides heads.
       v: `[batch, keys, groups, v_dim]`.
       mask: bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens; it marks the queries too.
-      key: unused, the method draws nothing.
-      causal: a query sees no later token. Then there may be other numbers of queries and keys: the last query stands
-        at the last real key (decoding), and time and memory are queries × keys.
-      window: how many tokens are near.
+      key: unused, nothing is drawn.
+      causal: a query sees no later token. Only then the numbers of queries and keys may differ: the last query is at
+        the last real key (decoding), and time and memory are queries × keys.
+      window: size of the local window in tokens.
 
     Returns:
       `[batch, queries, heads, v_dim]` in the dtype of q; zero at padding. Statistics are float32 at least.

@@ -1,7 +1,7 @@
-"""Longformer (Beltagy et al. 2020, arXiv 2004.05150): softmax over the nearest tokens and a few global ones.
+"""Longformer (Beltagy et al. 2020, arXiv 2004.05150): softmax over the nearest tokens and a few global tokens.
 
-With i and j the ranks of two real tokens, i sees j as in `local`, or where i or j is among the first `global_tokens`.
-No pattern is a dense mask, and padding is neither near nor far.
+Let i and j be the ranks of two real tokens. Token i sees token j as in `local`, or if i or j is among the first
+`global_tokens`. The pattern never becomes a dense mask, and padding does not count in distances.
 """
 
 from typing import Any
@@ -33,15 +33,27 @@ def longformer(
     mask: jax.Array | None = None, key: jax.Array | None = None, causal: bool = False,
     window: int = 512, global_tokens: int = 1,
 ) -> jax.Array:  # fmt: skip
-    """`local`, and the first `global_tokens` real tokens see all and are seen by all.
+    """`local` attention; in addition the first `global_tokens` real tokens see all tokens and are seen by all.
 
     Args:
-      q, k, v, mask, key, causal, window: as in `local`.
-      q_global, k_global, v_global: another projection of the same tokens, each of the shape of q, k or v: with it the
-        global tokens look at all others, as in the paper. None: with q, k and v.
-      global_tokens: how many; 0 is `local`.
+      q: `[batch, queries, heads, head_dim]`.
+      k: `[batch, keys, groups, head_dim]`; groups divides heads.
+      v: `[batch, keys, groups, v_dim]`.
+      q_global, k_global, v_global: separate projections of the same tokens for the rows of the global tokens, as in the
+        paper; shapes as q, k and v. None: the global tokens use q, k and v.
+      mask: bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens; it marks the queries too.
+      key: unused, nothing is drawn.
+      causal: a query sees no later token. Only then the numbers of queries and keys may differ: the last query is at
+        the last real key (decoding), and time and memory are queries × keys.
+      window: size of the local window in tokens.
+      global_tokens: number of global tokens; 0 gives `local`.
 
-    Returns, Raises: as `local`; with the other projection, queries and keys must be equally many.
+    Returns:
+      `[batch, queries, heads, v_dim]` in the dtype of q; zero at padding. Statistics are float32 at least.
+
+    Raises:
+      ValueError: an option out of its range, shapes that do not fit, one or two of the separate projections, or
+        different numbers of queries and keys with them.
     """
     near = Window.of(window, causal, global_tokens)
     mask = key_mask(mask, *k.shape[:2])
@@ -61,8 +73,8 @@ class Longformer(BlockSparse):
     """Multi-head `longformer` attention; options as the function, the other arguments as `MultiHead`.
 
     Args:
-      global_projections: global tokens look through query, key and value layers of their own, as in the paper; twice
-        the parameters.
+      global_projections: whether global tokens attend with query, key and value layers of their own, as in the paper,
+        which doubles the parameters of these layers.
     """
 
     paper = "Beltagy et al. 2020, arXiv 2004.05150"

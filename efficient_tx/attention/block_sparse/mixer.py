@@ -1,4 +1,4 @@
-"""BlockSparse: what all mixers with a block pattern state of themselves."""
+"""BlockSparse: the base class of all mixers with a block pattern."""
 
 from typing import ClassVar
 
@@ -8,7 +8,7 @@ from efficient_tx.attention.exact.softmax import softmax
 
 
 class BlockSparse(MultiHead):
-    """Multi-head softmax attention to the keys of a block pattern; exact where the pattern covers everything."""
+    """Multi-head softmax attention to the keys of a block pattern; exact if the pattern covers all tokens."""
 
     exact = staticmethod(softmax)
     near_on = ("clustered", "imbalanced")

@@ -1,7 +1,8 @@
-"""Who sees whom under a block pattern, which blocks that needs, and attention by it.
+"""Sparsity patterns: which query sees which key, the blocks that this needs, and attention with them.
 
-A pattern is called with the ranks of queries and keys among the real tokens and says, pair by pair, who meets; its
-`attend` takes `[batch, length, heads, dim]` with the real tokens in front and computes the blocks that have such pairs.
+A pattern is a function of the ranks of queries and keys among the real tokens; it tells for each pair whether the query
+sees the key. Its `attend` takes `[batch, length, heads, dim]` with the real tokens first and computes the blocks that
+contain such pairs.
 """
 
 from typing import NamedTuple
@@ -13,14 +14,14 @@ import numpy as np
 from efficient_tx.kernels import block_attention, flash_attention
 from efficient_tx.tokens.mask import compact, token_ranks
 
-# What a variant says of queries of other tokens than the keys, but for the causal form.
+# Part of the error message for different numbers of queries and keys without `causal`.
 OTHER_QUERIES = "other numbers need the plain causal form"
-# Larger ones waste more at the edges of a window than they save.
+# Larger blocks waste more at the edges of a window than they save.
 LARGEST_BLOCK = 128
 
 
 class Window(NamedTuple):
-    """Sees what is at most `before` earlier or `after` later; what is `everywhere` first sees and is seen by all."""
+    """Sees keys at most `before` earlier or `after` later; the first `everywhere` tokens see and are seen by all."""
 
     before: int
     after: int
@@ -37,7 +38,7 @@ class Window(NamedTuple):
         return near | (i < self.everywhere) | (j < self.everywhere) if self.everywhere else near
 
     def blocks(self, blocks: int, size: int = 1) -> np.ndarray:
-        """What each of `blocks` blocks of `size` tokens has to list, int32 `[blocks, n]`: the first ones, the near."""
+        """The key blocks of each of `blocks` query blocks of `size` tokens, int32 `[blocks, n]`: global, then near."""
         own = np.arange(blocks)[:, None]
         low, high = (-(-min(reach, blocks * size) // size) for reach in (self.before, self.after))
         first, near = np.arange(min(-(-self.everywhere // size), blocks)), own + np.arange(-low, high + 1)
@@ -46,7 +47,7 @@ class Window(NamedTuple):
         return np.concatenate([first, near], axis=1).astype(np.int32)
 
     def attend(self, q, k, v, mask, causal, **options):
-        """Attention by this pattern; blocks of half its reach waste little and are not too small."""
+        """Attention with this pattern; blocks of half the window's reach waste little and are not too small."""
         reach = min(max(self.before, self.after), q.shape[1])
         size = min(LARGEST_BLOCK, 16 * -(-reach // 32) or 16)
         blocks = self.blocks(-(-q.shape[1] // size), size)[None, None]
@@ -56,7 +57,7 @@ class Window(NamedTuple):
 
 
 class Strided(NamedTuple):
-    """Sees the window, and what is a multiple of the stride away."""
+    """Sees the window, and the keys at a multiple of the stride."""
 
     stride: int
     near: Window
@@ -65,12 +66,12 @@ class Strided(NamedTuple):
         return self.near(i, j) | ((i - j) % self.stride == 0)
 
     def attend(self, q, k, v, mask, causal):
-        """Attention over the window without the token itself, merged with that over the token's multiples."""
+        """Attention to the window without the token itself, merged with that to the keys at multiples of the stride."""
         (batch, length), stride, dtype = k.shape[:2], self.stride, q.dtype
         q = q.astype(jnp.promote_types(dtype, jnp.float32))
         near = self.near._replace(itself=False).attend(q, k, v, mask, causal, return_lse=True)
         mask = jnp.ones((batch, length), bool) if mask is None else mask
-        # Tokens of one remainder side by side, filled up to whole blocks: attention within a remainder.
+        # Tokens with equal position mod stride are grouped and padded to whole blocks; attention is within a group.
         each = -(-length // stride)
         count = -(-each // LARGEST_BLOCK)
         size = -(-each // count)
@@ -92,7 +93,7 @@ class Strided(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """Sees the token's own block, and the end of every block."""
+    """Sees the query's own block, and the last `summary` tokens of every block."""
 
     stride: int
     summary: int
@@ -101,7 +102,7 @@ class Fixed(NamedTuple):
         return (i // self.stride == j // self.stride) | (j % self.stride >= self.stride - self.summary)
 
     def attend(self, q, k, v, mask, causal):
-        """Attention over the token's own block, merged with that over the ends of the others."""
+        """Attention to the token's own block, merged with attention to the ends of the other blocks."""
         (batch, length), dtype = k.shape[:2], q.dtype
         q = q.astype(jnp.promote_types(dtype, jnp.float32))
         mask = jnp.ones((batch, length), bool) if mask is None else mask
@@ -125,7 +126,7 @@ class Fixed(NamedTuple):
 
 
 class Elsewhere(NamedTuple):
-    """Of the ends of blocks, `summary` each, sees those of other blocks than the query's; causal: of earlier ones."""
+    """Sees the ends, `summary` tokens each, of all blocks but the query's own; causal: of earlier blocks only."""
 
     stride: int
     summary: int
@@ -137,7 +138,7 @@ class Elsewhere(NamedTuple):
 
 
 def merge(one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Attention over two disjoint sets of keys, from (output, log-sum-exp) over each."""
+    """Attention over the union of two disjoint sets of keys, from the (output, log-sum-exp) of each."""
     peak = jax.lax.stop_gradient(jnp.maximum(one[1], other[1]))
     peak = jnp.where(jnp.isfinite(peak), peak, 0)
     weights = [jnp.exp(lse - peak)[..., None] for _, lse in (one, other)]
@@ -146,12 +147,12 @@ def merge(one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]) 
 
 
 def side_by_side(mask: jax.Array | None, *arrays: jax.Array) -> tuple[jax.Array | None, ...]:
-    """`compact` arrays, and their mask."""
+    """The arrays and the mask after `compact`."""
     return *(compact(x, mask) for x in arrays), None if mask is None else compact(mask, mask)
 
 
 def last_queries(name, q, k, v, mask, causal, sees) -> jax.Array:
-    """Causal attention of queries of which the last stands at the last real key, with a dense mask."""
+    """Causal attention with a dense mask; the last query is at the position of the last real key."""
     (batch, queries), keys = q.shape[:2], k.shape[1]
     if not causal:
         raise ValueError(f"{name} got {queries} queries and {keys} keys: {OTHER_QUERIES}")
@@ -163,7 +164,7 @@ def last_queries(name, q, k, v, mask, causal, sees) -> jax.Array:
 
 
 def with_global_rows(out, q, k, v, mask, causal, count) -> jax.Array:
-    """`out` with its first `count` rows replaced by exact attention to all keys; causal: to those before them."""
+    """`out` with its first `count` rows replaced by exact attention to all keys; causal: to no later keys."""
     if count == 0:
         return out
     if causal:

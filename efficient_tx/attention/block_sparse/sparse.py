@@ -1,11 +1,12 @@
-"""Sparse Transformer (Child et al. 2019, arXiv 1904.10509): softmax over near tokens and a pattern of far ones.
+"""Sparse Transformer (Child et al. 2019, arXiv 1904.10509): softmax over near tokens and a pattern of far tokens.
 
-With i and j the ranks of two real tokens, i sees j where
+Let i and j be the ranks of two real tokens. Token i sees token j if
 
     "strided"   |i − j| ≤ ⌊stride / 2⌋, or stride divides i − j
     "fixed"     ⌊i / stride⌋ = ⌊j / stride⌋, or j mod stride ≥ stride − summary
 
-and causal forms see j ≤ i of these, with the window before the query. Every head has both patterns ("merged").
+The causal forms see only j ≤ i; the window is then before the query. Every head has both parts of its pattern
+("merged").
 """
 
 import jax
@@ -39,16 +40,27 @@ def sparse(
     mask: jax.Array | None = None, key: jax.Array | None = None, causal: bool = False,
     pattern: str = "strided", stride: int = 128, summary: int = 8,
 ) -> jax.Array:  # fmt: skip
-    """Two sparse patterns that together reach every token in two steps, at n·(stride + n / stride) for stride ~ √n.
+    """Attention with two sparse parts, which reach every token in two steps; time n·(stride + n / stride), stride ~ √n.
 
     Args:
-      q, k, v, mask, key, causal: as in `local`.
-      pattern: "strided": `local` with a window of `stride`, and every token a multiple of `stride` away; "fixed": the
-        query's own block of `stride` tokens, and the last `summary` tokens of every block.
-      stride: the distance, or the length of a block.
-      summary: of "fixed", from 1 to `stride`.
+      q: `[batch, queries, heads, head_dim]`.
+      k: `[batch, keys, groups, head_dim]`; groups divides heads.
+      v: `[batch, keys, groups, v_dim]`.
+      mask: bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens; it marks the queries too.
+      key: unused, nothing is drawn.
+      causal: a query sees no later token. Only then the numbers of queries and keys may differ: the last query is at
+        the last real key (decoding), and time and memory are queries × keys.
+      pattern: sparsity pattern, "strided" or "fixed". "strided": `local` with a window of `stride`, and every token at
+        a multiple of `stride`. "fixed": the query's own block of `stride` tokens, and the last `summary` tokens of
+        every block.
+      stride: the distance of "strided", or the block length of "fixed".
+      summary: number of last tokens of a block in "fixed", from 1 to `stride`.
 
-    Returns, Raises: as `local`.
+    Returns:
+      `[batch, queries, heads, v_dim]` in the dtype of q; zero at padding. Statistics are float32 at least.
+
+    Raises:
+      ValueError: an option out of its range, or shapes that do not fit.
     """
     mask = key_mask(mask, *k.shape[:2])
     chosen = Strided(stride, Window.of(stride, causal)) if pattern == "strided" else Fixed(stride, summary)

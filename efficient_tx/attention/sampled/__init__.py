@@ -1,1 +1,1 @@
-"""Attention to few keys that are drawn or chosen among all."""
+"""Attention to a few keys, sampled or selected from all keys."""

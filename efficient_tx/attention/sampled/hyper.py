@@ -1,19 +1,20 @@
-"""HyperAttention (Han et al. 2023, arXiv 2310.05869): softmax attention to similar keys and to a sample of the others.
+"""HyperAttention (Han et al. 2023, arXiv 2310.05869): softmax over similar keys and a sample of the other keys.
 
-Keys are sorted by a locality-sensitive hash and cut into blocks. A query sees the block B in which its own hash falls
-exactly, and all other keys through a sample S of m, each raised by the number n_j ≈ n/m of keys that it stands for:
+Keys are sorted by a locality-sensitive hash and split into blocks. A query attends exactly to the block B that contains
+its own hash. The other keys are approximated by a sample S of m keys, each weighted by the number n_j ≈ n/m of keys
+that it represents:
 
     out_i = (Σ_{j ∈ B} e^{s_ij} v_j + Σ_{j ∈ S∖B} n_j e^{s_ij} v_j) / (the same without v),     s_ij = q_i·k_j / √d
 
-Causally, chunks attend to themselves exactly and the second half of every pair of neighbouring pieces, of one chunk,
-two, four ..., attends to the first half as above.
+Causal form: each chunk attends exactly within itself. Then, for pieces of one chunk, two, four ... chunks, the second
+piece of every pair of neighbouring pieces attends to the first piece as above.
 
-Unlike the published code: the sampled keys of the own block are left out on every path; gradients pass through the
-weights of the merged parts; padding is in no block and no sample. Unlike the paper, which draws S uniformly, it has one
-key from each of m equal stretches of the sorted keys: both sums stay unbiased and vary less. And while the paper cuts
-the sorted queries into blocks too and pairs them by rank, a query here sees the block of keys into which it falls
-itself. No other query has a say in that, so a causal model stays causal and there may be fewer queries than keys; and
-where queries and keys fill the buckets in different proportions, the error is smaller by almost half.
+Unlike the published code: sampled keys in the query's own block are always left out; gradients flow through the weights
+of the merged parts; padding is in no block and no sample. Unlike the paper, which draws S uniformly, S has one key from
+each of m equal segments of the sorted keys: both sums stay unbiased and have a lower variance. Unlike the paper, which
+also splits the sorted queries into blocks and pairs the blocks by rank, a query here attends to the block of keys that
+contains its own hash. This choice does not depend on other queries, so a causal model stays causal, and there may be
+fewer queries than keys. If queries and keys have different distributions over the buckets, the error is almost halved.
 """
 
 from functools import partial
@@ -34,7 +35,7 @@ from efficient_tx.numerics.random import evaluation_keys, example_keys
 from efficient_tx.tokens.mask import key_mask, repeat_heads
 from efficient_tx.tokens.segments import segment_starts
 
-LARGEST_TILE = 128  # rows of queries at a time; every block costs a tile more than its own queries
+LARGEST_TILE = 128  # query rows per step; every block costs one tile more than its own queries
 
 
 def check_options(*, block, samples, bits, chunk):
@@ -50,7 +51,7 @@ def hyper(
     mask: jax.Array | None = None, key: jax.Array | None = None, causal: bool = False,
     block: int = 256, samples: int = 256, bits: int = 7, chunk: int = 1024,
 ) -> jax.Array:  # fmt: skip
-    """Approximates `softmax`: time and memory are linear in the length, with `causal` n log n.
+    """Approximates `softmax`: time and memory are linear in the length n, n log n with `causal`.
 
     Args:
       q: `[batch, queries, heads, head_dim]`.
@@ -58,21 +59,23 @@ def hyper(
       v: `[batch, keys, groups, v_dim]`.
       mask: bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens; with as many queries as keys it marks
         the queries too.
-      key: draws the hash and the samples: one key per example `[batch]`, or one, folded per example; None (evaluation)
-        draws every example's with the same fixed key. All heads share the hash.
+      key: draws the hash and the samples: one key per example `[batch]`, or a single key, folded per example; None
+        (evaluation) means the same fixed key for every example. All heads share the hash.
       causal: token i sees tokens j ≤ i only. A single query (decoding) sees all real keys, exactly.
-      block: keys of similar hash that a query sees exactly; from the number of real keys on, the result is exact.
-      samples: keys that stand for those outside the block; likewise exact from the number of real keys on.
-      bits: signs in the hash, which has 2^bits buckets.
-      chunk: with `causal`, this many tokens attend exactly among themselves, rounded up to whole blocks.
+      block: number of keys with similar hash that a query attends to exactly; the result is exact if block is at least
+        the number of real keys.
+      samples: number of sampled keys that represent the keys outside the block; the result is exact if samples is at
+        least the number of real keys.
+      bits: number of signs in the hash, which has 2^bits buckets.
+      chunk: causal only: number of tokens that attend exactly to each other, rounded up to whole blocks.
 
     Returns:
       `[batch, queries, heads, v_dim]` in the dtype of q; zero for a query without keys. Statistics are float32 at
-      least. What stands at masked queries has no meaning.
+      least. The output at masked queries is undefined.
 
     Raises:
-      ValueError: an option out of its range, shapes that do not fit, or `causal` with several queries, but not as many
-        as keys.
+      ValueError: an option out of its range, shapes that do not fit, or `causal` with several queries whose number is
+        not that of the keys.
     """
     batch, queries, heads, dim = q.shape
     keys = k.shape[1]
@@ -95,27 +98,27 @@ def hyper(
 
 
 class Budget(NamedTuple):
-    """The options of `hyper` that say how many keys a query sees."""
+    """The options of `hyper` that set the number of keys per query."""
 
     block: int
     samples: int
 
     @property
     def tile(self) -> int:
-        """Rows of queries at a time: at most LARGEST_TILE where that divides a block."""
+        """Query rows per step: at most LARGEST_TILE if such a number divides the block, else the block."""
         count = -(-self.block // LARGEST_TILE)
         return self.block if self.block % count else self.block // count
 
 
 class Pieces(NamedTuple):
-    """Queries that attend to the keys of their own piece, the pieces of a sequence one after another.
+    """Queries that attend to the keys of their own piece; the pieces of a sequence are concatenated.
 
     Attributes:
-      q, k, v: `[sequences, length, dim]`; sequences counts examples and heads.
-      q_bucket, k_bucket: their hashes, int32 `[sequences, length]`.
+      q, k, v: `[sequences, length, dim]`, one sequence for each example and head.
+      q_bucket, k_bucket: hash buckets of queries and keys, int32 `[sequences, length]`.
       q_real, k_real: bool `[sequences, length]`, False for padding.
-      sizes: queries and keys of each piece. With several pieces, queries and keys are as many, in whole blocks, and
-        the keys are real.
+      sizes: numbers of queries and keys of each piece. With several pieces, both numbers are equal and multiples of the
+        block size, and all keys are real.
       draws: one key per piece, `[sequences, pieces]`.
     """
 
@@ -144,9 +147,9 @@ def everywhere(q, k, v, real, directions, draws, budget):
 
 
 def with_the_past(q, k, v, real, directions, draws, budget, *, chunk):
-    """Causal attention of `[batch, length, heads, dim]`: exact within chunks, then halves of ever larger pieces.
+    """Causal attention of `[batch, length, heads, dim]`: exact within chunks, then second to first halves by level.
 
-    Pieces begin at fixed ranks of the real tokens, so that more padding only adds pieces of padding.
+    Pieces begin at fixed ranks of the real tokens, so more padding only adds pieces of padding.
     """
     batch, length, heads, _ = q.shape
     levels = (-(-length // chunk) - 1).bit_length()
@@ -178,7 +181,7 @@ def with_the_past(q, k, v, real, directions, draws, budget, *, chunk):
     past = attend_within(pieces, budget, directions.shape[-1])
 
     def by_level(own, past, fill):
-        """`[levels + 1, batch, heads, size, ...]`, second halves in their places."""
+        """`[levels + 1, batch, heads, size, ...]`: results of second halves at their positions, `fill` elsewhere."""
         parts, start = [own.reshape(batch, heads, size, *past.shape[2:])], 0
         for half, count in zip(halves, counts):
             rows = past[:, start : start + count * half].reshape(batch, heads, count, half, *past.shape[2:])
@@ -194,7 +197,7 @@ def with_the_past(q, k, v, real, directions, draws, budget, *, chunk):
 
 
 def attend_within(pieces: Pieces, budget: Budget, bits: int) -> tuple[jax.Array, jax.Array]:
-    """Output `[sequences, length, v_dim]` and log-sum-exp; zero and −inf at queries that are not real."""
+    """Output `[sequences, length, v_dim]` and log-sum-exp `[sequences, length]`; zero and −inf at padded queries."""
     _, queries, dim = pieces.q.shape
     keys = pieces.k.shape[1]
     q_rows, k_rows = (-(-length // size) * size for length, size in ((queries, budget.tile), (keys, budget.block)))
@@ -225,17 +228,17 @@ def attend_within(pieces: Pieces, budget: Budget, bits: int) -> tuple[jax.Array,
 
 
 def sort_together(pieces: Pieces, buckets: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries and keys of each piece in one order, by bucket and then position; what is not real comes last.
+    """Sorts queries and keys of each piece together, by bucket and then position; padding comes last.
 
     Returns:
-      The row of each query among all queries, of each key among all keys, and the number of keys before each query;
-      int32 `[sequences, length]`.
+      The rank of each query among all queries, of each key among all keys, and the number of keys before each query;
+      int32 `[sequences, length]` each.
     """
     sequences, queries = pieces.q_bucket.shape
     keys = pieces.k_bucket.shape[1]
 
     def together(q, k):
-        """Side by side, the query first; without common positions all queries first."""
+        """Alternates queries and keys of one position; if their numbers differ, all queries come first."""
         return jnp.stack([q, k], axis=-1).reshape(-1, 2 * keys) if queries == keys else jnp.concatenate([q, k], axis=-1)
 
     def apart(x):
@@ -243,7 +246,7 @@ def sort_together(pieces: Pieces, buckets: int) -> tuple[jax.Array, jax.Array, j
 
     bucket, real = together(pieces.q_bucket, pieces.k_bucket), together(pieces.q_real, pieces.k_real)
     orders, start = [], 0
-    for size, count in zip(*np.unique(pieces.sizes.sum(1), return_counts=True)):  # pieces of equal size side by side
+    for size, count in zip(*np.unique(pieces.sizes.sum(1), return_counts=True)):  # pieces of equal size together
         end = start + int(size * count)
         piece = (x[:, start:end].reshape(-1, int(size)) for x in (bucket, real))
         begin = start + int(size) * jnp.arange(int(count))[:, None]
@@ -259,14 +262,14 @@ def sort_together(pieces: Pieces, buckets: int) -> tuple[jax.Array, jax.Array, j
 
 
 def sample_rows(keys: jax.Array, count: jax.Array, samples: int) -> tuple[jax.Array, jax.Array]:
-    """One of each of `samples` almost equal segments of `count` rows, and the logarithm of the segment's size.
+    """Draws one row from each of `samples` almost equal segments of `count` rows; also the log of the segment sizes.
 
-    So every row is drawn with the probability 1/size, and in expectation stands for itself.
+    A row is drawn with probability 1/size, so its weight is 1 in expectation.
 
     Args:
-      keys: one per piece, `[sequences, pieces]`.
-      count: int `[sequences or 1, pieces]`.
-      samples: how many; where there are fewer rows, some segments are empty, with −inf.
+      keys: one PRNG key per piece, `[sequences, pieces]`.
+      count: rows of each piece, int `[sequences or 1, pieces]`.
+      samples: number of rows to draw; with fewer rows some segments are empty, with log-size −inf.
 
     Returns:
       int32 and float32 `[sequences, pieces, samples]`.
@@ -284,14 +287,14 @@ def sample_rows(keys: jax.Array, count: jax.Array, samples: int) -> tuple[jax.Ar
 
 
 def numbered(keys: jax.Array, numbers: np.ndarray) -> jax.Array:
-    """A new key of each of `keys` `[n]` for each number, `[n, numbers]`."""
+    """New keys `[n, numbers]`: each of `keys` `[n]` folded with each number."""
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys, numbers.astype(np.uint32))
 
 
 def invert(place: jax.Array, rows: int) -> jax.Array:
-    """What is in each of `rows` rows, int32 `[n, rows]`, from the row of each element, `[n, length]`.
+    """The element in each of `rows` rows, int32 `[n, rows]`, from `place`, the row of each element, `[n, length]`.
 
-    Elements in row `rows` are nowhere; rows without an element get `length`.
+    Elements whose row is `rows` are dropped; rows without an element get `length`.
     """
     length = place.shape[1]
 
@@ -303,9 +306,9 @@ def invert(place: jax.Array, rows: int) -> jax.Array:
 
 @jax.custom_vjp
 def permute(x: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
-    """Rows `index` `[n, rows]` of `x` `[n, length, ...]`, zero where there is none.
+    """Rows `index` `[n, rows]` of `x` `[n, length, ...]`, zero where the index is `length`.
 
-    `inverse` is the way back, as of `invert`: so the backward pass is a gather as well.
+    `inverse` is the inverse index from `invert`, so the backward pass is also a gather.
     """
     return jax.vmap(rows_of)(x, index)
 

@@ -1,16 +1,16 @@
-"""LevAttention (Kannan, Bhattacharyya, Kacham and Woodruff 2024, arXiv 2410.05462): few keys, chosen without queries.
+"""LevAttention (Kannan, Bhattacharyya, Kacham and Woodruff 2024, arXiv 2410.05462): the same few keys for all queries.
 
-With the weights |q·k_j|^p / Σ_l |q·k_l|^p no query can give key j more than sup_y |y·k_j|^p / Σ_l |y·k_l|^p: for p = 2
-its leverage score k_jᵀ(KᵀK)⁺k_j. The scores sum to the rank of K, so that the keys above ε, at most d/ε of them, hold
-every weight above ε of any query whatever: a universal set U. For other p the ℓp Lewis weights take the place of the
-scores; they bound the shares up to a factor (`numerics.lewis`). Attention then runs over U only:
+With the weights |q·k_j|^p / Σ_l |q·k_l|^p, the weight of key j is at most sup_y |y·k_j|^p / Σ_l |y·k_l|^p for every
+query. For p = 2 this bound is the leverage score k_jᵀ(KᵀK)⁺k_j. The scores sum to the rank of K, so at most d/ε keys
+have a score above ε. These keys contain every weight above ε of any query: a universal set U. For other p the ℓp Lewis
+weights replace the scores; they bound the weights up to a factor (`numerics.lewis`). Attention then uses only U:
 
     "softmax"      out_i = Σ_{j∈U} softmax_{j∈U}(q_i·k_j / √d) v_j
     "polynomial"   out_i = Σ_{j∈U} |q_i·k_j|^p v_j / N_i,    N_i = q_iᵀ(KᵀK)q_i, the exact sum over all keys, for p = 2
 
-The theorem is about the polynomial weights; the paper trains softmax over the set, and so does the default here. Its
-authors published no code. What the paper leaves open: U is the `budget` keys of the highest scores, for each example
-and head of the keys; no key is forced in; for p ≠ 2 the weights are divided by their sum over U. The causal form, in
+The theorem holds for the polynomial weights. The paper trains softmax over U, which is the default here. Its authors
+published no code. Choices that the paper leaves open: U is the `budget` keys with the highest scores, for each example
+and key head; no key is always included; for p ≠ 2 the weights are divided by their sum over U. The causal form, in
 `lev_stream`, is ours.
 """
 
@@ -26,7 +26,7 @@ from efficient_tx.numerics.leverage import leverage_scores
 from efficient_tx.numerics.lewis import lewis_weights
 from efficient_tx.tokens.mask import key_mask, place, query_positions, take
 
-QUERY_TILE = 256  # polynomial weights of so many queries are made at a time
+QUERY_TILE = 256  # queries whose polynomial weights are computed at a time
 
 
 @checked_by(check_options)
@@ -36,25 +36,26 @@ def lev(
     budget: int = 128, p: float = 2.0, attention: str = "softmax",
     recent: int | None = None, ridge: float = 1.0, rescore: bool = True,
 ) -> jax.Array:  # fmt: skip
-    """Attends to `budget` keys that the keys choose among themselves; no gradient flows through the choice.
+    """Attends to `budget` keys, selected by the keys alone; no gradient flows through the selection.
 
     Args:
       q: `[batch, queries, heads, head_dim]`.
-      k: `[batch, keys, groups, head_dim]`; groups divides heads, and each group chooses for itself.
+      k: `[batch, keys, groups, head_dim]`; groups divides heads. Each group selects its own keys.
       v: `[batch, keys, groups, v_dim]`.
       mask: bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens. With as many queries as keys it marks
         the queries too.
-      key: unused, the method draws nothing.
-      causal: the form of `lev_stream`. With other numbers of queries and keys the last query stands at the last real
-        key.
-      budget: keys that a query sees at most; ties go to the earlier one.
-      p: the power of the scores, and of the weights of "polynomial", at least 1; 2 where causal.
+      key: unused, nothing is drawn.
+      causal: whether to use the causal form of `lev_stream`. If the numbers of queries and keys differ, the last query
+        is at the position of the last real key.
+      budget: largest number of keys per query; ties go to the earlier key.
+      p: power of the scores and of the "polynomial" weights, at least 1; must be 2 if causal.
       attention: "softmax" or "polynomial" weights.
-      recent: causal only: how many of the budget are for the newest keys, without competition; None means half. All
-        queries at once hold a set of keys for every `recent` queries, keys · budget / recent in all; a decoder
-        (`lev_step`) holds one.
-      ridge: causal only: λ above 0 of the ridge leverage scores.
-      rescore: causal only: held keys compete by their score in the prefix so far, else by the one they arrived with.
+      recent: causal only: number of the newest keys that are always kept, part of the budget; None means half of it.
+        The parallel form stores one set of keys for every `recent` queries, keys · budget / recent in total; a decoder
+        (`lev_step`) stores one set.
+      ridge: causal only: the ridge λ of the leverage scores, above 0.
+      rescore: causal only: whether stored keys compete by their score in the current prefix, else by their score on
+        arrival.
 
     Returns:
       `[batch, queries, heads, v_dim]` in the dtype of q; zero for a query without keys. The arithmetic is float32 at
@@ -96,14 +97,14 @@ def lev(
 
 
 def universal_set(k: jax.Array, mask: jax.Array | None, budget: int, p: float) -> jax.Array:
-    """Positions of the `budget` keys of the highest scores, int32 `[batch, min(budget, keys), groups]`, best first.
+    """Positions of the `budget` keys with the highest scores, int32 `[batch, min(budget, keys), groups]`, best first.
 
-    An example with fewer real keys names padded ones after them.
+    If an example has fewer real keys, positions of padding follow.
     """
     rows = jnp.moveaxis(k, 2, 1)
     real = None if mask is None else mask[:, None]
     scores = leverage_scores(rows, mask=real) if p == 2 else lewis_weights(rows, p, mask=real)
-    # Scores that are equal but for rounding, as those of no more keys than head_dim, are ties.
+    # Scores that differ only by rounding are ties, for example if there are at most head_dim keys.
     scores = jax.lax.reduce_precision(scores, jnp.finfo(scores.dtype).nexp, mantissa_bits=12)
     scores = scores if real is None else jnp.where(real, scores, -1)
     return jnp.moveaxis(jax.lax.top_k(scores, min(budget, k.shape[1]))[1], 1, 2)

@@ -1,22 +1,23 @@
-"""The causal form of LevAttention: a cache of at most `budget` keys with a guarantee, all at once or token by token.
+"""The causal form of LevAttention: a cache of at most `budget` keys with a guarantee, in parallel or token by token.
 
-Tokens come in blocks of `recent`. A query sees
+Tokens are processed in blocks of `recent`. A query attends to
 
-  - the tokens of its own block up to itself, at most `recent` keys, and
-  - the winners among the keys before its block, at most `budget − recent`: at the end of a block the keys held compete
-    with those of the block by ridge leverage in the prefix so far, τ_j = k_jᵀ (Σ_{l ≤ now} k_l k_lᵀ + λI)⁻¹ k_j.
+  - the tokens of its own block up to itself: at most `recent` keys, and
+  - the winners among the keys before its block: at most `budget − recent`. At the end of a block, the stored keys
+    compete with those of the block by their ridge leverage scores in the current prefix,
+    τ_j = k_jᵀ (Σ_{l ≤ now} k_l k_lᵀ + λI)⁻¹ k_j.
 
-A score only falls while the prefix grows, and the scores of a prefix sum to less than d. So a key that loses has at
-most d / (budget − recent + 1), now and later: **every past key whose score in the prefix exceeds
-d / (budget − recent + 1) is held**, however long the stream, from a state of `budget` keys and one d × d matrix. And
-these are the keys that matter: (q·k_j)² ≤ τ_j (Σ_{l ≤ now} (q·k_l)² + λ‖q‖²) for every q.
+A score never increases as the prefix grows, and the scores of a prefix sum to less than d. So a key that loses has a
+score of at most d / (budget − recent + 1), now and later: **every past key whose score in the prefix exceeds
+d / (budget − recent + 1) is stored**, for any length of the stream. The state is `budget` keys and one d × d matrix.
+Keys with a low score also have low weights: (q·k_j)² ≤ τ_j (Σ_{l ≤ now} (q·k_l)² + λ‖q‖²) for every q.
 
-With `rescore=False` a key keeps the score it arrived with, its online ridge leverage. Those sum to at most
-d log(1 + ‖K‖_F² / (dλ)) (Cohen, Musco and Pachocki 2016, arXiv 1604.05448), so every past key that arrived with more
-than ε is held for good as long as that sum is below ε (budget − recent + 1), a bound that grows with the stream.
+With `rescore=False` a key keeps its score on arrival, the online ridge leverage score. These scores sum to at most
+d log(1 + ‖K‖_F² / (dλ)) (Cohen, Musco and Pachocki 2016, arXiv 1604.05448), a bound that grows with the stream. As long
+as this sum is below ε (budget − recent + 1), every past key with a score above ε on arrival stays stored.
 
-Ties go to the earlier key. `lev(..., causal=True)` makes the sets of all blocks first and attends then; `lev_step`
-takes one token, makes the same sets, and is the way to decode.
+Ties go to the earlier key. `lev(..., causal=True)` first selects the keys of all blocks, then attends. `lev_step`
+decodes: it takes one token at a time and selects the same keys.
 """
 
 from typing import NamedTuple
@@ -31,7 +32,7 @@ from efficient_tx.tokens.mask import compact, spread
 
 
 class Slots(NamedTuple):
-    """Keys that compete: position int32 (−1: empty), score, row; `[batch, groups, slots]`, rows with a head_dim."""
+    """Competing keys: position int32 (−1: empty) and score `[batch, groups, slots]`, row `[..., slots, head_dim]`."""
 
     position: jax.Array
     score: jax.Array
@@ -39,13 +40,13 @@ class Slots(NamedTuple):
 
 
 class LevState(NamedTuple):
-    """What decoding carries; memory does not depend on the number of tokens.
+    """The state of decoding; its memory does not depend on the number of tokens.
 
     Attributes:
-      slots: the keys held, `budget` slots: first the winners, in the order of their arrival, then the current block.
-      values: their values, `[batch, groups, budget, v_dim]`.
+      slots: the stored keys, `budget` slots: first the winners, in order of arrival, then the current block.
+      values: the values of the stored keys, `[batch, groups, budget, v_dim]`.
       gram: Σ k kᵀ over all tokens so far, `[batch, groups, head_dim, head_dim]`.
-      length: tokens so far, int32 `[batch]`.
+      length: number of tokens so far, int32 `[batch]`.
     """
 
     slots: Slots
@@ -63,7 +64,16 @@ def lev_init(
     budget: int = 128,
     dtype: jnp.dtype = jnp.float32,
 ) -> LevState:
-    """The empty state; `groups` heads of keys and values, `dtype` float32 or float64, v_dim None means head_dim."""
+    """The empty state.
+
+    Args:
+      batch: number of sequences.
+      groups: number of key and value heads.
+      head_dim: width of a key.
+      v_dim: width of a value; None means head_dim.
+      budget: largest number of stored keys.
+      dtype: float32 or float64.
+    """
     v_dim = head_dim if v_dim is None else v_dim
     position = jnp.full((batch, groups, budget), -1, jnp.int32)
     slots = Slots(position, jnp.zeros(position.shape, dtype), jnp.zeros((*position.shape, head_dim), dtype))
@@ -76,15 +86,18 @@ def lev_step(
     mask: jax.Array | None = None, recent: int | None = None, ridge: float = 1.0, rescore: bool = True,
     attention: str = "softmax",
 ) -> tuple[jax.Array, LevState]:  # fmt: skip
-    """One token of the causal form: the same outputs as `lev(..., causal=True)`, one at a time.
+    """One token of the causal form: the same output as `lev(..., causal=True)`, token by token.
 
     Args:
       q: `[batch, heads, head_dim]`.
       k: `[batch, groups, head_dim]`; groups divides heads.
       v: `[batch, groups, v_dim]`.
-      state: of the tokens before; its slots are the budget.
-      mask: bool `[batch]`: False leaves the state as it is and gives zeros.
-      recent, ridge, rescore, attention: as of `lev`, the same at every step.
+      state: the state after the previous tokens; its number of slots is the budget.
+      mask: bool `[batch]`; False leaves the state unchanged and gives zeros.
+      recent: number of the newest keys that are always kept, part of the budget; None means half of it.
+      ridge: the ridge λ of the leverage scores, above 0.
+      rescore: whether stored keys compete by their score in the current prefix, else by their score on arrival.
+      attention: "softmax" or "polynomial" weights. These four options must be the same at every step.
 
     Returns:
       `[batch, heads, v_dim]` in the dtype of q, and the next state.
@@ -126,7 +139,7 @@ def lev_step(
 
 
 def new_block(state: LevState, count: int, ridge: float, rescore: bool) -> tuple[Slots, jax.Array]:
-    """Slots and values after a block: `count` winners, then as many empty slots as a block has tokens."""
+    """Slots and values after a block: `count` winners, then one empty slot for each token of the next block."""
     slots = state.slots
     if rescore:
         slots = slots._replace(score=ridge_scores(*jax.lax.stop_gradient((slots.row, state.gram)), ridge))
@@ -140,12 +153,12 @@ def new_block(state: LevState, count: int, ridge: float, rescore: bool) -> tuple
 
 
 def where_examples(condition: jax.Array, yes, no):
-    """Trees of arrays `[batch, ...]`, chosen for each example by `condition` `[batch]`."""
+    """`jnp.where` per example: trees of arrays `[batch, ...]`, selected by `condition` `[batch]`."""
     return jax.tree.map(lambda y, n: jnp.where(condition.reshape(-1, *(1,) * (y.ndim - 1)), y, n), yes, no)
 
 
 def winners(score: jax.Array, position: jax.Array, count: int) -> jax.Array:
-    """The `count` slots of the highest scores, in their order, `[batch, groups, count]`; empty slots lose."""
+    """The `count` slots with the highest scores, in slot order, `[batch, groups, count]`; empty slots come last."""
     best = jax.lax.top_k(jnp.where(position >= 0, score, -1), count)[1]
     return jnp.sort(best, axis=-1)
 
@@ -164,14 +177,15 @@ def ridge_scores(rows: jax.Array, gram: jax.Array, ridge: float) -> jax.Array:
 def held_before_blocks(
     k: jax.Array, tokens: jax.Array, recent: int, count: int, ridge: float, rescore: bool
 ) -> jax.Array:  # fmt: skip
-    """Which keys each block sees of those before it.
+    """The earlier keys that each block attends to.
 
     Args:
       k: `[batch, blocks · recent, groups, head_dim]`, the real tokens first, then zeros.
-      tokens: how many are real, `[batch]`.
-      recent: tokens of a block.
-      count: how many keys win.
-      ridge, rescore: as of `lev`.
+      tokens: number of real tokens, `[batch]`.
+      recent: tokens per block.
+      count: number of winners.
+      ridge: the ridge λ of the leverage scores.
+      rescore: whether keys compete by their score in the current prefix, else by their score on arrival.
 
     Returns:
       Positions int32 `[blocks, batch, groups, count]`, −1 where there are fewer.
@@ -201,7 +215,7 @@ def lev_causal(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, *,
     budget: int, recent: int, ridge: float, rescore: bool, attention: str,
 ) -> jax.Array:  # fmt: skip
-    """All tokens at once; the arguments are those of `lev`, in float32 or float64, `mask` is `[batch, keys]`."""
+    """All tokens in parallel; arguments as in `lev`, in float32 or float64, with `mask` `[batch, keys]`."""
     batch, keys = k.shape[:2]
     tokens = jnp.full(batch, keys) if mask is None else mask.sum(1)
     q, k, v = (compact(x, mask) for x in (q, k, v))
@@ -215,7 +229,7 @@ def lev_causal(
         return x.reshape(batch, blocks, -1, *x.shape[2:])
 
     at = held.transpose(1, 0, 3, 2).reshape(batch, blocks * count, -1)
-    # Every head holds as many keys.
+    # Every head stores the same number of keys.
     seen = [by_block(at[..., 0] >= 0), by_block(jnp.arange(blocks * recent) < tokens[:, None])]
     seen = jnp.concatenate([jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in seen], axis=2)
     k_seen, v_seen = (
@@ -227,7 +241,7 @@ def lev_causal(
         out = attend_to(*(x.reshape(-1, *x.shape[2:]) for x in tiles), attention=attention, own=recent)
     else:
         of_blocks = gram_matrix(by_block(k))
-        # Not the difference of two sums: large keys of the own block would take its digits from it.
+        # Not as a difference of two sums: large keys of the own block would cancel its significant digits.
         before = jnp.cumsum(jnp.pad(of_blocks[:, :-1], ((0, 0), (1, 0), *((0, 0),) * 3)), axis=1)
 
         @jax.checkpoint

@@ -1,4 +1,4 @@
-"""What both forms of `lev` share: attention to a few keys of each example, by softmax or by |x|^p, and the options."""
+"""Shared by both forms of `lev`: attention to a few keys of each example, by softmax or by |x|^p, and the options."""
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +14,18 @@ def attend_to(
     q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, *,
     attention: str, p: float = 2.0, gram: jax.Array | None = None, own: int = 0,
 ) -> jax.Array:  # fmt: skip
-    """Attention of every query to the same keys, the last `own` of which are the queries' own tokens, taken causally.
+    """Attention of all queries to the same keys; the last `own` keys are the queries' own tokens and seen causally.
 
     Args:
       q: `[batch, queries, heads, head_dim]`, float32 or float64 as the others.
       k: `[batch, keys, groups, head_dim]`; groups divides heads.
       v: `[batch, keys, groups, v_dim]`.
       seen: bool `[batch, keys]`: which keys exist.
-      attention: "softmax", or "polynomial": weights |q·k|^p, over their sum.
-      p: the power.
-      gram: Σ k kᵀ, `[batch, groups, head_dim, head_dim]`, over all keys that a query may see, chosen or not, except
-        its own `own` ones. With it (p = 2) the polynomial weights are divided by their exact sum over all keys.
-      own: 0 (no causality) or as many as queries.
+      attention: "softmax", or "polynomial": weights |q·k|^p divided by their sum.
+      p: power of the polynomial weights.
+      gram: Σ k kᵀ, `[batch, groups, head_dim, head_dim]`, over all keys that a query may see, selected or not, without
+        the last `own` keys. With it (p = 2) the polynomial weights are divided by their exact sum over all keys.
+      own: 0 (not causal) or the number of queries.
 
     Returns:
       `[batch, queries, heads, v_dim]`, zero for a query without keys.
@@ -39,7 +39,7 @@ def attend_to(
     pairs = seen[:, None, None, None]
     if own:
         pairs = pairs & (jnp.arange(keys) <= jnp.arange(queries)[:, None] + keys - own)
-    # Weights do not change when all scores do by a factor: the largest is 1, and no power overflows.
+    # A common factor of the scores does not change the weights. With largest score 1, no power overflows.
     scores = jnp.where(pairs, jnp.abs(scores), 0)
     peak = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
     peak = jnp.where(peak > 0, peak, 1)
@@ -75,5 +75,5 @@ def check_options(*, budget, p, attention, recent, ridge, causal):
 
 
 def newest(budget: int, recent: int | None) -> int:
-    """How many of the budget are for the newest keys: `recent`, or half."""
+    """The number of newest keys in the budget: `recent`, or half of the budget."""
     return budget // 2 if recent is None else recent

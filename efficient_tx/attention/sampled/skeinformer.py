@@ -1,17 +1,17 @@
 """Skeinformer (Chen et al. 2021, arXiv 2112.05359): softmax attention from sampled columns, linear in length.
 
 Pilot queries J see all keys, B = softmax(Q_J Kᵀ / √K). Keys J′ are drawn without replacement with probabilities
-proportional to (Σ_j B_ji²)^½ ‖v_i‖. A query attends to them, and to all other keys as if their weights were the
-geometric mean of the drawn ones ("adaptive row normalisation"): with s_ij = q_i·k_j / √K, n keys and d drawn,
+proportional to (Σ_j B_ji²)^½ ‖v_i‖. A query attends to the drawn keys. Every other key gets the geometric mean of the
+drawn weights ("adaptive row normalisation"). With s_ij = q_i·k_j / √K, n keys and d drawn keys,
 
     out_i = (Σ_J′ exp(s_ij) v_j + g_i Σ_rest v_j) / (Σ_J′ exp(s_ij) + (n − d) g_i),     g_i = exp(mean_J′ s_ij).
 
-The rows of the pilots are exact. The mean of logits is the logit of the mean key k̄, so the rest acts as one more key,
-k̄, whose value is the mean of the rest and whose weight counts n − d times: a merge of two log-sum-exps, which never
-overflows (the published code takes the exponential of raw logits).
+The rows of the pilots are exact. The mean of the logits is the logit of the mean key k̄. So the rest acts as one more
+key k̄, whose value is the mean value of the rest and whose weight counts n − d times. This is a merge of two
+log-sum-exps, which never overflows; the published code takes the exponential of raw logits.
 
 Unlike the published code: pilots are drawn without replacement, each example has its own draws and its own d, and
-padding may stand anywhere.
+padding may be at any place.
 """
 
 import jax
@@ -47,14 +47,15 @@ def skeinformer(
       v: `[batch, keys, groups, v_dim]`.
       mask: bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens. With as many queries as keys it marks
         the queries too; otherwise all queries are real.
-      key: draws pilots and columns: one key per example `[batch]`, or one, folded per example; None (evaluation) draws
-        every example's with the same fixed key. All heads share the pilots; each draws its own columns.
-      columns: keys that a query attends to; an example with fewer uses all of them, and is exact.
-      pilots: queries that see all keys, to find the columns that matter.
+      key: draws pilots and columns: one key per example `[batch]`, or a single key, folded per example; None
+        (evaluation) means the same fixed key for every example. All heads share the pilots; each head draws its own
+        columns.
+      columns: number of keys that a query attends to; an example with fewer keys uses all of them and is exact.
+      pilots: number of queries that see all keys, to find the important columns.
 
     Returns:
-      `[batch, queries, heads, v_dim]` in the dtype of q; zero for an example without keys. The arithmetic is float32
-      at least; the columns are chosen in float32, and no gradient flows through the choice.
+      `[batch, queries, heads, v_dim]` in the dtype of q; zero for an example without keys. The arithmetic is float32 at
+      least; the columns are selected in float32, and no gradient flows through the selection.
 
     Raises:
       ValueError: an option out of its range, or shapes that do not fit.
@@ -96,15 +97,16 @@ def skeinformer(
 
 
 def column_log_probabilities(pilot_q: jax.Array, pilot_lse: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """log of (Σ_j B_ji²)^½ ‖v_i‖ up to a constant, float32 `[batch, keys, heads]`, finite; without gradient.
+    """log of (Σ_j B_ji²)^½ ‖v_i‖ up to a constant, float32 `[batch, keys, heads]`, finite, without gradient.
 
-    `pilot_q` is `[batch, pilots, heads, head_dim]`, `pilot_lse` `[batch, pilots, heads]`, infinite for no pilot.
+    `pilot_q` is `[batch, pilots, heads, head_dim]`; `pilot_lse` is `[batch, pilots, heads]`, infinite for a missing
+    pilot.
     """
     pilot_q, pilot_lse, k, v = (jax.lax.stop_gradient(x.astype(jnp.float32)) for x in (pilot_q, pilot_lse, k, v))
     batch, pilots, heads, head_dim = pilot_q.shape
     keys, groups = k.shape[1:3]
 
-    # One group of one example at a time: the weights of pilots × keys then stay in the cache.
+    # One group of one example at a time, so that the weights of pilots × keys stay in the cache.
     def group(x):
         rows, lse, k = x
         logits = jnp.matmul(rows * head_dim**-0.5, k.T, precision=jax.lax.Precision.HIGHEST)
