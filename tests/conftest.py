@@ -20,6 +20,41 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 4)
 
+# Compiled programs of the tests, whatever $EFFICIENT_TX_DATA is: the second run of a file takes a third of the time.
+PROGRAMS = Path("~/.cache/efficient_tx/test-programs").expanduser()
+MOST_BYTES = 2**30  # jax_compilation_cache_max_size would look at every file whenever it writes one
+
+
+def pytest_configure(config):
+    """Keeps compiled programs, where the folder can be written; several workers may do so at once."""
+    try:
+        PROGRAMS.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if os.access(PROGRAMS, os.R_OK | os.W_OK | os.X_OK):
+        if not hasattr(config, "workerinput"):
+            drop_oldest(PROGRAMS, MOST_BYTES)
+        jax.config.update("jax_compilation_cache_dir", str(PROGRAMS))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def drop_oldest(folder, most):
+    """Deletes the files that were written first, until the others have `most` bytes or less."""
+    files = sorted((entry.stat().st_mtime, entry.stat().st_size, entry.path) for entry in os.scandir(folder))
+    total = sum(size for _, size, _ in files)
+    for _, size, path in files:
+        if total <= most:
+            return
+        Path(path).unlink(missing_ok=True)
+        total -= size
+
+
+def pytest_warning_recorded(warning_message):
+    """Deletes a stored program that cannot be read, as a killed process leaves it; it is compiled and stored anew."""
+    broken = re.match(r"Error reading persistent compilation cache entry for '(\w+)'", str(warning_message.message))
+    for file in PROGRAMS.glob(f"{broken[1]}-*") if broken else ():
+        file.unlink(missing_ok=True)
+
 
 # A compiled program takes dozens of memory mappings; beyond 65,530 of them, Linux's default, a process dies.
 MOST_MAPPINGS = 20_000

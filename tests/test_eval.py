@@ -8,7 +8,7 @@ import pytest
 
 from efficient_tx.training.checkpoint import Checkpoints
 from tests.support import toy
-from tests.support.command import evaluate, finish, finished_run, start
+from tests.support.command import evaluate, evaluate_here, finished_run, process_run
 
 
 def read(path):
@@ -33,9 +33,8 @@ def damage(folder):
 
 def test_best_and_last_score_what_the_run_said(run):
     summary, expected = read(run / "summary.json"), {}
-    processes = {which: start("eval.py", f"--workdir={run}", f"--checkpoint={which}") for which in ("best", "last")}
-    for which, process in processes.items():
-        status, out, error = finish(process)
+    for which in ("best", "last"):
+        status, out, error = evaluate_here(f"--workdir={run}", f"--checkpoint={which}")
         assert (status, error) == (0, "")
         result = read(run / f"eval_test_{which}.json")
         expected = summary["test_accuracy" if which == "best" else "last_test_accuracy"]
@@ -52,61 +51,72 @@ def test_best_and_last_score_what_the_run_said(run):
 def test_batch_size_and_devices_change_nothing(run):
     """Validation at a step, against the line that the run wrote there; every item counts once."""
     options = [f"--workdir={run}", "--split=validation", "--checkpoint=40", "--batch_size=7"]
-    status, _, error = evaluate(*options, devices=3)
+    status, _, error = evaluate_here(*options)
     assert (status, error) == (0, "")
     result, line = read(run / "eval_validation_40.json"), toy.lines(run)[-1]
-    assert (result["count"], result["batch_size"], result["device"]["count"]) == (50, 9, 3)
+    assert (result["count"], result["batch_size"], result["device"]["count"]) == (50, 8, 4)
     # Sums of float32 in another order.
     assert result["accuracy"] == line["accuracy"] and result["loss"] == pytest.approx(line["loss"], rel=1e-5)
 
 
 def test_the_same_weights_under_other_settings(run):
-    """Another number of landmarks, and softmax, which has the same parameters."""
+    """Skyformer has the parameters of softmax attention; with landmarks enough it is another approximation."""
     other = shutil.copytree(run, run.parent / "other")
     (other / "config.json").write_text((run / "config.json").read_text().replace('"default"', '"lra"'))
     both = [f"--workdir={run}", f"--workdir={other}", "--checkpoint=40"]
-    first = start("eval.py", *both, "--set", "attention.skyformer.landmarks=64")
-    second = start("eval.py", *both, "--set", "mixers=softmax")
-    status, out, error = finish(first)
+    settings = ["mixers=skyformer", "attention.skyformer.landmarks=4"]
+    status, out, error = evaluate_here(*both, "--set", *settings)
     assert (status, error) == (0, "")
     # Numbers of two protocols never share a table.
     assert [out.count(f"protocol {name}") for name in ("default", "lra")] == [1, 1] and out.count("┃ task") == 2
-    assert [row[1] for row in rows(out)] == [f"{path} attention.skyformer.landmarks=64" for path in (run, other)]
-    name = "eval_test_40_attention.skyformer.landmarks=64.json"
-    assert read(run / name)["set"] == {"attention.skyformer.landmarks": "64"}
+    assert [row[1] for row in rows(out)] == [f"{path} {','.join(settings)}" for path in (run, other)]
+    name = f"eval_test_40_{','.join(settings)}.json"
+    assert read(run / name)["set"] == {"mixers": "skyformer", "attention.skyformer.landmarks": "4"}
     assert read(run / name)["loss"] == read(other / name)["loss"]
-    status, out, error = finish(second)
+    status, out, error = evaluate_here(f"--workdir={run}", "--checkpoint=40", "--set", "dtype=bfloat16")
     assert (status, error) == (0, "")
-    softmax = read(run / "eval_test_40_mixers=softmax.json")
-    assert softmax["parameters"] == read(run / name)["parameters"] and softmax["loss"] != read(run / name)["loss"]
+    half = read(run / "eval_test_40_dtype=bfloat16.json")
+    assert half["parameters"] == read(run / name)["parameters"] and half["loss"] != read(run / name)["loss"]
 
 
 def test_what_does_not_fit_is_named_and_the_others_are_evaluated(run):
     """Linformer has parameters that skyformer lacks; a folder that is no run; a run without checkpoints."""
-    status, out, error = evaluate(f"--workdir={run}", "--set", "mixers=linformer")
+    status, out, error = evaluate_here(f"--workdir={run}", "--set", "mixers=linformer")
     assert status == 2 and error.count("\n") == 1 and rows(out) == []
     assert "does not fit: it has no params.encoder.blocks.0.mixer." in error
     bare = run.parent / "bare"
     bare.mkdir()
     shutil.copy(run / "config.json", bare)
-    status, out, error = evaluate(f"--workdir={run.parent}", f"--workdir={bare}", f"--workdir={run}")
+    status, out, error = evaluate_here(f"--workdir={run.parent}", f"--workdir={bare}", f"--workdir={run}")
     assert status == 2 and len(rows(out)) == 1
     assert error.splitlines() == [
         f"{run.parent} is not the workdir of a run: there is no {run.parent}/config.json",
-        f"{bare} has no checkpoint yet: train first, python train.py --workdir={bare} ...",
+        f"{bare} has no checkpoint yet: train it first",
     ]
 
 
 def test_a_damaged_checkpoint_is_named_and_the_next_stands_in(run):
     steps = Checkpoints(run / "checkpoints").steps()
     damage(run / "checkpoints" / str(steps[-1]))
-    status, out, error = evaluate(f"--workdir={run}", "--checkpoint=last")
+    status, out, error = evaluate_here(f"--workdir={run}", "--checkpoint=last")
     assert status == 0 and error.count("\n") == 1 and rows(out)[0][2] == str(steps[-2])
     assert f"checkpoints/{steps[-1]} is damaged" in error and f"using {steps[-2]} instead" in error
     assert read(run / "eval_test_last.json")["step"] == steps[-2]
 
 
 @pytest.mark.slow
+def test_a_run_of_one_device_is_evaluated_on_three():
+    """As processes: validation at a step, against the line that the run wrote there; every item counts once."""
+    path, _ = process_run()
+    options = [f"--workdir={path}", "--split=validation", "--checkpoint=40", "--batch_size=7"]
+    status, _, error = evaluate(*options, devices=3)
+    assert (status, error) == (0, "")
+    result, line = read(path / "eval_validation_40.json"), toy.lines(path)[-1]
+    assert (result["count"], result["batch_size"], result["device"]["count"]) == (50, 9, 3)
+    # Sums of float32 in another order.
+    assert result["accuracy"] == line["accuracy"] and result["loss"] == pytest.approx(line["loss"], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -114,15 +124,18 @@ def test_a_damaged_checkpoint_is_named_and_the_next_stands_in(run):
         (["--checkpoint=newest"], "--checkpoint=newest: RUN has best, last and the steps"),
         (["--split=tests"], "argument --split: invalid choice: 'tests'"),
         (["--set", "mixers"], "'mixers' is no KEY=VALUE"),
-        (["--set", "mixer=softmax"], "there is no key mixer; the nearest is mixers"),
-        (["--set", "mixers=skyfromer"], "config.mixers is 'skyfromer'"),
-        (["--set", "model.heads=3"], "config.model.heads is 3"),
+        (["--set", "mixer=softmax"], "--set mixer=softmax: config.mixer is no key: the nearest is mixers"),
+        (["--set", "mixers=skyfromer"], "--set mixers=skyfromer: config.mixers is 'skyfromer': choose one of"),
+        (["--set", "model.heads=3"], "--set model.heads=3: config.model.heads is 3"),
+        (["--set", "steps=3"], "--set steps=3: config.steps has no part in an evaluation"),
         (["--batch_size=0"], "--batch_size=0: must be at least 1"),
         (["--work"], "unrecognized arguments: --work"),
-        (["--set", "task.source=/nowhere"], "task.source='/nowhere'"),
+        (["--set", "task.source=/nowhere"], "/nowhere"),
+        (["RUN"], "unrecognized arguments: RUN"),
     ],
 )
 def test_mistakes_are_one_line(run, arguments, reason):
-    status, out, error = evaluate(f"--workdir={run}", *arguments)
+    arguments = [argument.replace("RUN", str(run)) for argument in arguments]
+    status, out, error = evaluate_here(f"--workdir={run}", *arguments)
     assert (status, out, error.count("\n")) == (2, "", 1)
     assert reason.replace("RUN", str(run)) in error

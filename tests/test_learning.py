@@ -68,8 +68,7 @@ def test_thirty_steps_learn_and_four_devices_give_the_same_losses(name, data):
 @pytest.mark.slow
 def test_a_hybrid_trains_is_killed_resumes_and_is_evaluated(tmp_path):
     """Two mixers in turn, `:gla,softmax`: interrupted, it ends with the lines of one that was not."""
-    options = [option for option in TINY if "skyformer" not in option and not option.startswith("--config=")]
-    options += ["--config=configs/quickstart.py:gla,softmax", "--config.model.layers=2"]
+    options = [*TINY, "--config.mixers=gla,softmax", "--config.model.layers=2"]
 
     def run(workdir):
         return start("train.py", *options, f"--workdir={workdir}")

@@ -11,7 +11,7 @@ from efficient_tx.config import make_config
 from efficient_tx.training.checkpoint import Checkpoints
 from efficient_tx.training.history import read_lines
 from tests.support import toy
-from tests.support.command import TINY, finish, finished_run, start, train
+from tests.support.command import SAMPLED, finish, finished_run, process_run, start, train, train_here
 
 
 def read(path):
@@ -25,10 +25,10 @@ def test_a_run_leaves_what_it_promises():
     assert any(name.startswith("events.out.tfevents.") for name in names)
     assert (path / "curve.png").read_bytes().startswith(b"\x89PNG")
     config = read(path / "config.json")
-    assert (config["steps"], config["mixers"], config["model"]["features"]) == (40, "skyformer", 16)
+    assert (config["steps"], config["mixers"], config["model"]["features"]) == (40, "softmax", 16)
     due = [(step, "train") for step in (7, 14, 21, 28, 35, 40)] + [(step, "validation") for step in (10, 20, 30, 40)]
     assert [(line["step"], line["split"]) for line in toy.lines(path)] == sorted(due)
-    assert "test accuracy" in out and f"evaluate it: python eval.py --workdir={path}" in out
+    assert "test accuracy" in out and f"evaluate it: python -m efficient_tx.eval --workdir={path}" in out
 
 
 def test_the_summary_agrees_with_the_lines():
@@ -53,13 +53,13 @@ def test_the_summary_agrees_with_the_lines():
     assert summary["compile_seconds"] > 0 and summary["peak_memory_bytes"] > 10**8
     assert {"steps", "batch_size", "model.features", "task.train_size"} <= set(summary["protocol_departures"])
     assert not {"seed", "log_every"} & set(summary["protocol_departures"])
-    assert summary["device"] == {"platform": "cpu", "kind": "cpu", "count": 1, "processes": 1}
+    assert summary["device"] == {"platform": "cpu", "kind": "cpu", "count": 4, "processes": 1}
 
 
 def test_a_finished_run_says_so_and_touches_nothing():
     path, _ = finished_run()
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()}
-    status, out, error = train(path)
+    status, out, error = train_here(path)
     assert (status, error) == (0, "")
     assert out.startswith(f"{path} is finished: 40 steps are done\ntest accuracy ")
     assert {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()} == before
@@ -68,26 +68,36 @@ def test_a_finished_run_says_so_and_touches_nothing():
 def test_what_cannot_be_is_refused_in_one_line_and_nothing_is_written(tmp_path):
     path, _ = finished_run()
     data = tmp_path / "data"
-    cases = [
-        (path, ["--config.steps=50"], {}, "steps is 40 there and 50 here"),
-        (tmp_path / "a", ["--config.task.source=/nowhere"], {"data": data}, "task.source='/nowhere'"),
-        (tmp_path / "b", [], {"devices": 3, "data": data}, "batch_size=8 cannot be shared out over devices=3"),
-        (tmp_path / "d", [f"--config.init_from={path}", "--config.model.mlp_features=48"], {}, "encoder.blocks.0.mlp"),
-    ]
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "config.json").write_text(make_config("efficient_tx.data.vision").to_json())
-    cases.append(
-        (tmp_path / "e", [f"--config.init_from={tmp_path / 'images'}"], {}, "is of kind 'image', and this one")
-    )
+    cases = [
+        (path, ["--config.steps=50"], {}, f"--workdir={path} belongs to a run with another config: steps is 40 there"),
+        (tmp_path / "a", ["--config.task.source=/nowhere"], {"data": data}, "/nowhere"),
+        (
+            tmp_path / "b",
+            ["--config.batch_size=6"],
+            {"data": data},
+            "batch_size=6 cannot be shared out over devices=4",
+        ),
+        (
+            tmp_path / "d",
+            [f"--config.init_from={path}", "--config.model.mlp_features=48"],
+            {},
+            f"--config.init_from={path}: ",
+        ),
+        (
+            tmp_path / "e",
+            [f"--config.init_from={tmp_path / 'images'}"],
+            {},
+            "its task efficient_tx.data.vision is of kind 'image', and this one of 'tokens'",
+        ),
+        (tmp_path / "f", ["steps=50"], {"data": data}, "'steps=50' is no flag"),
+        (tmp_path / "g", ["--num_processes=2"], {"data": data}, "needs all of --coordinator_address"),
+    ]
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()}
-    for first in range(0, len(cases), 2):
-        running = [
-            (start("train.py", *TINY, f"--workdir={workdir}", *options, **settings), wanted)
-            for workdir, options, settings, wanted in cases[first : first + 2]
-        ]
-        for process, wanted in running:
-            status, _, error = finish(process)
-            assert status == 2 and error.count("\n") == 1 and wanted in error, error
+    for workdir, options, settings, wanted in cases:
+        status, _, error = train_here(workdir, *options, **settings)
+        assert status == 2 and error.count("\n") == 1 and wanted in error, error
     assert {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()} == before
     shutil.rmtree(tmp_path / "images")
     assert [entry.name for entry in tmp_path.rglob("*") if "compilation" not in entry.parts] in ([], ["data"])
@@ -98,14 +108,14 @@ def test_a_run_can_start_from_the_parameters_of_another(tmp_path):
     other = shutil.copytree(finished_run()[0], tmp_path / "other")
     source = read(other / "summary.json")
     still = ["--config.optimizer.learning_rate=0.0", "--config.steps=1", f"--config.init_from={other}"]
-    status, _, error = train(tmp_path / "run", *still)
+    status, _, error = train_here(tmp_path / "run", *still)
     assert (status, error) == (0, "")
     result = read(tmp_path / "run" / "summary.json")
     assert result["val_accuracy"] == source["val_accuracy"] and result["test_accuracy"] == source["test_accuracy"]
     # Once it has a checkpoint of its own, it goes on without the other run.
     shutil.rmtree(other)
     (tmp_path / "run" / "summary.json").unlink()
-    status, out, error = train(tmp_path / "run", *still)
+    status, out, error = train_here(tmp_path / "run", *still)
     assert (status, error) == (0, "") and "resuming from step 1 of 1" in out
     assert read(tmp_path / "run" / "summary.json")["test_accuracy"] == source["test_accuracy"]
 
@@ -117,14 +127,13 @@ def test_a_run_can_start_from_the_projected_layers_of_another(tmp_path):
     source = read(other / "summary.json")
     still = ["--config.optimizer.learning_rate=0.0", "--config.steps=1", "--config.linear.mlp.name=low_rank"]
     still += [f"--config.init_from={other}"]
-    exact = start("train.py", *TINY, f"--workdir={tmp_path / 'exact'}", *still, "--config.linear.mlp.rank=16")
-    status, out, error = train(tmp_path / "low", *still, "--config.linear.mlp.rank=1")
+    status, out, error = train_here(tmp_path / "low", *still, "--config.linear.mlp.rank=1")
     assert (status, error) == (0, "")
     assert f"parameters of {other}, step {source['best_step']}, its best on validation\n" in out
     errors = re.findall(r"(encoder.blocks.0.mlp.\w+|all 2) projected.*, relative error (0.\d{4})\n", out)
     assert [name for name, _ in errors] == ["encoder.blocks.0.mlp.down", "encoder.blocks.0.mlp.up", "all 2"]
     assert min(float(error) for _, error in errors) > 0.1
-    status, out, error = finish(exact)
+    status, out, error = train_here(tmp_path / "exact", *still, "--config.linear.mlp.rank=16")
     assert (status, error) == (0, "") and out.count("relative error 0.0000") == 3
     result = read(tmp_path / "exact" / "summary.json")
     assert result["val_accuracy"] == source["val_accuracy"] and result["test_accuracy"] == source["test_accuracy"]
@@ -134,9 +143,10 @@ def test_a_run_can_start_from_the_projected_layers_of_another(tmp_path):
 TELL = {"JAX_EXPLAIN_CACHE_MISSES": "1"}
 
 
+@pytest.mark.slow
 def test_the_same_run_again_compiles_nothing_and_gets_the_same_numbers(tmp_path):
-    path, _ = finished_run()
-    status, _, error = train(tmp_path / "run", environment=TELL)
+    path, _ = process_run()
+    status, _, error = finish(start("train.py", *SAMPLED, f"--workdir={tmp_path / 'run'}", environment=TELL))
     assert status == 0 and "TRACING CACHE MISS" in error and "PERSISTENT COMPILATION CACHE MISS" not in error
     assert toy.lines(tmp_path / "run") == toy.lines(path)
 

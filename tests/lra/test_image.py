@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from efficient_tx.config import load, resolve
+from efficient_tx.config import load
 from efficient_tx.data.batching import evaluation_batches
 from lra import cifar, image
 from tests.support import tfds_folder
@@ -274,12 +274,12 @@ def test_impossible_sizes_are_one_line(tmp_path):
 
 
 def test_published_settings_and_stand_ins():
-    path = "configs/lra_image.py:skyformer"
+    file = load.ConfigFile("lra_image:skyformer")
     for protocol in ("lra", "skyformer"):
         for source, expected in (("cifar10", []), ("/data/cifar", []), ("fashion_mnist", ["task.source"])):
-            config = resolve.resolve(load.load(path), {"protocol": protocol, "task.source": source})
+            config = file.resolve({"protocol": protocol, "task.source": source})
             assert config.task.legacy_mask
-            assert resolve.departures(config, path) == expected
+            assert file.departures(config) == expected
 
 
 def test_fashion_mnist_as_it_is_fetched(monkeypatch):

@@ -1,4 +1,4 @@
-"""Data made on first use: parallel chunks, and a store that survives kills, damage and concurrent runs."""
+"""Data made on first use are stored once, whatever is killed, damaged or run at the same time."""
 
 import random
 import re
@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from lra import listops, parallel, store
+from lra import listops, store
 
 SHORT = {"train_size": 400, "val_size": 50, "test_size": 60, "min_len": 10, "max_len": 60}
 MORE = SHORT | {"train_size": 20000}
@@ -26,35 +26,6 @@ def python(script, tmp_path, **options):
     (tmp_path / "script.py").write_text(script)
     command = [sys.executable, str(tmp_path / "script.py")]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
-
-
-def test_the_number_of_workers_changes_nothing():
-    settings = {"min_len": 20, "max_len": 4000, "seed": 4}
-    alone, *others = (
-        [chunk for chunk, _ in zip(parallel.chunks("lra.listops:sample", settings, workers), range(6))]
-        for workers in (1, 2, 3)
-    )
-    for other in others:
-        for one, two in zip(alone, other, strict=True):
-            assert one["draws"] == two["draws"]
-            for name in ("lengths", "labels", "tokens"):
-                np.testing.assert_array_equal(one[name], two[name])
-    assert not np.array_equal(alone[0]["tokens"][:100], alone[1]["tokens"][:100])
-
-
-def fails_at_three(index):
-    if index == 3:
-        raise ArithmeticError("three")
-    return index
-
-
-def test_a_worker_that_fails_is_reported(capfd):
-    found = []
-    with pytest.raises(ChildProcessError, match=r"tests.lra.test_store:fails_at_three ended with exit code 1"):
-        for result in parallel.chunks("tests.lra.test_store:fails_at_three", {}, 2):
-            found.append(result)
-    assert found == [0, 1, 2]
-    assert "ArithmeticError: three" in capfd.readouterr().err
 
 
 def test_what_cannot_be_read_is_no_matter_of_the_data_directory(tmp_path):

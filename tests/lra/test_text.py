@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from efficient_tx.config import load, resolve
+from efficient_tx.config import load
 from efficient_tx.data import prepared
 from efficient_tx.data.batching import evaluation_batches, train_batches
 from lra import ngrams, text
@@ -310,9 +310,9 @@ def test_baselines_are_of_this_test_split_and_stored(tmp_path, monkeypatch):
 
 def test_published_settings_and_stand_ins():
     def run(**typed):
-        path = "configs/lra_text.py:skyformer"
-        config = resolve.resolve(load.load(path), {key.replace("__", "."): x for key, x in typed.items()})
-        return config, resolve.departures(config, path)
+        file = load.ConfigFile("lra_text:skyformer")
+        config = file.resolve({key.replace("__", "."): x for key, x in typed.items()})
+        return config, file.departures(config)
 
     for protocol, size in (("lra", 25000), ("skyformer", 6400)):
         config, departures = run(protocol=protocol)

@@ -1,33 +1,49 @@
-"""train.py and eval.py as processes, on a run that takes seconds."""
+"""train.py and eval.py on a run that takes seconds: here in this process, or as processes of their own."""
 
 import atexit
+import contextlib
 import functools
+import io
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from unittest import mock
 
+import jax
+
+import efficient_tx.eval
+import efficient_tx.train
 from tests.support import ROOT, toy
 
 TINY = shlex.split(
-    "--config=configs/quickstart.py --config.steps=40 --config.batch_size=8 --config.eval_every=10 "
+    "--config=quickstart:softmax --config.steps=40 --config.batch_size=8 --config.grad_accum=1 --config.eval_every=10 "
     "--config.log_every=7 --config.checkpoint_every=15 --config.task.train_size=300 --config.task.val_size=50 "
     "--config.task.test_size=50 --config.task.min_len=4 --config.task.max_len=24 --config.model.features=16 "
     "--config.model.mlp_features=32 --config.model.layers=1 --config.model.heads=2 "
-    "--config.attention.skyformer.landmarks=8 --config.model.dropout=0.1"
+    "--config.model.dropout=0.1"
 )
+# The same run with a mixer that draws at random.
+SAMPLED = [*TINY, "--config.mixers=skyformer", "--config.attention.skyformer.landmarks=8"]
+
+Result = tuple[int, str, str]  # exit status, standard output, standard error
 
 
 @functools.cache
 def scratch() -> Path:
-    """A folder for data, compiled programs and the shared run, gone when the tests end."""
+    """A folder for data, compiled programs and the shared runs, gone when the tests end."""
     path = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, path, ignore_errors=True)
+    if jax.config.jax_compilation_cache_dir:  # conftest.py's: programs of earlier tests are found
+        (path / "data").mkdir()
+        (path / "data" / "compilation").symlink_to(jax.config.jax_compilation_cache_dir)
     return path
 
 
@@ -38,41 +54,103 @@ def start(
     devices: int = 1,
     file_limit: int | None = None,
     environment: Mapping[str, str] | None = None,
+    folder: Path = ROOT,
 ) -> subprocess.Popen:
-    """A process; data and compiled programs lie in `data` (None = shared by all tests).
+    """A process of "train.py", or of a module, "-m efficient_tx.train", in `folder`.
 
-    No file that it writes may get longer than `file_limit` bytes: what a full disk does to it, without root's help.
+    Data and compiled programs lie in `data` (None = shared by all tests). No file that it writes may get longer than
+    `file_limit` bytes: what a full disk does to it, without root's help.
     """
     settings = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_"))}
     settings |= {"EFFICIENT_TX_DATA": str(data or scratch() / "data"), "JAX_NUM_CPU_DEVICES": str(devices)}
     settings |= environment or {}
     limited = ["prlimit", f"--fsize={file_limit}"] if file_limit else []
-    command = [*limited, sys.executable, script, *map(str, arguments)]
+    command = [*limited, sys.executable, *script.split(), *map(str, arguments)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=settings, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(command, cwd=folder, env=settings, stdout=pipe, stderr=pipe, text=True)
 
 
-def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-    """(exit status, standard output, standard error), when the process has ended."""
+def as_here() -> dict[str, str]:
+    """The environment in which a process computes what this one does, bit for bit."""
+    return {"XLA_FLAGS": os.environ["XLA_FLAGS"], "JAX_NUM_CPU_DEVICES": str(len(jax.local_devices()))}
+
+
+def finish(process: subprocess.Popen) -> Result:
+    """What the process says, when it has ended."""
     out, error = process.communicate(timeout=500)
     return process.returncode, out, error
 
 
-def train(workdir: Path, *options: object, **settings) -> tuple[int, str, str]:
-    """Runs train.py on the tiny run to its end."""
-    return finish(start("train.py", *TINY, f"--workdir={workdir}", *options, **settings))
+def train(workdir: Path, *options: object, run: Sequence[str] = TINY, **settings) -> Result:
+    """Runs train.py on the tiny run to its end, in a process."""
+    return finish(start("train.py", *run, f"--workdir={workdir}", *options, **settings))
 
 
-def evaluate(*arguments: object, **settings) -> tuple[int, str, str]:
-    """Runs eval.py to its end."""
+def evaluate(*arguments: object, **settings) -> Result:
+    """Runs eval.py to its end, in a process."""
     return finish(start("eval.py", *arguments, **settings))
+
+
+@contextlib.contextmanager
+def undone() -> Iterator[None]:
+    """Takes back what a command changes in the process that it runs in."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    kept = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_debug_nans"
+    settings = {name: getattr(jax.config, name) for name in kept}
+    show, path = warnings.showwarning, [*sys.path]
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        warnings.showwarning, sys.path[:] = show, path
+
+
+def here(command: Callable[[], None], *arguments: object, data: Path | None = None) -> Result:
+    """Runs a command in this process, with its four devices: a second instead of eight."""
+    out, error = io.StringIO(), io.StringIO()
+    with (
+        undone(),
+        mock.patch.object(sys, "argv", ["command", *map(str, arguments)]),
+        mock.patch.dict(os.environ, {"EFFICIENT_TX_DATA": str(data or scratch() / "data")}),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(error),
+    ):
+        try:
+            command()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code or 0
+    return status, out.getvalue(), error.getvalue()
+
+
+def train_here(workdir: Path, *options: object, **settings) -> Result:
+    """Runs train.py on the tiny run to its end, in this process."""
+    return here(efficient_tx.train.command, *TINY, f"--workdir={workdir}", *options, **settings)
+
+
+def evaluate_here(*arguments: object, **settings) -> Result:
+    """Runs eval.py to its end, in this process."""
+    return here(efficient_tx.eval.command, *arguments, **settings)
 
 
 @functools.cache
 def finished_run() -> tuple[Path, str]:
-    """Workdir and output of a tiny run that nothing disturbed. Read it, or copy it: all tests share it."""
-    path = scratch() / "run"
-    status, out, error = train(path)
+    """Workdir and output of a tiny run of this process. Read it, or copy it: all tests share it."""
+    return _finished("here", train_here)
+
+
+@functools.cache
+def process_run() -> tuple[Path, str]:
+    """The same of the run SAMPLED in a process of its own, as users have them: one device, optimised programs."""
+    return _finished("process", functools.partial(train, run=SAMPLED))
+
+
+def _finished(name: str, run: Callable[..., Result]) -> tuple[Path, str]:
+    path = scratch() / name
+    status, out, error = run(path)
     assert status == 0, error
     return path, out
 

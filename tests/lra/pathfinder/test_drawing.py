@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from lra import pathfinder, snakes
+from lra import parallel
+from lra.pathfinder import drawing, task
 
 
 class Plain:
@@ -16,7 +17,7 @@ class Plain:
 
     def __init__(self, index, resolution, contour_length, seed):
         self.draws = np.random.default_rng([seed, index])
-        self.size, self.look, self.dashes = resolution, snakes.LOOKS[resolution], contour_length
+        self.size, self.look, self.dashes = resolution, drawing.LOOKS[resolution], contour_length
 
     def below(self, n):
         return int(n * self.draws.random())
@@ -39,7 +40,7 @@ class Plain:
 
     def dash(self, start, angle):
         """Whole images: the line and its mask."""
-        window = snakes.draw_dash(angle, self.look.length, self.look.thickness, self.margin)
+        window = drawing.draw_dash(angle, self.look.length, self.look.thickness, self.margin)
         half = len(window[0]) // 2
         images = np.zeros((2, self.size + 2 * half, self.size + 2 * half))
         images[:, start[0] : start[0] + 2 * half + 1, start[1] : start[1] + 2 * half + 1] = np.array(window) / 255
@@ -49,7 +50,7 @@ class Plain:
         lined = occupied.copy()
         lined[:border], lined[-border:], lined[:, :border], lined[:, -border:] = 1, 1, 1, 1
         reach = self.look.length + self.margin
-        mask = snakes.draw_dash(angle, self.look.length, self.look.thickness, self.margin)[1] == 255
+        mask = drawing.draw_dash(angle, self.look.length, self.look.thickness, self.margin)[1] == 255
         shape = np.zeros((2 * reach + 1, 2 * reach + 1), bool)
         for y, x in np.argwhere(mask) - len(mask) // 2 + reach + 1:
             if 0 <= y <= 2 * reach and 0 <= x <= 2 * reach:
@@ -167,7 +168,7 @@ class Plain:
                     break
         origin = self.below(2)
         markers = [pair[origin]["tips"][0], pair[origin if label else 1 - origin]["tips"][-1]]
-        layers = [snakes.draw_marker(self.size, y, x, self.look.marker) / 255 for y, x in markers]
+        layers = [drawing.draw_marker(self.size, y, x, self.look.marker) / 255 for y, x in markers]
         layers += [self.dash(*dash)[0] * self.look.target for snake in pair for dash in snake["all"]]
         layers += [self.dash(*dash)[0] * self.look.distractor for snake in distractors for dash in snake["all"]]
         image = np.max(layers, axis=0)
@@ -180,7 +181,7 @@ class Plain:
 )
 def test_images_are_those_of_the_published_procedure(resolution, contour_length, indices):
     for index in indices:
-        fast = snakes.draw(index, resolution=resolution, contour_length=contour_length, seed=1)
+        fast = drawing.draw(index, resolution=resolution, contour_length=contour_length, seed=1)
         label, attempts, distractors, image = Plain(index, resolution, contour_length, 1).draw()
         assert (fast.label, fast.attempts, len(fast.distractors)) == (label, attempts, distractors)
         np.testing.assert_array_equal(fast.pixels, image)
@@ -193,14 +194,14 @@ def segment_distance(side, angle, length):
     return np.hypot(y - along * math.sin(angle), x - along * math.cos(angle))
 
 
-@pytest.mark.parametrize("resolution", snakes.LOOKS)
+@pytest.mark.parametrize("resolution", drawing.LOOKS)
 def test_dashes_are_lines_of_their_length_and_thickness(resolution):
     # Half a pixel for ends on the finer grid's whole pixels, one for sampling down; Lanczos ripples stay below 30.
-    look = snakes.LOOKS[resolution]
+    look = drawing.LOOKS[resolution]
     for degrees in range(-180, 180, 15):
         angle = math.radians(degrees)
         for margin in look.margins:
-            line, mask = snakes.draw_dash(angle, look.length, look.thickness, margin)
+            line, mask = drawing.draw_dash(angle, look.length, look.thickness, margin)
             distance = segment_distance(len(line), angle, look.length)
             assert mask[distance <= margin - 0.5].min() >= 128
             assert mask[distance >= margin + look.thickness / 2 + 1.5].max(initial=0) < 30
@@ -211,16 +212,16 @@ def test_dashes_are_lines_of_their_length_and_thickness(resolution):
 
 @pytest.fixture(scope="module")
 def hard():
-    return [snakes.draw(index, resolution=32, contour_length=14, seed=2) for index in range(2000)]
+    return [drawing.draw(index, resolution=32, contour_length=14, seed=2) for index in range(2000)]
 
 
 def check_statistics(drawings, **published):
     """Each mean within four standard errors, of ours and of the published code's sample together."""
     found = {
-        "zeros": [(drawing.pixels == 0).mean() for drawing in drawings],
-        "mean": [drawing.pixels.mean() for drawing in drawings],
-        "attempts": [drawing.attempts for drawing in drawings],
-        "distractors": [len(drawing.distractors) for drawing in drawings],
+        "zeros": [(drawn.pixels == 0).mean() for drawn in drawings],
+        "mean": [drawn.pixels.mean() for drawn in drawings],
+        "attempts": [drawn.attempts for drawn in drawings],
+        "distractors": [len(drawn.distractors) for drawn in drawings],
     }
     for name, (expected, error) in published.items():
         error = math.hypot(error, np.std(found[name]) / len(drawings) ** 0.5)
@@ -233,14 +234,14 @@ def test_statistics_are_the_published_ones(hard):
     check_statistics(
         hard, zeros=(0.6576, 0.0010), mean=(20.209, 0.050), attempts=(313.0, 8.2), distractors=(1.163, 0.024)
     )
-    easy = [snakes.draw(index, resolution=32, contour_length=6, seed=2) for index in range(2000)]
+    easy = [drawing.draw(index, resolution=32, contour_length=6, seed=2) for index in range(2000)]
     check_statistics(
         easy, zeros=(0.7728, 0.0006), mean=(12.978, 0.032), attempts=(21.7, 0.4), distractors=(3.270, 0.027)
     )
-    tips = np.concatenate([drawing.contours[:, 0, :2] for drawing in hard])
+    tips = np.concatenate([drawn.contours[:, 0, :2] for drawn in hard])
     # Standard error of a deviation: 3.6 / sqrt(2 n), n = 4,000 tips here and 3,000 there.
     np.testing.assert_allclose(tips.std(0), (3.658, 3.585), atol=4 * 3.6 * math.sqrt(1 / 6000 + 1 / 8000))
-    labels = [drawing.label for drawing in hard]
+    labels = [drawn.label for drawn in hard]
     assert np.mean(labels) == pytest.approx(0.5, abs=4 * 0.5 / len(hard) ** 0.5)
 
 
@@ -249,29 +250,29 @@ def test_statistics_are_the_published_ones(hard):
 )
 def test_a_label_says_whether_both_markers_are_on_one_contour(resolution, contour_length, count):
     for index in range(count):
-        drawing = snakes.draw(index, resolution=resolution, contour_length=contour_length, seed=4)
-        assert drawing.contours.shape == (2, contour_length, 3)
-        assert drawing.distractors.shape[1] == contour_length // 3
-        look = snakes.LOOKS[resolution]
-        assert len(drawing.distractors) <= look.distractor_dashes // (contour_length // 3)
-        ends = [snakes.ends(contour, resolution, drawing.margin) for contour in drawing.contours]
-        for contour in [*ends, *(snakes.ends(contour, resolution, drawing.margin) for contour in drawing.distractors)]:
+        drawn = drawing.draw(index, resolution=resolution, contour_length=contour_length, seed=4)
+        assert drawn.contours.shape == (2, contour_length, 3)
+        assert drawn.distractors.shape[1] == contour_length // 3
+        look = drawing.LOOKS[resolution]
+        assert len(drawn.distractors) <= look.distractor_dashes // (contour_length // 3)
+        ends = [drawing.ends(contour, resolution, drawn.margin) for contour in drawn.contours]
+        for contour in [*ends, *(drawing.ends(contour, resolution, drawn.margin) for contour in drawn.distractors)]:
             # From each dash to the next: the gap is twice the margin, each end up to a pixel off in y and in x.
             gaps = np.linalg.norm(contour[1:, 0] - contour[:-1, 1], axis=1)
-            assert gaps.max(initial=0) <= 2 * drawing.margin + 2 * math.sqrt(2)
+            assert gaps.max(initial=0) <= 2 * drawn.margin + 2 * math.sqrt(2)
             # On the pixels: a dash is bright in its middle, and its contour is followed from end to end.
             middle = np.rint(contour.mean(1)).astype(int).clip(0, resolution - 1)
-            near = [drawing.pixels[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2].max() for y, x in middle]
+            near = [drawn.pixels[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2].max() for y, x in middle]
             assert min(near) >= 60
         tail, head = (
             [i for i in range(2) if np.allclose(ends[i][place], marker)]
-            for place, marker in zip(((0, 0), (-1, 1)), drawing.markers, strict=True)
+            for place, marker in zip(((0, 0), (-1, 1)), drawn.markers, strict=True)
         )
         assert (len(tail), len(head)) == (1, 1)
-        assert (tail == head) == drawing.label
-        for y, x in drawing.markers:
+        assert (tail == head) == drawn.label
+        for y, x in drawn.markers:
             reach = int(look.marker / 2)
-            disc = drawing.pixels[max(0, y - reach) : y + reach + 1, max(0, x - reach) : x + reach + 1]
+            disc = drawn.pixels[max(0, y - reach) : y + reach + 1, max(0, x - reach) : x + reach + 1]
             assert disc.min() >= 0.4 * 255  # 1 of at most 2, Lanczos and the brightest dash aside
 
 
@@ -284,21 +285,21 @@ def test_the_number_of_workers_changes_nothing():
     for one, same in zip(alone, shared, strict=True):
         np.testing.assert_array_equal(one["pixels"], same["pixels"])
         np.testing.assert_array_equal(one["labels"], same["labels"])
-    together = snakes.draw_many(0, **settings | {"count": 15})
+    together = drawing.draw_many(0, **settings | {"count": 15})
     np.testing.assert_array_equal(together["pixels"], np.concatenate([chunk["pixels"] for chunk in alone]))
     assert len(np.unique(together["pixels"], axis=0)) == 15
 
 
 def test_brightness_does_not_tell_the_label(hard, tmp_path):
     # 2,000 images to fit on, 2,000 to test: chance has a standard error of 1.1 points, the interval is four of them.
-    others = snakes.draw_many(0, first=10_000, count=2000, resolution=32, contour_length=14, seed=2)
-    pixels = np.stack([drawing.pixels.ravel() for drawing in hard])
-    labels = np.array([drawing.label for drawing in hard])
+    others = drawing.draw_many(0, first=10_000, count=2000, resolution=32, contour_length=14, seed=2)
+    pixels = np.stack([drawn.pixels.ravel() for drawn in hard])
+    labels = np.array([drawn.label for drawn in hard])
 
     def accuracy(train, test):
         parts = [{"pixels": np.concatenate([train, test]), "labels": np.concatenate([labels, others["labels"]])}]
-        train, test = (pathfinder.Images(parts, items) for items in np.split(np.arange(4000), 2))
-        return pathfinder._baselines(train, test, tmp_path)["brightness"]
+        train, test = (task.Images(parts, items) for items in np.split(np.arange(4000), 2))
+        return task._baselines(train, test, tmp_path)["brightness"]
 
     def leaking(pixels, labels):
         return pixels + ((pixels > 0) & (pixels < 255) & (labels[:, None] > 0))

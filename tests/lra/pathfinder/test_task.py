@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from efficient_tx.config import check, load, protocols, resolve
+from efficient_tx.config import ConfigError, check, load, protocols, resolve
 from efficient_tx.data.batching import collate
 from efficient_tx.task import Task
-from lra import pathfinder, pathfinder_files, snakes
+from lra import pathfinder
+from lra.pathfinder import drawing, files, preview
+from lra.pathfinder import task as pathfinder_task
 
 SMALL = {"train_size": 30, "val_size": 6, "test_size": 8, "contour_length": 6}
 
@@ -31,8 +33,8 @@ def test_no_size_of_a_split_moves_another(tmp_path):
     assert (task.name, task.source) == ("pathfinder-length-6", "generated, seed 0")
     for split, first in ((task.test, 0), (task.validation, 2**30), (task.train, 2**31)):
         for index, (pixels, label) in enumerate(contents(split), start=first):
-            drawing = snakes.draw(index, resolution=32, contour_length=6, seed=0)
-            assert (pixels, label) == (drawing.pixels.ravel().tolist(), drawing.label)
+            drawn = drawing.draw(index, resolution=32, contour_length=6, seed=0)
+            assert (pixels, label) == (drawn.pixels.ravel().tolist(), drawn.label)
     everything = contents(task.test) + contents(task.validation) + contents(task.train)
     assert len({tuple(pixels) for pixels, _ in everything}) == 44
     other = get_task(tmp_path, train_size=3, val_size=9)
@@ -46,8 +48,8 @@ def test_no_size_of_a_split_moves_another(tmp_path):
 
 def test_parts_and_what_a_killed_run_leaves(tmp_path, monkeypatch):
     whole = contents(get_task(tmp_path / "whole").train)
-    monkeypatch.setattr(pathfinder, "_PIXELS_PER_PART", 16 * 1024)  # 16 images: two parts of 16 and 14
-    monkeypatch.setattr(pathfinder, "_PIXELS_PER_CHUNK", 16 * 1024)
+    monkeypatch.setattr(pathfinder_task, "_PIXELS_PER_PART", 16 * 1024)  # 16 images: two parts of 16 and 14
+    monkeypatch.setattr(pathfinder_task, "_PIXELS_PER_CHUNK", 16 * 1024)
     task = get_task(tmp_path)
     assert [len(part["labels"]) for part in task.train.parts] == [16, 14]
     assert contents(task.train) == whole
@@ -114,17 +116,17 @@ def test_baselines(tmp_path):
         {"pixels": np.concatenate([dark, bright] * 2), "labels": np.array([0] * 36 + [1] * 12 + [1] * 32, np.uint8)}
     ]
     parts[0]["labels"] = np.concatenate([parts[0]["labels"]] * 2)
-    train, test = pathfinder.Images(parts, np.arange(80)), pathfinder.Images(parts, np.arange(80, 160))
+    train, test = pathfinder_task.Images(parts, np.arange(80)), pathfinder_task.Images(parts, np.arange(80, 160))
     expected = {"constant": 44 / 80, "brightness": (36 + 40) / 80}
-    assert pathfinder._baselines(train, test, tmp_path) == expected
-    assert pathfinder._baselines(train, test, tmp_path) == expected  # stored
+    assert pathfinder_task._baselines(train, test, tmp_path) == expected
+    assert pathfinder_task._baselines(train, test, tmp_path) == expected  # stored
     assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_brightness_features_are_plain_statistics():
     pixels = np.random.default_rng(0).integers(0, 256, (5, 256)).astype(np.uint8)
     pixels[:, :100] = 0
-    features = pathfinder.brightness(pixels)
+    features = pathfinder_task.brightness(pixels)
     for row, image in zip(features, pixels.reshape(5, 16, 16).astype(float), strict=True):
         quadrants = [image[:8, :8].mean(), image[:8, 8:].mean(), image[8:, :8].mean(), image[8:, 8:].mean()]
         histogram = np.histogram(image, np.arange(0, 257, 32))[0] / 256
@@ -135,7 +137,7 @@ def test_brightness_features_are_plain_statistics():
 def test_the_logistic_regression_is_at_its_minimum():
     rng = np.random.default_rng(1)
     x, y = rng.normal(size=(200, 3)), rng.random(200) < 0.4
-    weights = pathfinder.fit_logistic(x, y)
+    weights = pathfinder_task.fit_logistic(x, y)
 
     def loss(weights):
         z = np.column_stack([x, np.ones(200)]) @ weights
@@ -181,8 +183,8 @@ def test_the_arenas_files(tmp_path, capsys):
     assert "to make" not in capsys.readouterr().err
     assert contents(other.test) != contents(task.test)
     assert contents(get_task(tmp_path / "data", **settings).train) == contents(task.train)
-    parts = pathfinder_files.read(settings["source"], tmp_path / "data" / "pathfinder", 32, 14)[1]
-    assert contents(pathfinder.Images(parts, np.arange(40))) == [expected[name] for name in sorted(expected)]
+    parts = files.read(settings["source"], tmp_path / "data" / "pathfinder", 32, 14)[1]
+    assert contents(pathfinder_task.Images(parts, np.arange(40))) == [expected[name] for name in sorted(expected)]
     # Other images in the same place are decoded anew: the metadata tell how each was drawn.
     metadata = level / "metadata/1.npy"
     metadata.write_text(metadata.read_text().replace(" 0.5 1 1", " 0.5 2 1"))
@@ -247,26 +249,29 @@ def test_damaged_and_missing_files_are_named(tmp_path, capsys):
 @pytest.mark.parametrize("positions", ["rope", "rope2d"])
 def test_rotary_positions_are_refused_with_the_old_mask_before_a_run(positions):
     settings = {"task.legacy_mask": True, "model.positions": positions}
-    config = resolve.resolve(load.load("configs/lra_pathfinder.py:skyformer"), settings)
-    with pytest.raises(ValueError, match=rf"^config\.model.*positions is '{positions}'.*legacy_mask.*use 'learned'"):
+    config = resolve.resolve(load.load("lra_pathfinder:skyformer"), settings)
+    with pytest.raises(
+        ConfigError, match=rf"^config\.model.*positions is '{positions}'.*legacy_mask.*use 'learned'"
+    ) as caught:
         check.check(config)
+    assert caught.value.key.startswith("model")
     check.check(resolve.resolve(config, {"model.positions": "learned"}))
 
 
 @pytest.mark.parametrize("protocol", ["lra", "skyformer"])
 def test_protocols_tell_pathfinder_and_path_x_apart(protocol):
     typed = {"protocol": protocol}
-    small = resolve.resolve(load.load("configs/lra_pathfinder.py:skyformer"), typed)
+    small = resolve.resolve(load.load("lra_pathfinder:skyformer"), typed)
     assert (small.batch_size, small.task.legacy_mask) == ({"lra": 512, "skyformer": 128}[protocol], True)
-    large = load.load("configs/lra_pathx.py:skyformer")
-    typed_large = load.load("configs/lra_pathfinder.py:skyformer"), typed | {"task.resolution": 128}
+    large = load.load("lra_pathx:skyformer")
+    typed_large = load.load("lra_pathfinder:skyformer"), typed | {"task.resolution": 128}
     if protocol == "skyformer":
         with pytest.raises(ValueError, match=r"but not for lra\.pathfinder 128"):
             resolve.resolve(large, typed)
         return
     for config in (resolve.resolve(large, typed), resolve.resolve(*typed_large)):
         assert (config.batch_size, config.steps, config.model.layers, config.optimizer.clip) == (64, 500000, 1, 1.0)
-        assert resolve.departures(config, "configs/lra_pathfinder.py:skyformer") == ["task.source"]
+        assert load.ConfigFile("lra_pathfinder:skyformer").departures(config) == ["task.source"]
     assert protocols.key({"name": "lra.listops"}) == "lra.listops"
 
 
@@ -291,7 +296,7 @@ def test_sizes_are_those_of_the_task(tmp_path):
 def test_mistakes_of_the_preview_are_one_line(arguments, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        pathfinder.main(arguments)
+        preview.main(arguments)
     error = capsys.readouterr().err
     assert (stopped.value.code, error.count("\n")) == (2, 1)
     assert says in error
@@ -300,7 +305,7 @@ def test_mistakes_of_the_preview_are_one_line(arguments, says, tmp_path, monkeyp
 @pytest.mark.parametrize("name", ["sheet.png", "sheet"])
 def test_the_preview_is_a_picture(tmp_path, name):
     path = tmp_path / name
-    pathfinder.main([f"--preview={path}", "--count=5", "--contour_length=6"])
+    preview.main([f"--preview={path}", "--count=5", "--contour_length=6"])
     with Image.open(path) as image:
         assert image.width > 1000 and image.height > 300
         assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 100

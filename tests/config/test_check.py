@@ -1,0 +1,54 @@
+"""What cannot work is refused before a run: one line that names the key, the value and what would work."""
+
+import pytest
+
+from efficient_tx.config import ConfigError, check, load
+
+pytestmark = pytest.mark.quick
+
+
+@pytest.mark.parametrize(
+    ("argument", "typed", "key", "words"),
+    [
+        ("softmax", {"task.name": "lra.text"}, "task.name", ["is 'lra.text'", "choose the task by its config"]),
+        ("skyformer", {"model.causal": True}, "attention.skyformer", ["causal"]),
+        ("fourier", {"model.positions": "rope"}, "attention.fourier", ["rope"]),
+        ("softmax", {"dtype": "float16"}, "dtype", ["is 'float16'", "bfloat16"]),
+        ("softmax", {"grad_accum": 5}, "grad_accum", ["is 5: it must divide batch_size 32"]),
+        ("softmax", {"loggers": ("wand",)}, "loggers", ["is 'wand'", "nearest: 'wandb'"]),
+        ("softmax", {"steps": 0}, "steps", ["is 0: it must be at least 1"]),
+        ("softmax", {"seed": -1}, "seed", ["is -1: it must be in [0, 2^32)"]),
+        ("softmax", {"model.dropout": 0.999999}, "model", ["dropout is 0.999999"]),
+        ("softmax", {"model.head_dim": -4}, "model.head_dim", ["is -4"]),
+        ("softmax", {"model.heads": 3}, "model.heads", ["is 3", "64 features"]),
+        ("softmax", {"model.positions": "rope2d"}, "attention.softmax", ["rope2d", "2000 is no square"]),
+        ("softmax", {"task.max_len": 10**11}, "task.max_len", ["is 100000000000: it must be at most"]),
+        ("softmax", {"task.max_len": 0}, "task.max_len", ["is 0: it must be at least 1"]),
+        ("softmax", {"model.features": 0}, "model.features", ["is 0: it must be at least 1"]),
+        ("skyformer", {"attention.skyformer.landmarks": 1}, "attention.skyformer.landmarks", ["is 1"]),
+        ("softmax+monarch", {"linear.mlp.blocks": 0}, "linear.mlp.blocks", ["is 0"]),
+        ("softmax+monarch", {"densify_at": 5000}, "densify_at", ["is 5000", "less than steps=5000"]),
+        ("softmax", {"densify_at": 10}, "densify_at", ["is 10", "no weight is structured"]),
+        ("softmax+monarch", {"densify_at": 10, "densify_warmup": -1}, "densify_warmup", ["is -1"]),
+        ("softmax", {"optimizer.name": "adamm"}, "optimizer.name", ["is 'adamm'", "nearest: 'adam'"]),
+        (
+            "softmax+monarch",
+            {"densify_at": 10, "optimizer.name": "schedule_free_adamw"},
+            "optimizer",
+            ["schedule_free_adamw", "densify_at"],
+        ),
+        (
+            "softmax",
+            {"optimizer.structured_lr": True, "optimizer.name": "sgd"},
+            "optimizer.structured_lr",
+            ["is True: there is no rule for sgd"],
+        ),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_place(argument, typed, key, words):
+    with pytest.raises(ConfigError) as caught:
+        check.check(load.ConfigFile(f"lra_listops:{argument}").resolve(typed))
+    assert caught.value.key.startswith(key), caught.value.key
+    for word in words:
+        assert word in caught.value.fault
+    assert "\n" not in str(caught.value) and "--" not in str(caught.value)
