@@ -180,7 +180,7 @@ def test_published_monarch_start_loses_a_factor_of_nine():
     assert float(published) == pytest.approx(1 / 9, rel=0.03)  # four deviations of 2 · 10^5 entries and inputs
     assert float(ours) == pytest.approx(1.0, rel=0.03)
     assert float(jnp.abs(layer("monarch", 512, 256, init="published").w2[...]).max()) <= 64**-0.5
-    with pytest.raises(ValueError, match="init is 'theirs': choose 'variance' or 'published'"):
+    with pytest.raises(ValueError, match="init is 'theirs': choose one of variance, published"):
         layer("monarch", 4, 4, init="theirs")
 
 

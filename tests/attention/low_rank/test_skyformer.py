@@ -294,9 +294,9 @@ def test_no_array_is_quadratic_in_the_length():
     [
         ({"landmarks": 1}, "landmarks is 1"),
         ({"ridge": 0.0}, "ridge is 0.0"),
-        ({"inverse": "lu"}, "inverse is 'lu': it must be 'cholesky' or 'iteration'"),
+        ({"inverse": "lu"}, "inverse is 'lu': choose one of cholesky, iteration"),
         ({"iterations": 0}, "iterations is 0"),
-        ({"choice": "grid"}, "choice is 'grid': it must be one of uniform, segments, leverage, kmeans"),
+        ({"choice": "grid"}, "choice is 'grid': choose one of uniform, segments, leverage, kmeans"),
         ({"accumulate": 0}, "accumulate is 0"),
         ({"accumulate": 2, "choice": "kmeans"}, "accumulate is 2: it needs choice='uniform', not 'kmeans'"),
         ({"causal": True}, "Skyformer has no causal form"),

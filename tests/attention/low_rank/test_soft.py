@@ -235,7 +235,7 @@ def test_the_module_is_its_function():
     [
         ({"landmarks": 0}, "landmarks is 0"),
         ({"ridge": 0.0}, "ridge is 0.0"),
-        ({"inverse": "lu"}, "inverse is 'lu': it must be 'cholesky' or 'iteration'"),
+        ({"inverse": "lu"}, "inverse is 'lu': choose one of cholesky, iteration"),
         ({"iterations": 0}, "iterations is 0"),
         ({"bottleneck": "max"}, "bottleneck is 'max'"),
         ({"bottleneck": "convolution"}, "give max_len"),

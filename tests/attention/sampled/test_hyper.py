@@ -1,7 +1,6 @@
 """HyperAttention: its sum against the dense formula, the choice of keys against plain loops, limits, errors."""
 
 from functools import partial
-from itertools import combinations
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,6 @@ from flax import nnx
 
 from efficient_tx.attention.sampled.hyper import Hyper
 from efficient_tx.attention.sampled.hyper import hyper as uncompiled
-from efficient_tx.kernels.sampled_block_attention.xla import Choice, Sizes, attend_to_block_and_samples
 from efficient_tx.numerics.lsh import hash_directions
 from tests.support.samples import attention_inputs
 
@@ -120,57 +118,6 @@ def test_equals_the_dense_sum_over_the_chosen_keys(queries, causal):
             results.append([np.where(real_q[..., None, None], out, 0), *gradients])
     for want, got in zip(*results):
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-10)  # float64 rounding
-
-
-@pytest.fixture(scope="module")
-def every_sample():
-    """All 20 samples of three of six keys as one batch: the sum, and its gradient with that of the log-sum-exp."""
-    q, k, v = (x[:1, :, 0] for x in attention_inputs(0, 3, 6, heads=1, groups=1))
-    samples = np.array(list(combinations(range(6), 3)))
-    own = np.array([0, 0, 2])
-    one = {
-        "q_order": [2, 0, 1, 3], "q_place": [1, 2, 0], "k_order": range(6), "k_place": range(6),
-        "block": [2, 0, 0, -1], "group": [0, 0],
-    }  # fmt: skip
-    choice = {name: np.tile(np.array(x, np.int32), (20, 1)) for name, x in one.items()}
-    choice = Choice(**choice, sample=samples[:, None].astype(np.int32), offset=np.full((20, 1, 3), np.log(6 / 3)))
-    w, w_lse = np.random.default_rng(1).normal(size=(20, 3, 5)), np.random.default_rng(2).normal(size=(20, 3))
-
-    def ours(q, k, v):
-        q, k, v = (jnp.broadcast_to(x, (20, *x.shape[1:])) for x in (q / 8**0.5, k, v))
-        out, lse = attend_to_block_and_samples(Sizes(2, 2), q, k, v, choice)
-        return jnp.vdot(out, w) + jnp.vdot(lse, w_lse), (out, lse)
-
-    def formula(q, k, v):
-        outs, lses = [], []
-        for sample in samples:
-            weights = np.zeros((3, 6))
-            for i in range(3):
-                weights[i, [j for j in sample if j // 2 != own[i]]] = 2
-                weights[i, 2 * own[i] : 2 * own[i] + 2] = 1
-            out, lse = dense(q[0], k[0], v[0], weights)
-            outs, lses = [*outs, out], [*lses, lse]
-        return jnp.vdot(jnp.stack(outs), w) + jnp.vdot(jnp.stack(lses), w_lse), (jnp.stack(outs), jnp.stack(lses))
-
-    with jax.enable_x64(True):
-        found = [
-            jax.tree.map(np.asarray, jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True))(q, k, v))
-            for f in (ours, formula)
-        ]
-    return (q[0], k[0]), *found
-
-
-def test_the_sum_and_its_gradient_equal_the_formula(every_sample):
-    _, ours, theirs = every_sample
-    for got, want in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
-        np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-11)  # float64 rounding
-
-
-def test_the_row_sums_are_unbiased(every_sample):
-    """Their mean over all samples is the row sum of softmax attention; the own block is counted once."""
-    (q, k), ((_, (_, lse)), _), _ = every_sample
-    np.testing.assert_allclose(np.exp(lse).mean(0), np.exp(q @ k.T / 8**0.5).sum(1), rtol=1e-12)
-    assert np.exp(lse).std(0).min() > 0.1
 
 
 @pytest.mark.parametrize(("limit", "causal"), [("block", False), ("samples", True)])

@@ -315,7 +315,7 @@ def test_queries_at_the_end_of_the_keys():
         ({"budget": 1, "causal": True}, "budget is 1: it must be at least 1, and 2 for a causal form"),
         ({"p": 0.5}, r"p is 0\.5: it must be at least 1"),
         ({"p": 3.0, "causal": True}, "p is 3.0: .* set p=2"),
-        ({"attention": "cubic"}, "attention is 'cubic': it must be 'softmax' or 'polynomial'"),
+        ({"attention": "cubic"}, "attention is 'cubic': choose one of softmax, polynomial"),
         ({"recent": 128}, "recent is 128: .* below the budget, 128"),
         ({"ridge": 0.0}, "ridge is 0.0: it must be above 0"),
     ],
