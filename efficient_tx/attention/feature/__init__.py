@@ -1,1 +1,1 @@
-"""Attention as a product of features of queries and keys: a sum over the keys, linear in the length."""
+"""Attention with weights that are inner products of features of queries and keys: linear in the length."""

@@ -2,10 +2,11 @@
 
     out_i = Σ_j w_ij v_j / Σ_j w_ij,        w_ij = relu(q_i)·relu(k_j) cos(π/2 · (i − j) / M)
 
-By cos(a − b) = cos a cos b + sin a sin b the weights are products of 2d features, relu(x) cos a and relu(x) sin a.
+As cos(a − b) = cos a cos b + sin a sin b, the weights are inner products of the 2d features relu(x) cos a and relu(x)
+sin a.
 
-Unlike the published code: M is `max_len`, where theirs is the length of the batch at hand, which padding changes and
-decoding cannot know; i and j count real tokens; and the mask, which theirs ignores here, is honoured.
+Unlike the published code: M is `max_len`, not the length of the current batch, which padding changes and which is
+unknown in decoding; i and j count real tokens; the mask, which the published code ignores here, is used.
 """
 
 from typing import Any, ClassVar
@@ -23,23 +24,24 @@ def cosformer(
     q: jax.Array, k: jax.Array, v: jax.Array, *,
     max_len: int, mask: jax.Array | None = None, key: jax.Array | None = None, causal: bool = False,
 ) -> jax.Array:  # fmt: skip
-    """Attends with the weights of the formula: time and memory are linear in the length.
+    """cosFormer attention: time and memory are linear in the length.
 
     Args:
       q: `[batch, queries, heads, head_dim]`.
       k: `[batch, keys, groups, head_dim]`; groups divides heads.
       v: `[batch, keys, groups, v_dim]`.
-      max_len: M, at least the number of keys; a weight falls to zero at this distance.
+      max_len: M, at least the number of keys; weights fall to zero at this distance.
       mask: bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens, whose ranks are the positions.
       key: unused, nothing is drawn.
-      causal: query i sees keys j ≤ i only; with another number of queries the last one stands at the last real key.
+      causal: query i sees keys j ≤ i only. If the numbers of queries and keys differ, the last query is at the last
+        real key.
 
     Returns:
       `[batch, queries, heads, v_dim]` in the dtype of q; zero for a query without keys. The arithmetic is float32 at
       least; a sum of weights below 1e-6 counts as 1e-6.
 
     Raises:
-      ValueError: more keys than max_len; without `causal`, another number of queries than keys.
+      ValueError: more keys than max_len, or different numbers of queries and keys without `causal`.
     """
     (batch, keys), queries = k.shape[:2], q.shape[1]
     if keys > max_len:

@@ -1,9 +1,9 @@
-"""Linear attention (Katharopoulos et al. 2020, arXiv 2006.16236): a product of features in place of the softmax.
+"""Linear attention (Katharopoulos et al. 2020, arXiv 2006.16236): inner products of features instead of the softmax.
 
     out_i = φ(q_i) Σ_j φ(k_j)ᵀ v_j / (φ(q_i) · Σ_j φ(k_j)),        φ(x) = elu(x) + 1
 
-The sums over the keys do not depend on the query: they are made once, or carried along as a state where j ≤ i. The same
-for other non-negative features (`performer`, `cosformer`) is here as well.
+The sums over the keys do not depend on the query. They are computed once or, in the causal form, carried as a state.
+`feature_attention` does this for any non-negative features (`performer`, `cosformer`).
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from efficient_tx.attention.base.multihead import MultiHead
 from efficient_tx.kernels import gated_linear_attention
 from efficient_tx.tokens.mask import key_mask, over, place, query_positions, take
 
-# Entries of features in a piece of the sequence, 1 MB of float32: it stays in the cache of a core.
+# Entries of the features of a piece of the sequence: 1 MB of float32, which fits in the cache of a core.
 PIECE = 2**18
 
 
@@ -24,7 +24,7 @@ def linear(
     q: jax.Array, k: jax.Array, v: jax.Array, *,
     mask: jax.Array | None = None, key: jax.Array | None = None, causal: bool = False,
 ) -> jax.Array:  # fmt: skip
-    """Attends with the weights φ(q)·φ(k), φ = elu + 1: time and memory are linear in the length.
+    """Attention with the weights φ(q)·φ(k), φ = elu + 1: time and memory are linear in the length.
 
     Args:
       q: `[batch, queries, heads, head_dim]`.
@@ -33,7 +33,8 @@ def linear(
       mask: bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens; with as many queries as keys it marks
         the queries too.
       key: unused, nothing is drawn.
-      causal: query i sees keys j ≤ i only; with another number of queries the last one stands at the last real key.
+      causal: query i sees keys j ≤ i only. If the numbers of queries and keys differ, the last query is at the last
+        real key.
 
     Returns:
       `[batch, queries, heads, v_dim]` in the dtype of q; zero for a query without keys. The arithmetic is float32 at
@@ -46,7 +47,7 @@ def linear(
 
 
 def positive(x: jax.Array) -> jax.Array:
-    """elu(x) + 1, without the rounding of the sum."""
+    """elu(x) + 1, without the rounding error of the sum."""
     return jnp.exp(jnp.minimum(x, 0)) + jnp.maximum(x, 0)
 
 
@@ -55,30 +56,31 @@ def feature_attention(
     mask: jax.Array | None, causal: bool, features: int, floor: float,
     query_features: Callable, key_features: Callable, memory: Any = None,
 ) -> jax.Array:  # fmt: skip
-    """The mean of the values under the weights φ(q_i)·φ(k_j) of non-negative features, a piece of the tokens at a time.
+    """Mean of the values with the weights φ(q_i)·φ(k_j) of non-negative features, one piece of the tokens at a time.
 
-    The features of a piece are made when it is its turn, and once more in the backward pass: those of the whole
-    sequence are slow on CPUs, out of every cache, and may take more memory than all the rest.
+    The features of a piece are computed when they are needed, and again in the backward pass. Features of the whole
+    sequence would not fit in any cache, which is slow on CPUs, and could take more memory than everything else.
 
     Args:
-      q: `[batch, queries, heads, head_dim]`, or a tuple of this and more arrays `[batch, queries, ...]`.
+      q: `[batch, queries, heads, head_dim]`, or a tuple of this and further arrays `[batch, queries, ...]`.
       k: `[batch, keys, groups, head_dim]`, or such a tuple.
       v: `[batch, keys, groups, v_dim]`.
       mask: bool `[batch, keys]` or `[batch, 1, 1, keys]` or None; with as many queries as keys it marks both.
-      causal: whether a query sees the keys up to its own place only; see `query_positions`.
-      features: how many.
-      floor: what a sum of weights is at least.
-      query_features: of a piece of `q`, in float32 at least and zero at padding: `[batch, piece, heads, features]`.
-      key_features: from a piece of `k`, bool `[batch, piece]` and the memory to three: the features
-        `[batch, piece, groups, features]`; None, or against overflow a log_decay `[batch, piece, groups]` by which all
-        earlier keys fade (it has to cancel); and the memory for the next piece.
-      memory: the first one.
+      causal: whether a query sees only the keys up to its own position; see `query_positions`.
+      features: number of features.
+      floor: smallest value of a sum of weights.
+      query_features: maps a piece of `q`, in float32 at least and zero at padding, to
+        `[batch, piece, heads, features]`.
+      key_features: maps a piece of `k`, its mask `[batch, piece]` and the memory to three values: the features
+        `[batch, piece, groups, features]`; a log_decay `[batch, piece, groups]` of all earlier keys, against overflow,
+        or None (the decay must cancel in the output); and the memory for the next piece.
+      memory: memory for the first piece.
 
     Returns:
       `[batch, queries, heads, v_dim]` in the dtype of q.
 
     Raises:
-      ValueError: heads that are no multiple of groups, or a mask of another shape.
+      ValueError: heads is no multiple of groups, or the mask has another shape.
     """
     first = jax.tree.leaves(q)[0]
     (batch, queries, heads), (_, keys, groups, v_dim) = first.shape[:3], v.shape
@@ -90,7 +92,7 @@ def feature_attention(
     real = jnp.ones((batch, keys), bool) if real is None else real
 
     def cleaned(tokens, real):
-        """Zero at padding, so that no NaN in it gets any further."""
+        """Sets padding to zero, so that NaN values there have no effect."""
         return jax.tree.map(lambda x: jnp.where(over(real, x), x, 0).astype(dtype), tokens)
 
     def with_ones(v, real):
@@ -140,13 +142,14 @@ def in_pieces(step: Callable, carry: Any, tokens: tuple, size: int) -> tuple[Any
     """`carry, out = step(carry, *piece)` over pieces of about `size` tokens, recomputed in the backward pass.
 
     Args:
-      step: gives `[batch, piece, ...]` or None besides the carry. Behind the end all tokens are zero, and False.
-      carry: the first.
+      step: returns the next carry, and `[batch, piece, ...]` or None. After the end of the sequence all tokens are zero
+        (False).
+      carry: the carry for the first piece.
       tokens: a tuple of (tuples of) arrays `[batch, length, ...]`.
-      size: about how many tokens a piece has.
+      size: approximate number of tokens per piece.
 
     Returns:
-      The last carry, and the outputs side by side, `[batch, length, ...]`.
+      The last carry, and the concatenated outputs, `[batch, length, ...]`.
     """
     batch, length = jax.tree.leaves(tokens)[0].shape[:2]
     count = -(-length // size)

@@ -1,13 +1,14 @@
-"""Performer (Choromanski et al. 2021, arXiv 2009.14794): softmax attention through positive orthogonal random features.
+"""Performer (Choromanski et al. 2021, arXiv 2009.14794): softmax attention with positive orthogonal random features.
 
     exp(q·k / √d) = E φ(q)·φ(k),        φ(x) = exp(Ω x̂ − ‖x̂‖² / 2) / √m,        x̂ = x / d^¼
 
-with m rows Ω, each standard normal, orthogonal in blocks of d (FAVOR+); then as `linear` attention.
+with m standard normal rows Ω, orthogonal in blocks of d (FAVOR+). The rest is as in `linear` attention.
 
-Unlike the published code: nothing is added to the features. It adds 1e-6, a bias, after taking from their exponents the
-largest over all keys, padded and future ones included. Here each query takes its own largest exponent, and each key the
-largest up to it: the state of past keys fades when that grows, so that all of it cancels exactly. The orthogonal
-matrices are uniformly distributed, which theirs are not (`numerics.features`), and a draw belongs to an example.
+Unlike the published code: nothing is added to the features. The published code subtracts from their exponents the
+largest one over all keys, padding and future keys included, and then adds 1e-6, a bias. Here a query subtracts its own
+largest exponent, and a key the largest exponent up to itself. If the latter grows, the state of past keys decays, so
+that everything cancels exactly. The orthogonal matrices are uniformly distributed, unlike there (`numerics.features`),
+and each example has its own draw.
 """
 
 import jax
@@ -21,7 +22,7 @@ from efficient_tx.checks import OptionError
 from efficient_tx.numerics.features import orthogonal_gaussian
 from efficient_tx.numerics.random import evaluation_keys, example_keys
 
-# The least sum of weights: its square is a float32. Only queries and keys too large for random features come near.
+# Smallest sum of weights: its square is a normal float32. Only queries and keys too large for random features reach it.
 FLOOR = 1e-18
 
 
@@ -44,24 +45,25 @@ def performer(
       v: `[batch, keys, groups, v_dim]`.
       mask: bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens; with as many queries as keys it marks
         the queries too.
-      key: draws Ω: one key per example `[batch]`, or one, folded per example; None (evaluation) is a fixed draw for
-        every example. All heads share it.
-      causal: query i sees keys j ≤ i only; with another number of queries the last one stands at the last real key.
-      random_features: how many rows Ω has.
+      key: draws Ω: one key per example `[batch]`, or a single key, folded per example; None (evaluation) means the same
+        fixed draw for every example. All heads share Ω.
+      causal: query i sees keys j ≤ i only. If the numbers of queries and keys differ, the last query is at the last
+        real key.
+      random_features: number of random features, the rows of Ω.
 
     Returns:
       `[batch, queries, heads, v_dim]` in the dtype of q; zero for a query without keys. The arithmetic is float32 at
-      least. The variance of the features grows with exp(‖q + k‖² / √head_dim): entries of a standard deviation above
-      1 or 2 make a poor approximation, and beyond 6 or so a query may miss all features of the keys, whose sum is then
-      kept from zero by a floor that shrinks the output.
+      least. The variance of the features grows with exp(‖q + k‖² / √head_dim). If the entries of q and k have a
+      standard deviation above 1 or 2, the approximation is poor. Above about 6, all weights of a query may vanish; a
+      lower bound on their sum then avoids division by zero and shrinks the output.
 
     Raises:
-      ValueError: no random features, or shapes that do not fit.
+      ValueError: random_features is below 1, or shapes that do not fit.
     """
     batch, _, groups, dim = k.shape
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     if key is None:
-        # A constant of the program, not to be drawn again at every call.
+        # A constant of the compiled program, so that it is not drawn at every call.
         with jax.ensure_compile_time_eval():
             omega = orthogonal_gaussian(evaluation_keys(1)[0], random_features, dim, dtype)
     else:
@@ -84,7 +86,7 @@ def performer(
         log_decay = jnp.concatenate([before, peaks[:, :-1]], axis=1) - peaks
         return jnp.exp(jnp.where(real[..., None], x - peaks[..., None], -jnp.inf)), log_decay, peaks[:, -1]
 
-    # Finite, so that a piece without keys has no inf − inf.
+    # Finite, so that a piece without keys does not compute inf − inf.
     nothing = jnp.full((batch, groups), jnp.finfo(dtype).min / 2, dtype)
     return feature_attention(
         q, k, v, mask=mask, causal=causal, features=random_features, floor=FLOOR,
@@ -96,7 +98,7 @@ class Performer(MultiHead):
     """Multi-head Performer attention; options as `performer`, the other arguments as `MultiHead`.
 
     Raises:
-      ValueError: no random features.
+      ValueError: random_features is below 1.
     """
 
     paper = "Choromanski et al. 2021, arXiv 2009.14794"

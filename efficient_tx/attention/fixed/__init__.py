@@ -1,1 +1,1 @@
-"""Mixing whose weights do not depend on the tokens: transforms, pooling, means."""
+"""Mixing with weights that do not depend on the tokens: transforms, pooling, means."""

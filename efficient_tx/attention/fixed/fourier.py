@@ -2,8 +2,9 @@
 
     out = Re(F_length(F_features(X)))        F_m the discrete Fourier transform of size m, unnormalised
 
-The transform along the sequence has the size n of the real tokens, which differs between the examples of a batch, so
-it is computed as a convolution with a chirp of traced length (Bluestein 1970). Cost n log n · d; not causal.
+The transform along the sequence has the number n of real tokens as its size. n differs between the examples of a batch,
+so the transform is computed as a convolution with a chirp of traced length (Bluestein 1970). Cost n log n · d; not
+causal.
 """
 
 import jax
@@ -14,7 +15,7 @@ from efficient_tx.tokens.mask import compact, key_mask, spread
 
 
 def chirp_phase(length: int, n: jax.Array) -> jax.Array:
-    """t² mod 2n for t = 0 … length−1, int32 `[length]`: exact, where t² itself would overflow.
+    """t² mod 2n for t = 0 … length−1, int32 `[length]`: exact, although t² would overflow.
 
     `n` is a scalar, at least 1. The squares are running sums of odd numbers, reduced at every step.
     """
@@ -30,7 +31,7 @@ def fourier_length(x: jax.Array, n: jax.Array) -> jax.Array:
       n: int32 scalar, 1 ≤ n ≤ length, may be traced.
 
     Returns:
-      Complex `[length, features]`; rows from n on are meaningless.
+      Complex `[length, features]`; rows from n on are undefined.
     """
     length = x.shape[0]
     size = 1 << (2 * length - 1).bit_length()
@@ -47,8 +48,8 @@ def fourier(x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
 
     Args:
       x: `[batch, length, features]`.
-      mask: bool `[batch, length]` or `[batch, 1, 1, length]`, True for real tokens: the transform along the sequence
-        is the DFT of their number, as if the others were not there.
+      mask: bool `[batch, length]` or `[batch, 1, 1, length]`, True for real tokens. The transform along the sequence
+        uses only the real tokens.
 
     Returns:
       `[batch, length, features]` in the dtype of x, zero at masked positions; computed in float32 at least.
@@ -66,8 +67,8 @@ def fourier(x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
 class Fourier(Mixer):
     """FNet's mixer. Its output is divided by √(n · features), which makes the DFT orthonormal.
 
-    FNet normalises after the residual sum, where the scale does not matter; in our pre-norm blocks the unnormalised
-    transform would drown the residual. It has no projections: heads, head_dim, linear and dtype mean nothing here.
+    FNet normalises after the residual sum, so there the scale does not matter. In our pre-norm blocks the unnormalised
+    transform would dominate the residual. There are no projections: heads, head_dim, linear and dtype are ignored.
     """
 
     paper = "Lee-Thorp et al. 2021, arXiv 2105.03824"

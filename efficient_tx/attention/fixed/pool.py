@@ -2,10 +2,10 @@
 
     out_i = pool_{j near i}(x_j) − x_i
 
-As in PoolFormer the token itself is subtracted, because the residual branch around the mixer adds it again: what goes
-on is the pooled token. A control that a good method must beat. PoolFormer averages 3 × 3 patches of an image; here also
-tokens of a sequence, also by their maximum. Neighbours are those among the real tokens, and the average counts what
-exists, at the borders too (PoolFormer's count_include_pad=False).
+As in PoolFormer, the token itself is subtracted, because the residual connection around the mixer adds it again: the
+sum is the pooled token. A baseline that a good method must beat. PoolFormer averages 3 × 3 patches of an image. Here
+the tokens may also form a sequence, and the maximum is an option. Only real tokens are neighbours, and at borders the
+average is over existing tokens (PoolFormer's count_include_pad=False).
 """
 
 import functools
@@ -38,23 +38,24 @@ def pool(
     x: jax.Array, *,
     mask: jax.Array | None = None, kind: str = "average", size: int = 3, grid: bool = False, causal: bool = False,
 ) -> jax.Array:  # fmt: skip
-    """Pools the tokens near each token, and subtracts the token.
+    """Pools the tokens near each token and subtracts the token itself.
 
     Args:
       x: `[batch, length, features]`.
-      mask: bool `[batch, length]` or `[batch, 1, 1, length]`, True for real tokens. Neighbours are those in rank among
-        the real tokens, as if the others were not there.
-      kind: "average" or "max".
-      size: tokens in a window, odd, centred; with `causal` any number, the last of which is the token itself.
-      grid: the n real tokens are a square image in row-major order, of side ⌈√n⌉ (its last row may be incomplete);
-        windows are size × size.
-      causal: the window trails behind the token instead of being centred.
+      mask: bool `[batch, length]` or `[batch, 1, 1, length]`, True for real tokens. Neighbours are counted among the
+        real tokens.
+      kind: kind of pooling, "average" or "max".
+      size: number of tokens in a window, odd and centred at the token; with `causal` any number, and the token is the
+        last.
+      grid: whether the n real tokens are a square image in row-major order, of side ⌈√n⌉ (its last row may be
+        incomplete), with windows of size × size.
+      causal: whether the window ends at the token instead of being centred.
 
     Returns:
       `[batch, length, features]` in the dtype of x, zero at masked positions; averages are float32 at least.
 
     Raises:
-      ValueError: an option out of its range, or a grid without mask whose length is no square.
+      ValueError: an option out of its range, or a grid without mask if the length is no square.
     """
     batch, length, _ = x.shape
     mask = key_mask(mask, batch, length)
@@ -73,7 +74,7 @@ def pool(
 def window(cells: jax.Array, exists: jax.Array, kind: str, size: int, grid: bool, causal: bool) -> jax.Array:
     """The average or maximum of the cells `[batch, rows, columns, features]` in the window of each cell.
 
-    `exists` is bool `[batch, rows, columns, 1]`; what stands at other cells is meaningless.
+    `exists` is bool `[batch, rows, columns, 1]`; the output at other cells is undefined.
     """
     before = size - 1 if causal else size // 2
     axes = (1, 2) if grid else (2,)
@@ -85,7 +86,7 @@ def window(cells: jax.Array, exists: jax.Array, kind: str, size: int, grid: bool
 
 
 def slide(x: jax.Array, combine: Callable, empty: float, before: int, size: int, axes: tuple[int, ...]) -> jax.Array:
-    """`size` neighbours combined along each of `axes`, from `before` places before a cell on; `empty` outside."""
+    """Combines `size` neighbours along each of `axes`, starting `before` cells before each cell; `empty` outside."""
     for axis in axes:
         pads = [(before, size - 1 - before) if a == axis else (0, 0) for a in range(x.ndim)]
         padded = jnp.pad(x, pads, constant_values=empty)
@@ -97,7 +98,7 @@ def slide(x: jax.Array, combine: Callable, empty: float, before: int, size: int,
 class Pool(Mixer):
     """PoolFormer's mixer; options as `pool`.
 
-    It has no parameters: heads, head_dim, linear and dtype mean nothing here.
+    It has no parameters: heads, head_dim, linear and dtype are ignored.
     """
 
     paper = "Yu et al. 2022, arXiv 2111.11418"

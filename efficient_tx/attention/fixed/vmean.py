@@ -2,8 +2,8 @@
 
     out_i = (1/n) Σ_j v_j,        causal: out_i = (1/i) Σ_{j ≤ i} v_j
 
-Attention with uniform weights, the rank-one approximation of softmax that sees neither query nor key. The paper reports
-it beside Skeinformer: on some tasks of Long Range Arena it is above every efficient attention.
+Attention with uniform weights: a rank-one approximation of softmax that uses neither queries nor keys. The paper
+reports it as a baseline of Skeinformer: on some tasks of Long Range Arena it is above every efficient attention.
 """
 
 import jax
@@ -22,18 +22,18 @@ def vmean(
 
     Args:
       q: `[batch, queries, heads, head_dim]`; only its shape and dtype matter.
-      k: unused; a mean weights every key alike.
-      v: `[batch, keys, groups, v_dim]`; heads must be a multiple of groups.
+      k: unused; the mean weights all keys equally.
+      v: `[batch, keys, groups, v_dim]`; groups divides heads.
       mask: bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens.
       key: unused, nothing is drawn.
-      causal: query i averages the values up to its own position. With other numbers of queries and keys the last
-        query stands at the last real key.
+      causal: query i averages the values up to its own position. If the numbers of queries and keys differ, the last
+        query is at the last real key.
 
     Returns:
       `[batch, queries, heads, v_dim]` in the dtype of q; zero for a query without keys. Sums are float32 at least.
 
     Raises:
-      ValueError: the heads do not group, or the mask has another shape.
+      ValueError: heads is no multiple of groups, or the mask has another shape.
     """
     del k, key
     batch, queries, heads, _ = q.shape
@@ -51,7 +51,7 @@ def vmean(
 
 
 class VMean(MultiHead):
-    """The mean of the values, between a projection in and one out; arguments as `MultiHead`."""
+    """The mean of the values, between an input and an output projection; arguments as `MultiHead`."""
 
     paper = "Chen et al. 2021, arXiv 2112.05359"
     computes = "the mean of the values: a control"

@@ -1,14 +1,14 @@
-"""Higher-order attention: a query attends to pairs of tokens by a trilinear score.
+"""Higher-order attention: a query attends to pairs of tokens with a trilinear score.
 
-Alman and Song 2023 (arXiv 2310.04064), as attention by Kronecker products, over all pairs:
+Over all pairs (Alman and Song 2023, arXiv 2310.04064, as attention with Kronecker products):
 
     out_i = Σ_jk softmax_jk(s_ijk) v_j ⊙ v2_k,        s_ijk = Σ_c q_ic k_jc k2_kc / √K
 
-and Roy et al. 2025 (2-simplicial attention, arXiv 2507.02754) over pairs within windows, i − j < window and
-i − k < window2 if causal. That is `tensor`; `tensor_exact` sees all pairs. Exact sums over n³ triples cannot be had in
-truly sub-cubic time unless entries are small (same paper), so windows are what makes long sequences affordable.
+Over pairs within windows (Roy et al. 2025, 2-simplicial attention, arXiv 2507.02754): i − j < window and
+i − k < window2 if causal. `tensor` has windows; `tensor_exact` sees all pairs. Exact sums over n³ triples cannot be
+computed in truly sub-cubic time unless the entries are small (Alman and Song), so long sequences need windows.
 
-A trilinear score is not invariant under rotations of its three factors by their positions, so there is no "rope".
+A trilinear score of three rotated factors does not depend on relative positions only, so "rope" is not supported.
 """
 
 from typing import Any
@@ -33,29 +33,29 @@ def tensor(
     k2: jax.Array, v2: jax.Array, mask: jax.Array | None = None, key: jax.Array | None = None, causal: bool = False,
     window: int = 512, window2: int = 32,
 ) -> jax.Array:  # fmt: skip
-    """Attends to the pairs within two windows, exactly; memory is linear in the length.
+    """Exact attention to the pairs within two windows; memory is linear in the length.
 
     Args:
       q: `[batch, queries, heads, head_dim]`.
       k: `[batch, keys, groups, head_dim]`, the first token of a pair; groups divides heads.
-      v: `[batch, keys, groups, v_dim]`, its values.
-      k2: as k, the second token.
-      v2: as v, its values.
+      v: `[batch, keys, groups, v_dim]`, values of the first token.
+      k2: same shape as k, the second token of a pair.
+      v2: same shape as v, values of the second token.
       mask: bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens; with as many queries as keys it marks
         the queries too. Windows count real tokens.
       key: unused, nothing is drawn.
-      causal: token i sees tokens j, k ≤ i only; the last query stands at the last real token.
-      window: how many first tokens a query sees: the latest if causal, else those around its own position, moved
-        inwards at the ends. From the number of real tokens on, all.
-      window2: the same for the second tokens.
+      causal: token i sees tokens j, k ≤ i only; the last query is at the last real token.
+      window: number of first tokens that a query sees: the latest ones if causal, else those around its own position,
+        shifted inwards at the ends. If it is at least the number of real tokens, a query sees all.
+      window2: number of second tokens that a query sees, selected in the same way.
 
     Returns:
       `[batch, queries, heads, v_dim]` in the dtype of q; zero at masked queries and for a query without keys.
       Arithmetic is float32 at least.
 
     Raises:
-      ValueError: a window below 1, shapes that do not fit, or, without `causal`, other numbers of queries and keys
-        with a window below the latter.
+      ValueError: a window below 1, or shapes that do not fit. Without `causal`, also different numbers of queries and
+        keys with a window below the number of keys.
     """
     del key
     queries, keys = q.shape[1], k.shape[1]
@@ -70,13 +70,13 @@ def tensor_exact(
     q: jax.Array, k: jax.Array, v: jax.Array, *,
     k2: jax.Array, v2: jax.Array, mask: jax.Array | None = None, key: jax.Array | None = None, causal: bool = False,
 ) -> jax.Array:  # fmt: skip
-    """`tensor` over all pairs: time is cubic in the length, memory linear. Arguments and errors as there."""
+    """`tensor` over all pairs: time is cubic in the length, memory linear. Arguments and errors as in `tensor`."""
     del key
     return pair_attention(q, k, v, k2, v2, pair=trilinear, mask=mask, causal=causal)
 
 
 def trilinear(q, k2):
-    """Against k_j: (q_i ⊙ k2_k) / √K, and nothing besides."""
+    """The factor of k_j in the score, (q_i ⊙ k2_k) / √K, and the rest of the score, zero."""
     return q * k2 * q.shape[-1] ** -0.5, jnp.zeros(k2.shape[:-1], k2.dtype)
 
 

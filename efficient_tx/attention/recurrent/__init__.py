@@ -1,1 +1,1 @@
-"""Attention as a recurrence: a state that is updated with every token."""
+"""Attention as a recurrence: every token updates a state."""

@@ -1,11 +1,11 @@
-"""GLA, gated linear attention (Yang et al. 2024, arXiv 2312.06635): a state that forgets, per channel and token.
+"""GLA, gated linear attention (Yang et al. 2024, arXiv 2312.06635): a state with a decay per channel and token.
 
     S_t = diag(exp g_t) S_{t−1} + k_tᵀ v_t,    o_t = q_t S_t / √d_k,    g_t = logsigmoid(W₂ W₁ x_t + b) / 16
     y_t = W_o [RMSNorm(o_t) ⊙ swish(W_g x_t)]
 
-with the sizes of the authors' code (flash-linear-attention): keys half as wide as values, W₁ of rank 16, no bias but b.
-Not normalised: the weights of a token's keys sum to anything. The method is causal; without `causal` it runs in both
-directions with one set of projections, and the outputs are averaged.
+The default sizes are those of the authors' code (flash-linear-attention): keys half as wide as values, W₁ of rank 16,
+no bias except b. Not normalised: the weights of a query do not sum to 1. The method is causal; without `causal` it runs
+in both directions with the same projections, and the outputs are averaged.
 """
 
 from collections.abc import Callable
@@ -29,24 +29,25 @@ def gla(
     log_decay: jax.Array | None = None, mask: jax.Array | None = None, key: jax.Array | None = None,
     causal: bool = False,
 ) -> jax.Array:  # fmt: skip
-    """Attends through the decaying state, or through one in each direction: time and memory are linear in the length.
+    """Attends with a decaying state, or with one in each direction: time and memory are linear in the length.
 
     Args:
       q: `[batch, queries, heads, head_dim]`.
       k: `[batch, keys, groups, head_dim]`; groups divides heads.
       v: `[batch, keys, groups, v_dim]`.
-      log_decay: at most 0: `[batch, keys, heads, head_dim]`, `[batch, keys, heads]`, `[heads]` or None, no decay.
-      mask: bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens; the others change no state.
+      log_decay: logarithm of the decay, at most 0: `[batch, keys, heads, head_dim]`, `[batch, keys, heads]`, `[heads]`,
+        or None for no decay.
+      mask: bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens; padding does not change the state.
       key: unused, nothing is drawn.
-      causal: query i sees keys j ≤ i only; with another number of queries the last one stands at the last real key.
-        False: the mean of that and of the same from the other end.
+      causal: query i sees keys j ≤ i only. If the numbers of queries and keys differ, the last query is at the last
+        real key. False: the mean of both directions.
 
     Returns:
       `[batch, queries, heads, v_dim]` in the dtype of q; zero for a query without keys. The arithmetic is float32 at
       least.
 
     Raises:
-      ValueError: without `causal`, another number of queries than keys; shapes that do not fit.
+      ValueError: different numbers of queries and keys without `causal`, or shapes that do not fit.
     """
     (batch, keys), queries = k.shape[:2], q.shape[1]
     mask = key_mask(mask, batch, keys)
@@ -72,7 +73,7 @@ def gla_step(
       k: `[batch, groups, head_dim]`; groups divides heads.
       v: `[batch, groups, v_dim]`.
       state: `[batch, heads, head_dim, v_dim]`; zeros before the first token.
-      log_decay: `[batch, heads, head_dim]`, `[batch, heads]`, `[heads]` or None.
+      log_decay: logarithm of the decay, at most 0: `[batch, heads, head_dim]`, `[batch, heads]`, `[heads]` or None.
 
     Returns:
       `[batch, heads, v_dim]` in the dtype of q, and the state in promote_types(dtype, float32).
@@ -96,16 +97,17 @@ def check_sizes(head_dim: int, expand_k: float, gate_rank: int, gate_normalizer:
 
 
 class GLA(MultiHead):
-    """The whole layer of gated linear attention; the other arguments as `MultiHead`, whose head_dim is that of values.
+    """The whole layer of gated linear attention; other arguments as `MultiHead`, with head_dim the width of the values.
 
     Args:
-      expand_k: width of queries and keys over that of values.
-      gate_rank: of the map from tokens to decays.
-      gate_normalizer: divides the logarithm of the decays: 16 begins with a memory of tens of tokens.
-      clamp_min: the least logarithm of a decay, below 0; None sets no limit.
-      conv: as `MultiHead`, of queries, keys and values; not of the decays, nor of the gate. A SiLU follows it, as in
-        the authors' code: without a softmax or a feature map it is what keeps most products of queries and keys
-        positive, and associative recall (`data.recall`) is not learnt without it.
+      expand_k: width of queries and keys divided by the width of values.
+      gate_rank: rank of the linear map from tokens to decays.
+      gate_normalizer: divisor of the log decays; with 16 the initial memory is tens of tokens.
+      clamp_min: lower bound of the log decays, below 0; None means no bound.
+      conv: size of the depthwise convolution of queries, keys and values, see `MultiHead`; 0 means none. Decays and
+        gate have no convolution. A SiLU follows it, as in the authors' code. As there is no softmax and no feature map,
+        the SiLU makes most inner products of queries and keys positive; associative recall (`data.recall`) is not
+        learnt without it.
 
     Raises:
       ValueError: an option out of its range.
@@ -157,18 +159,18 @@ class GLA(MultiHead):
         return jnp.zeros((batch, self.heads, self.key_dim, self.head_dim))
 
     def step(self, x: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """One token of each sequence, at evaluation: the row of the causal forward pass that is its own.
+        """One token of each sequence, at evaluation: equal to its row of the causal forward pass.
 
         Args:
           x: `[batch, features]`.
-          state: of the tokens before, from `init_state` or the last step.
+          state: the state after the previous tokens, from `init_state` or the last step.
 
         Returns:
           `[batch, features]` and the next state.
 
         Raises:
-          ValueError: the mixer is not causal, its queries and keys turn with their positions, or it has a convolution,
-            whose last tokens the state does not hold.
+          ValueError: the mixer is not causal, has rotary positions, or has a convolution (the state does not hold its
+            last tokens).
         """
         if not self.causal or self.positions or self.short_conv:
             raise ValueError(
@@ -180,7 +182,7 @@ class GLA(MultiHead):
         return self.finish(out, x), state
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Queries, keys, values and log_decay `[tokens, heads, key_dim or head_dim]` of `[tokens, features]`."""
+        """Queries, keys, values and log_decay `[tokens, heads, key_dim or head_dim]`, from `[tokens, features]`."""
         logits = self.decay_up(self.decay_down(x))
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         log_decay = jax.nn.log_sigmoid(logits) / self.gate_normalizer
@@ -189,6 +191,6 @@ class GLA(MultiHead):
         return tuple(part.reshape(len(x), self.heads, -1) for part in (self.q(x), self.k(x), self.v(x), log_decay))
 
     def finish(self, heads: jax.Array, x: jax.Array) -> jax.Array:
-        """Norm, gate and output projection of `[tokens, heads, head_dim]`, for the tokens `[tokens, features]`."""
+        """Norm, gate and output projection of `heads` `[tokens, heads, head_dim]`; `x` is `[tokens, features]`."""
         gated = self.norm(heads).reshape(len(x), -1) * jax.nn.silu(self.gate(x))
         return self.out(gated)
