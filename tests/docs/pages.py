@@ -25,6 +25,8 @@ SHORT = """
     --config.task.train_size=300 --config.task.val_size=50 --config.task.test_size=50 --config.task.min_len=4
     --config.task.max_len=24
 """
+# And to runs of a page's own config.
+SHORT_OWN = "--config.steps=10 --config.eval_every=5 --config.log_every=5"
 
 
 class Block(NamedTuple):

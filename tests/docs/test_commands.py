@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.docs.pages import SHORT, commands, write_files
+from tests.docs.pages import SHORT, SHORT_OWN, commands, write_files
 from tests.support import ROOT
 from tests.support.command import scratch
 
@@ -22,7 +22,9 @@ def test_training_and_evaluation_run(page, tmp_path):
             continue
         script = [ROOT / words[0], *words[1:]] if words[0].endswith(".py") else words
         script = [str(word).replace("--config=configs/", f"--config={ROOT}/configs/") for word in script]
-        short = SHORT.split() if any("quickstart" in word for word in words if word.startswith("--config=")) else []
+        shipped = any("quickstart" in word for word in words if word.startswith("--config="))
+        own = any(word.startswith("--config=my_") for word in words)
+        short = (SHORT if shipped else SHORT_OWN if own else "").split()
         done = subprocess.run(
             [sys.executable, *script, *short],
             cwd=tmp_path,

@@ -36,13 +36,10 @@ def run(*words, cwd=ROOT):
 def test_reuse(script, line):
     if script == "reuse_equinox.py" and not os.environ.get("CI"):
         pytest.importorskip("equinox")  # CI installs it, with the extra [test]
-    assert re.search(line, run(EXAMPLES / script))
-
-
-@pytest.mark.slow
-def test_reuse_nnx_learns():
-    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", run(EXAMPLES / "reuse_nnx.py"))]
-    assert losses[-1] < losses[0]
+    out = run(EXAMPLES / script)
+    assert re.search(line, out)
+    losses = [float(loss) for loss in re.findall(r"^step \d+: loss ([\d.]+)", out, re.MULTILINE)]
+    assert losses == sorted(losses, reverse=True)  # what trains, learns
 
 
 @pytest.mark.slow
