@@ -31,7 +31,7 @@ def describe(config: ConfigDict) -> dict[str, str]:
 
 def sentence(text: str) -> str:
     """The first sentence of a text, without its full stop."""
-    return re.split(r"\.(?: |$)", text, maxsplit=1)[0]
+    return re.split(r"(?<!et al)\.(?: |$)", text, maxsplit=1)[0]
 
 
 def arguments(call: Callable | type) -> dict[str, str]:

@@ -12,6 +12,7 @@ from ml_collections.config_dict import placeholder
 
 from efficient_tx.checks import lookup
 from efficient_tx.config.errors import at
+from efficient_tx.config.keys import assign
 from efficient_tx.config.names import (
     MODELS,
     mixer_class,
@@ -21,26 +22,27 @@ from efficient_tx.config.names import (
     task_module,
 )
 from efficient_tx.signatures import constructor
+from efficient_tx.training import workdir
 from efficient_tx.training.optimizer import make_optimizer
 
 # The top-level keys of a run: the default, or the type of a key that is unset by default; and the meaning.
 RUN: dict[str, tuple[Any, str]] = {
-    "mixers": ("softmax", 'token mixers by layer, repeated to depth: "gla*3,softmax"'),
+    "mixers": ("softmax", 'token mixers of the layers, repeated to depth: "gla*3,softmax"'),
     "protocol": ("default", "whose settings the others start from: a key of PROTOCOLS"),
-    "seed": (0, "of parameters, batches, dropout and sampling; the task has a seed of its own"),
+    "seed": (0, "seed of parameters, batches, dropout and sampling; the task has its own seed"),
     "steps": (5000, "updates of the parameters"),
     "batch_size": (32, "examples of an update, over all devices and processes"),
-    "grad_accum": (1, "parts that a batch is cut into, one after the other: less memory, and in cache on a CPU"),
+    "grad_accum": (1, "micro-batches of a batch, one after the other: less memory, and in cache on a CPU"),
     "eval_every": (500, "steps between evaluations on the validation split, each with a checkpoint"),
     "checkpoint_every": (500, "steps between further checkpoints"),
     "log_every": (50, "steps between lines of training metrics"),
-    "keep": (2, "newest checkpoints that stay on disk, the best one aside"),
-    "dtype": ("float32", "of the computation: float32 or bfloat16; parameters are float32"),
+    "keep": (2, "newest checkpoints that stay on disk, beside the best one"),
+    "dtype": ("float32", "dtype of the computation: float32 or bfloat16; parameters are float32"),
     "remat": (False, "recompute each block in the backward pass, to save memory (XLA undoes it on CPU)"),
-    "init_from": (str, "workdir whose best parameters to start from, or a .npz or .safetensors ViT"),
-    "densify_at": (int, "step after which structured weights go on as dense ones; unset = never"),
-    "densify_warmup": (100, "steps over which the learning rate of those weights rises again"),
-    "loggers": (("tensorboard",), "beside metrics.jsonl: tensorboard, wandb"),
+    "init_from": (str, "start from the best parameters of this workdir, or from a ViT in .npz or .safetensors"),
+    "densify_at": (int, "step after which structured weights become dense ones; unset = never"),
+    "densify_warmup": (100, "steps of a new learning-rate warm-up for these dense weights"),
+    "loggers": (("tensorboard",), "where metrics go beside metrics.jsonl: tensorboard, wandb"),
     "debug_nans": (False, "stop inside the step at the first NaN (slow)"),
 }
 
@@ -63,8 +65,7 @@ def make_config(module: str, argument: str = "", /, **settings: Any) -> ConfigDi
       **settings: values for this task, by section: `steps=100, model={"layers": 4}`.
 
     Raises:
-      ConfigError: the argument has an unknown name.
-      KeyError: a setting has an unknown key.
+      ConfigError: an unknown name in the argument, or a setting with an unknown key or of another type.
       ValueError: the argument has more than three parts.
     """
     parts = argument.split("+") if argument else []
@@ -83,7 +84,8 @@ def make_config(module: str, argument: str = "", /, **settings: Any) -> ConfigDi
     config.linear = ConfigDict({"mlp": {"name": mlp}, "projections": {"name": projections}})
     config.optimizer = options(make_optimizer, GIVEN["optimizer"])
     config = complete(config)
-    config.update(settings)
+    for key, value in workdir.flatten(settings).items():
+        assign(config, key, value)
     return config
 
 
