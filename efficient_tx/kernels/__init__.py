@@ -1,4 +1,4 @@
-"""Operations with several implementations each: the plain formula, blockwise XLA, and kernels for accelerators."""
+"""Operations with several implementations: the plain formula, blockwise XLA, and kernels for accelerators."""
 
 from efficient_tx.kernels.block_attention import block_attention as block_attention
 from efficient_tx.kernels.flash_attention import flash_attention as flash_attention

@@ -1,4 +1,4 @@
-"""Kernels have a reverse-mode rule only: forward mode through one raises a line that names what works."""
+"""Kernels support only reverse-mode differentiation; forward mode raises an error that names an alternative."""
 
 import jax
 from jax.extend.core import Primitive
@@ -8,12 +8,12 @@ _refuse = Primitive("refuse_forward_mode")
 
 
 def reverse_only(x: jax.Array, op: str) -> jax.Array:
-    """`x` itself, any shape, in a way that reverse mode passes and forward mode refuses.
+    """Returns `x`, of any shape, marked so that forward-mode differentiation raises; reverse mode works.
 
-    To be put on the inputs of a `custom_vjp`: reverse mode transposes the mark away, forward mode evaluates it.
+    For the inputs of a `custom_vjp`: reverse mode transposes the mark away, forward mode evaluates it.
 
     Raises:
-      NotImplementedError: `jax.jvp`, `jax.jacfwd` or `jax.linearize` came through; `op` names the kernel.
+      NotImplementedError: with `jax.jvp`, `jax.jacfwd` or `jax.linearize`; the message names the kernel `op`.
     """
 
     @jax.custom_jvp

@@ -1,14 +1,15 @@
-"""Which implementation of a kernel runs: the one asked for, or the first that can."""
+"""Choice of a kernel's implementation: the requested one, or the best one that supports the arguments."""
 
 from collections.abc import Mapping
 from types import ModuleType
 
 
 def choose(op: str, implementations: Mapping[str, ModuleType], implementation: str | None, **request) -> str:
-    """The name asked for; None picks the first whose `unsupported(**request)` gives no reason against the request.
+    """The requested name; None picks the first implementation whose `unsupported(**request)` gives no reason.
 
     Raises:
-      ValueError: `op` has none of that name, or it cannot do what is requested, with its reason.
+      ValueError: `op` has no implementation of that name, or it does not support the request; the message has the
+        reason.
     """
     reasons = {name: module.unsupported(**request) for name, module in implementations.items()}
     if implementation is None:

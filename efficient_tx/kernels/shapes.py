@@ -1,10 +1,10 @@
-"""What the kernels ask of the shapes of queries, keys and values."""
+"""Shape checks of queries, keys and values."""
 
 import jax
 
 
 def check_shapes(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
-    """Raises ValueError, one line, unless these are `[batch, length, heads, dim]` and fit to attend."""
+    """Raises ValueError, one line, unless q, k and v are `[batch, length, heads, dim]` with fitting sizes."""
     if any(x.ndim != 4 for x in (q, k, v)):
         raise ValueError(f"q, k, v have shapes {q.shape}, {k.shape}, {v.shape}: pass [batch, length, heads, dim] each")
     batch, keys, groups, head_dim = k.shape

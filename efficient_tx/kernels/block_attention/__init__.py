@@ -1,4 +1,4 @@
-"""block_attention: softmax attention of blocks of queries to listed blocks of keys."""
+"""block_attention: softmax attention of query blocks to listed key blocks."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +13,7 @@ from efficient_tx.kernels.forward_mode import reverse_only
 from efficient_tx.kernels.implementations import choose
 from efficient_tx.kernels.shapes import check_shapes
 
-# Best first. Each module has `unsupported` and `forward`, and all but the reference a `backward`.
+# Best first. Each module has `unsupported` and `forward`; all except the reference have `backward`.
 IMPLEMENTATIONS = {"xla": xla, "reference": reference}
 
 
@@ -34,40 +34,41 @@ def block_attention(
     interpret: bool = False,
     precision: jax.lax.PrecisionLike = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Softmax attention in which a block of queries meets the blocks of keys listed for it, and no others.
+    """Softmax attention in which each block of queries sees only the blocks of keys listed for it.
 
-    out_i = Σ_j softmax_j(scale · q_i·k_j + bias) v_j over the keys j of the blocks listed for i's block. Block b of a
-    sequence is its positions b · block_size up to (b + 1) · block_size; the last block may be shorter.
+    out_i = Σ_j softmax_j(scale · q_i·k_j + bias) v_j over the keys j in the blocks listed for the block of i. Block b
+    of a sequence has the positions from b · block_size to (b + 1) · block_size − 1; the last block may be shorter.
 
     Args:
       q: `[batch, queries, heads, head_dim]`, any floating dtype.
-      k: `[batch, keys, groups, head_dim]`; groups divides heads, query head h reads group h · groups // heads.
+      k: `[batch, keys, groups, head_dim]`; groups divides heads, and query head h uses group h · groups // heads.
       v: `[batch, keys, groups, v_dim]`.
       blocks: int32 `[batch or 1, heads or 1, ⌈queries / block_size⌉, n]`: the key blocks of each query block, in any
-        order; −1 for none. The values are not checked. A block listed twice counts twice, as a sample with replacement
-        would have it: that the entries differ is up to the caller.
-      block_size: of queries and of keys.
+        order; −1 means none. The values are not checked: a block listed twice counts twice, as in sampling with
+        replacement.
+      block_size: number of positions in a block of queries and of keys.
       mask: key mask, bool `[batch, keys]`, True for real keys.
       causal: query i sees keys j ≤ i + keys − queries only: the last query is aligned with the last key. Listed blocks
-        that are all future cost as much as others.
-      scale: None means head_dim^-½.
-      bias: added to the logits of a listed block, differentiable: anything that broadcasts to `[batch, heads,
-        ⌈queries / block_size⌉, n]`.
+        with only future keys cost as much as others.
+      scale: factor of the logits; None means head_dim^-½.
+      bias: number added to the logits of a listed block; must broadcast to `[batch, heads, ⌈queries / block_size⌉, n]`.
+        Differentiable.
       visible: a finer pattern within the listed blocks: `visible(query, key)` gets two broadcastable int32 arrays of
-        positions, counted from 0 in q and in k, and gives a bool array, True where they may meet. A hashable function
-        of nothing but its arguments.
-      return_lse: return (output, log-sum-exp of the logits over the keys) as well.
+        positions, counted from 0 in q and in k, and returns a bool array, True if the query sees the key. A hashable
+        function that depends only on its arguments.
+      return_lse: whether to return (output, log-sum-exp of the logits over the keys).
       implementation: "reference" (the plain formula, memory queries × keys, differentiable in both modes), "xla"
-        (memory linear in the lengths, reverse mode only), or None: the first that can do it.
-      interpret: run a Pallas kernel in interpret mode.
-      precision: of the products; None means full float32 (or float64), also where a device would round to less.
+        (memory linear in the lengths, reverse mode only), or None: the best one that supports the arguments.
+      interpret: whether to run a Pallas kernel in interpret mode.
+      precision: precision of the matrix products; None means full float32 (or float64), also on devices that round by
+        default.
 
     Returns:
       `[batch, queries, heads, v_dim]` in the dtype of q, zero for a query without keys; with `return_lse` also
       `[batch, queries, heads]`, −inf for a query without keys. All arithmetic is in promote_types(dtype, float32).
 
     Raises:
-      ValueError: shapes that do not fit, or an implementation that cannot do it.
+      ValueError: shapes that do not fit, or an implementation that does not support the arguments.
       NotImplementedError: forward-mode differentiation, with an implementation other than "reference".
     """
     check_shapes(q, k, v)
@@ -76,7 +77,7 @@ def block_attention(
     batch, queries, heads, head_dim = q.shape
     keys = k.shape[1]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    # Heads that share one list share the gathers of their keys too; a bias may differ between them.
+    # Heads that share a list also share the gathers of their keys. A bias may differ between heads.
     lists = (batch, blocks.shape[1] if bias is None else heads, *blocks.shape[2:])
     blocks = jnp.broadcast_to(blocks, lists).astype(jnp.int32)
     if bias is not None:
@@ -105,7 +106,7 @@ def block_attention(
 
 
 def pad(x: jax.Array, size: int) -> jax.Array:
-    """`x` `[batch, length, ...]` filled up with zeros (False) to a multiple of `size`."""
+    """`x` `[batch, length, ...]` padded with zeros (False) to a multiple of `size`."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), *((0, 0),) * (x.ndim - 2)))
 
 
@@ -126,7 +127,7 @@ def check_blocks(q: jax.Array, k: jax.Array, mask: jax.Array | None, blocks: jax
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def blockwise(implementation, options, q, k, v, real, blocks, bias):
-    """Output and log-sum-exp of a blockwise implementation, differentiated by its own backward pass."""
+    """Output and log-sum-exp of a blockwise implementation; the gradient is its own backward pass."""
     return IMPLEMENTATIONS[implementation].forward(q, k, v, real, blocks, bias, options)
 
 

@@ -1,4 +1,4 @@
-"""What an implementation of block_attention has to know besides its arrays."""
+"""The static options of an implementation of block_attention."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,7 +18,7 @@ class Options(NamedTuple):
     precision: jax.lax.Precision
 
     def seen(self, query: jax.Array, key: jax.Array) -> jax.Array | None:
-        """Whether these positions may meet, bool of their common shape; None if all may."""
+        """Whether the queries see the keys at these positions, bool of their common shape; None if all do."""
         seen = None
         if self.causal:
             seen = key <= query + (self.keys - self.queries)

@@ -1,4 +1,4 @@
-"""Block attention by its formula: all query-key weights at once. Differentiable in both modes."""
+"""Block attention by the plain formula: all query-key weights at once. Differentiable in both modes."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from efficient_tx.kernels.flash_attention.reference import softmax
 
 
 def unsupported(*, interpret: bool) -> str | None:
-    """Why this implementation cannot do what is asked, or None."""
+    """The reason why this implementation does not support the request, or None."""
     return "interpret=True is for Pallas kernels, the plain formula has nothing to interpret" if interpret else None
 
 
@@ -22,12 +22,12 @@ def forward(
     `[batch, padded keys]`, `blocks` int32 and `bias` `[batch, heads or 1, query blocks, n]`.
     """
     size, precision = options.block_size, options.precision
-    # A weight of zero would not stop a NaN or an infinity in the padding.
+    # A zero weight times NaN or infinity in the padding would be NaN.
     k, v = (jnp.where(real[:, :, None, None], x, 0) for x in (k, v))
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     logits = options.scale * jnp.einsum("bqhd,bkhd->bhqk", q, k, precision=precision)
 
-    # A block that several entries list has the sum of their weights.
+    # A block that is listed several times gets the sum of the weights.
     listed = blocks[..., None] == jnp.arange(k.shape[1] // size)
     bias = jnp.zeros(blocks.shape, q.dtype) if bias is None else bias
     top = jax.lax.stop_gradient(jnp.where(listed, bias[..., None], -jnp.inf).max(-2))

@@ -1,12 +1,12 @@
 """Block attention in XLA: memory linear in the lengths, forward and backward; written for CPUs.
 
-A row is one block of queries with all its heads. Rows are independent, so a chunk of them at a time gathers its blocks
-of keys and is one batched product: small blocks cost no more than large ones, and no array is transposed as a whole. A
-row meets all its keys at once, which needs no running maximum; the backward pass recomputes the weights from the saved
+A row is one block of queries with all its heads. Rows are independent: a chunk of rows gathers its key blocks and
+computes one batched product. So small blocks cost no more than large ones, and no whole array is transposed. A row
+processes all its keys at once and needs no running maximum. The backward pass recomputes the weights from the saved
 log-sum-exp.
 
-A chunk of weights is never the transposed left factor of a product: XLA's CPU backend runs that at a quarter of the
-speed. So the cotangents of keys and values are summed as `[dim, block]`.
+A chunk of weights is never the transposed left factor of a product, because XLA's CPU backend runs that at a quarter of
+the speed. So the cotangents of keys and values are summed as `[dim, block]`.
 """
 
 from typing import NamedTuple
@@ -16,13 +16,13 @@ import jax.numpy as jnp
 
 from efficient_tx.kernels.block_attention.options import Options
 
-# 1 MB of float32 weights a chunk: on two AVX-512 cores with 1 MB of L2 cache each, a quarter of it and four times it
-# are slower at most block sizes.
+# 1 MB of float32 weights per chunk. On two AVX-512 cores with 1 MB of L2 cache each, a quarter and four times of it are
+# slower at most block sizes.
 CHUNK_AREA = 512 * 512
 
 
 def unsupported(*, interpret: bool) -> str | None:
-    """Why this implementation cannot do what is asked, or None."""
+    """The reason why this implementation does not support the request, or None."""
     return "interpret=True is for Pallas kernels, this one has nothing to interpret" if interpret else None
 
 
@@ -56,9 +56,9 @@ def backward(
     q: jax.Array, k: jax.Array, v: jax.Array, real: jax.Array, blocks: jax.Array, bias: jax.Array | None,
     out: jax.Array, lse: jax.Array, d_out: jax.Array, d_lse: jax.Array, options: Options,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:  # fmt: skip
-    """Cotangents of q, k, v and bias, from what `forward` took and gave and the cotangents of its results."""
+    """Cotangents of q, k, v and bias, from the inputs and outputs of `forward` and the cotangents of the outputs."""
     grid = Grid.of(q, k, v, real, blocks, options)
-    # A query without keys has logits −inf: any finite offset gives it weights of zero.
+    # A query without keys has logits −inf, so any finite offset gives zero weights.
     of_tokens = (out, d_out, d_lse[..., None], jnp.where(jnp.isfinite(lse), lse, 0)[..., None])
     rows = grid.rows(q, blocks, bias), tuple(grid.cut(x) for x in of_tokens)
 
@@ -88,13 +88,13 @@ def backward(
 
 
 class Row(NamedTuple):
-    """One block of queries of one example, or a chunk of them along a leading axis.
+    """One block of queries of one example, or a chunk of blocks along a leading axis.
 
     Attributes:
       q: `[block, heads, head_dim]`.
-      block: its number among the blocks of its example.
-      first: the example's first block of keys, among those of all examples.
-      listed: `[lists, n]`, the blocks of keys of the example that it meets, −1 for none.
+      block: index of the block within its example.
+      first: index of the example's first key block among the key blocks of all examples.
+      listed: `[lists, n]`, the key blocks of the example that the queries see, −1 for none.
       bias: `[lists, n]` or None.
     """
 
@@ -106,10 +106,10 @@ class Row(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """Keys and values of all examples in one list of blocks, and where the rows find theirs.
+    """Keys and values of all examples in one list of blocks, and the indices of each row's blocks.
 
-    Query heads that share a list and a group of keys are handled as so many more queries of one head: `lists` is the
-    number of such heads.
+    Query heads that share a list and a group of keys are treated as more queries of one head; `lists` is the number of
+    such merged heads.
 
     Attributes:
       k, v: `[blocks, block, groups, dim]`.
@@ -142,12 +142,12 @@ class Grid(NamedTuple):
         return x.reshape(-1, self.options.block_size, *x.shape[2:])
 
     def paste(self, x: jax.Array) -> jax.Array:
-        """Results `[chunks, rows of one, block, heads, dim]` of the chunks as `[batch, blocks · block, heads, dim]`."""
+        """Chunks of results `[chunks, rows per chunk, block, heads, dim]` as `[batch, blocks · block, heads, dim]`."""
         x = x.reshape(-1, *x.shape[2:])[: self.batch * self.query_blocks]
         return x.reshape(self.batch, -1, *x.shape[2:])
 
     def rows(self, q: jax.Array, blocks: jax.Array, bias: jax.Array | None) -> Row:
-        """All rows."""
+        """The rows of all examples."""
         each = self.batch, self.query_blocks
 
         def lists(x):
@@ -162,9 +162,9 @@ class Grid(NamedTuple):
         )
 
     def chunks(self, rows):
-        """The arrays of `rows`, `[rows, ...]`, as `[chunks, rows of one, ...]`, filled up with rows that list block 0.
+        """The arrays of `rows`, `[rows, ...]`, as `[chunks, rows per chunk, ...]`, padded with rows that list block 0.
 
-        Those have cotangents of zero and are dropped from the results.
+        The padding rows have zero cotangents and are dropped from the results.
         """
         area = self.options.block_size**2 * self.listed * self.heads
         rows_in_all = self.batch * self.query_blocks
@@ -190,7 +190,7 @@ class Grid(NamedTuple):
         return x.reshape(-1, block, self.heads, dim)
 
     def places(self, row: Row) -> tuple[jax.Array, jax.Array]:
-        """Which blocks of which groups a chunk needs, `[rows, lists, n]` and `[lists, 1]`; block 0 for none."""
+        """The blocks and groups that a chunk needs, `[rows, lists, n]` and `[lists, 1]`; block 0 for none."""
         found = row.first[:, None, None] + jnp.maximum(row.listed, 0)
         found = jnp.broadcast_to(found, (len(found), self.lists, self.listed))
         return found, (jnp.arange(self.lists) * self.k.shape[2] // self.lists)[:, None]
@@ -198,18 +198,18 @@ class Grid(NamedTuple):
     def gather(self, x: jax.Array, row: Row) -> jax.Array:
         """The listed blocks of `x` `[blocks, block, groups, dim]`, as `[rows · lists, n · block, dim]`; zero if masked.
 
-        A weight of zero would not stop a NaN or an infinity in the padding.
+        A zero weight times NaN or infinity in the padding would be NaN.
         """
         block, group = self.places(row)
         found = jnp.where(self.listed_keys(row)[..., None], x[block, :, group], 0)
         return found.reshape(len(block) * self.lists, -1, x.shape[-1])
 
     def listed_keys(self, row: Row) -> jax.Array:
-        """Which keys of the listed blocks there are, bool `[rows, lists or 1, n, block]`."""
+        """Which keys of the listed blocks are real, bool `[rows, lists or 1, n, block]`."""
         return self.real[row.first[:, None, None] + jnp.maximum(row.listed, 0)] & (row.listed >= 0)[..., None]
 
     def scatter_add(self, x: jax.Array, row: Row, update: jax.Array) -> jax.Array:
-        """`x` `[blocks, groups, dim, block]` with `update` `[rows · lists, dim, n · block]` added to the listed."""
+        """`x` `[blocks, groups, dim, block]` plus `update` `[rows · lists, dim, n · block]` at the listed blocks."""
         block, group = self.places(row)
         update = update.reshape(*block.shape[:2], update.shape[1], self.listed, -1).swapaxes(2, 3)
         return x.at[block, group].add(update)

@@ -1,4 +1,4 @@
-"""flash_attention: softmax, sigmoid or Gaussian-kernel attention without the matrix of all weights."""
+"""flash_attention: softmax, sigmoid or Gaussian-kernel attention without storing the matrix of all weights."""
 
 from functools import partial
 
@@ -12,7 +12,7 @@ from efficient_tx.kernels.forward_mode import reverse_only
 from efficient_tx.kernels.implementations import choose
 from efficient_tx.kernels.shapes import check_shapes
 
-# Best first. Each module has `unsupported` and `forward`, and all but the reference a `backward`.
+# Best first. Each module has `unsupported` and `forward`; all except the reference have `backward`.
 IMPLEMENTATIONS = {"xla": xla, "reference": reference}
 
 
@@ -33,32 +33,33 @@ def flash_attention(
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attention with one of three scores; s_ij = scale · q_i·k_j + bias.
 
-    "softmax": out_i = Σ_j softmax_j(s_ij) v_j. "sigmoid": out_i = Σ_j σ(s_ij) v_j (Ramapuram et al. 2024, arXiv
-    2409.04431). "gaussian": out_i = Σ_j exp(bias − scale · ‖q_i − k_j‖² / 2) v_j, with the default scale the kernel of
-    Chen et al. 2021 (arXiv 2111.00035). Only softmax weights sum to one.
+    "softmax": out_i = Σ_j softmax_j(s_ij) v_j. "sigmoid": out_i = Σ_j σ(s_ij) v_j (Ramapuram et al. 2024,
+    arXiv 2409.04431). "gaussian": out_i = Σ_j exp(bias − scale · ‖q_i − k_j‖² / 2) v_j; with the default scale this is
+    the kernel of Chen et al. 2021 (arXiv 2111.00035). Only softmax weights sum to one.
 
     Args:
       q: `[batch, queries, heads, head_dim]`, any floating dtype.
-      k: `[batch, keys, groups, head_dim]`; groups divides heads, query head h reads group h · groups // heads.
+      k: `[batch, keys, groups, head_dim]`; groups divides heads, and query head h uses group h · groups // heads.
       v: `[batch, keys, groups, v_dim]`.
       score: "softmax", "sigmoid" or "gaussian".
-      mask: key mask, bool `[batch, keys]`, True for real keys; the reference also takes one of all pairs,
+      mask: key mask, bool `[batch, keys]`, True for real keys; the reference also takes a mask of all pairs,
         `[batch or 1, heads or 1, queries, keys]`.
       causal: query i sees keys j ≤ i + keys − queries only: the last query is aligned with the last key.
-      scale: None means head_dim^-½, for every score.
-      bias: a number.
-      return_lse: return (output, log-sum-exp of s over the keys) as well; softmax only.
+      scale: factor of the inner products; None means head_dim^-½, for every score.
+      bias: number added to every logit.
+      return_lse: whether to return (output, log-sum-exp of s over the keys); softmax only.
       implementation: "reference" (the plain formula, memory queries × keys, differentiable in both modes), "xla"
-        (blockwise, memory linear in the lengths, reverse mode only), or None: the first that can do it.
-      interpret: run a Pallas kernel in interpret mode.
-      precision: of the products; None means full float32 (or float64), also where a device would round to less.
+        (blockwise, memory linear in the lengths, reverse mode only), or None: the best one that supports the arguments.
+      interpret: whether to run a Pallas kernel in interpret mode.
+      precision: precision of the matrix products; None means full float32 (or float64), also on devices that round by
+        default.
 
     Returns:
       `[batch, queries, heads, v_dim]` in the dtype of q, zero for a query without keys; with `return_lse` also
       `[batch, queries, heads]`, −inf for a query without keys. All arithmetic is in promote_types(dtype, float32).
 
     Raises:
-      ValueError: shapes that do not fit, or an implementation that cannot do it.
+      ValueError: shapes that do not fit, or an implementation that does not support the arguments.
       NotImplementedError: forward-mode differentiation, with an implementation other than "reference".
     """
     check_shapes(q, k, v)
@@ -81,7 +82,7 @@ def flash_attention(
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     repeats = q.shape[2] // k.shape[2]
     if mask is not None and not pairs:
-        # A weight of zero does not stop a NaN or an infinity in the padding.
+        # A zero weight times NaN or infinity in the padding would be NaN.
         k, v = (jnp.where(mask[:, :, None, None], x, 0) for x in (k, v))
     arrays = [q.astype(dtype), *(jnp.repeat(x.astype(dtype), repeats, axis=2) for x in (k, v))]
     if implementation == "reference":
@@ -104,7 +105,7 @@ def check_mask(mask: jax.Array | None, q: jax.Array, k: jax.Array) -> None:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def blockwise(implementation, options, q, k, v, mask):
-    """Output and log-sum-exp of a blockwise implementation, differentiated by its own backward pass."""
+    """Output and log-sum-exp of a blockwise implementation; the gradient is its own backward pass."""
     return IMPLEMENTATIONS[implementation].forward(q, k, v, mask, options)
 
 

@@ -1,4 +1,4 @@
-"""What an implementation of flash_attention has to know besides its arrays."""
+"""The static options of an implementation of flash_attention."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import jax
 
 
 class Options(NamedTuple):
-    """Static and hashable. With s_ij = scale · q_i·k_j + bias, the weight of key j for query i is, before the mask,
+    """Static and hashable. With s_ij = scale · q_i·k_j + bias, the weight of key j for query i before the mask is
 
     softmax:  exp(s_ij) / Σ_j exp(s_ij)
     sigmoid:  1 / (1 + exp(−s_ij))

@@ -1,4 +1,4 @@
-"""Attention by its formula: all query-key weights at once. Differentiable in both modes."""
+"""Attention by the plain formula: all query-key weights at once. Differentiable in both modes."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from efficient_tx.kernels.flash_attention.options import Options
 
 
 def unsupported(*, interpret: bool, mask_of_pairs: bool) -> str | None:
-    """Why this implementation cannot do what is asked, or None."""
+    """The reason why this implementation does not support the request, or None."""
     return "interpret=True is for Pallas kernels, the plain formula has nothing to interpret" if interpret else None
 
 
@@ -16,15 +16,15 @@ def forward(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Output `[batch, queries, heads, v_dim]` and, for softmax, the log-sum-exp `[batch, queries, heads]` (else None).
 
-    `q` is `[batch, queries, heads, head_dim]`, `k` and `v` have as many heads, all have one dtype, float32 or float64;
-    `mask` is bool `[batch, keys]`, or `[batch or 1, heads or 1, queries, keys]`, or None.
+    `q` is `[batch, queries, heads, head_dim]`, `k` and `v` have the same number of heads; all have one dtype, float32
+    or float64; `mask` is bool `[batch, keys]`, or `[batch or 1, heads or 1, queries, keys]`, or None.
     """
     score, causal, scale, bias, precision = options
     queries, keys = q.shape[1], k.shape[1]
     logits = scale * jnp.einsum("bqhd,bkhd->bhqk", q, k, precision=precision) + bias
     if score == "gaussian":
         q_norm, k_norm = (jnp.square(x).sum(-1).mT for x in (q, k))
-        # A squared distance is not negative, but rounding may make it so.
+        # Rounding may make a squared distance negative.
         logits = jnp.minimum(logits - scale / 2 * (q_norm[..., :, None] + k_norm[..., None, :]), bias)
 
     keep = jnp.ones((1, 1, queries, keys), bool)

@@ -1,11 +1,11 @@
 """Blockwise attention in XLA: memory linear in the lengths, forward and backward; written for CPUs.
 
-One head of one example at a time, a block of queries against a block of keys, with the running maximum and sum of
-online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867); the backward pass recomputes the weights of a block
-from the saved log-sum-exp (Dao et al. 2022, arXiv 2205.14135).
+It processes one head of one example at a time, a block of queries with a block of keys, with the running maximum and
+sum of online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867). The backward pass recomputes the weights of a
+block from the saved log-sum-exp (Dao et al. 2022, arXiv 2205.14135).
 
-A block of weights is never the transposed left factor of a product: XLA's CPU backend runs that at a quarter of the
-speed. So the cotangents of keys and values are summed as `[dim, keys]`.
+A block of weights is never the transposed left factor of a product, because XLA's CPU backend runs that at a quarter of
+the speed. So the cotangents of keys and values are summed as `[dim, keys]`.
 """
 
 from typing import NamedTuple
@@ -15,13 +15,13 @@ import jax.numpy as jnp
 
 from efficient_tx.kernels.flash_attention.options import Options
 
-# 1 MB of float32 weights: the fastest of the sizes tried on two AVX-512 cores with 1 MB of L2 cache each, among those
-# that still skip most of what the mask or causality rules out.
+# 1 MB of float32 weights: the fastest size on two AVX-512 cores with 1 MB of L2 cache each, among the sizes tried that
+# still skip most of the masked or future keys.
 BLOCK_AREA = 512 * 512
 
 
 def unsupported(*, interpret: bool, mask_of_pairs: bool) -> str | None:
-    """Why this implementation cannot do what is asked, or None."""
+    """The reason why this implementation does not support the request, or None."""
     if mask_of_pairs:
         return "it takes key masks [batch, keys] only, since one of all pairs is quadratic in the length"
     return "interpret=True is for Pallas kernels, this one has nothing to interpret" if interpret else None
@@ -32,8 +32,8 @@ def forward(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Output `[batch, queries, heads, v_dim]` and, for softmax, the log-sum-exp `[batch, queries, heads]` (else None).
 
-    `q` is `[batch, queries, heads, head_dim]`, `k` and `v` have as many heads, all have one dtype, float32 or float64;
-    `mask` is bool `[batch, keys]` or None.
+    `q` is `[batch, queries, heads, head_dim]`, `k` and `v` have the same number of heads; all have one dtype, float32
+    or float64; `mask` is bool `[batch, keys]` or None.
     """
     grid = Grid.of(q, k, options)
     q, k, v, real = grid.pad_queries(q), grid.pad_keys(k), grid.pad_keys(v), grid.real_keys(k, mask)
@@ -62,7 +62,7 @@ def forward(
             if options.score != "softmax":
                 return (grid.for_keys(i, key_blocks, unnormalised, out),)
             total = jnp.zeros((grid.query_block, 1), v_n.dtype)
-            # Finite, so that a block without keys adds exp(−inf − peak) = 0 and not exp(−inf + inf).
+            # Finite, so that a block without keys adds exp(−inf − peak) = 0, not exp(−inf + inf).
             peak = jnp.full_like(total, jnp.finfo(v_n.dtype).min / 2)
             out, total, peak = grid.for_keys(i, key_blocks, softmax, (out, total, peak))
             seen = total > 0
@@ -83,11 +83,11 @@ def backward(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, out: jax.Array, lse: jax.Array | None,
     d_out: jax.Array, d_lse: jax.Array | None, options: Options,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """Cotangents of q, k and v, from what `forward` took and gave and the cotangents of its results."""
+    """Cotangents of q, k and v, from the inputs and outputs of `forward` and the cotangents of the outputs."""
     grid = Grid.of(q, k, options)
     keys = k.shape[1]
     real = grid.real_keys(k, mask)
-    # Softmax only. A query without keys has lse −inf and logits −inf: any finite offset gives it weights of zero.
+    # Softmax only. A query without keys has lse −inf and logits −inf, so any finite offset gives zero weights.
     lse = None if lse is None else grid.pad_queries(jnp.where(jnp.isfinite(lse), lse, 0)[..., None])
     d_lse = None if d_lse is None else grid.pad_queries(d_lse[..., None])
     q, out, d_out, k, v = *(grid.pad_queries(x) for x in (q, out, d_out)), grid.pad_keys(k), grid.pad_keys(v)
@@ -123,7 +123,7 @@ def backward(
         # The barrier keeps XLA from folding the transposition into the slow product.
         d_q, (d_k, d_v) = d_q.reshape(q_n.shape), (x.T for x in jax.lax.optimization_barrier(carry))
         if options.score == "gaussian":
-            # The norms' part: d_logits sums to out·d_out over the keys and to v·d_v over the queries.
+            # The contribution of the norms: d_logits sums to out·d_out over the keys and to v·d_v over the queries.
             d_q -= q_n * row_sums
             d_k -= k_n * jnp.sum(v_n * d_v, axis=-1, keepdims=True)
         return tuple(with_head(x, n, y) for x, y in zip(results, (options.scale * d_q, options.scale * d_k, d_v)))
@@ -133,7 +133,7 @@ def backward(
 
 
 def head_of(x: jax.Array, n: jax.Array) -> jax.Array:
-    """Head `n` of `[batch, length, heads, dim]`, counted through the batch: `[length, dim]`."""
+    """Head `n` of `[batch, length, heads, dim]`, counted over batch and heads: `[length, dim]`."""
     _, length, heads, dim = x.shape
     return jax.lax.dynamic_slice(x, (n // heads, 0, n % heads, 0), (1, length, 1, dim)).reshape(length, dim)
 
@@ -145,7 +145,7 @@ def with_head(x: jax.Array, n: jax.Array, value: jax.Array) -> jax.Array:
 
 
 class Grid(NamedTuple):
-    """Queries and keys of a head cut into equal blocks; causality aligns the last query with the last key."""
+    """Queries and keys of a head split into equal blocks; causal masks align the last query with the last key."""
 
     queries: int
     keys: int
@@ -161,7 +161,7 @@ class Grid(NamedTuple):
 
         queries, keys = q.shape[1], k.shape[1]
         side = round(BLOCK_AREA**0.5)
-        # Square blocks, unless one side is short: then the other is longer.
+        # Square blocks; if one side is short, the other is longer.
         key_block = block(keys, max(side, BLOCK_AREA // block(queries, side)))
         return cls(queries, keys, block(queries, max(side, BLOCK_AREA // key_block)), key_block, options)
 
@@ -180,14 +180,14 @@ class Grid(NamedTuple):
         return jnp.pad(x, ((0, 0), (0, self.key_blocks * self.key_block - x.shape[1]), (0, 0), (0, 0)))
 
     def real_keys(self, k: jax.Array, mask: jax.Array | None) -> jax.Array | None:
-        """The mask `[batch, padded keys, heads, 1]`, None if all are real."""
+        """The mask `[batch, padded keys, heads, 1]`; None if all keys are real."""
         if mask is None and self.key_blocks * self.key_block == self.keys:
             return None
         mask = jnp.ones(k.shape[:2], bool) if mask is None else mask
         return self.pad_keys(jnp.broadcast_to(mask[:, :, None, None], (*k.shape[:3], 1)))
 
     def columns(self, k_n, real, n):
-        """What each key of head `n` adds to its logits, `[1, padded keys]`, and how many blocks of keys it needs."""
+        """The term of each key of head `n` in the logits, `[1, padded keys]`, and the number of key blocks needed."""
         column = (self.options.bias - self.half_norms(k_n)).T
         if real is None:
             return column, self.key_blocks
@@ -196,7 +196,7 @@ class Grid(NamedTuple):
         return jnp.where(real, column, -jnp.inf), needed
 
     def half_norms(self, x):
-        """scale · ‖x‖² / 2 for the Gaussian, zeros for the others, `[length, 1]`."""
+        """scale · ‖x‖² / 2 for the Gaussian, zeros for other scores, `[length, 1]`."""
         norms = jnp.sum(x * x, axis=-1, keepdims=True) if self.options.score == "gaussian" else jnp.zeros_like(x[:, :1])
         return self.options.scale / 2 * norms
 
@@ -211,7 +211,7 @@ class Grid(NamedTuple):
         return jax.lax.dynamic_update_slice_in_dim(x, self.key_slice(x, j, 1) + update, j * self.key_block, 1)
 
     def for_keys(self, i: jax.Array, key_blocks, body, carry):
-        """Runs `body(j, carry)` over those of the first `key_blocks` blocks of keys that query block `i` needs."""
+        """Runs `body(j, carry)` over the key blocks that query block `i` needs, among the first `key_blocks`."""
         if self.key_blocks == 1:
             return body(0, carry)
         if self.options.causal:
@@ -223,7 +223,7 @@ class Grid(NamedTuple):
         return jnp.matmul(x, y, precision=self.options.precision)
 
     def logits(self, q_i: jax.Array, k: jax.Array, column: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
-        """Of query block `i` with key block `j`, `[query_block, key_block]`; −inf where unseen."""
+        """Logits of query block `i` and key block `j`, `[query_block, key_block]`; −inf for keys that are not seen."""
         logits = self.dot(self.options.scale * q_i, self.key_slice(k, j).T) + self.key_slice(column, j, 1)
         if not self.options.causal:
             return logits
@@ -234,6 +234,6 @@ class Grid(NamedTuple):
         if self.options.score == "sigmoid":
             return jax.nn.sigmoid(logits)
         if self.options.score == "gaussian":
-            # A squared distance is not negative, but rounding may make it so.
+            # Rounding may make a squared distance negative.
             return jnp.exp(jnp.minimum(logits - offset, self.options.bias))
         return jnp.exp(logits - offset)

@@ -9,7 +9,7 @@ from efficient_tx.kernels.forward_mode import reverse_only
 from efficient_tx.kernels.gated_linear_attention import reference, xla
 from efficient_tx.kernels.implementations import choose
 
-# Best first. Each module has `unsupported` and `forward`, and all but the reference a `backward`.
+# Best first. Each module has `unsupported` and `forward`; all except the reference have `backward`.
 IMPLEMENTATIONS = {"xla": xla, "reference": reference}
 
 
@@ -27,34 +27,37 @@ def gated_linear_attention(
     interpret: bool = False,
     precision: jax.lax.PrecisionLike = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Linear attention through a state that decays: S_t = exp(log_decay_t) S_{t−1} + k_tᵀ v_t, out_t = scale · q_t S_t.
+    """Linear attention with a decaying state: S_t = exp(log_decay_t) S_{t−1} + k_tᵀ v_t, out_t = scale · q_t S_t.
 
-    The recurrence of gated linear attention (Yang et al. 2024, arXiv 2312.06635); with a decay per head that of RetNet
-    and Mamba-2, without one causal linear attention, unnormalised. A sequence in pieces, each started from the state
-    that the last one left, gives what it gives in one; a piece may be a single token.
+    This is the recurrence of gated linear attention (Yang et al. 2024, arXiv 2312.06635). With a decay per head it is
+    that of RetNet and Mamba-2; without decay it is causal linear attention, unnormalised. A sequence may be processed
+    in pieces, also of single tokens: if each piece starts from the final state of the previous one, the result is the
+    same.
 
     Args:
       q: `[batch, length, heads, head_dim]`, any floating dtype.
-      k: `[batch, length, groups, head_dim]`; groups divides heads, query head h reads group h · groups // heads.
+      k: `[batch, length, groups, head_dim]`; groups divides heads, and query head h uses group h · groups // heads.
       v: `[batch, length, groups, v_dim]`.
-      log_decay: at most 0, per channel `[batch, length, heads, head_dim]`, per head `[batch, length, heads]`, constant
-        `[heads]`, or None: no decay. Any strength is safe, −inf (the state is forgotten) included.
+      log_decay: logarithm of the decay, at most 0: per channel `[batch, length, heads, head_dim]`, per head
+        `[batch, length, heads]`, constant `[heads]`, or None for no decay. All values are numerically safe, also −inf
+        (the state is forgotten).
       initial_state: `[batch, heads, head_dim, v_dim]`; None means zeros.
-      scale: None means head_dim^-½.
-      mask: bool `[batch, length]`, True for real tokens. The others leave the state as it is, and their output is zero.
-      reverse: run from the last token to the first: S_t = exp(log_decay_t) S_{t+1} + k_tᵀ v_t; the final state is that
-        at the first token.
-      implementation: "reference" (the recurrence, differentiable in both modes), "xla" (in chunks, memory linear in
-        the length, reverse mode only), or None: the first that can do it.
-      interpret: run a Pallas kernel in interpret mode.
-      precision: of the products; None means full float32 (or float64), also where a device would round to less.
+      scale: factor of the output; None means head_dim^-½.
+      mask: bool `[batch, length]`, True for real tokens. Padding does not change the state, and its output is zero.
+      reverse: whether to run from the last token to the first: S_t = exp(log_decay_t) S_{t+1} + k_tᵀ v_t. The final
+        state is then the one at the first token.
+      implementation: "reference" (the recurrence, differentiable in both modes), "xla" (in chunks, memory linear in the
+        length, reverse mode only), or None: the best one that supports the arguments.
+      interpret: whether to run a Pallas kernel in interpret mode.
+      precision: precision of the matrix products; None means full float32 (or float64), also on devices that round by
+        default.
 
     Returns:
       `[batch, length, heads, v_dim]` in the dtype of q, and the state after the last step
-      `[batch, heads, head_dim, v_dim]` in promote_types(dtype, float32), as all arithmetic.
+      `[batch, heads, head_dim, v_dim]` in promote_types(dtype, float32). All arithmetic has this dtype.
 
     Raises:
-      ValueError: shapes that do not fit, or an implementation that cannot do it.
+      ValueError: shapes that do not fit, or an implementation that does not support the arguments.
       NotImplementedError: forward-mode differentiation, with an implementation other than "reference".
     """
     check_shapes(q, k, v, log_decay, initial_state, mask)
@@ -69,7 +72,7 @@ def gated_linear_attention(
 
     tokens = [None if x is None else x.astype(dtype) for x in (q, k, v, log_decay)]
     if mask is not None:
-        # An identity step: nothing decays, nothing is added, nothing is read.
+        # An identity step: no decay, nothing added, nothing read.
         tokens = [None if x is None else jnp.where(mask[:, :, None, None], x, 0) for x in tokens]
     tokens[0] *= head_dim**-0.5 if scale is None else scale
     tokens[1:3] = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in tokens[1:3])
@@ -107,7 +110,7 @@ def check_shapes(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def chunked(implementation, options, q, k, v, log_decay, state):
-    """Output and final state of a chunked implementation, differentiated by its own backward pass."""
+    """Output and final state of a chunked implementation; the gradient is its own backward pass."""
     return IMPLEMENTATIONS[implementation].forward(q, k, v, log_decay, state, *options)[:2]
 
 

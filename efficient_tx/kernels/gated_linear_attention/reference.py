@@ -1,11 +1,11 @@
-"""Gated linear attention by its recurrence, one token at a time. Differentiable in both modes."""
+"""Gated linear attention by the recurrence, one token at a time. Differentiable in both modes."""
 
 import jax
 import jax.numpy as jnp
 
 
 def unsupported(*, interpret: bool) -> str | None:
-    """Why this implementation cannot do what is asked, or None."""
+    """The reason why this implementation does not support the request, or None."""
     return "interpret=True is for Pallas kernels, the plain recurrence has nothing to interpret" if interpret else None
 
 
@@ -15,8 +15,9 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Output `[batch, length, heads, v_dim]` and the state after the last step.
 
-    `q` and `k` are `[batch, length, heads, head_dim]`, `v` has v_dim, `log_decay` head_dim or 1 in the last place or is
-    None, `state` is `[batch, heads, head_dim, v_dim]`; all have one dtype, float32 or float64.
+    `q` and `k` are `[batch, length, heads, head_dim]`, `v` is `[batch, length, heads, v_dim]`, `log_decay` is
+    `[batch, length, heads, head_dim or 1]` or None, `state` is `[batch, heads, head_dim, v_dim]`. All have one dtype,
+    float32 or float64.
     """
     log_decay = jnp.zeros_like(q[..., :1]) if log_decay is None else log_decay
 

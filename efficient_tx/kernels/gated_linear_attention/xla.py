@@ -1,17 +1,19 @@
 """Chunked gated linear attention in XLA: memory linear in the length, forward and backward; written for CPUs.
 
-A scan over chunks of tokens carries the state. Within a chunk, D_ij = Σ_{j<t≤i} log_decay_t being at most 0,
+A scan over chunks of tokens carries the state. With D_ij = Σ_{j<t≤i} log_decay_t ≤ 0, a chunk computes
 
     out_i = (q_i ⊙ exp(D_i,start)) S_start + Σ_{j≤i} (Σ_c q_ic k_jc exp(D_ijc)) v_j,
     S_end = exp(D_end,start) S_start + Σ_j (k_j ⊙ exp(D_end,j))ᵀ v_j.
 
-exp(D_ij) = exp(D_i,start) exp(−D_j,start) would overflow. Yang et al. 2024 (arXiv 2312.06635) cut chunks once more for
-that; here a chunk is halved down to single tokens. Tokens j < i part at the middle m of one block of this tree, where
-exp(D_ij) = exp(D_im) exp(D_mj) has no positive exponent, and each level of the tree is one masked product. All sums of
-decays are summed as such: a difference of two cumulative sums loses its digits behind a strong decay.
+The factorisation exp(D_ij) = exp(D_i,start) exp(−D_j,start) would overflow. For this reason Yang et al. 2024
+(arXiv 2312.06635) split chunks once more; here a chunk is halved recursively down to single tokens. The middle m of
+exactly one block of this tree separates the tokens j < i. There exp(D_ij) = exp(D_im) exp(D_mj) has no positive
+exponent, and each level of the tree is one masked product. Sums of decays are computed directly: a difference of two
+cumulative sums loses its digits after a strong decay.
 
-The backward pass has the states at the chunks' starts and recomputes the rest. The cotangent of the decays follows
-from those of queries and keys, since q_i stands by exp(D_i·) everywhere and k_j by exp(D_·j): with S̄ that of S_end,
+The backward pass uses the saved states at the starts of the chunks and recomputes the rest. The cotangent of the decays
+follows from those of queries and keys, because q_i always occurs with the factor exp(D_i·) and k_j with exp(D_·j). With
+S̄ the cotangent of S_end,
 
     d log_decay_t = Σ_{i≥t} (q_i ⊙ q̄_i − k_i ⊙ k̄_i) + Σ_values S̄ ⊙ S_end.
 """
@@ -22,12 +24,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# The fastest powers of two on two AVX-512 cores: tokens of a chunk, and with a decay per channel.
+# Tokens per chunk, with a decay per head and per channel: the fastest powers of two on two AVX-512 cores.
 CHUNK, CHANNEL_CHUNK = 64, 32
 
 
 def unsupported(*, interpret: bool) -> str | None:
-    """Why this implementation cannot do what is asked, or None."""
+    """The reason why this implementation does not support the request, or None."""
     return "interpret=True is for Pallas kernels, this one has nothing to interpret" if interpret else None
 
 
@@ -35,10 +37,11 @@ def forward(
     q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array | None, state: jax.Array,
     reverse: bool, precision: jax.lax.PrecisionLike,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """Output `[batch, length, heads, v_dim]`, the state after the last step, and those before every chunk.
+    """Output `[batch, length, heads, v_dim]`, the state after the last step, and the states before every chunk.
 
-    `q` and `k` are `[batch, length, heads, head_dim]`, `v` has v_dim, `log_decay` head_dim or 1 in the last place or is
-    None, `state` is `[batch, heads, head_dim, v_dim]`; all have one dtype, float32 or float64.
+    `q` and `k` are `[batch, length, heads, head_dim]`, `v` is `[batch, length, heads, v_dim]`, `log_decay` is
+    `[batch, length, heads, head_dim or 1]` or None, `state` is `[batch, heads, head_dim, v_dim]`. All have one dtype,
+    float32 or float64.
     """
     chunks = Chunks.of(q, log_decay, reverse, precision)
     q, k, v, log_decay = (chunks.pad(x) for x in (q, k, v, log_decay))
@@ -89,15 +92,15 @@ def backward(
 
 
 class Decays(NamedTuple):
-    """What becomes of tokens and states within a chunk; head_dim is 1 where the decay is per head.
+    """The decay factors of tokens and states within a chunk; head_dim is 1 if the decay is per head.
 
     Attributes:
-      from_start: `[batch, heads, tokens, head_dim]`, over the tokens up to this one.
-      to_end: the same shape, over the tokens after this one.
-      whole: `[batch, heads, head_dim, 1]`, over the chunk.
-      between: per head `[batch, heads, tokens, tokens]`, from token to token; per channel
-        `[batch, heads, levels, tokens, head_dim]`, between a token and the middle of its block of that level. None
-        without decay, and the others are 1.
+      from_start: `[batch, heads, tokens, head_dim]`, decay over the tokens up to and including this one.
+      to_end: the same shape, decay over the tokens after this one.
+      whole: `[batch, heads, head_dim, 1]`, decay over the whole chunk.
+      between: with a decay per head `[batch, heads, tokens, tokens]`, from token to token; with a decay per channel
+        `[batch, heads, levels, tokens, head_dim]`, between a token and the middle of its block of that level. Without
+        decay it is None, and the others are 1.
     """
 
     from_start: jax.Array | float = 1.0
@@ -107,7 +110,7 @@ class Decays(NamedTuple):
 
 
 class Chunks(NamedTuple):
-    """The length cut into chunks of `size`, a power of two; what is behind the end counts as identity steps."""
+    """The sequence split into chunks of `size`, a power of two; padding after the end counts as identity steps."""
 
     length: int
     size: int
@@ -137,12 +140,12 @@ class Chunks(NamedTuple):
         return (jnp.flip(x, axis=1) if self.reverse else x).swapaxes(1, 2)
 
     def unslice(self, x: jax.Array) -> jax.Array:
-        """A chunk `[batch, heads, tokens, dim]` as `[batch, tokens, heads, dim]`, in order of the tokens."""
+        """A chunk `[batch, heads, tokens, dim]` as `[batch, tokens, heads, dim]`, in the order of the tokens."""
         x = x.swapaxes(1, 2)
         return jnp.flip(x, axis=1) if self.reverse else x
 
     def join(self, x: jax.Array) -> jax.Array:
-        """Chunks `[count, batch, tokens, heads, dim]` side by side: `[batch, length, heads, dim]`."""
+        """Concatenates chunks `[count, batch, tokens, heads, dim]` to `[batch, length, heads, dim]`."""
         x = x.swapaxes(0, 1)
         return x.reshape(x.shape[0], self.count * self.size, *x.shape[3:])[:, : self.length]
 
@@ -153,14 +156,16 @@ class Chunks(NamedTuple):
         return np.ones((self.size, self.size), dtype)
 
     def levels(self) -> np.ndarray:
-        """Where query i (row) and key j part: at a block with 2^level tokens a half; −1 for j = i, −2 for j > i."""
+        """The level that separates query i (row) and key j: half blocks of 2^level tokens; −1: j = i, −2: j > i."""
         i = np.arange(self.size)
         _, bits = np.frexp(i[:, None] ^ i)
         return np.where(i[:, None] >= i, bits - 1, -2)
 
     def spans(self, dtype: jnp.dtype) -> np.ndarray:
-        """What to sum for each token (row): the tokens up to it, those after it, and for each level those between it
-        and the middle of its block. The middle is the first token of the second half, and itself between.
+        """The tokens whose decays are summed for each token (row).
+
+        These are the tokens up to it, those after it, and for each level those between it and the middle of its block.
+        The middle is the first token of the second half and is included.
         """
         i = np.arange(self.size)
         row, spans = i[:, None], [i <= i[:, None], i > i[:, None]]
@@ -170,10 +175,10 @@ class Chunks(NamedTuple):
         return np.concatenate(spans).astype(dtype)
 
     def decays(self, log_decay: jax.Array | None) -> Decays:
-        """Of one chunk, from `[batch, heads, tokens, head_dim or 1]`."""
+        """The decay factors of one chunk, from `log_decay` `[batch, heads, tokens, head_dim or 1]`."""
         if log_decay is None:
             return Decays()
-        # Finite, and so is every sum of them, so that −inf (forget everything) makes no NaN.
+        # Finite, with finite sums, so that −inf (forget everything) does not give NaN.
         log_decay = jnp.maximum(log_decay, jnp.finfo(log_decay.dtype).min / (2 * self.size))
         spans = self.spans(log_decay.dtype)
         if log_decay.shape[-1] == 1:

@@ -9,17 +9,17 @@ from efficient_tx.kernels.forward_mode import reverse_only
 from efficient_tx.kernels.implementations import choose
 from efficient_tx.kernels.monarch import reference, xla
 
-# Best first. Each module has `unsupported` and `forward`, and all but the reference a `backward`.
+# Best first. Each module has `unsupported` and `forward`; all except the reference have `backward`.
 IMPLEMENTATIONS = {"xla": xla, "reference": reference}
 
-# Below this many numbers in the input the plain formula is as fast, and shorter to compile.
+# For inputs with fewer numbers the plain formula is as fast and compiles faster.
 SMALL = 2**18
 
 
 def monarch(
     x: jax.Array, w1: jax.Array, w2: jax.Array, *, implementation: str | None = None, interpret: bool = False
 ) -> jax.Array:
-    """x times the Monarch matrix of the factors w1 and w2 (Dao et al. 2022, arXiv 2204.00595).
+    """x times the Monarch matrix with the factors w1 and w2 (Dao et al. 2022, arXiv 2204.00595).
 
     hidden[k, q] = Σ_p x[k, p] w1[k, q, p], read as [r, l] with l fastest; y[s, l] = Σ_r hidden[r, l] w2[l, s, r].
 
@@ -28,14 +28,15 @@ def monarch(
       w1: `[k, q, p]`, one q × p block per input block.
       w2: `[l, s, r]` with l·r = k·q, one s × r block per output group.
       implementation: "reference" (the plain formula, differentiable in both modes), "xla" (chunks of tokens, reverse
-        mode only), or None: the reference for inputs below 2¹⁸ numbers, and else the first that can do it.
-      interpret: run a Pallas kernel in interpret mode.
+        mode only), or None: the reference for inputs with fewer than 2¹⁸ numbers, else the best one that supports the
+        arguments.
+      interpret: whether to run a Pallas kernel in interpret mode.
 
     Returns:
-      `[..., s·l]`, l fastest, in the promoted dtype. Products have jax's default precision, as those of `nnx.Linear`.
+      `[..., s·l]`, l fastest, in the promoted dtype. Products have jax's default precision, as in `nnx.Linear`.
 
     Raises:
-      ValueError: shapes that do not fit, or an implementation that cannot do it.
+      ValueError: shapes that do not fit, or an implementation that does not support the arguments.
       NotImplementedError: forward-mode differentiation, with an implementation other than "reference".
     """
     check_shapes(x, w1, w2)
@@ -64,7 +65,7 @@ def check_shapes(x: jax.Array, w1: jax.Array, w2: jax.Array) -> None:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def chunked(implementation, x, w1, w2):
-    """The product of x `[tokens, k·p]` by chunks of tokens, differentiated by its own backward pass."""
+    """The product of x `[tokens, k·p]` by chunks of tokens; the gradient is its own backward pass."""
     return IMPLEMENTATIONS[implementation].forward(x, w1, w2)[0]
 
 

@@ -1,16 +1,16 @@
-"""The Monarch product by its formula. Differentiable in both modes."""
+"""The Monarch product by the plain formula. Differentiable in both modes."""
 
 import jax
 import jax.numpy as jnp
 
 
 def unsupported(*, interpret: bool) -> str | None:
-    """Why this implementation cannot do what is asked, or None."""
+    """The reason why this implementation does not support the request, or None."""
     return "interpret=True is for Pallas kernels, the plain formula has nothing to interpret" if interpret else None
 
 
 def forward(x: jax.Array, w1: jax.Array, w2: jax.Array) -> jax.Array:
-    """`[..., s·l]` of x `[..., k·p]`, w1 `[k, q, p]` and w2 `[l, s, r]`, all of one dtype."""
+    """The product `[..., s·l]` of x `[..., k·p]`, w1 `[k, q, p]` and w2 `[l, s, r]`, all of one dtype."""
     k, _, p = w1.shape
     l, s, r = w2.shape
     batch = x.shape[:-1]

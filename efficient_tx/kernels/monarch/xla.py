@@ -1,33 +1,35 @@
 """The Monarch product in XLA, as fast as the products of its blocks; written for CPUs.
 
-The blocks' products run near the rate of a dense one. What the plain formula loses is the traffic between them: XLA
-permutes the whole hidden layer element by element and puts every step into memory that the system hands out afresh.
+The products of the blocks run almost as fast as a dense product. The plain formula loses time between them: XLA
+permutes the whole hidden layer element by element and writes every step to newly allocated memory.
 
-So tokens come in chunks that stay in cache, and a chunk's hidden layer has its tokens last: between `[k, q]` and
-`[l, r]` it then moves whole rows. The permutations left are those of the input (rows of p) and of the output, whose l
-is innermost by contract. The backward pass takes the products in the order that leaves every one in this layout. The
-hidden layer of narrow blocks is computed again in it, which is faster than memory and keeps nothing but the input.
+So tokens are processed in chunks that stay in cache. The hidden layer of a chunk has the token axis last, so the
+permutation between `[k, q]` and `[l, r]` moves whole rows. The remaining permutations are those of the input (rows of
+p) and of the output, whose l must be innermost. The backward pass orders the products so that all of them have this
+layout. For narrow blocks it recomputes the hidden layer, which is faster than reading it from memory and saves only the
+input.
 
-Other devices run the same program on all chunks at once.
+Devices other than CPUs run the same program on all chunks at once.
 """
 
 import jax
 import jax.numpy as jnp
 
-# Tokens of a chunk: the fastest on two AVX-512 cores with 1 MB of cache each. No fewer than a block is wide, or reading
-# the weights and adding up their gradients costs more than the cache saves.
+# Smallest number of tokens per chunk: the fastest on two AVX-512 cores with 1 MB of cache each. A chunk also has at
+# least as many tokens as a block is wide. Otherwise reading the weights and summing their gradients costs more than the
+# cache saves.
 CHUNK = 128
-# The widest blocks of the input that are multiplied again in the backward pass; with 128 there is nothing to gain.
+# Largest block width for which the backward pass recomputes the hidden layer; with 128 it is not faster.
 NARROW = 64
 
 
 def unsupported(*, interpret: bool) -> str | None:
-    """Why this implementation cannot do what is asked, or None."""
+    """The reason why this implementation does not support the request, or None."""
     return "interpret=True is for Pallas kernels, this one has nothing to interpret" if interpret else None
 
 
 def chunk_count(tokens: int, width: int) -> int:
-    """How many chunks of at least CHUNK and `width` tokens divide them, if less than twice as long; else one."""
+    """The number of equal chunks of at least CHUNK and `width` tokens, less than twice as long; 1 if there is none."""
     most = max(1, tokens // max(CHUNK, width))
     return next((count for count in range(most, most // 2, -1) if tokens % count == 0), 1)
 
@@ -35,7 +37,8 @@ def chunk_count(tokens: int, width: int) -> int:
 def forward(x: jax.Array, w1: jax.Array, w2: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """The product `[tokens, s·l]` of x `[tokens, k·p]`, w1 `[k, q, p]` and w2 `[l, s, r]`, all of one dtype.
 
-    Also the hidden layer by chunks of c tokens, `[chunks, l, r, c]`, where the backward pass takes it from memory.
+    Also returns the hidden layer by chunks of c tokens, `[chunks, l, r, c]`, if the backward pass does not recompute
+    it.
     """
     out, hidden = jax.lax.platform_dependent(
         in_chunks(x, w1, w2), w1, w2.mT,
@@ -93,7 +96,7 @@ def hide(x: jax.Array, w1: jax.Array, w2: jax.Array) -> jax.Array:
 def back(
     x: jax.Array, hidden: jax.Array | None, d_out: jax.Array, w1: jax.Array, w2: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Cotangents of a chunk x and of the weights, these float32 at least as they are going to be summed."""
+    """Cotangents of a chunk x and of the weights; the latter are float32 at least, because they are summed."""
     k, q, _ = w1.shape
     wide = jnp.promote_types(w1.dtype, jnp.float32)
     hidden = hide(x, w1, w2) if hidden is None else hidden

@@ -11,7 +11,7 @@ from efficient_tx.kernels.pair_attention import reference, xla
 from efficient_tx.kernels.pair_attention.options import Options, Pair
 from efficient_tx.tokens.mask import compact, key_mask, repeat_heads, spread
 
-# Best first. Each module has `unsupported` and `forward`, and all but the reference a `backward`.
+# Best first. Each module has `unsupported` and `forward`; all except the reference have `backward`.
 IMPLEMENTATIONS = {"xla": xla, "reference": reference}
 
 
@@ -26,25 +26,25 @@ def pair_attention(
 
     Args:
       q: `[batch, queries, heads, head_dim]`.
-      k, k2: `[batch, keys, groups, head_dim]`, the first and the second token of a pair; groups divides heads, also
-        where they differ.
-      v, v2: `[batch, keys, groups, v_dim]`, their values.
-      pair: gives a and b: what of a query and a second token meets the first token, and what the score has besides. A
-        hashable function of nothing but its arguments.
+      k, k2: `[batch, keys, groups, head_dim]`, the first and the second token of a pair; groups divides heads and may
+        differ between k and k2.
+      v, v2: `[batch, keys, groups, v_dim]`, values of the first and the second token.
+      pair: function of a query and a second token that returns a, the factor of the first token in the score, and b,
+        the rest of the score. It must be hashable and depend only on its arguments.
       mask: bool `[batch, keys]` or `[batch, 1, 1, keys]`; with as many queries as keys it marks the queries too.
-      causal: both tokens j, k ≤ i; the last query stands at the last real token.
-      windows: how many first and second tokens a query sees: the last ones up to its own position if causal, else
-        those around it, moved inwards at the ends. None means all.
+      causal: query i sees tokens j, k ≤ i only; the last query is at the last real token.
+      windows: numbers of first and second tokens that a query sees: the last ones up to its own position if causal,
+        else those around it, shifted inwards at the ends. None means all.
       implementation: "reference" (the plain formula, memory queries × keys × keys, differentiable in both modes), "xla"
-        (memory linear in the lengths, reverse mode only), or None: the first that can do it.
-      interpret: run a Pallas kernel in interpret mode.
+        (memory linear in the lengths, reverse mode only), or None: the best one that supports the arguments.
+      interpret: whether to run a Pallas kernel in interpret mode.
 
     Returns:
       `[batch, queries, heads, v_dim]` in the dtype of q; zero at masked queries and for a query without keys.
       Arithmetic is float32 at least.
 
     Raises:
-      ValueError: shapes that do not fit, or an implementation that cannot do it.
+      ValueError: shapes that do not fit, or an implementation that does not support the arguments.
       NotImplementedError: forward-mode differentiation, with an implementation other than "reference".
     """
     check_shapes(q, k, v, k2, v2)
@@ -83,7 +83,7 @@ def check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, k2: jax.Array, v2: ja
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def streamed(implementation, options, *operands):
-    """The output of a streaming implementation, differentiated by its own backward pass."""
+    """The output of a streaming implementation; the gradient is its own backward pass."""
     return IMPLEMENTATIONS[implementation].forward(options, *operands)[0]
 
 

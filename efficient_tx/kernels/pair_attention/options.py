@@ -1,12 +1,12 @@
-"""What an implementation of pair_attention has to know besides its arrays."""
+"""The static options of an implementation of pair_attention."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 
-# (q `[queries, 1, dim]`, k2 `[queries or 1, second tokens, dim]`) -> what meets the first tokens, `[queries, second
-# tokens, dim]`, and what the score has besides, `[queries or 1, second tokens]`.
+# (q `[queries, 1, dim]`, k2 `[queries or 1, second tokens, dim]`) -> the factor of the first tokens in the score,
+# `[queries, second tokens, dim]`, and the rest of the score, `[queries or 1, second tokens]`.
 Pair = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 

@@ -1,4 +1,4 @@
-"""Attention to pairs of tokens by its formula: all scores at once. Differentiable in both modes."""
+"""Attention to pairs of tokens by the plain formula: all scores at once. Differentiable in both modes."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def unsupported(*, interpret: bool) -> str | None:
-    """Why this implementation cannot do what is asked, or None."""
+    """The reason why this implementation does not support the request, or None."""
     return "interpret=True is for Pallas kernels, the plain formula has nothing to interpret" if interpret else None
 
 
@@ -17,7 +17,7 @@ def forward(
     options: Options, q: jax.Array, k: jax.Array, v: jax.Array, k2: jax.Array, v2: jax.Array, count: jax.Array,
     first: jax.Array,
 ) -> jax.Array:  # fmt: skip
-    """Output `[heads, queries, v_dim]`, zero for a query that sees nothing; operands as of `xla.forward`."""
+    """Output `[heads, queries, v_dim]`, zero for a query without keys; operands as in `xla.forward`."""
 
     def head(q, k, v, k2, v2, count, first):
         position, token = (first + jnp.arange(len(q)))[:, None], jnp.arange(len(k))
@@ -35,7 +35,7 @@ def forward(
 
 
 def visible(position: jax.Array, token: jax.Array, count: jax.Array, window: int | None, causal: bool) -> jax.Array:
-    """Whether a query at `position` `[queries, 1]` sees `token` `[keys]`, by one window: bool `[queries, keys]`."""
+    """Whether a query at `position` `[queries, 1]` sees `token` `[keys]` in a window: bool `[queries, keys]`."""
     window = len(token) if window is None else min(window, len(token))
     if causal:
         return (token < count) & (token <= position) & (token > position - window)

@@ -1,12 +1,13 @@
-"""Attention of a query to pairs of tokens, by streaming: softmax over (j, k) jointly, values v_j ⊙ v2_k.
+"""Attention to pairs of tokens, streamed: joint softmax over (j, k), values v_j ⊙ v2_k.
 
-For a fixed second token k it is attention of a query made of the pair (i, k) to all first tokens j, so that
+For a fixed second token k it is attention of a combined query (i, k) to all first tokens j:
 
     s_ijk = a_ik·k_j + b_ik,    Σ_jk e^{s_ijk} v_j ⊙ v2_k = Σ_k v2_k ⊙ e^{b_ik} Σ_j e^{a_ik·k_j} v_j.
 
-A tile of queries meets a tile of second tokens and all the first tokens that the queries see, by products of matrices,
-under one online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867); the backward pass recomputes a tile. Nothing
-is exponentiated but against the largest score, so no factor of a product of exponentials can underflow alone.
+A step computes, by matrix products, the scores of a tile of queries with a tile of second tokens and all first tokens
+that the queries see. One online softmax combines the steps (Milakov and Gimelshein 2018, arXiv 1805.02867); the
+backward pass recomputes a tile. Exponentials are only taken relative to the largest score, so no factor of a product of
+exponentials can underflow separately.
 """
 
 from typing import NamedTuple
@@ -16,17 +17,17 @@ import jax.numpy as jnp
 
 from efficient_tx.kernels.pair_attention.options import Options, Pair
 
-AREA = 1 << 18  # scores of a tile: 1 MB of float32
-SECOND_TOKENS = 16  # of a tile
+AREA = 1 << 18  # scores per tile: 1 MB of float32
+SECOND_TOKENS = 16  # per tile
 
 
 def unsupported(*, interpret: bool) -> str | None:
-    """Why this implementation cannot do what is asked, or None."""
+    """The reason why this implementation does not support the request, or None."""
     return "interpret=True is for Pallas kernels, an XLA program has nothing to interpret" if interpret else None
 
 
 class Tiling(NamedTuple):
-    """Of one head: rows of queries at a time, the band of first tokens of which they see parts, and second tokens."""
+    """The sizes of a tile of one head: rows of queries, the band of first tokens that they may see, second tokens."""
 
     queries: int
     keys: int
@@ -46,7 +47,7 @@ class Tiling(NamedTuple):
         return cls(queries, keys, windows, options.causal, rows, min(keys, rows + windows[0] - 1), second)
 
     def tiles(self, x: jax.Array) -> jax.Array:
-        """`x` `[queries, ...]` as `[tiles, rows, ...]`, filled up with zeros."""
+        """`x` `[queries, ...]` as `[tiles, rows, ...]`, padded with zeros."""
         missing = -self.queries % self.rows
         return jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1))).reshape(-1, self.rows, *x.shape[1:])
 
@@ -64,10 +65,11 @@ class Tile:
     """The scores of one tile of queries.
 
     Args:
-      tiling, pair: of the call.
-      number: of the tile.
+      tiling, pair: tile sizes and pair function of the call.
+      number: index of the tile.
       q: `[rows, dim]`.
-      head: k, v, k2, v2 `[keys, dim]`, the number of real keys, and the position of the first query.
+      head: arrays of the head: k, v, k2, v2 `[keys, dim]`, the number of real keys, and the position of the first
+        query.
     """
 
     def __init__(self, tiling: Tiling, pair: Pair, number: jax.Array, q: jax.Array, head: tuple[jax.Array, ...]):
@@ -81,7 +83,7 @@ class Tile:
         self.seen = tiling.seen(token, self.position, start, self.count, tiling.windows[0])
 
     def for_second_tokens(self, body, carry):
-        """Runs `body(scores, second, carry)` over the second tokens, scores `[rows, second tokens, band]`."""
+        """Runs `body(scores, second, carry)` over tiles of second tokens, scores `[rows, second tokens, band]`."""
         tiling = self.tiling
 
         def step(number, carry):
@@ -94,12 +96,12 @@ class Tile:
             return body(scores, Second(token, k2, v2, a), carry)
 
         steps = -(-tiling.windows[1] // tiling.second)
-        # Tokens before the first one are seen by no query.
+        # No query sees tokens before the first one.
         return jax.lax.fori_loop(jnp.clip(-self.start2[-1, 0] // tiling.second, 0, steps), steps, step, carry)
 
 
 class Second(NamedTuple):
-    """Second tokens `[rows, second tokens, ...]`: their indices, keys and values, and what meets the first tokens."""
+    """Second tokens `[rows, second tokens, ...]`: indices, keys, values, and the factor of the first tokens."""
 
     token: jax.Array
     k2: jax.Array
@@ -108,10 +110,10 @@ class Second(NamedTuple):
 
 
 def forward(options: Options, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Output `[heads, queries, v_dim]` and log-sum-exp `[heads, queries]`, 0 for a query that sees nothing.
+    """Output `[heads, queries, v_dim]` and log-sum-exp `[heads, queries]`, 0 for a query without keys.
 
-    The operands are q, k, v, k2, v2 `[heads, length, dim]`, heads counted through the batch, and int32 `[heads]`: how
-    many tokens, in front, are real, and the position of the first query.
+    The operands are q, k, v, k2, v2 `[heads, length, dim]`, with heads over batch and heads, and two int32 arrays
+    `[heads]`: the number of real tokens, which come first, and the position of the first query.
     """
     pair, tiling = options.pair, Tiling.of(operands[0].shape[1], operands[1].shape[1], options)
 
@@ -130,12 +132,12 @@ def forward(options: Options, *operands: jax.Array) -> tuple[jax.Array, jax.Arra
                 return out * fade[:, None] + values, total * fade + weights.sum((1, 2)), new_peak
 
             out, total = jnp.zeros((tiling.rows, v_dim), q.dtype), jnp.zeros(tiling.rows, q.dtype)
-            # Finite, so that scores of −inf alone add exp(−inf − peak) = 0 and not exp(−inf + inf).
+            # Finite, so that scores of only −inf add exp(−inf − peak) = 0, not exp(−inf + inf).
             carry = out, total, jnp.full_like(total, jnp.finfo(q.dtype).min / 2)
             out, total, peak = one.for_second_tokens(see, carry)
             seen = total > 0
             total = jnp.where(seen, total, 1)
-            # Finite also where nothing is seen, for the backward pass: its scores are −inf.
+            # Also finite for a query without keys, for the backward pass: its scores are −inf.
             return out / total[:, None], jnp.where(seen, jnp.log(total) + peak, 0)
 
         q = tiling.tiles(q)
@@ -180,7 +182,7 @@ def backward(options: Options, operands: tuple[jax.Array, ...], out: jax.Array, 
             return (d_k, d_v, d_k2, d_v2), d_q
 
         k, v, k2, v2, *_ = others
-        # Sums for k and v as [dim, keys]: XLA's CPU backend is slow where the left factor is transposed and large.
+        # Sums for k and v as [dim, keys]: XLA's CPU backend is slow if the left factor is transposed and large.
         carry = jnp.zeros_like(k.T), jnp.zeros_like(v.T), jnp.zeros_like(k2), jnp.zeros_like(v2)
         tiles = [tiling.tiles(x) for x in (q, *by_query)]
         carry, d_q = jax.lax.scan(tile, carry, (jnp.arange(len(tiles[0])), *tiles))
@@ -196,7 +198,7 @@ def rows_dot(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def columns_dot(x: jax.Array, y: jax.Array) -> jax.Array:
-    """`[rows, second tokens, m]` and `[rows, second tokens, n]` summed over the pairs: `[m, n]`."""
+    """`[rows, second tokens, m]` and `[rows, second tokens, n]` contracted over rows and second tokens: `[m, n]`."""
     return dot(x.reshape(-1, x.shape[-1]).T, y.reshape(-1, y.shape[-1]))
 
 

@@ -1,4 +1,4 @@
-"""What an implementation of sampled_block_attention has to know besides queries, keys and values."""
+"""The options of an implementation of sampled_block_attention."""
 
 from typing import NamedTuple
 
@@ -6,26 +6,26 @@ import jax
 
 
 class Sizes(NamedTuple):
-    """Rows of a tile of queries and of a block of keys; static."""
+    """Rows per tile of queries and per block of keys; static."""
 
     tile: int
     block: int
 
 
 class Choice(NamedTuple):
-    """Which keys each query sees; the leading axis counts sequences, heads and examples alike.
+    """The keys that each query sees; the leading axis has one sequence for each example and head.
 
-    Queries are sorted into rows, keys into others; an index out of bounds says that there is none.
+    Queries are sorted into query rows, keys into key rows. An index out of bounds means none.
 
     Attributes:
-      q_order: int32 `[sequences, query rows]`, the query in each row, by `block` if it is to be quick.
+      q_order: int32 `[sequences, query rows]`, the query in each row; fast if rows are sorted by `block`.
       q_place: int32 `[sequences, queries]`, the row of each query.
       k_order: int32 `[sequences, key rows]`, the key in each row.
       k_place: int32 `[sequences, keys]`, the row of each key.
       block: int32 `[sequences, query rows]`, the block of key rows that a query sees; −1 in empty rows.
-      group: int32 `[sequences, query rows / tile]`, which sample the queries of a tile see.
-      sample: int32 `[sequences, groups, samples]`, the rows of the sampled keys.
-      offset: `[sequences, groups, samples]`, what the logits of a sampled key are raised by; −inf takes it out.
+      group: int32 `[sequences, query rows / tile]`, the sample group that the queries of a tile see.
+      sample: int32 `[sequences, groups, samples]`, the key rows of the sampled keys.
+      offset: `[sequences, groups, samples]`, added to the logits of a sampled key; −inf removes the key.
     """
 
     q_order: jax.Array

@@ -1,4 +1,4 @@
-"""Attention to a block and to samples by its formula: all weights at once. Differentiable in both modes."""
+"""Attention to a block and to samples by the plain formula: all weights at once. Differentiable in both modes."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def unsupported(*, interpret: bool) -> str | None:
-    """Why this implementation cannot do what is asked, or None."""
+    """The reason why this implementation does not support the request, or None."""
     return "interpret=True is for Pallas kernels, the plain formula has nothing to interpret" if interpret else None
 
 

@@ -1,9 +1,9 @@
-"""Softmax attention of every query to one block of keys and to a common sample: the sum inside HyperAttention.
+"""Softmax attention of every query to one block of keys and a shared sample: the core of HyperAttention.
 
-Memory is linear in the length, and the backward pass recomputes the weights. One sequence at a time, a tile of queries
-against the blocks that its rows have chosen; rows are sorted by block, so these are few. As in
+Memory is linear in the length, and the backward pass recomputes the weights. It processes one sequence at a time, a
+tile of queries with the blocks that its rows see; rows are sorted by block, so these are few. As in
 `kernels/flash_attention/xla.py`, no block of weights is the transposed left factor of a product, which XLA's CPU
-backend runs at a quarter of the speed: hence the cotangents `[dim, keys]`.
+backend runs at a quarter of the speed. So the cotangents of keys and values are summed as `[dim, keys]`.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from efficient_tx.kernels.sampled_block_attention.options import Choice, Sizes, 
 
 
 def unsupported(*, interpret: bool) -> str | None:
-    """Why this implementation cannot do what is asked, or None."""
+    """The reason why this implementation does not support the request, or None."""
     return "interpret=True is for Pallas kernels, an XLA program has nothing to interpret" if interpret else None
 
 
@@ -45,7 +45,7 @@ def forward(
                 return see(carry, block_logits(q, k_j, real, own, j), v_j)
 
             column = jnp.zeros((sizes.tile, 1), q.dtype)
-            # Finite, so that a row without keys so far adds exp(−inf − peak) = 0 and not exp(−inf + inf).
+            # Finite, so that a row without keys so far adds exp(−inf − peak) = 0, not exp(−inf + inf).
             nothing = jnp.zeros((sizes.tile, v.shape[1]), q.dtype), column, column + jnp.finfo(q.dtype).min / 2
             carry = see(nothing, sampled.logits(q, own), sampled.v)
             out, total, peak = jax.lax.fori_loop(*span(own), see_block, carry)
@@ -64,7 +64,7 @@ def backward(sizes, q, k, v, choice, out, lse, d_out, d_lse):
     """Cotangents of q, k and v."""
     # With the weights w of a row, d_logits = w ⊙ (d_out vᵀ − delta).
     delta = jnp.sum(out * d_out, axis=-1) - d_lse
-    lse = jnp.where(jnp.isfinite(lse), lse, 0)  # a query that sees nothing has logits of −inf only
+    lse = jnp.where(jnp.isfinite(lse), lse, 0)  # a query without keys has only logits of −inf
 
     def sequence(operands):
         q, k, v, choice, *by_query = operands
@@ -107,7 +107,7 @@ def backward(sizes, q, k, v, choice, out, lse, d_out, d_lse):
 
 
 class Sampled(NamedTuple):
-    """The samples of one sequence: keys, values, and what the logits need; `[groups, samples, ...]` or of one group."""
+    """The samples of one sequence: keys, values and terms of the logits; `[groups, samples, ...]` or of one group."""
 
     k: jax.Array
     v: jax.Array
@@ -122,17 +122,17 @@ class Sampled(NamedTuple):
         return Sampled(*(x[group] for x in self))
 
     def logits(self, q: jax.Array, own: jax.Array) -> jax.Array:
-        """Of a tile of queries; −inf within a query's own block, which it sees whole."""
+        """Logits of a tile of queries; −inf for samples in a query's own block, which it sees completely."""
         return jnp.where(self.block != own[:, None], dot(q, self.k.T) + self.offset, -jnp.inf)
 
 
 def block_logits(q, k, real, own, j):
-    """Of a tile of queries with block `j`; −inf for those that have chosen another."""
+    """Logits of a tile of queries with block `j`; −inf for queries of another block."""
     return jnp.where(real & (own[:, None] == j), dot(q, k.T), -jnp.inf)
 
 
 def span(own: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The first block that is chosen, and the one behind the last; an empty range where none is."""
+    """The range of blocks that are seen: the first one, and the last one plus 1; empty if there is none."""
     return jnp.min(jnp.where(own < 0, jnp.iinfo(own.dtype).max, own)), own.max() + 1
 
 
