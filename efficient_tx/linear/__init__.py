@@ -1,6 +1,6 @@
-"""Structured weights, called and built like `nnx.Linear` with its sizes, `use_bias`, dtypes and `rngs`.
+"""Structured weights, built and called like `nnx.Linear`, with its sizes, `use_bias`, dtypes and `rngs`.
 
-Adding one is a file and a row of `LINEAR`.
+A new structure is one file and one row of `LINEAR`.
 """
 
 from efficient_tx.linear.blast import Blast

@@ -1,11 +1,11 @@
 """Blast: b × b blocks A_ij = U_i diag(s_ij) V_jᵀ, which share their factors (Lee et al. 2024, arXiv 2410.21262).
 
-U_i belongs to an output block, V_j to an input block, s_ij to one block. All s_ij = 1 is a low-rank matrix, s_ij = 0
-for i ≠ j a block-diagonal one.
+U_i belongs to output block i, V_j to input block j, s_ij to one block. All s_ij = 1 gives a low-rank matrix, s_ij = 0
+for i ≠ j a block-diagonal matrix.
 
-There is no closed form of the nearest one. `nearest_blast` alternates least squares in U, V and s, each a linear
-problem, with Nesterov's momentum, which is dropped whenever a sweep with it would raise the error. The published
-preconditioned gradient descent is such a sweep without momentum, with a damping and step sizes that fall as it goes.
+The nearest BLAST matrix to a dense one has no closed form. `nearest_blast` alternates least squares in U, V and s, each
+a linear problem, with Nesterov's momentum. A sweep whose momentum would increase the error is made without it. The
+published preconditioned gradient descent is such a sweep without momentum, with damping and decreasing step sizes.
 """
 
 from collections.abc import Sequence
@@ -23,14 +23,14 @@ SWEEPS = 100
 
 
 class Blast(Structured):
-    """y[i, q] = Σ_r u[i, q, r] Σ_j s[i, j, r] Σ_p v[j, p, r] x[j, p], of any size; padding fills the last blocks.
+    """y[i, q] = Σ_r u[i, q, r] Σ_j s[i, j, r] Σ_p v[j, p, r] x[j, p], for any sizes; padding fills the last blocks.
 
-    Projection is a fit; `nearest_blast` says which error it reaches.
+    Projection is an iterative fit; for its error see `nearest_blast`.
 
     Args:
-      blocks: number of blocks along each side.
-      rank: number of terms, at most the smaller side; None is the largest one with no more than half of the dense
-        parameters and no more than the side of a block, up to which a BLAST matrix is projected onto itself.
+      blocks: number of blocks along each side of the weight.
+      rank: number of terms, at most the smaller side; None is the largest rank with at most half of the dense
+        parameters and at most the side of a block. Up to the side of a block, a BLAST matrix is projected onto itself.
     """
 
     paper = "Lee et al. 2024, arXiv 2410.21262"
@@ -56,7 +56,7 @@ class Blast(Structured):
     def factors(self) -> dict[str, Factor]:
         b, r = self.blocks, self.rank
         return {
-            # By the real width of a block, as in Monarch.
+            # The real width of a block, without padding, as in Monarch.
             "v": Factor((b, self.in_block, r), fan_in=self.in_features / b),
             "s": Factor((b, b, r), fan_in=b),
             "u": Factor((b, self.out_block, r), fan_in=r),
@@ -65,7 +65,7 @@ class Blast(Structured):
     def multiply(self, x: jax.Array, *, v: jax.Array, s: jax.Array, u: jax.Array) -> jax.Array:
         def product(x, v, s, u):
             blocks = pad(x, self.blocks * self.in_block).reshape(*x.shape[:-1], self.blocks, self.in_block)
-            # Blocks first: as many plain products, and all permutation outside of them.
+            # Block axis first: plain products per block, with all permutations outside of them.
             hidden = jnp.einsum("j...p,jpr->j...r", jnp.moveaxis(blocks, -2, 0), v)
             mixed = jnp.einsum("j...r,ijr->i...r", hidden, s)
             out = jnp.moveaxis(jnp.einsum("i...r,iqr->i...q", mixed, u), 0, -2)
@@ -81,21 +81,21 @@ class Blast(Structured):
 
 
 def nearest_blast(a: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Factors near to a matrix in Frobenius norm, deterministic and never worse than its best low-rank approximation.
+    """Factors that approximate a matrix in Frobenius norm; deterministic, never worse than the best low-rank matrix.
 
-    It starts from the better one of the truncated singular value decomposition, whose s is one, and the factors that
-    `a` has if it is a BLAST matrix of a rank up to the sides of its blocks, and makes 100 sweeps. Measured:
+    There are two starts: the truncated singular value decomposition, with s = 1, and the factors that `a` has if it is
+    a BLAST matrix of a rank up to the sides of its blocks. 100 sweeps follow from the better start. Measured:
 
-    - A random BLAST matrix of such a rank comes back to 1e-9 in float64 and 1e-4 in float32, relative, up to 1024
-      features. Of a higher rank, where the problem has many local minima, it comes back to 0.15 to 0.3.
-    - On Gaussian matrices and on spectra that fall as k^-½, of 256 and 512 features with 2 to 16 blocks at half of the
-      parameters, the error is that of 300 published steps or up to 12 % less; 200 more sweeps lower it by another 0.4
-      to 4 %. Random starts end between 0.3 % below and 11 % above it.
+    - A random BLAST matrix of such a rank, with up to 1024 features, is recovered with a relative error of 1e-9 in
+      float64 and 1e-4 in float32. With a higher rank the problem has many local minima, and the error is 0.15 to 0.3.
+    - For Gaussian matrices and for spectra that decrease as k^-½, with 256 and 512 features and 2 to 16 blocks at half
+      of the parameters, the error is equal to that of 300 published steps or up to 12 % lower; 200 more sweeps lower it
+      by another 0.4 to 4 %. Random starts end between 0.3 % below and 11 % above it.
 
-    Not under jit: the second start is computed by numpy.
+    Does not work under jit: the second start is computed with numpy.
 
     Args:
-      a: `[j, p, i, q]`, the entry p, q of the block between input block j and output block i.
+      a: `[j, p, i, q]`, entry (p, q) of the block between input block j and output block i.
 
     Returns:
       v `[j, p, rank]`, s `[i, j, rank]` and u `[i, q, rank]`.
@@ -116,7 +116,7 @@ def _error(a, factors):
 
 
 def _low_rank_start(a, rank):
-    """The truncated singular value decomposition, all s one."""
+    """The truncated singular value decomposition, with all s equal to 1."""
     b, p, _, q = a.shape
     u, singular, v = jnp.linalg.svd(a.reshape(b * p, b * q), full_matrices=False)
     root = jnp.sqrt(singular[:rank])
@@ -128,11 +128,11 @@ def _low_rank_start(a, rank):
 
 
 def _pencil_start(a, rank):
-    """The factors themselves if `a` is a BLAST matrix in general position, of a rank up to the sides of its blocks.
+    """The exact factors if `a` is a BLAST matrix in general position with a rank up to the sides of its blocks.
 
-    Between bases of the ranges of V_j and U_i a block is a core X_j diag(s_ij) Y_iᵀ, rank × rank. The quotients of the
-    first two block rows, C_0i C_1i⁻¹ = X_0 diag(s_i0 / s_i1) X_1⁻¹, are rid of Y, and the quotient of two of these is
-    rid of X_1: its eigenvectors are the columns of X_0. In float64, as four inverses follow one another.
+    In bases of the ranges of V_j and U_i a block is a core X_j diag(s_ij) Y_iᵀ, rank × rank. The quotients of the first
+    two block rows, C_0i C_1i⁻¹ = X_0 diag(s_i0 / s_i1) X_1⁻¹, do not contain Y. The quotient of two of these does not
+    contain X_1; its eigenvectors are the columns of X_0. Computed in float64, because four inverses are chained.
     """
     b, p, _, q = a.shape
     left = np.linalg.svd(a[:2].reshape(2, p, b * q), full_matrices=False)[0][..., :rank]
@@ -140,7 +140,7 @@ def _pencil_start(a, rank):
     core = np.einsum("jpr,jpiq,iqt->jirt", left, a[:2, :, :2], right, optimize=True)
     quotient = core[0] @ np.linalg.pinv(core[1])
     values, vectors = np.linalg.eig(quotient[1] @ np.linalg.pinv(quotient[0]))
-    # A conjugate pair, which noise makes, spans the plane of its real and imaginary parts.
+    # Noise can produce a conjugate pair; it spans the plane of its real and imaginary parts.
     first = left[0] @ np.where(values.imag < 0, vectors.imag, vectors.real)
 
     def unit(columns):
@@ -155,7 +155,7 @@ def _pencil_start(a, rank):
 
 @jax.jit
 def _sweeps(a, start):
-    """Alternating least squares with momentum that is dropped where it does not help, so the error never rises."""
+    """Alternating least squares; momentum is dropped if it would increase the error, so the error never increases."""
 
     def step(state, _):
         now, before, error, t = state
@@ -173,7 +173,7 @@ def _sweeps(a, start):
 
 
 def _sweep(a, factors):
-    """u, v and s in turn, each the least-squares solution for the other two."""
+    """Updates u, v and s in turn, each to the least-squares solution given the other two."""
     v, s, u = factors
     u = _improve(a, v, s, u)
     v = _improve(a.transpose(2, 3, 0, 1), u, s.swapaxes(0, 1), v)
@@ -183,16 +183,17 @@ def _sweep(a, factors):
 
 
 def _improve(a, v, s, u):
-    """The least-squares solution for u."""
+    """The least-squares solution for u, given v and s."""
     residual = a - _assemble((v, s, u))
     gram = jnp.einsum("ijr,jrt,ijt->irt", s, jnp.einsum("jpr,jpt->jrt", v, v), s)
     return u + _solve(gram, jnp.einsum("jpiq,jpr,ijr->irq", residual, v, s)).mT
 
 
 def _solve(gram, right):
-    """gram⁻¹ right, with a ridge that keeps the float32 factorisation safe.
+    """gram⁻¹ right, with a ridge that makes the float32 factorisation safe.
 
-    As `right` comes from the residual, the ridge shortens the step from the present factors and moves no solution.
+    `right` comes from the residual, so the ridge shortens the step from the current factors but does not change the
+    solution.
     """
     ridge = 10 * jnp.finfo(gram.dtype).eps * jnp.trace(gram, axis1=-2, axis2=-1)
     ridge = jnp.where(ridge > 0, ridge, 1)

@@ -1,7 +1,7 @@
-"""BlockDiagonal: W = P diag(B_1, ..., B_k), the blocks behind a fixed channel shuffle P of the input.
+"""BlockDiagonal: W = P diag(B_1, ..., B_k): blocks after a fixed channel shuffle P of the input.
 
-The layer that the code of Monarch (Dao et al. 2022, arXiv 2204.00595) trains in BERT's MLPs; the shuffle is that of
-ShuffleNet (Zhang et al. 2017, arXiv 1707.01083). Without it, stacked layers never mix their blocks.
+The published code of Monarch (Dao et al. 2022, arXiv 2204.00595) trains this layer in BERT's MLPs. The shuffle is that
+of ShuffleNet (Zhang et al. 2017, arXiv 1707.01083). Without it, stacked layers never mix their blocks.
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,12 @@ from efficient_tx.linear.structured import Factor, Structured, in_chunks, pad
 class BlockDiagonal(Structured):
     """y[k, q] = Σ_p x[p, k] weight[k, q, p], k fastest in x and q fastest in y: 1/blocks of the dense parameters.
 
-    Sizes that are no multiples of `blocks` are padded. The nearest one to a dense weight keeps its entries.
+    Sizes that are no multiples of `blocks` are padded. The projection of a dense weight keeps the entries in the
+    blocks.
 
     Args:
       blocks: number of blocks, at most the smaller side.
-      shuffle: block k reads the channels k, k + blocks, k + 2·blocks, ...; without it, neighbouring ones.
+      shuffle: whether block k reads the channels k, k + blocks, k + 2·blocks, ..., else neighbouring channels.
     """
 
     paper = "Dao et al. 2022, arXiv 2204.00595; Zhang et al. 2017, arXiv 1707.01083"
@@ -46,7 +47,7 @@ class BlockDiagonal(Structured):
         return {"weight": Factor(shape, fan_in=self.in_features / self.blocks)}
 
     def read(self, x: jax.Array) -> jax.Array:
-        """What each block reads of x `[..., in_features]`, padded: `[blocks, ..., in_block]`."""
+        """The input channels of each block, from x `[..., in_features]`, padded: `[blocks, ..., in_block]`."""
         x = pad(x, self.blocks * self.in_block)
         if self.shuffle:
             return jnp.moveaxis(x.reshape(*x.shape[:-1], self.in_block, self.blocks), -1, 0)
@@ -54,7 +55,7 @@ class BlockDiagonal(Structured):
 
     def multiply(self, x: jax.Array, *, weight: jax.Array) -> jax.Array:
         def product(x, weight):
-            # Blocks first: as many plain products, and all permutation outside of them.
+            # Block axis first: plain products per block, with all permutations outside of them.
             out = jnp.moveaxis(jnp.einsum("k...p,kqp->k...q", self.read(x), weight), 0, -2)
             return out.reshape(*x.shape[:-1], -1)[..., : self.out_features]
 

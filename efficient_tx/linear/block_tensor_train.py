@@ -1,11 +1,11 @@
 """BlockTensorTrain: two tensor-train cores with a block index in each (Qiu et al. 2024, arXiv 2406.06248).
 
-Cut the input into m₂ blocks of m₁ channels and the output into n₁ groups of n₂: every m₁ × n₂ slice of the weight has
-the rank ρ. This is the Monarch product with as many blocks as the sizes have, about √n, and a free rank:
+The input is split into m₂ blocks of m₁ channels, the output into n₁ groups of n₂ channels. Every m₁ × n₂ slice of the
+weight has rank ρ. This is the Monarch product with about √n blocks and a free rank:
 
     hidden[m₂, ρ, n₁] = Σ x[m₂, m₁] w1[m₂, (ρ, n₁), m₁],   y[n₂, n₁] = Σ hidden[m₂, ρ, n₁] w2[n₁, n₂, (m₂, ρ)]
 
-So Monarch with √n blocks is the case ρ = 1, and the best approximation is again the truncated SVD of every slice.
+Monarch with √n blocks is the case ρ = 1. The best approximation is again the truncated SVD of every slice.
 """
 
 import math
@@ -20,7 +20,7 @@ from efficient_tx.linear.structured import Factor, Structured, pad
 
 
 def split(size: int) -> tuple[int, int]:
-    """(a, b) with a·b ≥ size and a from √size / 2 to √size: with the least padding and, of those, the most even."""
+    """(a, b) with a·b ≥ size and √size / 2 ≤ a ≤ √size, with the least padding and, among these, the most even."""
     root = math.isqrt(size)
     candidates = range((root + 1) // 2, root + 1)
     few = min(candidates, key=lambda a: (-size % a, -a))
@@ -28,13 +28,13 @@ def split(size: int) -> tuple[int, int]:
 
 
 class BlockTensorTrain(Structured):
-    """A linear layer with a block tensor-train weight of two cores, of any size; padding fills the last blocks.
+    """A linear layer of any size with a block tensor-train weight of two cores; padding fills the last blocks.
 
-    A square layer has 2·rank·n^1.5 parameters. Both sides are split as evenly as goes with little padding.
+    A square layer has 2·rank·n^1.5 parameters. Both sides are split as evenly as possible with little padding.
 
     Args:
-      rank: of each slice, at most its smaller side; None is the largest one up to 4 with no more than half of the
-        dense parameters: a quarter of them at 512 features, an eighth at 2048.
+      rank: rank of each slice, at most its smaller side; None is the largest rank up to 4 with at most half of the
+        dense parameters. This is a quarter of them at 512 features, an eighth at 2048.
     """
 
     paper = "Qiu et al. 2024, arXiv 2406.06248"
@@ -59,7 +59,7 @@ class BlockTensorTrain(Structured):
     def factors(self) -> dict[str, Factor]:
         k, l, rank = self.in_blocks, self.out_groups, self.rank
         return {
-            # By the real width of a block, as in Monarch.
+            # The real width of a block, without padding, as in Monarch.
             "w1": Factor((k, rank * l, self.in_block), fan_in=self.in_features / k),
             "w2": Factor((l, self.out_group, k * rank), fan_in=k * rank),
         }

@@ -1,4 +1,4 @@
-"""Dense: `nnx.Linear` with what every structured weight has."""
+"""Dense: `nnx.Linear` with the methods of structured weights."""
 
 import jax
 from flax import nnx
@@ -7,7 +7,7 @@ from efficient_tx.linear.structured import Weight
 
 
 class Dense(Weight, nnx.Linear):
-    """The plain linear layer, `W` `[in_features, out_features]`: what the structures are compared with."""
+    """The plain linear layer, `W` `[in_features, out_features]`: the baseline of all structures."""
 
     computes = "W itself"
     size = "n²"

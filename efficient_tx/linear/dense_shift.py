@@ -1,12 +1,12 @@
-"""DenseShift: W = ±γ 2^s, signs and powers of two without a zero (Li et al. 2022, arXiv 2208.09708).
+"""DenseShift: W = ±γ 2^s, signed powers of two without zero (Li et al. 2022, arXiv 2208.09708).
 
-A product with ±2^s is a change of sign and an addition to the exponent. Sign and shift have a latent parameter each
-(sign–scale decomposition), so that a weight changes its sign without passing the small values:
+A product with ±2^s is a change of sign and an addition to the exponent. Sign and shift have one latent parameter each
+(sign–scale decomposition), so a weight can change its sign without passing through small values:
 
-    sign = ±1 by that of u,   s = clip(round(√in · v), 0, 2^(bits − 1) − 1),   W = γ / unit · sign · 2^s
+    sign = ±1, the sign of u,   s = clip(round(√in · v), 0, 2^(bits − 1) − 1),   W = γ / unit · sign · 2^s
 
-where the fixed `unit` gives the output the variance of a dense layer's at the start, when γ is 1. The paper builds s
-from as many latent parameters as it has steps; here one is rounded, which is less to store.
+The fixed `unit` gives the output the variance of a dense layer's output at initialisation, where γ is 1. Unlike in the
+paper, which builds s from one latent parameter per step, one latent parameter is rounded, which needs less memory.
 """
 
 import math
@@ -21,32 +21,32 @@ from efficient_tx.checks import OptionError
 from efficient_tx.linear.straight_through import straight_through
 from efficient_tx.linear.structured import Factor, Structured
 
-SPREAD = 0.5  # standard deviation of the shifts at the start, before rounding
+SPREAD = 0.5  # standard deviation of the initial shifts, before rounding
 
 
 def decode(codes: jax.Array, bits: int) -> jax.Array:
-    """uint8 codes, the sign above bits − 1 bits of shift, to ±2^shift, float32 (exact), of any shape."""
+    """uint8 codes of any shape (sign bit, then bits − 1 bits of shift) to ±2^shift, float32 (exact)."""
     magnitude = jnp.int32(1) << (codes & (2 ** (bits - 1) - 1)).astype(jnp.int32)
     return jnp.where(codes >> (bits - 1) == 1, -magnitude, magnitude).astype(jnp.float32)
 
 
 @partial(jax.jit, static_argnums=1)
 def nearest_shifts(size: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
-    """The scale and shifts of the nearest scale · 2^shift.
+    """The scale and shifts of the best approximation scale · 2^shift.
 
-    A size is nearest to 2^s where size / scale is between 1.5 · 2^(s − 1) and 1.5 · 2^s. For given levels 2^s the best
-    scale is ⟨size, 2^s⟩ / ⟨2^s, 2^s⟩ and the squared error ‖size‖² − ⟨size, 2^s⟩² / ⟨2^s, 2^s⟩.
+    The nearest level of a size is 2^s if size / scale is between 1.5 · 2^(s − 1) and 1.5 · 2^s. For given levels 2^s
+    the best scale is ⟨size, 2^s⟩ / ⟨2^s, 2^s⟩; the squared error is then ‖size‖² − ⟨size, 2^s⟩² / ⟨2^s, 2^s⟩.
 
     Args:
-      size: `[n, m]`, nonnegative.
-      bits: as in `DenseShift`.
+      size: absolute values of the weights, `[n, m]`.
+      bits: bits of a weight, as in `DenseShift`.
 
     Returns:
       The scale, a scalar, and shifts before rounding, `[n, m]`.
     """
     most = 2 ** (bits - 1) - 1
     powers = 2.0 ** jnp.arange(most, dtype=size.dtype)[:, None]
-    passed = (size.ravel() / (1.5 * powers)).ravel()  # the scale below which a size is nearer to level s + 1 than to s
+    passed = (size.ravel() / (1.5 * powers)).ravel()  # below this scale a size is nearer to level s + 1 than to s
     squares = jnp.broadcast_to(3 * powers**2, (most, size.size)).ravel()  # 4^(s + 1) − 4^s
     passed, squares = jax.lax.sort((-passed, squares), num_keys=1)
     square = jnp.append(0, jnp.cumsum(squares)) + size.size
@@ -59,24 +59,24 @@ def nearest_shifts(size: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
 
 
 class DenseShift(Structured):
-    """A linear layer whose weights are signed powers of two times one trained number; `codes` are what it would ship.
+    """A linear layer whose weights are signed powers of two times one trained number; `codes` is its stored form.
 
-    The scale γ is a real number per matrix: rounded to a power of two it would double the whole layer in one step of
-    training, and it costs one product for each output. Latent parameters are in units of a dense layer's weights,
-    1 / √in, so that learning rates mean here what they mean there; the shifts start near the middle of their range with
-    a small deviation. Gradients pass both roundings as if they were not there, also outside the clip: those of
-    |W| · sign by u, those of 2^s by v.
+    The scale γ is one real number per matrix and costs one product per output. Rounded to a power of two, it could
+    double the whole layer in one training step. Latent parameters are in units of a dense layer's weights, 1 / √in, so
+    learning rates have the same meaning as in a dense layer. The shifts start near the middle of their range with a
+    small deviation. Straight-through gradients ignore both roundings and the clip: u gets the gradient of |W| · sign, v
+    that of 2^s.
 
-    `from_dense` finds the best scale, with every entry at its nearest level, exactly: an entry changes its level where
-    the scale passes it, between two such points the error is a parabola, and all of them are tried in sorted order
-    (shifts · in · out numbers are sorted). Within a level the latent shift follows log₂ |w|. A weight of zeros has no
-    nearest one; it becomes γ = 0.
+    `from_dense` finds exactly the best scale, with every entry at its nearest level. An entry changes its level at
+    certain scales, and between two such scales the error is a parabola. All intervals are tried in sorted order
+    (shifts · in · out numbers are sorted). Within a level the latent shift follows log₂ |w|. A zero weight has no
+    nearest one; it gives γ = 0.
 
     Args:
-      bits: of a weight, 2 to 5: one for the sign, the others for a shift of at most 2^(bits − 1) − 1.
+      bits: bits per weight, from 2 to 5: one for the sign, the others for a shift of at most 2^(bits − 1) − 1.
 
     Raises:
-      ValueError: other bits.
+      ValueError: `bits` is not from 2 to 5.
     """
 
     paper = "Li et al. 2022, arXiv 2208.09708"
@@ -91,10 +91,10 @@ class DenseShift(Structured):
         self.most = 2 ** (bits - 1) - 1
         self.unit = math.sqrt(in_features * self._mean_square())
         super().__init__(in_features, out_features, **common)
-        self.gain = nnx.Param(jnp.ones((), self.param_dtype))  # no factor: its learning rate is the base, as a norm's
+        self.gain = nnx.Param(jnp.ones((), self.param_dtype))  # no factor: has the base learning rate, as norms
 
     def _mean_square(self) -> float:
-        """E 4^s of the shifts at the start, which are normal around the middle of their range, rounded and clipped."""
+        """E 4^s of the initial shifts, which are normal around the middle of their range, rounded and clipped."""
 
         def below(shift):
             return 0.5 * math.erfc((self.most / 2 - shift) / (SPREAD * math.sqrt(2)))
@@ -114,7 +114,7 @@ class DenseShift(Structured):
         return super().draw(key, name, factor) + jnp.asarray(middle, self.param_dtype)
 
     def codes(self) -> jax.Array:
-        """The weight without its scale, uint8 `[in_features, out_features]` of `bits` bits: sign, then shift."""
+        """The weight without its scale, uint8 `[in_features, out_features]` with `bits` bits: sign, then shift."""
         latent = self.shift[...].astype(jnp.promote_types(self.param_dtype, jnp.float32))
         steps = jnp.clip(jnp.round(latent * math.sqrt(self.in_features)), 0, self.most).astype(jnp.uint8)
         return steps | (self.sign[...] < 0).astype(jnp.uint8) << (self.bits - 1)
@@ -132,7 +132,7 @@ class DenseShift(Structured):
 
     @property
     def multiplies(self) -> int:
-        """Products with the levels, which XLA makes as any others, and one for each output by the scale."""
+        """Products with the levels, which XLA computes like all others, and one per output with the scale."""
         return self.in_features * self.out_features + self.out_features
 
     def to_dense(self) -> jax.Array:

@@ -1,6 +1,6 @@
 """Kronecker: W = Σ_t A_t ⊗ B_t, a sum of `rank` Kronecker products.
 
-The nearest sum to a matrix is a truncated singular value decomposition of its rearrangement, in which every block of W
+The nearest sum to a matrix is a truncated singular value decomposition of its rearrangement, in which each block of W
 is a row (Van Loan and Pitsianis 1993, Approximation with Kronecker products).
 """
 
@@ -16,7 +16,7 @@ from efficient_tx.linear.structured import Factor, Structured, in_chunks
 
 
 def divide(size: int) -> tuple[int, int]:
-    """(a, b) with a·b = size and a ≤ b, as near to each other as goes; (1, size) of a prime."""
+    """(a, b) with a·b = size and a ≤ b, as close to each other as possible; (1, size) for a prime."""
     few = next(a for a in range(math.isqrt(size), 0, -1) if size % a == 0)
     return few, size // few
 
@@ -24,12 +24,12 @@ def divide(size: int) -> tuple[int, int]:
 class Kronecker(Structured):
     """y[c, d] = Σ_t Σ_ab x[a, b] left[t, a, c] right[t, b, d], with a·b = in_features and c·d = out_features.
 
-    Nothing is padded, which would leave no closed form to project by. So a prime side is not divided, and between two
-    prime sides W is dense. With one term a square layer of n features has 2n parameters and makes 2n^1.5
-    multiplications, where √n is whole: far fewer than any other structure, and it is by far the least expressive.
+    There is no padding, because then the projection would have no closed form. So a prime side is not divided, and with
+    two prime sides W is dense. With one term and integer √n, a square layer of n features has 2n parameters and 2n^1.5
+    multiplications: far fewer than any other structure, and it is by far the least expressive one.
 
     Args:
-      rank: number of terms, at most that with which every matrix can be written.
+      rank: number of terms, at most the number with which every matrix can be written.
     """
 
     paper = "Van Loan and Pitsianis 1993"
@@ -50,7 +50,7 @@ class Kronecker(Structured):
 
     @property
     def right_first(self) -> bool:
-        """Multiplying by the right factors first takes no more multiplications than by the left ones."""
+        """Whether right factors first needs no more multiplications than left factors first."""
         return self.in_features * self.d + self.out_features * self.a <= (
             self.in_features * self.c + self.out_features * self.b
         )
@@ -61,7 +61,7 @@ class Kronecker(Structured):
         return self.rank * (self.in_features * first + self.out_features * second)
 
     def factors(self) -> dict[str, Factor]:
-        # The second product sums over the terms as well.
+        # The second product also sums over the terms.
         left, right = (self.rank, 1) if self.right_first else (1, self.rank)
         return {
             "left": Factor((self.rank, self.a, self.c), fan_in=left * self.a),

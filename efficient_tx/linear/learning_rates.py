@@ -1,13 +1,13 @@
-"""Learning rates at which an update of Adam moves the output of a layer alike at every width and in every structure.
+"""Learning rates for which an Adam update changes a layer's output equally at every width and in every structure.
 
-An update of Adam or Lion has entries of size 1 times the learning rate, whatever the gradient. An output number sums
-over `fan_in` of them, all pulling one way, so its change grows with the width unless the learning rate falls as
-1 / fan_in (Yang et al. 2022, arXiv 2203.03466). In a weight of several factors each has a fan-in of its own, and the
-factors share the change evenly (Qiu et al. 2024, arXiv 2406.06248): a factor's learning rate is
-(d_in of the layer / d_in of the factor) / number of factors times that of a dense layer.
+The entries of an Adam or Lion update have about the size of the learning rate, for any gradient. An output number sums
+over `fan_in` such entries of aligned signs, so its change grows with the width unless the learning rate is proportional
+to 1 / fan_in (Yang et al. 2022, arXiv 2203.03466). In a weight with several factors, each factor has its own fan-in,
+and the factors share the change equally (Qiu et al. 2024, arXiv 2406.06248): the learning rate of a factor is that of a
+dense layer times (d_in of the layer / d_in of the factor) / number of factors.
 
-Where entries are used many times (toeplitz) the rule bounds the change: it is reached where the inputs have a mean, as
-behind an activation, and falls as 1 / √width where they have none.
+If entries are used many times (toeplitz), the rule is an upper bound of the change. Inputs with nonzero mean, as after
+an activation, reach the bound; for zero-mean inputs the change falls as 1 / √width.
 """
 
 import jax
@@ -16,18 +16,18 @@ from flax import nnx
 
 from efficient_tx.linear.structured import Structured
 
-# The width at which the optimizer's learning rate means what it says: a dense layer of this fan-in has multiplier 1.
+# A dense layer of this fan-in has multiplier 1: it uses the optimizer's learning rate unchanged.
 BASE = 64
 
 
 def multipliers(model: nnx.Module) -> nnx.State:
-    """What the learning rate of every parameter is multiplied by, in the structure of `nnx.split(model)[1]`.
+    """The multiplier of every parameter's learning rate, in the structure of `nnx.split(model)[1]`.
 
-    BASE / (fan_in · number of factors) for a factor of a structured weight, BASE / in_features for the kernel of a
-    dense layer, 1 for everything else: biases, norms, embeddings, what attention has beside its projections.
+    It is BASE / (fan_in · number of factors) for a factor of a structured weight, BASE / in_features for the kernel of
+    a dense layer, and 1 for everything else: biases, norms, embeddings, parameters of attention other than projections.
 
     Args:
-      model: any; its values are not looked at, so it may be abstract.
+      model: any model; its values are not used, so it may be abstract.
     """
     graphdef, params = nnx.split(model)
     marked = nnx.merge(graphdef, jax.tree.map(lambda _: 1.0, params))
@@ -42,9 +42,9 @@ def multipliers(model: nnx.Module) -> nnx.State:
 
 
 def structured_learning_rates(model: nnx.Module) -> optax.GradientTransformation:
-    """Multiplies updates by the `multipliers` of `model`: `optax.chain(optax.adamw(1e-3), ...)` puts it last.
+    """Multiplies updates by the `multipliers` of `model`; must be last in `optax.chain(optax.adamw(1e-3), ...)`.
 
-    So it scales decoupled weight decay too, as the learning rate of a parameter group does in torch.
+    As it is last, it also scales decoupled weight decay, as the learning rate of a parameter group does in torch.
     """
     factors = multipliers(model)
     return optax.stateless(lambda updates, _: jax.tree.map(lambda update, factor: update * factor, updates, factors))

@@ -14,12 +14,12 @@ from efficient_tx.linear.structured import Factor, Structured
 
 
 class LowRank(Structured):
-    """y = x D U, with Dᵀ `[rank, in_features]` and U `[rank, out_features]`.
+    """y = x D U, stored as Dᵀ `[rank, in_features]` and U `[rank, out_features]`.
 
-    D is stored transposed: XLA's CPU computes a wide gradient a third faster than a tall one.
+    D is stored transposed, because XLA's CPU backend computes a wide gradient a third faster than a tall one.
 
     Args:
-      rank: of the weight, at most the smaller side; None is a quarter of the smaller side, which is half the
+      rank: rank of the weight, at most the smaller side; None is a quarter of the smaller side, which gives half the
         parameters of a square dense layer.
     """
 

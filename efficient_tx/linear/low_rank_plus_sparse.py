@@ -1,8 +1,8 @@
-"""LowRankPlusSparse: W = D U + S, a narrow path beside a few entries of the full matrix.
+"""LowRankPlusSparse: W = D U + S, a low-rank matrix plus a sparse matrix.
 
-Decomposition into the two: Candès et al. 2011, arXiv 0912.3599 (robust principal component analysis), fitted here with
-rank and number of entries given, by alternating best approximations as GoDec (Zhou and Tao 2011). Two of four along the
-input axis is the pattern of Mishra et al. 2021, arXiv 2104.08378.
+The decomposition is that of Candès et al. 2011, arXiv 0912.3599 (robust principal component analysis). Here it is
+fitted with given rank and number of entries by alternating best approximations, as in GoDec (Zhou and Tao 2011). Two of
+four entries along the input axis is the pattern of Mishra et al. 2021, arXiv 2104.08378.
 """
 
 from collections.abc import Sequence
@@ -19,9 +19,10 @@ ITERATIONS = 100
 
 
 def largest(size: jax.Array, count: int) -> jax.Array:
-    """True at the `count` largest entries of `size` (nonnegative, any shape); of equal ones the first.
+    """True at the `count` largest entries of `size` (nonnegative, any shape); ties go to the first.
 
-    By halving over the bit patterns, which are ordered as the numbers are: a sort takes XLA's CPU 40 times as long.
+    By bisection over the bit patterns, which have the same order as the numbers; on XLA's CPU backend a sort takes 40
+    times as long.
     """
     bits = 8 * size.dtype.itemsize
     patterns = jax.lax.bitcast_convert_type(size.ravel(), jnp.dtype(f"int{bits}"))
@@ -36,7 +37,7 @@ def largest(size: jax.Array, count: int) -> jax.Array:
 
 
 def two_of_four(size: jax.Array) -> jax.Array:
-    """True at the two largest of each four entries along the first axis of `size` `[n, m]`; of equal ones the first."""
+    """True at the two largest of each four entries along the first axis of `size` `[n, m]`; ties go to the first."""
     n, m = size.shape
     groups = jnp.pad(size, [(0, -n % 4), (0, 0)], constant_values=-1).reshape(-1, 4, m)
     mine, other = groups[:, :, None], groups[:, None]
@@ -48,14 +49,14 @@ def two_of_four(size: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnames=("pattern", "kept"))
 def sparsify(matrix: jax.Array, *, pattern: str, kept: int) -> jax.Array:
-    """The nearest matrix with a pattern: its largest entries, "2:4" along the first axis or the `kept` "top" ones."""
+    """The nearest matrix with a pattern: "2:4" along the first axis, or "top", the `kept` largest entries."""
     size = jnp.abs(matrix)
     return jnp.where(largest(size, kept) if pattern == "top" else two_of_four(size), matrix, 0)
 
 
 @partial(jax.jit, static_argnames=("rank", "pattern", "kept"))
 def decompose(kernel: jax.Array, *, rank: int, pattern: str, kept: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """down `[n, rank]`, up `[rank, m]` and sparse `[n, m]` near `kernel` `[n, m]`: see `LowRankPlusSparse`."""
+    """down `[n, rank]`, up `[rank, m]` and sparse `[n, m]` that fit `kernel` `[n, m]`: see `LowRankPlusSparse`."""
 
     def improve(_, state):
         _, up, sparse = state
@@ -79,27 +80,29 @@ def decompose(kernel: jax.Array, *, rank: int, pattern: str, kept: int) -> tuple
 
 
 class LowRankPlusSparse(Structured):
-    """y = x D U + x S, with D `[in_features, rank]`, U `[rank, out_features]`, and S a matrix that is mostly zeros.
+    """y = x D U + x S, with D `[in_features, rank]`, U `[rank, out_features]` and a sparse matrix S.
 
-    The pattern of S is fixed and has no array of its own: an entry that is exactly zero is not there, gets no gradient
-    and stays zero under any optimizer that leaves zeros without gradient alone, as Adam, Lion, Muon and SGD do. XLA has
-    no sparse product, so S is stored and multiplied as a dense matrix: fewer parameters, not less memory or time.
+    The pattern of S is fixed and has no array of its own: an entry that is exactly zero is not a parameter and gets no
+    gradient. It stays zero with any optimizer that does not change zeros without gradient (Adam, Lion, Muon and SGD).
+    XLA has no sparse product, so S is stored and multiplied as a dense matrix: fewer parameters, but not less memory or
+    time.
 
-    `from_dense` starts twice, from the entries that S would keep of W and from S = 0, with the truncated singular value
-    decomposition of W − S. It then repeats 100 times: the column space of D from W − S and the rows before, its best U,
-    the best S for W − D U. Each is the best for the other two, so the error never grows, and the better end is not
-    worse than the best low-rank or the best sparse matrix alone. Finding the global optimum is hard: it is found where
-    the rank is small and S has few, large entries. Elsewhere a second projection of the result ends in another local
-    optimum: measured on random matrices, up to 15 % of the norm of W away at 13 × 7 to 40 × 6, about 5 % at 64 × 48 and
-    128 × 96.
+    `from_dense` has two starts, the entries of W that S would keep and S = 0, each with the truncated singular value
+    decomposition of W − S. It then repeats 100 times: the column space of D from W − S and the previous rows, the best
+    U for it, the best S for W − D U. Each is the best one given the other two, so the error never increases, and the
+    better result is at least as good as the best low-rank or the best sparse matrix alone. Finding the global optimum
+    is hard; it is found if the rank is small and S has few, large entries. Otherwise a second projection of the result
+    gives another local optimum. Its distance, measured on random matrices, is up to 15 % of the norm of W at 13 × 7 to
+    40 × 6, about 5 % at 64 × 48 and 128 × 96.
 
     Args:
-      rank: of the first path, at most the smaller side; None is an eighth of the smaller side.
-      pattern: of S. "2:4": two of each four entries along the input axis; "top": the largest of the whole matrix.
-      density: share of the entries that "top" keeps, in (0, 1]; None is a quarter.
+      rank: rank of D U, at most the smaller side; None is an eighth of the smaller side.
+      pattern: pattern of S, "2:4" (two of each four entries along the input axis) or "top" (the largest entries of the
+        whole matrix).
+      density: fraction of the entries that "top" keeps, in (0, 1]; None is a quarter. Must be None for "2:4".
 
     Raises:
-      ValueError: a rank below 1, an unknown pattern, a density outside (0, 1] or for a pattern that has its own.
+      ValueError: a rank below 1, an unknown pattern, a density outside (0, 1] or with "2:4".
     """
 
     paper = "Candès et al. 2011, arXiv 0912.3599"
@@ -139,7 +142,7 @@ class LowRankPlusSparse(Structured):
         super().__init__(in_features, out_features, **common)
 
     def factors(self) -> dict[str, Factor]:
-        # Each path hands on half of the variance.
+        # Each of the two parts contributes half of the variance.
         kept = self.kept / self.out_features
         return {
             "down": Factor((self.in_features, self.rank), fan_in=self.in_features),
@@ -151,7 +154,7 @@ class LowRankPlusSparse(Structured):
         drawn = super().draw(key, name, factor)
         if name != "sparse":
             return drawn
-        # The largest of a draw are larger than the draw: back to their share of the variance.
+        # The kept entries are the largest of the draw: they are scaled back to the intended variance.
         drawn = drawn.astype(jnp.promote_types(drawn.dtype, jnp.float32))
         kept = sparsify(drawn, pattern=self.pattern, kept=self.kept)
         return (kept * jnp.sqrt(factor.variance * self.kept / jnp.sum(kept**2))).astype(self.param_dtype)
@@ -170,5 +173,5 @@ class LowRankPlusSparse(Structured):
 
     @property
     def parameters(self) -> int:
-        """Numbers that are trained: of S those that are there."""
+        """Number of trained parameters; of S only the nonzero entries count."""
         return super().parameters - self.in_features * self.out_features + self.kept

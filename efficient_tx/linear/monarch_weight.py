@@ -1,13 +1,14 @@
 """Monarch: W = two block-diagonal matrices with a fixed permutation between them (Dao et al. 2022, arXiv 2204.00595).
 
-Cut the input into `k` blocks of p and the output into `l` groups of s (output channel (s, l), l fastest). The weight
-between input block k and output group l is then a p × s slice of rank q/l, and every slice has factors of its own:
+The input is split into `k` blocks of p channels and the output into `l` groups of s channels (output channel (s, l), l
+fastest). The weight between input block k and output group l is a p × s slice of rank q/l, and every slice has its own
+factors:
 
     hidden[k, q] = Σ_p x[k, p] w1[k, q, p],   hidden read as [r, l], l fastest,
     y[s, l] = Σ_r hidden[r, l] w2[l, s, r]
 
 So the best approximation of a dense weight is a truncated singular value decomposition of each slice, in closed form.
-The product itself is `efficient_tx.kernels.monarch`, for large inputs without forward-mode differentiation.
+The product is `efficient_tx.kernels.monarch`, which has no forward-mode differentiation for large inputs.
 """
 
 import math
@@ -23,11 +24,11 @@ from efficient_tx.linear.structured import Factor, Structured, pad
 
 
 def nearest_slices(kernel: jax.Array, k: int, p: int, s: int, l: int, rank: int) -> tuple[jax.Array, jax.Array]:
-    """The factors nearest to a matrix with slices of a rank up to min(p, s): a truncated SVD of each.
+    """The factors of the nearest Monarch matrix: a truncated SVD of each slice, of a rank up to min(p, s).
 
     Args:
-      kernel: `[in, out]` with in ≤ k·p and out ≤ s·l, padded here; that is whole rows and columns of a slice, and so
-        leaves the optimum where it is.
+      kernel: `[in, out]` with in ≤ k·p and out ≤ s·l, padded here. The padding is whole rows and columns of a slice, so
+        it does not change the optimum.
 
     Returns:
       w1 `[k, rank·l, p]` and w2 `[l, s, k·rank]`.
@@ -42,19 +43,19 @@ def nearest_slices(kernel: jax.Array, k: int, p: int, s: int, l: int, rank: int)
 
 
 class Monarch(Structured):
-    """A linear layer with a Monarch weight of any size; it pads its input and cuts its output to whole blocks.
+    """A linear layer with a Monarch weight of any size; input and output are padded to whole blocks inside.
 
-    The inner block size q is the smaller of the two outer ones, rounded up to a multiple of `blocks` so that all
+    The inner block size q is the smaller of the two outer ones, rounded up to a multiple of `blocks`, so that all
     slices have the same rank q/blocks. With 4 blocks a square weight has half of the dense parameters, with √n blocks
-    2n√n; more blocks than √n make rank-1 slices so small that parameters grow again.
+    2n√n. With more than √n blocks the number of parameters grows again, because the rank-1 slices are small.
 
     Args:
       blocks: number of blocks of each factor.
-      init: "variance" hands the variance of the input on to the output; "published" draws each factor uniformly in
-        ±1/√(width of its blocks), as the authors' code does, which leaves 1/9 of the variance.
+      init: initialisation of the factors: "variance" preserves the variance of the input; "published" draws each factor
+        uniformly in ±1/√(width of its blocks), as the authors' code does, which gives 1/9 of the variance.
 
     Raises:
-      ValueError: `blocks` below 1, or an `init` that is neither.
+      ValueError: `blocks` below 1, or an unknown `init`.
     """
 
     paper = "Dao et al. 2022, arXiv 2204.00595"
@@ -83,7 +84,7 @@ class Monarch(Structured):
 
     def factors(self) -> dict[str, Factor]:
         inner = self.slice_rank * self.blocks
-        # The padding feeds zeros into the last block: dividing by the real width keeps the mean output variance at 1.
+        # Padding gives zeros to the last block; dividing by the real width keeps the mean output variance at 1.
         return {
             "w1": Factor((self.blocks, inner, self.in_block), fan_in=self.in_features / self.blocks),
             "w2": Factor((self.blocks, self.out_block, inner), fan_in=inner),

@@ -1,4 +1,4 @@
-"""Replace: linear layers of any NNX model, ours or not, swapped for layers of another structure by projection."""
+"""Replace: swaps linear layers of any NNX model, ours or not, for layers of another structure, by projection."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,17 +10,17 @@ from flax import nnx
 from efficient_tx.linear.dense import Dense
 from efficient_tx.linear.structured import Weight
 
-# Where something is in a model, as in `nnx.iter_graph`: ("encoder", "blocks", 0, "mlp", "up").
+# The path of an object in a model, as in `nnx.iter_graph`: ("encoder", "blocks", 0, "mlp", "up").
 Path = tuple[str | int, ...]
 
 
 class Projection(NamedTuple):
-    """A layer whose weight W gave way to the nearest one Ŵ of another structure.
+    """A layer whose weight W was replaced by the nearest weight Ŵ of another structure.
 
     Attributes:
-      path: of the layer; the first one, where several lead to it.
-      distance: ‖W − Ŵ‖ in Frobenius norm, a float32 scalar (float64 of a float64 weight).
-      norm: ‖W‖.
+      path: path of the layer; the first one if there are several.
+      distance: ‖W − Ŵ‖ in Frobenius norm, a float32 scalar (float64 for a float64 weight).
+      norm: ‖W‖, likewise.
     """
 
     path: Path
@@ -29,42 +29,43 @@ class Projection(NamedTuple):
 
 
 def relative_error(projections: list[Projection]) -> float:
-    """Relative Frobenius error of all the layers as one, √(Σ ‖W − Ŵ‖² / Σ ‖W‖²); 0 where every W is 0."""
+    """Relative Frobenius error of all layers together, √(Σ ‖W − Ŵ‖² / Σ ‖W‖²); 0 if every W is 0."""
     distance = sum(float(projection.distance) ** 2 for projection in projections)
     norm = sum(float(projection.norm) ** 2 for projection in projections)
     return (distance / norm) ** 0.5 if norm else 0.0
 
 
 def dotted(path: Path) -> str:
-    """ "encoder.blocks.0.mlp.up" """
+    """The path as text: "encoder.blocks.0.mlp.up"."""
     return ".".join(map(str, path))
 
 
 def replace(
     model: nnx.Module, select: Callable[[Path, nnx.Module], bool], structure: type[Weight], **options: Any
 ) -> list[Projection]:
-    """Puts layers of another structure in the place of a model's linear layers, in the model itself.
+    """Replaces linear layers of a model, in place, by layers of another structure.
 
-    The new layer is the nearest one to the old one's weight, of the same sizes and dtypes, and takes over the very
-    `nnx.Param` of its bias. Layers are found wherever NNX keeps modules: in attributes, `nnx.List`, `nnx.Dict`, and
-    tuples, lists and dicts marked `nnx.data`. One at several places stays one.
+    The new layer has the same sizes and dtypes; its weight is the projection of the old weight, and its bias is the
+    same `nnx.Param` object. Layers are found everywhere that NNX keeps modules: in attributes, `nnx.List`, `nnx.Dict`,
+    and tuples, lists and dicts marked `nnx.data`. A layer that is shared between several places stays shared.
 
-    A linear layer is an `nnx.Linear` or of a class of `LINEAR`. Not of a subclass of `nnx.Linear`, which may do more
-    than that (`nnx.LoRALinear`), nor the `nnx.LinearGeneral` layers within `nnx.MultiHeadAttention`, whose kernels are
-    no matrices: those stay. What else an `nnx.Linear` can be given (precision, dot_general) the new layer doesn't have.
+    A linear layer is an `nnx.Linear` or of a class in `LINEAR`. Subclasses of `nnx.Linear` are not replaced, because
+    they may do more (`nnx.LoRALinear`), nor are the `nnx.LinearGeneral` layers in `nnx.MultiHeadAttention`, whose
+    kernels are no matrices. Other arguments of an `nnx.Linear` (precision, dot_general) are lost.
 
     Args:
-      model: is changed; its other modules, variables and values stay as they are.
-      select: (path, layer) -> whether to replace this linear layer, asked once for each, at the first of its paths.
-      structure: class of the new layers.
-      **options: of the structure, as in its constructor.
+      model: the model to change; its other modules, variables and values stay the same.
+      select: (path, layer) -> whether to replace this linear layer; called once per layer, with its first path.
+      structure: class of the new layers, for example a value of `LINEAR`.
+      **options: options of the structure, as in its constructor.
 
     Returns:
-      What was replaced, in the order of the paths. An optimizer's state of the old parameters does not fit any more.
+      The replaced layers, in the order of their paths. The optimizer state of the old parameters does not fit the new
+      model.
 
     Raises:
-      ValueError: the model is itself such a layer; one of them is a stack of layers (made under `nnx.vmap`), or shares
-        its kernel with another; or the structure refuses sizes or options.
+      ValueError: the model itself is such a layer; a layer is a stack of layers (made under `nnx.vmap`) or shares its
+        kernel with another layer; the structure does not allow the sizes or options.
     """
     tied = {path for paths in nnx.find_duplicates(model, only=nnx.Param) for path in paths}
     projections = []
@@ -97,29 +98,29 @@ def replace(
 
 
 def densify(model: nnx.Module) -> list[Projection]:
-    """Multiplies every structured weight of a model out: a `Dense` layer takes its place, which computes the same.
+    """Replaces every structured layer of a model, in place, by a `Dense` layer that computes the same function.
 
-    A model trained so far with structured weights can go on without their limits (reverse sparsification, Dao et al.
-    2022, arXiv 2204.00595). `replace` says what stays, what is returned and what raises.
+    A model trained with structured weights can continue its training without their constraints (reverse sparsification,
+    Dao et al. 2022, arXiv 2204.00595). Return value and errors are as in `replace`.
     """
     return replace(model, lambda path, layer: not isinstance(layer, nnx.Linear), Dense)
 
 
 def transfer(source: nnx.Module, target: nnx.Module) -> list[Projection]:
-    """Gives `target` the parameters of `source`, projected where a linear layer is of another structure.
+    """Copies the parameters of `source` to `target`; linear layers of another structure are projected.
 
-    A layer of `target` of another class, or of other options, than the one at its path in `source` becomes the nearest
-    one to that; all other variables are copied.
+    A layer of `target` that has another class or other options than the layer at its path in `source` becomes the
+    projection of that layer. All other variables are copied.
 
     Args:
-      source: a model of the same architecture but for the structures of its linear layers; stays as it is.
-      target: is changed.
+      source: a model with the same architecture except for the structures of linear layers; not changed.
+      target: the model to change.
 
     Returns:
-      What was projected, in the order of the paths.
+      The projected layers, in the order of their paths.
 
     Raises:
-      ValueError: something else differs: its path, and what it is in each of the models.
+      ValueError: another difference between the models; the message has its path and both shapes.
     """
     projections = []
     for path, new in nnx.iter_modules(target):
@@ -146,13 +147,13 @@ def is_linear(node: Any) -> bool:
 
 
 def dense_weight(layer: nnx.Module) -> jax.Array:
-    """The weight of a linear layer, `[in_features, out_features]`, multiplied out in full precision on every device."""
+    """The dense weight of a linear layer, `[in_features, out_features]`, in full precision on every device."""
     with jax.default_matmul_precision("highest"):
         return layer.to_dense() if isinstance(layer, Weight) else layer.kernel[...]
 
 
 def form(layer: nnx.Module) -> tuple:
-    """What two linear layers of equal form share: one's parameters mean the same in the other."""
+    """Class, sizes and options of a linear layer. Layers of equal form can exchange their parameters."""
     sizes = (layer.in_features, layer.out_features, layer.bias is not None)
     if isinstance(layer, nnx.Linear):
         return sizes
@@ -165,7 +166,7 @@ def form(layer: nnx.Module) -> tuple:
 
 
 def project(path: Path, kernel: jax.Array, bias: jax.Array | None, layer: Weight) -> Projection:
-    """Makes `layer` the nearest one to a dense layer."""
+    """Sets `layer` to the projection of a dense layer."""
     try:
         layer.project(kernel, bias)
     except ValueError as error:
@@ -175,7 +176,7 @@ def project(path: Path, kernel: jax.Array, bias: jax.Array | None, layer: Weight
 
 
 def find(model: nnx.Module, path: Path) -> Any:
-    """What is at `path`, None where nothing is."""
+    """The object at `path`; None if there is none."""
     node = model
     for key in path:
         try:
@@ -186,8 +187,8 @@ def find(model: nnx.Module, path: Path) -> Any:
 
 
 def swap(model: nnx.Module, change: Callable[[Path, nnx.Module], nnx.Module]) -> None:
-    """Puts change(path, layer) in the place of every linear layer; each is asked for once."""
-    # Old nodes are kept with the new ones: the identity of one that is gone could come back.
+    """Replaces every linear layer by change(path, layer), which is called once per layer."""
+    # Old nodes are kept with the new ones: otherwise the id of a deleted node could be reused.
     seen: dict[int, tuple[nnx.Pytree, nnx.Pytree]] = {}
 
     def visit(node: nnx.Pytree, path: Path) -> nnx.Pytree:
@@ -202,7 +203,7 @@ def swap(model: nnx.Module, change: Callable[[Path, nnx.Module], nnx.Module]) ->
         for key, name in sorted(attributes, key=lambda pair: (isinstance(pair[0], str), pair[0])):
             if name.startswith("_pytree__"):
                 continue
-            # A module, or a tuple, list or dict with modules in it, or neither.
+            # The attribute is a module, or a tuple, list or dict with modules, or neither.
             parts, structure = jax.tree_util.tree_flatten_with_path(
                 getattr(node, name), is_leaf=lambda part: isinstance(part, (nnx.Pytree, nnx.Variable))
             )
@@ -218,5 +219,5 @@ def swap(model: nnx.Module, change: Callable[[Path, nnx.Module], nnx.Module]) ->
 
 
 def entry(key: Any) -> str | int:
-    """The index, key or name in an entry of one of jax's paths."""
+    """The index, key or name in an entry of a jax key path."""
     return next(getattr(key, kind) for kind in ("idx", "key", "name") if hasattr(key, kind))

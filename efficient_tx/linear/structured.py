@@ -1,4 +1,4 @@
-"""Structured: what all structured weights share: the signature of `nnx.Linear`, the bias, counts, to dense and back."""
+"""Structured: the base class of structured weights: signature of `nnx.Linear`, bias, counts, to and from dense."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +15,9 @@ class Factor(NamedTuple):
     """One array of a structured weight.
 
     Attributes:
-      shape: of the array.
-      fan_in: how many of its entries one output number of the factor sums over; may be a mean over the outputs.
-      variance: of the entries at the start; None is 1 / fan_in, which hands the variance of the input on.
+      shape: shape of the array.
+      fan_in: number of entries that one output of the factor sums over; may be a mean over the outputs.
+      variance: initial variance of the entries; None is 1 / fan_in, which preserves the variance of the input.
     """
 
     shape: tuple[int, ...]
@@ -26,23 +26,24 @@ class Factor(NamedTuple):
 
 
 def pad(x: jax.Array, size: int) -> jax.Array:
-    """x with zeros appended to its last axis up to `size`."""
+    """x with zeros appended along its last axis up to `size`."""
     missing = size - x.shape[-1]
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
 
 
-# Numbers of the input that a chunk of tokens holds: with the products in between, about what fits a core's cache.
+# Input numbers per chunk of tokens: together with the intermediate products about the size of a core's cache.
 CHUNK = 2**18
 
 
 def in_chunks(multiply: Callable[..., jax.Array], x: jax.Array, *weights: jax.Array) -> jax.Array:
-    """multiply(x, *weights), on the CPU by chunks of tokens, so that what lies between its products stays in cache.
+    """multiply(x, *weights); on CPUs by chunks of tokens, so that intermediate results stay in cache.
 
-    In training that makes several small products in a row up to four times as fast. Chunks are equal, of 128 tokens or
-    more; where no such number of them divides the tokens, and on other devices, all tokens go at once.
+    In training this makes several successive small products up to four times faster. Chunks are equal and have 128
+    tokens or more. If no such chunk size divides the number of tokens, and on other devices, all tokens are processed
+    at once.
 
     Args:
-      multiply: (x `[..., in]`, *weights) -> `[..., out]`, of each token by itself.
+      multiply: (x `[..., in]`, *weights) -> `[..., out]`, separately for each token.
       x: `[..., in]`.
     """
     tokens = math.prod(x.shape[:-1])
@@ -59,16 +60,16 @@ def in_chunks(multiply: Callable[..., jax.Array], x: jax.Array, *weights: jax.Ar
 
 
 class Weight:
-    """What every row of `LINEAR` has beside the signature of `nnx.Linear`: its size, to dense and from dense.
+    """The interface of every row of `LINEAR` in addition to `nnx.Linear`: sizes, conversion to and from dense.
 
     Attributes:
-      paper: authors, year and arXiv id, or where else it was published; empty for the dense layer.
-      computes: the formula of the weight W of y = x W.
-      size: how many parameters an n × n weight has.
-      nearest: how the nearest one to a dense weight is found.
-      input_step: the inputs of a token are rounded to multiples of input_step times the largest of them; 0 is not at
-        all. So the output may differ from x · to_dense() by half of a step in every input.
-      latent: whether the parameters are rounded when they are used, so that they are not the weight themselves.
+      paper: authors, year and arXiv id, or another place of publication; empty for the dense layer.
+      computes: the formula of the weight W in y = x W.
+      size: number of parameters of an n × n weight.
+      nearest: method that finds the nearest weight to a dense one.
+      input_step: the inputs of a token are rounded to multiples of input_step times the largest of them; 0 means no
+        rounding. So the output may differ from x · to_dense() by half a step in every input.
+      latent: whether the parameters are rounded for use, so that they are not the weight itself.
     """
 
     paper: ClassVar[str] = ""
@@ -84,20 +85,20 @@ class Weight:
 
     @staticmethod
     def sized_by(n: int, m: int) -> tuple[str, Sequence[int]] | None:
-        """The option that decides how much an n × m weight stores, and its values from little to much.
+        """The option that sets the storage of an n × m weight, and its values in order of increasing storage.
 
-        Padding aside; None for a structure of one size.
+        Padding is ignored. None for a structure with a fixed size.
         """
         return None
 
     @staticmethod
     def timed_with(n: int) -> Sequence[Mapping[str, Any]]:
-        """Options that an n × n weight is timed with."""
+        """Options for timing an n × n weight."""
         return ({},)
 
     @property
     def parameters(self) -> int:
-        """Numbers that are trained, those of the bias included."""
+        """Number of trained parameters, with the bias."""
         return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
 
     @property
@@ -107,10 +108,10 @@ class Weight:
 
     @property
     def multiplies(self) -> int:
-        """Multiplications that the layer makes for one input vector: of the matrix products and of activations.
+        """Multiplications of the layer for one input vector: in matrix products and in activations.
 
-        What is done once a call, whatever the number of vectors, does not count. A Fourier transform of n real numbers
-        counts n ⌈log₂ n⌉, of n complex ones twice that; a complex product 4.
+        Work that is done once per call, for any number of vectors, does not count. A Fourier transform of n real
+        numbers counts n ⌈log₂ n⌉, of n complex numbers twice as much; a complex product counts 4.
         """
         raise NotImplementedError
 
@@ -119,11 +120,11 @@ class Weight:
         raise NotImplementedError
 
     def project(self, kernel: jax.Array, bias: jax.Array | None = None) -> None:
-        """Becomes the layer of this structure and these options that is nearest to a dense one, deterministic.
+        """Sets this layer to the best approximation of a dense layer with this structure and options; deterministic.
 
         Args:
           kernel: `[in_features, out_features]`, floating; the fit is float32 at least.
-          bias: `[out_features]`, copied; None is a bias of zeros where the layer has one.
+          bias: `[out_features]`, copied; None sets the bias to zeros if the layer has one.
 
         Raises:
           ValueError: a shape that does not fit, or a bias for a layer without one.
@@ -138,18 +139,18 @@ class Weight:
             self.bias[...] = jnp.broadcast_to(0.0 if bias is None else bias, self.bias.shape).astype(self.param_dtype)
 
     def set_dense(self, kernel: jax.Array) -> None:
-        """Sets the weight alone to the nearest one to `kernel` `[in_features, out_features]`, float32 at least."""
+        """Sets only the weight, to the nearest one to `kernel` `[in_features, out_features]`, float32 at least."""
         raise NotImplementedError
 
     @classmethod
     def from_dense(cls, kernel: jax.Array, bias: jax.Array | None = None, **options: Any) -> Self:
-        """The layer of this structure nearest to a dense one, in Frobenius norm, deterministic.
+        """The layer of this structure that is nearest to a dense one in Frobenius norm; deterministic.
 
         Args:
-          kernel: `[in_features, out_features]`, of a floating dtype, which the parameters take over unless
-            `param_dtype` says otherwise; the fit is float32 at least.
+          kernel: `[in_features, out_features]`, floating. The parameters get its dtype unless `param_dtype` is given;
+            the fit is float32 at least.
           bias: `[out_features]`, copied; None makes a layer without bias.
-          **options: of the structure, as in its constructor.
+          **options: options of the structure, as in its constructor.
 
         Raises:
           ValueError: kernel is no matrix.
@@ -163,16 +164,17 @@ class Weight:
 
 
 class Structured(Weight, nnx.Module):
-    """A linear layer whose weight is made of small factors.
+    """A linear layer whose weight is a product of small factors.
 
-    A structure writes `factors`, `multiply` and `fit`, and `weights` where it multiplies with something else than them.
+    A structure implements `factors`, `multiply` and `fit`, and `weights` if it does not multiply with the factors
+    themselves.
 
     Args:
-      in_features: width of the input, any size (a structure pads inside).
+      in_features: width of the input, any size (structures pad internally).
       out_features: width of the output, any size.
-      use_bias: adds a bias, zero at the start.
-      dtype: of the computation; None promotes input and factors.
-      param_dtype: of the stored factors.
+      use_bias: whether to add a bias, initially zero.
+      dtype: dtype of the computation; None promotes input and factors.
+      param_dtype: dtype of the stored factors.
       rngs: source of the initial factors, drawn so that the output's variance is that of a dense layer.
     """
 
@@ -202,17 +204,17 @@ class Structured(Weight, nnx.Module):
         return out if self.bias is None else out + self.bias[...].astype(dtype)
 
     def factors(self) -> dict[str, Factor]:
-        """The factors by name, each stored as a parameter of this name."""
+        """The factors by name; each is stored as a parameter of this name."""
         raise NotImplementedError
 
     def draw(self, key: jax.Array, name: str, factor: Factor) -> jax.Array:
-        """The factor `name` at the start: normal, of mean zero and its variance."""
+        """The initial factor `name`: normal with mean zero and the factor's variance."""
         del name
         deviation = math.sqrt(1 / factor.fan_in if factor.variance is None else factor.variance)
         return jax.random.normal(key, factor.shape, self.param_dtype) * jnp.asarray(deviation, self.param_dtype)
 
     def weights(self, dtype: jnp.dtype) -> dict[str, jax.Array]:
-        """What `multiply` takes, made of the stored factors: they themselves in `dtype` unless a structure differs."""
+        """The arguments of `multiply`, from the stored factors. By default: the factors in `dtype`."""
         return {name: getattr(self, name)[...].astype(dtype) for name in self.factors()}
 
     def multiply(self, x: jax.Array, **weights: jax.Array) -> jax.Array:
@@ -225,7 +227,7 @@ class Structured(Weight, nnx.Module):
 
     @property
     def multiplies(self) -> int:
-        """Multiplications for one input vector: every entry of a factor once, unless a structure says otherwise."""
+        """Multiplications for one input vector. By default: one for every entry of a factor."""
         return sum(math.prod(factor.shape) for factor in self.factors().values())
 
     def to_dense(self) -> jax.Array:

@@ -1,11 +1,11 @@
-"""Ternary: W = α T with T of −1, 0 and 1, and inputs of 8 bits.
+"""Ternary: W = α T with entries −1, 0 and 1 in T, and 8-bit inputs.
 
 BitLinear of Wang et al. 2023, arXiv 2310.11453, with the ternary levels of Ma et al. 2024, arXiv 2402.17764:
 
     α = mean |w|,   T = clip(round(w / α), −1, 1),   n = round(127 x / max |x|) for each token,
     y = (n T) · α max |x| / 127
 
-from a latent dense weight w. Gradients pass the rounding as if it were not there, also outside the clip.
+with a latent dense weight w. Straight-through gradients ignore the rounding and the clip.
 """
 
 import math
@@ -19,18 +19,18 @@ from efficient_tx.linear.straight_through import straight_through
 from efficient_tx.linear.structured import Factor, Structured, Weight
 
 STEPS = 127
-# α² times the share of levels that are not 0, for a normal latent weight of variance 1: E|w|² P(|w| > E|w| / 2).
+# α² times the fraction of nonzero levels, for a normal latent weight of variance 1: (E|w|)² P(|w| > E|w| / 2).
 NORMAL = 2 / math.pi * math.erfc(0.5 / math.sqrt(math.pi))
 
 
 def eight_bits(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Inputs in whole steps of their token: x ≈ steps · unit.
+    """Rounds the inputs of each token to integer steps: x ≈ steps · unit.
 
     Args:
       x: `[..., features]`, floating.
 
     Returns:
-      steps `[..., features]`, whole numbers from −127 to 127 in the dtype of x, with the gradient of x / unit; unit
+      steps `[..., features]`, integers from −127 to 127 in the dtype of x, with the gradient of x / unit; and unit
       `[..., 1]`, float32 at least, without gradient.
     """
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -40,7 +40,7 @@ def eight_bits(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def ternary_levels(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Levels −1, 0 and 1 of a latent weight and their scale, float32 at least; only the levels have a gradient."""
+    """Levels −1, 0 and 1 of a latent weight, and their scale, float32 at least; only the levels have a gradient."""
     kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
     scale = jax.lax.stop_gradient(jnp.mean(jnp.abs(kernel)))
     levels = kernel / jnp.where(scale == 0, 1, scale)
@@ -49,11 +49,11 @@ def ternary_levels(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 @jax.jit
 def nearest_latent(kernel: jax.Array) -> jax.Array:
-    """The latent weight whose ternary one is nearest to `kernel` `[n, m]`: see `Ternary`."""
+    """The latent weight whose ternary weight is nearest to `kernel` `[n, m]`: see `Ternary`."""
     size = jnp.abs(kernel)
     sums = jnp.cumsum(jnp.sort(size, axis=None, descending=True))
     count = jnp.arange(1, size.size + 1, dtype=size.dtype)
-    best = jnp.argmax(sums**2 / count)  # what the error is short of ‖W‖² by
+    best = jnp.argmax(sums**2 / count)  # the squared error is ‖W‖² minus this
     scale = sums[best] / count[best]
     half = scale / 2
     over = jnp.maximum(size - half, 0)
@@ -62,14 +62,15 @@ def nearest_latent(kernel: jax.Array) -> jax.Array:
 
 
 class Ternary(Structured):
-    """A linear layer with weights of three values, trained through a dense latent weight `kernel`; no norm inside.
+    """A linear layer with ternary weights, trained through a dense latent weight `kernel`; without a norm inside.
 
-    Whole numbers up to 127 and three levels are exact in any dtype, and are summed in float32 at least: on every
-    backend the product before the scales is exact for up to 2²⁴ / 127 inputs.
+    Integers up to 127 and three levels are exact in any dtype, and they are summed in float32 at least. So on every
+    backend the product before scaling is exact for up to 2²⁴ / 127 inputs.
 
-    `from_dense` finds the nearest α T exactly, as T must be the signs of the k largest entries and α their mean: all k
-    are tried on the sorted entries. The latent weight keeps the small entries and stretches the others away from the
-    threshold α / 2 until its mean size is α, so that T is its rounding and the order of the entries stays.
+    `from_dense` finds the nearest α T exactly: T must be the signs of the k largest entries and α their mean absolute
+    value, and all k are tried on the sorted entries. The latent weight keeps the small entries and stretches the others
+    away from the threshold α / 2 until its mean absolute value is α. So T is its rounding, and the order of the entries
+    is kept.
     """
 
     paper = "Wang et al. 2023, arXiv 2310.11453; Ma et al. 2024, arXiv 2402.17764"
@@ -93,7 +94,7 @@ class Ternary(Structured):
 
     @property
     def multiplies(self) -> int:
-        """Products with the levels, one for each input and output by their scales, one of the two scales."""
+        """Products with the levels, one per input and per output with their scales, and one of the two scales."""
         return (self.in_features + 1) * (self.out_features + 1)
 
     def to_dense(self) -> jax.Array:
@@ -104,24 +105,24 @@ class Ternary(Structured):
         return {"kernel": nearest_latent(kernel)}
 
     def pack(self) -> "PackedTernary":
-        """The layer for inference, with four weights a byte."""
+        """The layer for inference, with four weights per byte."""
         return PackedTernary.of(self)
 
 
 class PackedTernary(nnx.Module):
-    """A ternary layer for inference: 2 bits a weight, products of 8-bit whole numbers summed in 32 bits.
+    """A ternary layer for inference: 2 bits per weight, products of 8-bit integers summed in 32 bits.
 
-    Its output is that of the layer it was made of, up to the rounding of one addition (the bias, which XLA may fuse
-    with the product by the scales). It holds variables that are no parameters: there is nothing to train.
+    Its output equals that of the original layer, up to the rounding of one addition (the bias, which XLA may fuse with
+    the product with the scales). Its variables are no parameters: it cannot be trained.
 
     Args:
       codes: uint8 `[⌈in_features / 4⌉, out_features]`; with n of these rows, bits 2p and 2p + 1 of row i are one more
         than the level of input i + p n.
-      scale: of the levels, a scalar.
+      scale: scale of the levels, a scalar.
       bias: `[out_features]` or None.
       in_features: width of the input.
-      dtype: of input and output; None promotes input and `param_dtype`.
-      param_dtype: of the layer that was packed.
+      dtype: dtype of input and output; None promotes input and `param_dtype`.
+      param_dtype: dtype of the parameters of the packed layer.
     """
 
     def __init__(
@@ -153,7 +154,7 @@ class PackedTernary(nnx.Module):
         return cls(packed, scale, bias, in_features=layer.in_features, dtype=layer.dtype, param_dtype=layer.param_dtype)
 
     def levels(self) -> jax.Array:
-        """−1, 0 and 1, int8 `[in_features, out_features]`."""
+        """The levels −1, 0 and 1, int8 `[in_features, out_features]`."""
         planes = jnp.stack([self.codes[...] >> shift & 3 for shift in (0, 2, 4, 6)])
         return planes.reshape(-1, self.out_features)[: self.in_features].astype(jnp.int8) - 1
 

@@ -1,8 +1,8 @@
-"""Toeplitz: W[i, j] = t[j − i], the same number along every diagonal, multiplied by Fourier transforms.
+"""Toeplitz: W[i, j] = t[j − i], constant along every diagonal, multiplied with Fourier transforms.
 
-A Toeplitz matrix is a corner of a circulant one, and a circulant matrix is diagonal in the Fourier basis (Golub and
-Van Loan, Matrix Computations, §4.8): y = irfft(rfft(x) · rfft(t)), n log n in place of n². The nearest Toeplitz matrix
-in Frobenius norm has on every diagonal the mean of that diagonal.
+A Toeplitz matrix is a corner of a circulant matrix, which is diagonal in the Fourier basis (Golub and Van Loan, Matrix
+Computations, §4.8): y = irfft(rfft(x) · rfft(t)), in time n log n instead of n². The nearest Toeplitz matrix in
+Frobenius norm has the mean of each diagonal as its entries.
 """
 
 import math
@@ -17,15 +17,15 @@ from efficient_tx.linear.structured import Factor, Structured
 class Toeplitz(Structured):
     """A linear layer whose weight is constant along its diagonals; transforms are float32 at least.
 
-    It has in + out − 1 numbers.
+    It has in + out − 1 parameters.
 
     Args:
-      causal: output j sees the inputs i ≤ j only: the out diagonals with j ≥ i.
-      circulant: diagonals wrap around, t[(j − i) mod n] with n = max(in, out) numbers: a circular convolution, of
-        which a layer that is not square is the top left corner.
+      causal: whether output j sees the inputs i ≤ j only; then there are only the `out` diagonals with j ≥ i.
+      circulant: whether diagonals wrap around, t[(j − i) mod n] with n = max(in, out) parameters: a circular
+        convolution. A layer that is not square is its top left corner.
 
     Raises:
-      ValueError: causal and circulant at once.
+      ValueError: both causal and circulant.
     """
 
     paper = "Golub and Van Loan, §4.8"
@@ -36,7 +36,7 @@ class Toeplitz(Structured):
     def __init__(
         self, in_features: int, out_features: int, *, causal: bool = False, circulant: bool = False, **common: Any
     ):
-        # Not above: importing the structures imports no more than flax does.
+        # Imported here: importing the structures must import no more than flax does.
         from scipy.fft import next_fast_len
 
         if causal and circulant:
@@ -49,7 +49,7 @@ class Toeplitz(Structured):
         else:
             self.first = 0 if causal else in_features - 1
             self.count = self.first + out_features
-            # Anything shorter than inputs and outputs together would wrap into an output.
+            # A shorter transform would wrap around into an output.
             self.length = next_fast_len(self.seen + out_features - 1, real=True)
         super().__init__(in_features, out_features, **common)
 
@@ -66,15 +66,16 @@ class Toeplitz(Structured):
 
     @property
     def multiplies(self) -> int:
-        """Real multiplications for one input vector; the transform of the weight serves all of them.
+        """Real multiplications for one input vector; the transform of the weight is shared by all vectors.
 
-        By the radix-2 count, a complex transform of N points makes ½ N ⌈log₂ N⌉ complex products of 4 real ones each,
-        one of real numbers half of that. There are two of these, and N // 2 + 1 complex products between them.
+        In the radix-2 count, a complex transform of N points needs ½ N ⌈log₂ N⌉ complex products of 4 real products
+        each, and a real transform half of that. There are two real transforms, and N // 2 + 1 complex products between
+        them.
         """
         return 2 * self.length * math.ceil(math.log2(self.length)) + 4 * (self.length // 2 + 1)
 
     def places(self) -> jnp.ndarray:
-        """Which of the stored numbers stands at [i, j], int32 `[in_features, out_features]`; `count`: none does."""
+        """The index of the stored number at [i, j], int32 `[in_features, out_features]`; `count` means none."""
         lag = jnp.arange(self.out_features) - jnp.arange(self.in_features)[:, None]
         if self.circulant:
             return lag % self.count
