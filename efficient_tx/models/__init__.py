@@ -1,4 +1,4 @@
-"""The shared transformer and the models made of it."""
+"""The shared transformer and the models built from it."""
 
 from efficient_tx.models.classifier import Classifier, TokenClassifier
 from efficient_tx.models.dual_encoder import DualEncoder

@@ -1,4 +1,4 @@
-"""Classifier: tokens in, the logits of one label per sequence out; TokenClassifier: of one label per token."""
+"""Classifier: token sequences to logits of one label per sequence; TokenClassifier: of one label per token."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,7 +19,7 @@ POOLS = ("mean", "cls", "last")
 def pool_tokens(x: jax.Array, mask: jax.Array | None, pool: str) -> jax.Array:
     """One vector per sequence, `[batch, length, features]` -> `[batch, features]`, in float32 at least.
 
-    "mean" is over the real tokens (zero without any), "cls" takes the first token, "last" the last real one.
+    "mean" averages the real tokens (zero without any), "cls" takes the first token, "last" the last real token.
     """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if pool == "cls":
@@ -33,7 +33,7 @@ def pool_tokens(x: jax.Array, mask: jax.Array | None, pool: str) -> jax.Array:
 
 
 def check_pool(pool: str, causal: bool) -> None:
-    """Raises ValueError unless `pool` is one of POOLS that makes sense in a (causal) model."""
+    """Raises ValueError unless `pool` is in POOLS and works with `causal`."""
     if pool not in POOLS:
         raise OptionError("pool", pool, f"choose one of {', '.join(POOLS)}")
     if pool == "cls" and causal:
@@ -41,27 +41,27 @@ def check_pool(pool: str, causal: bool) -> None:
 
 
 class TokenEncoder(nnx.Module):
-    """Embedding, dropout and the stack of blocks: how both classifiers read tokens.
+    """Embedding, dropout and the stack of blocks: the shared part of all token models.
 
     Args:
       vocab_size: token ids are in [0, vocab_size).
-      max_len: the longest sequence.
+      max_len: the largest sequence length.
       mixers: factories of token mixers, called with (features, heads=, head_dim=, causal=, positions=, max_len=,
         dropout=, dtype=, rngs=) and repeated to depth.
       linear: factory of the MLP's linear layers, with the signature of `nnx.Linear`.
       features: width of the tokens.
       layers: number of blocks.
-      heads: of each mixer.
-      head_dim: width of a head; None is features // heads.
+      heads: number of heads of each mixer.
+      head_dim: width of a head; None means features // heads.
       mlp_features: width inside the MLPs, and of the classifier's head.
-      dropout: rate on the embeddings and on the output of every mixer and MLP.
-      positions: "learned", "sinusoidal", "rope", "rope2d" or "none".
-      norm: "layer" or "rms".
-      mlp: "gelu" or "swiglu".
-      causal: token i sees tokens j ≤ i only.
+      dropout: dropout rate on the embeddings and on the output of every mixer and MLP.
+      positions: position encoding: "learned", "sinusoidal", "rope", "rope2d" or "none".
+      norm: normalisation: "layer" or "rms".
+      mlp: kind of MLP: "gelu" or "swiglu".
+      causal: whether token i sees tokens j ≤ i only.
       prefix: number of learnt tokens in front of the sequence.
-      remat: recompute blocks in the backward pass.
-      dtype: of the computation; parameters are float32.
+      remat: whether to recompute blocks in the backward pass.
+      dtype: dtype of the computation; parameters are float32.
     """
 
     def __init__(
@@ -128,16 +128,16 @@ class TokenEncoder(nnx.Module):
 
 
 class Classifier(TokenEncoder):
-    """A transformer that gives a sequence of tokens one label.
+    """A transformer that predicts one label for a sequence of tokens.
 
     Args:
       num_classes: labels are in [0, num_classes).
-      pool: how a sequence becomes one vector: "mean" over the real tokens, "cls" (a learnt token in front of the
-        sequence) or "last" real token.
+      pool: pooling of a sequence to one vector: "mean" over the real tokens, "cls" (a learnt token in front of the
+        sequence) or "last" (the last real token).
       **encoder: see `TokenEncoder`.
 
     Raises:
-      ValueError: a name or a size that does not fit; `pool="cls"` in a causal model, where that token sees nothing.
+      ValueError: a name or a size that does not fit; `pool="cls"` in a causal model, where that token sees no other.
     """
 
     def __init__(self, *, num_classes: int, pool: str = "mean", **encoder: Any):
@@ -164,8 +164,8 @@ class Classifier(TokenEncoder):
         Args:
           inputs: token ids, int `[batch, length]`.
           mask: bool `[batch, length]`, True for real tokens; None means all are.
-          positions: int `[batch, length]`, see `TokenEmbedding`; None ranks the real tokens.
-          key: None at evaluation; in training one key per example `[batch]`, or one key, folded per row.
+          positions: int `[batch, length]`, see `TokenEmbedding`; None means the ranks of the real tokens.
+          key: None at evaluation; in training one key per example `[batch]`, or a single key, folded per example.
 
         Raises:
           ValueError: see `TokenEmbedding`.
@@ -175,7 +175,7 @@ class Classifier(TokenEncoder):
 
 
 class TokenClassifier(TokenEncoder):
-    """A transformer that gives every token a label.
+    """A transformer that predicts one label for every token.
 
     Args:
       num_classes: labels are in [0, num_classes).

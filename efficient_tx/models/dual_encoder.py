@@ -1,4 +1,4 @@
-"""DualEncoder: two token sequences in, read by one encoder, the logits of one label of the pair out."""
+"""DualEncoder: two token sequences, read by one encoder, to logits of one label of the pair."""
 
 import itertools
 from typing import Any
@@ -15,14 +15,14 @@ PAIR_HEADS = ("interaction", "concatenation")
 
 
 class DualEncoder(TokenEncoder):
-    """A transformer that reads both sequences with the same parameters and compares their pooled vectors x₁ and x₂.
+    """A transformer that encodes both sequences with the same parameters and compares their pooled vectors x₁ and x₂.
 
     Args:
       num_classes: labels are in [0, num_classes).
-      pool: how a sequence becomes one vector, see `Classifier`.
-      pair_head: "interaction", an MLP of [x₁, x₂, x₁ ⊙ x₂, x₁ − x₂] with one hidden layer (as the paper of Long Range
-        Arena describes it, Tay et al. 2020, arXiv 2011.04006), or "concatenation", one of [x₁, x₂] with two (as the
-        arena's code does it).
+      pool: pooling of a sequence to one vector: "mean", "cls" or "last", see `Classifier`.
+      pair_head: classifier of the pair, "interaction" or "concatenation". "interaction": an MLP of [x₁, x₂, x₁ ⊙ x₂,
+        x₁ − x₂] with one hidden layer, as in the paper of Long Range Arena (Tay et al. 2020, arXiv 2011.04006).
+        "concatenation": an MLP of [x₁, x₂] with two hidden layers, as in the arena's code.
       **encoder: see `TokenEncoder`.
 
     Raises:
@@ -55,16 +55,16 @@ class DualEncoder(TokenEncoder):
 
         Args:
           inputs, inputs2: token ids, both int `[batch, length]`.
-          mask, mask2: bool of that shape, True for real tokens; None, both of them, means all are.
-          key: None at evaluation; in training one key per example `[batch]`, or one key, folded per row.
+          mask, mask2: bool `[batch, length]`, True for real tokens; both None means all are.
+          key: None at evaluation; in training one key per example `[batch]`, or a single key, folded per example.
 
         Raises:
-          ValueError: the two have other shapes.
+          ValueError: the two inputs have different shapes.
         """
         if inputs.shape != inputs2.shape:
             raise ValueError(f"a pair has inputs of shape {inputs.shape} and {inputs2.shape}: pad both to one length")
-        # As one batch of twice the rows. Apart, the two passes would run side by side, and jaxlib 0.10.2's batched
-        # Cholesky on CPU waits for ever where more of them run at once than there are threads.
+        # One batch with twice the rows. Two separate passes could run in parallel, and jaxlib 0.10.2's batched Cholesky
+        # on CPU hangs if more of them run at once than there are threads.
         keys = example_keys(key, inputs.shape[0])
         keys = None if keys is None else jnp.concatenate([fold(keys, 0), fold(keys, 1)])
         both = jnp.concatenate([inputs, inputs2])

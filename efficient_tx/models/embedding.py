@@ -19,15 +19,15 @@ def sinusoids(length: int, features: int) -> np.ndarray:
 
 
 class TokenEmbedding(nnx.Module):
-    """Token ids to vectors, plus their positions if these are absolute (the rotary ones belong to the mixers).
+    """Token ids to vectors, plus absolute positions (rotary positions belong to the mixers).
 
-    A token's position is its rank among the real tokens, so padding anywhere changes nothing; or it is given.
+    A token's position is given or is its rank among the real tokens, so padding at any place changes nothing.
 
     Args:
-      vocab_size: ids are in [0, vocab_size).
+      vocab_size: token ids are in [0, vocab_size).
       features: width of the vectors.
-      max_len: the longest sequence; longer input raises under "learned" and "sinusoidal".
-      positions: "learned", "sinusoidal", or one that adds nothing here ("rope", "rope2d", "none").
+      max_len: the largest sequence length; longer input raises with "learned" and "sinusoidal" positions.
+      positions: position encoding: "learned", "sinusoidal", or one that adds nothing here ("rope", "rope2d", "none").
     """
 
     def __init__(
@@ -57,11 +57,11 @@ class TokenEmbedding(nnx.Module):
 
         Args:
           mask: bool `[batch, length]`, True for real tokens; None means all are.
-          positions: int `[batch, length]`, of each token; None means its rank among the real ones.
+          positions: position of each token, int `[batch, length]`; None means its rank among the real tokens.
 
         Raises:
-          ValueError: longer input than max_len, where positions are tied to it; positions given under "rope" or
-            "rope2d", by which mixers rank the real tokens.
+          ValueError: input longer than max_len with "learned" or "sinusoidal" positions; positions given with "rope" or
+            "rope2d", whose mixers use the ranks of the real tokens.
         """
         if positions is not None and self.positions.startswith("rope"):
             raise ValueError(

@@ -1,9 +1,9 @@
-"""Pretrained: published ViT checkpoints, given as a file, onto our ViT.
+"""Pretrained: loads published ViT checkpoints from files into our ViT.
 
-Three families name and lay out the same tensors differently (facts from google-research/big_vision `models/vit.py`,
-google-research/vision_transformer `checkpoint.py`, huggingface/pytorch-image-models `timm/models/vision_transformer.py`
-and transformers' ViT): `.npz` files of big_vision and AugReg, `.safetensors` of timm, which DeiT shares, and those of
-Hugging Face.
+Three families have different names and layouts of the same tensors (facts from google-research/big_vision
+`models/vit.py`, google-research/vision_transformer `checkpoint.py`, huggingface/pytorch-image-models
+`timm/models/vision_transformer.py` and transformers' ViT): `.npz` files of big_vision and AugReg, `.safetensors` of
+timm, which DeiT shares, and those of Hugging Face.
 """
 
 import math
@@ -26,14 +26,14 @@ Tensors = dict[str, np.ndarray]
 
 
 class Family(NamedTuple):
-    """How a family of checkpoints names things.
+    """Names and layouts of a family of checkpoints.
 
     Attributes:
-      embedding: name of the tensor by which it is known.
-      renamed: (pattern of a name, our name) with the pattern's groups in braces, tried in this order.
-      words: what those groups become in our names, where they are not ours already.
-      layout: (our name, tensor) -> the tensor as we lay it out.
-      mlp, norm_epsilon: options of ViT with which such a checkpoint computes what it was trained to.
+      embedding: name of the tensor that identifies the family.
+      renamed: pairs (pattern of a name, our name with the pattern's groups in braces), tried in this order.
+      words: translation of the groups to words in our names, if they differ.
+      layout: (our name, tensor) -> the tensor in our layout.
+      mlp, norm_epsilon: options of ViT with which such checkpoints were trained.
     """
 
     embedding: str
@@ -45,7 +45,7 @@ class Family(NamedTuple):
 
 
 def flax_layout(name: str, x: np.ndarray) -> np.ndarray:
-    """Of a linen module: heads are an axis of their own, kernels `[in, out]`, images `[height, width, channels]`."""
+    """Layout of a linen module: a separate axis for heads, kernels `[in, out]`, images `[height, width, channels]`."""
     part, leaf = name.rpartition(".")[::2]
     if part.endswith((".q", ".k", ".v")):
         return x.reshape(len(x), -1) if leaf == "kernel" else x.reshape(-1)
@@ -55,7 +55,7 @@ def flax_layout(name: str, x: np.ndarray) -> np.ndarray:
 
 
 def torch_layout(name: str, x: np.ndarray) -> np.ndarray:
-    """Of a torch module: weights `[out, in]`, images `[channels, height, width]`."""
+    """Layout of a torch module: weights `[out, in]`, images `[channels, height, width]`."""
     if x.ndim == 4:
         x = x.transpose(0, 2, 3, 1).reshape(len(x), -1)
     if name.endswith(".kernel"):
@@ -134,27 +134,27 @@ FAMILIES = {
         norm_epsilon=1e-12,
     ),
 }  # fmt: skip
-# Tokens beside the patches and one class token, which our ViT doesn't have.
+# Tokens other than the patches and one class token; our ViT does not have them.
 MORE_TOKENS = re.compile(r"dist_token|head_dist|distillation|reg_token")
 
 
 def load_pretrained(model: ViT, path: str | Path) -> list[str]:
-    """Gives a ViT with dense linear layers the tensors of a published checkpoint.
+    """Loads the tensors of a published checkpoint into a ViT with dense linear layers.
 
-    A head of another number of classes stays as it is; position embeddings of another grid are resized, bilinearly with
-    the corners kept, as big_vision does. Torch's files don't say how many heads there are: `model` must have as many.
+    A head with another number of classes is not loaded. Position embeddings of another grid are resized bilinearly with
+    the corners kept, as in big_vision. Torch files do not contain the number of heads: `model` must have the right one.
 
     Args:
-      model: is changed, unless something is refused.
-      path: a file ending in .npz or .safetensors.
+      model: the model to change; on errors it is unchanged.
+      path: a file with the extension .npz or .safetensors.
 
     Returns:
-      Lines that tell what was done: the family; what differs in the options of `model`; a line for each tensor that is
-      missing there (it stays as initialised) or has no place here.
+      Lines of a report: the family; options of `model` that differ; one line for each tensor that is missing in the
+      file (it stays as initialised) or has no place in the model.
 
     Raises:
-      ValueError: one line: no such file, one that cannot be read, or that is no ViT's; tokens that our ViT doesn't have
-        (DeiT's distillation, registers); heads, or any other shape, that differ.
+      ValueError: one line: the file is missing, unreadable or no ViT; it has tokens that our ViT does not have (DeiT's
+        distillation, registers); the number of heads or any other shape differs.
     """
     tensors = read(path)
     name, family, tensors = identify(tensors, path)
@@ -191,14 +191,14 @@ def read(path: str | Path) -> Tensors:
     """The tensors of a file by name.
 
     Raises:
-      ValueError: one line: it is not there, or cannot be read.
+      ValueError: one line: the file is missing or unreadable.
     """
     if not Path(path).is_file():
         raise ValueError(f"there is no file {path}")
     try:
         if str(path).endswith(".npz"):
             with np.load(path, allow_pickle=False) as file:
-                # numpy has no bfloat16, and stores it as two bytes of no type.
+                # numpy has no bfloat16 and stores it as two untyped bytes.
                 return {name: x.view(jnp.bfloat16) if x.dtype == "V2" else x for name, x in file.items()}
         from safetensors import SafetensorError
         from safetensors.flax import load_file  # its numpy counterpart has no bfloat16
@@ -212,7 +212,7 @@ def read(path: str | Path) -> Tensors:
 
 
 def identify(tensors: Tensors, path: str | Path) -> tuple[str, Family, Tensors]:
-    """Which family a checkpoint is of, and its tensors without what stands in front of all their names."""
+    """The family of a checkpoint, and its tensors without the common prefix of their names."""
     for name, family in FAMILIES.items():
         for prefix in ("", "params/", "opt/target/", "vit.", "deit.", "model."):
             if prefix + family.embedding in tensors:
@@ -222,7 +222,7 @@ def identify(tensors: Tensors, path: str | Path) -> tuple[str, Family, Tensors]:
 
 
 def split_projections(tensors: Tensors) -> Tensors:
-    """timm's q, k and v, which are one tensor there, each by itself."""
+    """Splits q, k and v, which are one tensor in timm."""
     split = {}
     for name, x in tensors.items():
         if ".attn.qkv." in name and len(x) % 3 == 0:
@@ -233,7 +233,7 @@ def split_projections(tensors: Tensors) -> Tensors:
 
 
 def rename(tensors: Tensors, family: Family) -> tuple[Tensors, list[str]]:
-    """The tensors under our names and in our layout, and the names of those that we have none for."""
+    """The tensors with our names and layout, and the names of tensors that have no counterpart."""
     found, unknown = {}, []
     for name, x in tensors.items():
         for pattern, ours in family.renamed:
@@ -249,7 +249,7 @@ def rename(tensors: Tensors, family: Family) -> tuple[Tensors, list[str]]:
 
 
 def differences(model: ViT, family: Family, name: str) -> list[str]:
-    """A line for each option of `model` with which it computes something else than the checkpoint's authors."""
+    """One line for each option of `model` that differs from that of the checkpoint's authors."""
     block = model.encoder.blocks[0]
     mlp = "swiglu" if block.mlp.gate is not None else "gelu_erf" if block.mlp.exact else "gelu"
     here = {"mlp": mlp, "norm_epsilon": model.encoder.norm.epsilon}
@@ -262,7 +262,7 @@ def differences(model: ViT, family: Family, name: str) -> list[str]:
 
 
 def check_heads(model: ViT, tensors: Mapping[str, np.ndarray], path: str | Path) -> None:
-    """Raises ValueError if a linen checkpoint, whose projections have an axis of heads, has others than `model`."""
+    """Raises ValueError if a linen checkpoint, whose projections have a head axis, has other heads than `model`."""
     heads = getattr(model.encoder.blocks[0].mixer, "heads", None)
     for name, x in tensors.items():
         if name.endswith("/query/kernel") and x.ndim == 3 and heads not in (None, x.shape[1]):
@@ -270,10 +270,10 @@ def check_heads(model: ViT, tensors: Mapping[str, np.ndarray], path: str | Path)
 
 
 def fit_positions(model: ViT, found: Tensors) -> list[str]:
-    """Makes the position embeddings in `found` fit the grid and the class token of `model`; returns lines that say so.
+    """Fits the position embeddings in `found` to the grid and the class token of `model`; returns lines that report it.
 
-    Some checkpoints have an embedding for the class token too, others (big_vision since 2022, DeiT III) do not: there
-    it is zero.
+    Some checkpoints also have an embedding for the class token. For others (big_vision since 2022, DeiT III) it is
+    zero.
     """
     if "learned" not in found or model.learned is None:
         return []

@@ -1,4 +1,4 @@
-"""Pyramid: images in, through four stages of ever coarser grids, the logits of one label per image out."""
+"""Pyramid: images, through four stages of coarser and coarser grids, to logits of one label per image."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -12,8 +12,8 @@ from efficient_tx.checks import OptionError, at_least
 from efficient_tx.models.transformer import Block, make_norm, run_blocks, token_wise
 from efficient_tx.numerics.random import check_rate, dropout, example_keys, fold
 
-# Published by stage. The authors' code has a third stage of 20 blocks for "small", which counts 38.9 M parameters; with
-# 7 it has the 24 M and 3.3 G that they publish.
+# The published sizes by stage. For "small" the authors' code has 20 blocks in the third stage, which gives 38.9 M
+# parameters; with 7 blocks it has the published 24 M and 3.3 G.
 SIZES: dict[str, dict[str, tuple[int, ...]]] = {
     "tiny": {"features": (64, 128, 320, 512), "depths": (1, 2, 3, 2), "heads": (2, 4, 10, 16)},
     "small": {"features": (64, 128, 320, 512), "depths": (1, 3, 7, 4), "heads": (2, 4, 10, 16)},
@@ -25,7 +25,7 @@ STEM = 32  # channels of the first two convolutions
 
 
 class PostNormBlock(Block):
-    """A post-norm residual block: norm(x + mixer(x)), then norm(x + mlp(x)); arguments as `Block`."""
+    """A post-norm residual block: norm(x + mixer(x)), then norm(x + mlp(x)); arguments as in `Block`."""
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None, key: jax.Array | None = None) -> jax.Array:
         """`x` `[batch, length, features]`, `mask` bool `[batch, length]`, `key` `[batch]` or None -> the shape of x."""
@@ -36,9 +36,9 @@ class PostNormBlock(Block):
 
 
 class Convolution(nnx.Module):
-    """relu(norm(x ∗ W + b)), W of 3 × 3: `[batch, height, width, channels]` -> `[batch, ⌈height/stride⌉, …, features]`.
+    """relu(norm(x ∗ W + b)), W 3 × 3: `[batch, height, width, channels]` -> `[batch, ⌈height/stride⌉, …, features]`.
 
-    LayerNorm over the channels of a pixel stands in for the published BatchNorm, with as many parameters.
+    LayerNorm over the channels of a pixel replaces the published BatchNorm, with the same number of parameters.
     """
 
     def __init__(self, channels: int, features: int, stride: int, *, dtype: jnp.dtype | None, rngs: nnx.Rngs):
@@ -50,13 +50,13 @@ class Convolution(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """Convolutions to a grid of tokens, learnt positions, blocks: `[batch, height, width, channels]` -> tokens.
+    """Convolutions to a grid of tokens, then learnt positions and blocks: `[batch, height, width, channels]` -> tokens.
 
     Args:
-      convolutions: (channels, features, stride) of each.
-      side: of the grid that they make.
+      convolutions: (channels, features, stride) of each convolution.
+      side: side of the resulting grid.
       blocks: factories of the blocks, called with (features, rngs=).
-      class_token: a learnt token stands in front of those of the grid.
+      class_token: whether to put a learnt token in front of the tokens of the grid.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Stage(nnx.Module):
         self.remat = remat
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        """`key` is `[batch]` or None -> `[batch, side · side, features]`, one more with `class_token`."""
+        """`x` and `key` `[batch]` or None -> `[batch, side · side, features]`, one more token with `class_token`."""
         for convolution in self.convolutions:
             x = convolution(x)
         batch, _, _, features = x.shape
@@ -95,15 +95,15 @@ class Stage(nnx.Module):
 class Pyramid(nnx.Module):
     """The hierarchical backbone of SOFT (Lu et al. 2021, arXiv 2110.11945; SOFT++ 2207.03341), with any mixer.
 
-    Three 3 × 3 convolutions make a grid of a quarter of the image's side, one more in front of each later stage halves
-    it. All stages but the last have post-norm blocks; the last has pre-norm ones and a class token, whose vector,
-    normalised, gives the logits. The published models have the mixers "soft*3,softmax", with the convolution bottleneck
-    of 49 tokens (windows of 8, 4 and 2 at 224 × 224) and convolutions of the values of size 9, 5 and 3:
+    Three 3 × 3 convolutions give a grid with a quarter of the image's side; one more before each later stage halves it.
+    All stages except the last have post-norm blocks. The last has pre-norm blocks and a class token, whose normalised
+    vector gives the logits. The published models have the mixers "soft*3,softmax", with a convolution bottleneck of 49
+    tokens (windows of 8, 4 and 2 at 224 × 224) and convolutions of the values of size 9, 5 and 3:
     `grid=True, bottleneck="convolution", landmarks=49, value_conv=-1`.
 
-    Parameters and multiplications at 224 × 224, with 1000 classes, in brackets the published ones; multiplications are
-    those of convolutions, linear layers and the products of attention, the solve with the bottleneck's kernel aside.
-    The parameters agree within 2 %, the multiplications too but for medium's 2.6 % and large's 2.1 %:
+    Parameters and multiplications at 224 × 224 with 1000 classes; published numbers in brackets. Multiplications count
+    convolutions, linear layers and the products of attention, without the solve with the bottleneck's kernel.
+    Parameters agree within 2 %; multiplications too, except medium (2.6 %) and large (2.1 %):
 
         tiny     13.07 M (13)    1.93 G (1.9)
         small    24.11 M (24)    3.35 G (3.3)
@@ -112,30 +112,32 @@ class Pyramid(nnx.Module):
         huge     87.11 M (87)   16.01 G (16.3)
 
     Facts are from fudan-zvg/SOFT, `models/softmax_free_vision_transformer.py` (3bac5fe) and
-    `models/softmax_free_transformer.py` (2296f34). Unlike there: LayerNorm for BatchNorm; a whole branch is dropped by
-    `drop_path` (there single entries, in the post-norm blocks); one form of GELU and one epsilon in all stages.
+    `models/softmax_free_transformer.py` (2296f34). Unlike there: LayerNorm instead of BatchNorm; `drop_path` drops a
+    whole branch (there single entries, in the post-norm blocks); one form of GELU and one epsilon in all stages.
 
     Args:
       num_classes: labels are in [0, num_classes).
-      image_shape: (height, width, channels), of a square image. Sides that the strides do not divide are padded with
-        zeros, as the convolutions pad every image.
-      mixers: factories of token mixers, one a stage, repeated; called with (features, heads=, max_len=, dropout=,
+      image_shape: (height, width, channels) of a square image. Sides that are no multiples of the strides are padded
+        with zeros, as the convolutions pad every image.
+      mixers: factories of token mixers, one per stage, repeated; called with (features, heads=, max_len=, dropout=,
         dtype=, rngs=).
       linear: factory of the MLPs' linear layers, with the signature of `nnx.Linear`.
-      size: "tiny", "small", "medium", "large" or "huge": the next three, where they are None.
-      features: width of each stage.
-      depths: blocks of each stage.
-      heads: of the mixers of each stage.
-      mlp_ratio: width inside the MLPs, in widths of the stage (4 in every published stage; the lists of 8, 8, 4, 4 in
-        the authors' code reach the last one only).
-      mlp: "gelu", "gelu_erf" or "swiglu".
-      dropout: rate on the embeddings and on the output of every mixer and MLP.
-      drop_path: rate at which an example skips a branch of the last block, rising linearly from 0 in the first.
-      remat: recompute blocks in the backward pass.
-      dtype: of the computation; parameters are float32.
+      size: size of the model, "tiny", "small", "medium", "large" or "huge": sets features, depths and heads if they are
+        None.
+      features: width of the tokens in each stage.
+      depths: number of blocks in each stage.
+      heads: number of heads of the mixers in each stage.
+      mlp_ratio: width inside the MLPs divided by the width of the stage. It is 4 in every published stage; the lists 8,
+        8, 4, 4 in the authors' code only affect the last stage.
+      mlp: kind of MLP: "gelu", "gelu_erf" or "swiglu".
+      dropout: dropout rate on the embeddings and on the output of every mixer and MLP.
+      drop_path: rate at which an example skips a branch of the last block; it increases linearly from 0 in the first
+        block.
+      remat: whether to recompute blocks in the backward pass.
+      dtype: dtype of the computation; parameters are float32.
 
     Raises:
-      ValueError: a name or a size that does not fit; an image that is no square.
+      ValueError: a name or a size that does not fit; an image that is not square.
     """
 
     def __init__(
@@ -204,7 +206,7 @@ class Pyramid(nnx.Module):
 
         Args:
           inputs: images, float `[batch, height, width, channels]`.
-          key: None at evaluation; in training one key per example `[batch]`, or one key, folded per row.
+          key: None at evaluation; in training one key per example `[batch]`, or a single key, folded per example.
 
         Raises:
           ValueError: images of another shape.
@@ -221,10 +223,10 @@ class Pyramid(nnx.Module):
 
 
 def stage_sizes(size: str, **given: tuple[int, ...] | None) -> list[tuple[int, ...]]:
-    """The sizes by stage, as given or else as `size` has them.
+    """The sizes by stage, as given, else those of `size`.
 
     Raises:
-      ValueError: no such size, one below 1, or more of one than of another.
+      ValueError: an unknown `size`, a number below 1, or different numbers of stages.
     """
     if size not in SIZES:
         raise OptionError("size", size, f"choose one of {', '.join(SIZES)}")

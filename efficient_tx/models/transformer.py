@@ -1,4 +1,4 @@
-"""The shared transformer: Mlp, Block and Encoder. Mixers and linear layers come in as factories, never as names."""
+"""The shared transformer: Mlp, Block and Encoder. Mixers and linear layers are passed as factories, not as names."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,9 +37,9 @@ def drop_path(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
 
 
 def token_wise(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """function of every token of `x` `[batch, length, features]`, as `[batch · length, features]`.
+    """Applies `function` to the tokens of `x` `[batch, length, features]`, as `[batch · length, features]`.
 
-    XLA's CPU backend shares out the leading axis over its threads, and is three times as slow at a leading axis of 1.
+    XLA's CPU backend splits the leading axis over its threads and is three times slower with a leading axis of 1.
     """
     return function(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
@@ -48,12 +48,12 @@ class Mlp(nnx.Module):
     """The token-wise network of a block: `[..., features]` -> the same.
 
     Args:
-      features: width, in and out.
-      hidden: width inside, of the GELU network.
-      kind: "gelu", W₂ gelu(W₁ x) with the tanh form of GELU; "gelu_erf", the same with the error function, as torch's
-        models have it; or "swiglu", W₃ (silu(W₁ x) ⊙ W₂ x) (Shazeer 2020, arXiv 2002.05202), whose inner width is
-        ⌊2/3 hidden⌉, so that it has as many parameters.
-      linear: factory with the signature of `nnx.Linear`.
+      features: width of input and output.
+      hidden: inner width of the GELU network.
+      kind: "gelu": W₂ gelu(W₁ x) with the tanh form of GELU; "gelu_erf": the same with the error function, as in torch
+        models; or "swiglu": W₃ (silu(W₁ x) ⊙ W₂ x) (Shazeer 2020, arXiv 2002.05202), whose inner width ⌊2/3 hidden⌉
+        gives the same number of parameters.
+      linear: factory of the linear layers, with the signature of `nnx.Linear`.
     """
 
     def __init__(
@@ -88,13 +88,13 @@ class Block(nnx.Module):
       mixer: factory of the token mixer, called with (features, dropout=, dtype=, rngs=).
       mlp_features: width inside the MLP.
       linear: factory of the MLP's layers, with the signature of `nnx.Linear`.
-      mlp: "gelu", "gelu_erf" or "swiglu".
-      norm: "layer" or "rms".
-      norm_epsilon: added to the variance.
-      dropout: rate on the output of mixer and MLP.
-      drop_path: rate at which an example skips the mixer, and likewise the MLP.
-      layer_scale: where a learnt factor per channel of both branches starts; None = there is none (Touvron et al.
-        2021, arXiv 2103.17239).
+      mlp: kind of MLP: "gelu", "gelu_erf" or "swiglu".
+      norm: normalisation: "layer" or "rms".
+      norm_epsilon: number added to the variance in the norms.
+      dropout: dropout rate on the output of mixer and MLP.
+      drop_path: rate at which an example skips the mixer and, separately, the MLP.
+      layer_scale: initial value of a learnt factor per channel of both branches; None means no factor. LayerScale is
+        from Touvron et al. 2021, arXiv 2103.17239.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Block(nnx.Module):
         return x + self._branch(dropout(hidden, self.dropout, fold(key, 1)), self.mlp_scale, fold(key, 3))
 
     def _branch(self, x: jax.Array, scale: nnx.Param | None, key: jax.Array | None) -> jax.Array:
-        """What a branch adds: scaled by channel, dropped by example."""
+        """The output of a branch, scaled per channel and dropped per example."""
         return drop_path(x if scale is None else x * scale[...].astype(x.dtype), self.drop_path, key)
 
 
@@ -146,8 +146,8 @@ class Encoder(nnx.Module):
       layers: number of blocks.
       mixers: mixer factories, repeated to depth: block i gets mixers[i mod len(mixers)].
       mlp_features: width inside the MLPs.
-      remat: recompute each block in the backward pass instead of keeping its activations.
-      drop_path: `Block`'s rate in the last block; it rises linearly from 0 in the first.
+      remat: whether to recompute each block in the backward pass instead of storing its activations.
+      drop_path: rate of `Block` in the last block; it increases linearly from 0 in the first block.
       **block: the remaining arguments of `Block`.
     """
 
@@ -190,7 +190,7 @@ class Encoder(nnx.Module):
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None, key: jax.Array | None = None) -> jax.Array:
         """`x` `[batch, length, features]` -> the same shape, normalised.
 
-        `mask` is bool `[batch, length]`; `key` is None at evaluation, in training one key per example or a single one.
+        `mask` is bool `[batch, length]`; `key` is None at evaluation, in training one key per example or a single key.
         """
         x = run_blocks(self.blocks, x, mask=mask, keys=example_keys(key, x.shape[0]), remat=self.remat)
         return token_wise(self.norm, x)
@@ -199,7 +199,7 @@ class Encoder(nnx.Module):
 def run_blocks(
     blocks: Sequence[Block], x: jax.Array, *, mask: jax.Array | None = None, keys: jax.Array | None, remat: bool
 ) -> jax.Array:
-    """`x` `[batch, length, features]` through one block after the other; `keys` are `[batch]` or None (evaluation)."""
+    """Applies the blocks to `x` `[batch, length, features]` in turn; `keys` are `[batch]` or None (evaluation)."""
     for i, block in enumerate(blocks):
         graphdef, params = nnx.split(block)
 

@@ -1,4 +1,4 @@
-"""ViT: images in, as patches to the shared transformer, the logits of one label per image out."""
+"""ViT: images, as patches through the shared transformer, to logits of one label per image."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,8 +19,8 @@ POSITIONS = ("learned", "sincos", "rope2d", "none")
 def patches(images: jax.Array, size: int) -> jax.Array:
     """`[batch, height, width, channels]` -> `[batch, patches, size · size · channels]`, patches in row-major order.
 
-    Within a patch: rows, then columns, then channels, as a convolution's kernel `[size, size, channels, features]`
-    has them when its first three axes become one.
+    Order within a patch: rows, columns, channels, as in a convolution kernel `[size, size, channels, features]` whose
+    first three axes are merged.
     """
     batch, height, width, channels = images.shape
     grid = images.reshape(batch, height // size, size, width // size, size, channels)
@@ -28,12 +28,12 @@ def patches(images: jax.Array, size: int) -> jax.Array:
 
 
 def sincos(rows: int, columns: int, features: int) -> np.ndarray:
-    """Sines and cosines of column, then row: float32 `[rows · columns, features]` (as in Beyer et al., 2205.01580).
+    """Sines and cosines of column, then row: float32 `[rows · columns, features]` (Beyer et al. 2022, 2205.01580).
 
-    A quarter of the channels each; frequencies run geometrically from 1 down to 1/10,000.
+    Each of the four gets a quarter of the channels; frequencies decrease geometrically from 1 to 1/10,000.
 
     Raises:
-      ValueError: `features` is no multiple of four, or only four.
+      ValueError: `features` is no multiple of four, or below 8.
     """
     if features % 4 or features < 8:
         raise OptionError("features", features, "sincos positions need a multiple of 4, at least 8")
@@ -46,16 +46,17 @@ def sincos(rows: int, columns: int, features: int) -> np.ndarray:
 class ViT(nnx.Module):
     """Vision transformer (Dosovitskiy et al. 2020, arXiv 2010.11929), with any mixer and any linear layer.
 
-    Patches are projected, get their positions and go through the `Encoder`; a linear layer of its first token ("cls")
-    or of the mean of its tokens gives the logits. It starts at zero, as in the authors' code. Published models are
-    settings of this one:
+    Patches are projected, get positions and pass through the `Encoder`. A linear layer of its first token ("cls") or of
+    the mean of its tokens gives the logits; it starts at zero, as in the authors' code. Published models are settings
+    of this one:
 
     - AugReg (Steiner et al. 2021, arXiv 2106.10270) and the original: the defaults.
     - Plain ViT-S/16 (Beyer et al. 2022, arXiv 2205.01580): pool="mean", positions="sincos", representation=features.
-    - DeiT (Touvron et al. 2020, arXiv 2012.12877) without distillation, and others written in torch: mlp="gelu_erf";
-      those of Hugging Face have norm_epsilon=1e-12 too.
+    - DeiT (Touvron et al. 2020, arXiv 2012.12877) without distillation, and other torch models: mlp="gelu_erf"; those
+      of Hugging Face also have norm_epsilon=1e-12.
 
-    A mixer that sees its tokens as a square grid (`pool`, `soft` with value_conv) needs pool="mean" and a square image.
+    A mixer that treats its tokens as a square grid (`pool`, `soft` with value_conv) needs pool="mean" and a square
+    image.
 
     Args:
       num_classes: labels are in [0, num_classes).
@@ -63,27 +64,28 @@ class ViT(nnx.Module):
       mixers: factories of token mixers, called with (features, heads=, head_dim=, positions=, max_len=, dropout=,
         dtype=, rngs=) and repeated to depth.
       linear: factory of the MLP's linear layers, with the signature of `nnx.Linear`.
-      patch_size: side of a patch in pixels; divides height and width.
+      patch_size: side of a patch in pixels; must divide height and width.
       features: width of the tokens.
       layers: number of blocks.
-      heads: of each mixer.
-      head_dim: width of a head; None is features // heads.
+      heads: number of heads of each mixer.
+      head_dim: width of a head; None means features // heads.
       mlp_features: width inside the MLPs.
-      dropout: rate on the embeddings and on the output of every mixer and MLP.
-      drop_path: rate at which an example skips a branch of the last block, rising linearly from 0 in the first.
-      layer_scale: where a learnt factor per channel of every branch starts; None = there is none.
-      pool: "cls", a learnt token in front of the patches, or "mean" over the patches.
-      positions: "learned" (the class token's too), "sincos" (fixed, none for the class token), "rope2d" (in the mixers)
-        or "none".
-      representation: width of a tanh layer between pooling and logits; None = there is none.
-      norm: "layer" or "rms".
-      norm_epsilon: added to the variance in it.
-      mlp: "gelu", "gelu_erf" or "swiglu".
-      remat: recompute blocks in the backward pass.
-      dtype: of the computation; parameters are float32.
+      dropout: dropout rate on the embeddings and on the output of every mixer and MLP.
+      drop_path: rate at which an example skips a branch of the last block; it increases linearly from 0 in the first
+        block.
+      layer_scale: initial value of a learnt factor per channel of every branch; None means no factor.
+      pool: pooling to one vector: "cls" (a learnt token in front of the patches) or "mean" (over the patches).
+      positions: position encoding: "learned" (also for the class token), "sincos" (fixed, none for the class token),
+        "rope2d" (in the mixers) or "none".
+      representation: width of a tanh layer between pooling and logits; None means no such layer.
+      norm: normalisation: "layer" or "rms".
+      norm_epsilon: number added to the variance in the norms.
+      mlp: kind of MLP: "gelu", "gelu_erf" or "swiglu".
+      remat: whether to recompute blocks in the backward pass.
+      dtype: dtype of the computation; parameters are float32.
 
     Raises:
-      ValueError: a name or a size that does not fit; rope2d with a class token or without a square of patches.
+      ValueError: a name or a size that does not fit; "rope2d" with a class token or with patches that form no square.
     """
 
     def __init__(
@@ -132,7 +134,7 @@ class ViT(nnx.Module):
             nnx.Param(0.02 * jax.random.normal(rngs.params(), (tokens, features))) if positions == "learned" else None
         )
         if positions == "sincos":
-            sincos(rows, columns, features)  # refuses what cannot be, here rather than at the first call
+            sincos(rows, columns, features)  # raises here instead of at the first call
         sizes = {
             "heads": heads,
             "head_dim": head_dim,
@@ -165,7 +167,7 @@ class ViT(nnx.Module):
         self.dropout = dropout
 
     def encode(self, inputs: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Images to the encoder's tokens, `[batch, tokens, features]`; arguments as in `__call__`."""
+        """The encoder's output tokens for images, `[batch, tokens, features]`; arguments as in `__call__`."""
         if inputs.shape[1:] != self.image_shape:
             raise ValueError(f"images have shape {inputs.shape[1:]}: this ViT was built for {self.image_shape}")
         batch, size = inputs.shape[0], self.patch_size
@@ -186,7 +188,7 @@ class ViT(nnx.Module):
 
         Args:
           inputs: images, float `[batch, height, width, channels]`.
-          key: None at evaluation; in training one key per example `[batch]`, or one key, folded per row.
+          key: None at evaluation; in training one key per example `[batch]`, or a single key, folded per example.
 
         Raises:
           ValueError: images of another shape.
