@@ -55,10 +55,11 @@ def paper(cls: type[Mixer] | type[Weight]) -> str:
 
 
 def file(cls: type) -> str:
-    """A link to the class's file, relative to the repository's root."""
-    path = Path(sys.modules[cls.__module__].__file__)
-    path = path.relative_to(Path(__file__).parents[2]).as_posix()
-    return f"[{Path(path).name}]({path})"
+    """A link to the class's file, relative to the repository's root; of a class from elsewhere its module's name."""
+    root, path = Path(__file__).parents[2], getattr(sys.modules.get(cls.__module__), "__file__", None)
+    if path is None or not Path(path).is_relative_to(root):
+        return f"`{cls.__module__}`"
+    return f"[{Path(path).name}]({Path(path).relative_to(root).as_posix()})"
 
 
 def replaced(text: str) -> str:
