@@ -8,6 +8,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from efficient_tx.checks import one_of
+
 Kind = Literal["tokens", "token_pairs", "image", "token_labels"]
 
 # Example: one unbatched item, {"inputs": int32 [length], "label": int}; pairs also have `inputs2`. All tokens are real,
@@ -51,6 +53,9 @@ class Objective:
     best: str
     higher_is_better: bool
     label_dtype: str = "int32"
+
+    def __post_init__(self):
+        one_of(self.names, best=self.best)
 
     @property
     def names(self) -> tuple[str, ...]:

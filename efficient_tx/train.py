@@ -31,6 +31,7 @@ from ml_collections import ConfigDict
 
 from efficient_tx.config import flags as command_line
 from efficient_tx.config.build import build_model, build_stages, build_task
+from efficient_tx.config.check import check_objective
 from efficient_tx.config.names import task_module
 from efficient_tx.config.schema import with_dense_weights
 from efficient_tx.config.stored import restore
@@ -77,6 +78,7 @@ def train(asked: command_line.Run, workdir: Workdir) -> None:
         task = build_task(config)
         objective = objective_of(task)
         model = build_model(config, task)
+        check_objective(model, task)
         stages, schedule = build_stages(config, model, objective)
         terms = {
             "protocol": config.protocol,

@@ -11,6 +11,7 @@ from efficient_tx.config.errors import at, blame
 from efficient_tx.config.names import (
     DTYPES,
     MODELS,
+    is_ours,
     mixer_class,
     parse_mixers,
     section_name,
@@ -42,9 +43,11 @@ def build_task(config: ConfigDict) -> Task:
     with at("task"):
         try:
             task = module.get_task(**arguments)
-        except (OSError, ValueError, ModuleNotFoundError):
+        except OptionError:
             raise
-        except Exception as error:  # any mistake in a module of the user's own
+        except Exception as error:
+            if is_ours(config.task.name) and isinstance(error, OSError | ValueError | ModuleNotFoundError):
+                raise
             raise ValueError(blame(error)) from None
         if not isinstance(task, Task):
             raise ValueError(f"get_task returned a {type(task).__name__}, not an efficient_tx.task.Task")
@@ -72,7 +75,10 @@ def build_mixer(name: str, section: ConfigDict, linear: Callable[..., nnx.Module
 
     def make(features, **sizes):
         with at(f"attention.{section_name(name)}"):
-            return mixer_class(name)(features, linear=linear, **sizes, **section)
+            try:
+                return mixer_class(name)(features, linear=linear, **sizes, **section)
+            except (TypeError, NotImplementedError) as error:  # a class of the user's own
+                raise ValueError(blame(error)) from None
 
     return make
 

