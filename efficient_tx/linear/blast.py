@@ -96,6 +96,7 @@ def nearest_blast(a: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Ar
 
     Args:
       a: `[j, p, i, q]`, entry (p, q) of the block between input block j and output block i.
+      rank: number of terms.
 
     Returns:
       v `[j, p, rank]`, s `[i, j, rank]` and u `[i, q, rank]`.

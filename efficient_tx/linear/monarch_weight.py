@@ -29,6 +29,9 @@ def nearest_slices(kernel: jax.Array, k: int, p: int, s: int, l: int, rank: int)
     Args:
       kernel: `[in, out]` with in ≤ k·p and out ≤ s·l, padded here. The padding is whole rows and columns of a slice, so
         it does not change the optimum.
+      k, p: number and width of the input blocks.
+      s, l: width and number of the output groups.
+      rank: rank of each slice.
 
     Returns:
       w1 `[k, rank·l, p]` and w2 `[l, s, k·rank]`.

@@ -45,6 +45,7 @@ def in_chunks(multiply: Callable[..., jax.Array], x: jax.Array, *weights: jax.Ar
     Args:
       multiply: (x `[..., in]`, *weights) -> `[..., out]`, separately for each token.
       x: `[..., in]`.
+      *weights: further arguments of `multiply`, the same for all chunks.
     """
     tokens = math.prod(x.shape[:-1])
     counts = range(-(-x.size // CHUNK), tokens // 128 + 1)

@@ -57,11 +57,12 @@ class TokenEncoder(nnx.Module):
       dropout: dropout rate on the embeddings and on the output of every mixer and MLP.
       positions: position encoding: "learned", "sinusoidal", "rope", "rope2d" or "none".
       norm: normalisation: "layer" or "rms".
-      mlp: kind of MLP: "gelu" or "swiglu".
+      mlp: kind of MLP: "gelu", "gelu_erf" or "swiglu".
       causal: whether token i sees tokens j ≤ i only.
       prefix: number of learnt tokens in front of the sequence.
       remat: whether to recompute blocks in the backward pass.
       dtype: dtype of the computation; parameters are float32.
+      rngs: source of the initial parameters.
     """
 
     def __init__(

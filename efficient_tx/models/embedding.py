@@ -28,6 +28,8 @@ class TokenEmbedding(nnx.Module):
       features: width of the vectors.
       max_len: the largest sequence length; longer input raises with "learned" and "sinusoidal" positions.
       positions: position encoding: "learned", "sinusoidal", or one that adds nothing here ("rope", "rope2d", "none").
+      dtype: dtype of the computation; parameters are float32.
+      rngs: source of the initial parameters.
     """
 
     def __init__(

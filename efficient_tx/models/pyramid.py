@@ -57,6 +57,10 @@ class Stage(nnx.Module):
       side: side of the resulting grid.
       blocks: factories of the blocks, called with (features, rngs=).
       class_token: whether to put a learnt token in front of the tokens of the grid.
+      dropout: dropout rate on the tokens before the blocks.
+      remat: whether to recompute blocks in the backward pass.
+      dtype: dtype of the computation; parameters are float32.
+      rngs: source of the initial parameters.
     """
 
     def __init__(
@@ -135,6 +139,7 @@ class Pyramid(nnx.Module):
         block.
       remat: whether to recompute blocks in the backward pass.
       dtype: dtype of the computation; parameters are float32.
+      rngs: source of the initial parameters.
 
     Raises:
       ValueError: a name or a size that does not fit; an image that is not square.

@@ -54,6 +54,8 @@ class Mlp(nnx.Module):
         models; or "swiglu": W₃ (silu(W₁ x) ⊙ W₂ x) (Shazeer 2020, arXiv 2002.05202), whose inner width ⌊2/3 hidden⌉
         gives the same number of parameters.
       linear: factory of the linear layers, with the signature of `nnx.Linear`.
+      dtype: dtype of the computation; parameters are float32.
+      rngs: source of the initial parameters.
     """
 
     def __init__(
@@ -95,6 +97,8 @@ class Block(nnx.Module):
       drop_path: rate at which an example skips the mixer and, separately, the MLP.
       layer_scale: initial value of a learnt factor per channel of both branches; None means no factor. LayerScale is
         from Touvron et al. 2021, arXiv 2103.17239.
+      dtype: dtype of the computation; parameters are float32.
+      rngs: source of the initial parameters.
     """
 
     def __init__(
@@ -147,7 +151,11 @@ class Encoder(nnx.Module):
       mixers: mixer factories, repeated to depth: block i gets mixers[i mod len(mixers)].
       mlp_features: width inside the MLPs.
       remat: whether to recompute each block in the backward pass instead of storing its activations.
+      norm: normalisation of the blocks and after them: "layer" or "rms".
+      norm_epsilon: number added to the variance in the norms.
       drop_path: rate of `Block` in the last block; it increases linearly from 0 in the first block.
+      dtype: dtype of the computation; parameters are float32.
+      rngs: source of the initial parameters.
       **block: the remaining arguments of `Block`.
     """
 

@@ -83,6 +83,7 @@ class ViT(nnx.Module):
       mlp: kind of MLP: "gelu", "gelu_erf" or "swiglu".
       remat: whether to recompute blocks in the backward pass.
       dtype: dtype of the computation; parameters are float32.
+      rngs: source of the initial parameters.
 
     Raises:
       ValueError: a name or a size that does not fit; "rope2d" with a class token or with patches that form no square.

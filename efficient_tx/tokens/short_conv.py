@@ -48,6 +48,7 @@ class ShortConv(nnx.Module):
       channels: number of channels of the tokens.
       size: number of taps, at least 1.
       causal: whether a token sees only itself and tokens before it, else tokens on both sides.
+      rngs: source of the initial weights.
     """
 
     def __init__(self, channels: int, size: int, *, causal: bool, rngs: nnx.Rngs):

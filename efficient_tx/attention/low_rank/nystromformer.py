@@ -98,6 +98,7 @@ class Nystromformer(MultiHead):
     Args:
       value_conv: size of the depthwise convolution of the values, odd (35 in the paper's runs on Long Range Arena); 0
         means none.
+      conv: size of the depthwise convolution of each projection, see `MultiHead`; 0 means none.
 
     Raises:
       ValueError: `causal=True`, or an option out of its range.

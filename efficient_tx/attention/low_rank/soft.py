@@ -131,10 +131,12 @@ class Soft(MultiHead):
     """Multi-head SOFT attention; options as `soft`, the other arguments as `MultiHead`.
 
     Args:
-      bottleneck: how bottleneck tokens are made: "mean" (no parameters, any length) or "convolution", see `Bottleneck`.
+      bottleneck: method that makes the bottleneck tokens: "mean" (no parameters, any length) or "convolution", see
+        `Bottleneck`.
       value_conv: size of the depthwise convolution of the values, odd; 0 means none, −1 means 2 ⌊s/2⌋ + 1 with s the
         stride of the convolution bottleneck. On a grid it is the size in both directions. The stages of the paper's
         image models have 9, 5 and 3, which −1 gives.
+      conv: size of the depthwise convolution of each projection, see `MultiHead`; 0 means none.
 
     Raises:
       ValueError: `causal=True`, an option out of its range, or "convolution" without `max_len`.

@@ -64,7 +64,7 @@ def lev_init(
     budget: int = 128,
     dtype: jnp.dtype = jnp.float32,
 ) -> LevState:
-    """The empty state.
+    """The empty state, before the first token.
 
     Args:
       batch: number of sequences.
