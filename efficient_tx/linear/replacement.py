@@ -20,7 +20,7 @@ class Projection(NamedTuple):
     Attributes:
       path: path of the layer; the first one if there are several.
       distance: ‖W − Ŵ‖ in Frobenius norm, a float32 scalar (float64 for a float64 weight).
-      norm: ‖W‖, likewise.
+      norm: ‖W‖, of the same dtype.
     """
 
     path: Path

@@ -1,1 +1,1 @@
-"""What any mixer does to tokens: masks and packing, rotary positions, grids, segments, convolutions."""
+"""Operations on tokens that mixers share: masks and packing, rotary positions, grids, segments, convolutions."""

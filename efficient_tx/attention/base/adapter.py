@@ -12,7 +12,7 @@ from efficient_tx.checks import lookup
 
 
 def adapt(variants: Mapping[str, type[Mixer]], name: str, **options: Any) -> Callable[..., jax.Array]:
-    """`variants[name]` as an `attention_fn`; see `efficient_tx.attention.as_attention_fn`."""
+    """`variants[name]` as an `attention_fn`: see `efficient_tx.attention.as_attention_fn`."""
     variant = lookup(variants, name, "attention")
     function = variant.function
     check(variant, name, options)

@@ -52,7 +52,7 @@ class Mixer(nnx.Module):
         tokens than the keys), "decode" (one query, the last) and "rows" (decoding does not give a row of the causal
         form).
       windowed: whether a query of the causal form may see only a part of its past.
-      can_be_causal: whether `causal=True` has a meaning; where a class does not say, whether `function` takes `causal`.
+      can_be_causal: whether `causal=True` is supported; default: whether `function` has the argument `causal`.
       has_positions: whether the mixer has queries and keys that can be rotated by their positions.
       needs_max_len: whether parameters or constants are tied to the length.
       draws: whether `function` samples with its `key`.
@@ -93,10 +93,10 @@ class Mixer(nnx.Module):
 
     @classmethod
     def _adopt(cls, function: Callable[..., jax.Array]) -> None:
-        """Takes `function` as the class's own, as a static method, and takes from it whether the mixer can be causal.
+        """Makes `function` a static method, and sets `can_be_causal` from its arguments unless the class sets it.
 
         Raises:
-          TypeError: the function takes no `mask`, so that it would see the padding.
+          TypeError: the function has no argument `mask`, so it would see the padding.
         """
         parameters = inspect.signature(function).parameters
         if "mask" not in parameters:
