@@ -1,5 +1,6 @@
 """Promises of every structured weight, over the table and over awkward sizes."""
 
+import inspect
 import math
 
 import jax
@@ -16,14 +17,38 @@ SIZES = [(13, 7), (1, 5), (40, 6), (6, 40)]  # prime, one, tall, wide
 # Fits that end in a local optimum: how far a second projection may move, relative to the weight, by their docstring.
 FITTED = {"low_rank_plus_sparse": 0.15}
 both = pytest.mark.parametrize("name", LINEAR)
+# Compiled programs are of two sizes in the quick loop, of all in the slow run.
+sizes = [
+    pytest.param(*SIZES[0], marks=pytest.mark.quick),
+    *(pytest.param(*size, marks=pytest.mark.slow) for size in SIZES[1:3]),
+    SIZES[3],
+]
 
 
 def layer(name, n, m, seed=0, **options):
     return LINEAR[name](n, m, rngs=nnx.Rngs(seed), **options)
 
 
+def made(name, n, m, **options):
+    """The layer, its parameters drawn by one program."""
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: layer(name, n, m, **options)))
+    return nnx.merge(graphdef, jax.jit(lambda: nnx.split(layer(name, n, m, **options))[1])())
+
+
+def compiled(function):
+    """`function` as one program, or by itself where a fit decides in Python when it is done."""
+
+    def run(*args):
+        try:
+            return jax.jit(function)(*args)
+        except jax.errors.TracerBoolConversionError:
+            return function(*args)
+
+    return run
+
+
 @both
-@pytest.mark.parametrize(("n", "m"), SIZES)
+@pytest.mark.parametrize(("n", "m"), sizes)
 def test_is_affine_with_its_dense_weight(name, n, m):
     with jax.enable_x64(True):
         x = np.random.default_rng(1).normal(size=(2, 3, n))
@@ -44,29 +69,35 @@ def test_is_affine_with_its_dense_weight(name, n, m):
 
 
 @both
-@pytest.mark.parametrize(("n", "m"), SIZES)
+@pytest.mark.parametrize(("n", "m"), [SIZES[0], *sizes[1:]])
 def test_projection_is_deterministic_idempotent_and_keeps_the_bias(name, n, m):
+    @compiled
+    def project(kernel, bias):
+        projected = LINEAR[name].from_dense(kernel, bias)
+        return projected.to_dense(), projected.bias[...]
+
+    kernel, bias = np.random.default_rng(0).normal(size=(n, m)), np.arange(m, dtype=np.float64)
     with jax.enable_x64(True):
-        kernel = jax.random.normal(jax.random.key(0), (n, m), jnp.float64)
-        bias = jnp.arange(m, dtype=jnp.float64)
-        once = LINEAR[name].from_dense(kernel, bias)
-        again = LINEAR[name].from_dense(kernel, bias)
-        twice = LINEAR[name].from_dense(once.to_dense())
-        np.testing.assert_array_equal(once.to_dense(), again.to_dense())
-        tolerance = FITTED.get(name, 1e-12)  # float64 rounding of an SVD
-        assert jnp.linalg.norm(twice.to_dense() - once.to_dense()) <= tolerance * jnp.linalg.norm(kernel)
-        np.testing.assert_array_equal(once.bias[...], bias)
-        assert twice.bias is None
-        # Every multiple of a layer is one of its structure, so what a projection leaves is orthogonal to what it keeps.
-        left = kernel - once.to_dense()
-        assert abs(float(jnp.vdot(left, once.to_dense()))) <= tolerance * float(jnp.vdot(kernel, kernel))
+        (once, kept), (again, _) = (project(jnp.asarray(kernel), jnp.asarray(bias)) for _ in range(2))
+        twice, _ = project(once, jnp.asarray(bias))
+    once, again, twice = map(np.asarray, (once, again, twice))
+    np.testing.assert_array_equal(once, again)
+    tolerance = FITTED.get(name, 1e-12)  # float64 rounding of an SVD
+    assert np.linalg.norm(twice - once) <= tolerance * np.linalg.norm(kernel)
+    np.testing.assert_array_equal(kept, bias)
+    # Every multiple of a layer is one of its structure, so what a projection leaves is orthogonal to what it keeps.
+    assert abs(np.vdot(kernel - once, once)) <= tolerance * np.vdot(kernel, kernel)
 
 
 @both
 def test_projection_of_a_layer_of_its_own_is_that_layer(name):
-    with jax.enable_x64(True):
+    @compiled
+    def there_and_back():
         weight = layer(name, 24, 36, param_dtype=jnp.float64).to_dense()
-        back = LINEAR[name].from_dense(weight).to_dense()
+        return weight, LINEAR[name].from_dense(weight).to_dense()
+
+    with jax.enable_x64(True):
+        weight, back = map(np.asarray, there_and_back())
     tolerance = FITTED.get(name, 1e-9)  # what BLAST's fit documents; of the others rounding
     assert np.linalg.norm(back - weight) <= tolerance * np.linalg.norm(weight)
 
@@ -140,8 +171,7 @@ def test_fourier_transform_with_permuted_columns_is_one_monarch_matrix():
         np.testing.assert_allclose(made.to_dense(), weight, atol=1e-12)
 
 
-STARTS = [
-    *((name, 130, 515, {}) for name in LINEAR),
+OTHER_STARTS = [
     ("low_rank", 64, 192, {"rank": 1}),
     ("low_rank", 192, 64, {"rank": 48}),
     ("monarch", 64, 192, {"blocks": 8}),
@@ -154,6 +184,10 @@ STARTS = [
     ("blast", 192, 64, {"blocks": 8, "rank": 40}),
     ("kronecker", 64, 192, {"rank": 2}),
     ("kronecker", 192, 64, {"rank": 16}),
+]
+STARTS = [
+    *((name, 130, 515, {}) for name in LINEAR),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHER_STARTS),
 ]
 
 
@@ -180,7 +214,7 @@ def test_published_monarch_start_loses_a_factor_of_nine():
     assert float(published) == pytest.approx(1 / 9, rel=0.03)  # four deviations of 2 · 10^5 entries and inputs
     assert float(ours) == pytest.approx(1.0, rel=0.03)
     assert float(jnp.abs(layer("monarch", 512, 256, init="published").w2[...]).max()) <= 64**-0.5
-    with pytest.raises(ValueError, match="init is 'theirs': choose one of variance, published"):
+    with pytest.raises(ValueError, match="init is 'theirs': choose 'variance' or 'published'"):
         layer("monarch", 4, 4, init="theirs")
 
 
@@ -249,36 +283,42 @@ def held_still(monkeypatch):
 @both
 def test_gradient_matches_finite_differences(name, monkeypatch):
     with jax.enable_x64(True):
-        made = layer(name, 6, 9, param_dtype=jnp.float64)
-        graphdef, params = nnx.split(made)
-        x = jax.random.normal(jax.random.key(1), (2, 6), jnp.float64)
+        graphdef, params = nnx.split(made(name, 6, 9, param_dtype=jnp.float64))
+        x = np.random.default_rng(1).normal(size=(2, 6))
 
         def loss(params, x):
             return jnp.sum(jnp.sin(nnx.merge(graphdef, params)(x)))
 
-        direction = jax.tree.map(lambda p: jax.random.normal(jax.random.key(2), p.shape, p.dtype), params)
-        slope = sum(jnp.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (jax.grad(loss)(params, x), direction))))
-        step, again = 1e-6, held_still(monkeypatch)
+        direction = jax.tree.map(lambda p: np.random.default_rng(2).normal(size=p.shape), params)
+        step = 1e-6
 
-        def along(distance):
-            again()
-            return loss(jax.tree.map(lambda p, d: p + distance * d, params, direction), x)
+        @jax.jit
+        def slopes(params, x):
+            slope = sum(jnp.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (jax.grad(loss)(params, x), direction))))
+            again = held_still(monkeypatch)
 
-        along(0)
-        difference = (along(step) - along(-step)) / (2 * step)
+            def along(distance):
+                again()
+                return loss(jax.tree.map(lambda p, d: p + distance * d, params, direction), x)
+
+            along(0)
+            return slope, (along(step) - along(-step)) / (2 * step)
+
+        slope, difference = slopes(params, x)
         assert float(slope) == pytest.approx(float(difference), abs=1e-7)  # rounding 1e-15 / step, curvature step²
 
 
 @both
-@pytest.mark.parametrize(("n", "m"), SIZES)
+@pytest.mark.parametrize(("n", "m"), [SIZES[0], *sizes[1:]])
 def test_counts_are_what_is_stored(name, n, m):
-    made = layer(name, n, m)
-    made.bias[...] = jnp.ones(m)
-    stored = jax.tree.leaves(nnx.state(made))
-    assert made.parameters == sum(np.count_nonzero(leaf) for leaf in stored)  # a zero of a sparse matrix is not there
-    assert made.bytes_stored == 4 * sum(leaf.size for leaf in stored)
+    one = made(name, n, m)
+    one.bias[...] = np.ones(m, np.float32)
+    stored = jax.tree.leaves(nnx.state(one))
+    assert one.parameters == sum(np.count_nonzero(leaf) for leaf in stored)  # a zero of a sparse matrix is not there
+    assert one.bytes_stored == 4 * sum(leaf.size for leaf in stored)
 
 
+@pytest.mark.quick
 @both
 def test_computes_in_the_dtype_asked_for(name):
     made = nnx.eval_shape(lambda: layer(name, 8, 8, dtype=jnp.bfloat16))
@@ -286,19 +326,42 @@ def test_computes_in_the_dtype_asked_for(name):
     assert {p.dtype for p in jax.tree.leaves(nnx.state(made))} == {jnp.dtype(jnp.float32)}
 
 
+@pytest.mark.quick
+@both
+def test_the_signature_shows_all_that_the_class_takes(name):
+    """That of `nnx.Linear` with more options, none of them behind `**`; what `sized_by` varies is among them."""
+    shown = inspect.signature(LINEAR[name]).parameters
+    assert list(shown)[:2] == ["in_features", "out_features"]
+    assert {"use_bias", "dtype", "param_dtype", "rngs"} <= shown.keys()
+    assert not any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in shown.values())
+    assert shown.keys() >= set(schema.options(LINEAR[name]))
+    sized = LINEAR[name].sized_by(64, 64)
+    assert sized is None or sized[0] in shown
+    for options in LINEAR[name].timed_with(64):
+        assert options.keys() <= shown.keys()
+
+
+@pytest.mark.quick
 @both
 def test_holds_parameters_only(name):
-    variables = [v for _, v in nnx.to_flat_state(nnx.split(layer(name, 8, 8))[1])]
+    variables = [v for _, v in nnx.to_flat_state(nnx.split(nnx.eval_shape(lambda: layer(name, 8, 8)))[1])]
     assert variables
     assert all(type(v) is nnx.Param for v in variables)
 
 
+@both
+def test_projected_without_a_bias_has_none(name):
+    assert LINEAR[name].from_dense(jnp.ones((4, 4))).bias is None
+
+
+@pytest.mark.quick
 @both
 def test_refuses_what_is_no_matrix(name):
     with pytest.raises(ValueError, match="from_dense takes a matrix"):
         LINEAR[name].from_dense(jnp.ones((2, 3, 4)))
 
 
+@pytest.mark.quick
 @both
 def test_refuses_sizes_below_one(name):
     for option in {"rank", "blocks"} & set(schema.options(LINEAR[name])):

@@ -125,6 +125,7 @@ def test_gradients_of_a_mixer(name, causal):
             np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["softmax", "gla"])
 def test_a_mixer_in_bfloat16_stays_near_float32(name):
     x, _, mask = inputs(4, channels=8)

@@ -93,6 +93,7 @@ def published(q, k, v, count, rng):
     return a @ (b.T @ v) / (a @ b.sum(0))[:, None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_error_falls_with_the_features_and_is_at_most_the_published_one(kind):
     """Mean over 128 draws of the relative error to softmax: it falls like √features; orthogonality takes 10 % off."""

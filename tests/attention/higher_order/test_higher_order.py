@@ -71,11 +71,11 @@ def run(name, windows=None, **options):
 @pytest.mark.parametrize(
     ("name", "windows", "queries", "causal"),
     [
-        ("tensor", (5, 4), 13, False),
+        pytest.param("tensor", (5, 4), 13, False, marks=pytest.mark.slow),
         ("tensor", (5, 4), 13, True),
-        ("tensor", (2, 7), 1, True),
-        ("tensor", (13, 40), 6, False),
-        ("strassen", None, 13, True),
+        pytest.param("tensor", (2, 7), 1, True, marks=pytest.mark.slow),
+        pytest.param("tensor", (13, 40), 6, False, marks=pytest.mark.slow),
+        pytest.param("strassen", None, 13, True, marks=pytest.mark.slow),
         ("strassen", None, 6, False),
     ],
 )
@@ -175,6 +175,7 @@ def test_the_two_tokens_of_a_pair_may_change_places():
             np.testing.assert_allclose(one, two, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_error_falls_as_the_windows_grow():
     """On random, clustered and imbalanced tokens, one example each; to zero with all of them."""
     r, n, dim = np.random.default_rng(0), 48, 8

@@ -110,6 +110,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_error_falls_with_landmarks_and_is_at_most_the_published_one(kind):
     r = np.random.default_rng(0)

@@ -49,11 +49,16 @@ def published(q, k, v, landmarks, rng):
     return gaussian(q, z) @ (d[:, None] * inverse * d) @ (gaussian(z, k) @ v)
 
 
-@pytest.mark.parametrize("inverse", ("cholesky", "iteration"))
 @pytest.mark.parametrize(
-    ("queries", "keys", "groups", "masked"),
-    [(20, 20, 2, False), (20, 20, 1, True), (7, 20, 2, True)],
-    ids=("plain", "grouped and masked", "cross"),
+    ("queries", "keys", "groups", "masked", "inverse"),
+    [
+        pytest.param(20, 20, 2, False, "cholesky", marks=pytest.mark.slow),
+        pytest.param(20, 20, 2, False, "iteration", marks=pytest.mark.slow),
+        (20, 20, 1, True, "cholesky"),
+        pytest.param(20, 20, 1, True, "iteration", marks=pytest.mark.slow),
+        pytest.param(7, 20, 2, True, "cholesky", marks=pytest.mark.slow),
+        (7, 20, 2, True, "iteration"),
+    ],
 )
 def test_all_points_and_no_ridge_are_kernelized_attention(queries, keys, groups, masked, inverse):
     """The exact limit of Nyström; ridge 1e-12 leaves an error of that order times the condition of the kernel."""
@@ -80,6 +85,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_at_128_landmarks_the_error_is_at_most_the_published_one(kind):
     """Mean over 8 draws of the relative error of the output, length 384, heads of 32."""
@@ -109,7 +115,7 @@ def test_the_iteration_converges_to_the_solve():
         assert float(jnp.abs(twelve - solve).max()) < 1e-10 * scale
 
 
-@pytest.mark.parametrize("inverse", ("cholesky", "iteration"))
+@pytest.mark.parametrize("inverse", (pytest.param("cholesky", marks=pytest.mark.slow), "iteration"))
 def test_an_example_ignores_the_others_and_its_padding(inverse):
     """The published iteration starts from one maximum over the batch; here an example is what it is alone."""
     q, k, v = (x.astype(np.float32) for x in attention_inputs(0, 24, 24, batch=3))
@@ -145,6 +151,7 @@ def test_other_landmarks_have_the_same_exact_limit(name):
     assert (ours[2] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kmeans", "sketch"])  # k-means starts from the leverage scores' draw
 def test_other_landmarks_ignore_padding_and_other_examples(name):
     """Eleven tokens alone, in the middle of 24 other ones that are padding, and with more of it."""
@@ -193,6 +200,7 @@ def test_the_sketch_is_an_isometry_in_the_mean():
     np.testing.assert_allclose(np.mean(s.swapaxes(1, 2) @ s, 0), np.eye(10) / 2, atol=0.02)  # 4 standard deviations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["leverage", "kmeans"])
 def test_on_imbalanced_inputs_leverage_and_kmeans_beat_uniform(name):
     """One tight cluster of 96 %, four of 1 %: uniform landmarks fall on the large one. Mean of 8 draws."""
@@ -244,6 +252,7 @@ def test_a_common_shift_of_queries_and_keys_changes_nothing():
         np.testing.assert_allclose(np.asarray(shifted), np.asarray(skyformer(q, k, v, landmarks=8)), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_keys_draw_the_landmarks():
     """One key per example; the same one gives the same output, evaluation is one fixed draw for every example."""
     q, k, v = (np.broadcast_to(x[:1], x.shape).astype(np.float32) for x in attention_inputs(0, 24, 24))
@@ -262,6 +271,7 @@ def test_keys_draw_the_landmarks():
     assert np.abs(drawn[0] - fixed[0]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_every_option_changes_the_result():
     q, k, v = (x.astype(np.float32) for x in attention_inputs(0, 24, 24))
     options = {"landmarks": 8, "ridge": 0.1, "inverse": "iteration", "iterations": 3}
@@ -270,6 +280,7 @@ def test_every_option_changes_the_result():
         assert np.abs(skyformer(q, k, v, **options | change) - base).max() > 1e-4 * np.abs(base).max()
 
 
+@pytest.mark.slow
 def test_bfloat16_inputs_are_computed_in_float32():
     rounded = [np.asarray(x, jnp.bfloat16) for x in attention_inputs(0, 24, 24)]
     out = skyformer(*rounded, landmarks=8)
@@ -278,6 +289,7 @@ def test_bfloat16_inputs_are_computed_in_float32():
     np.testing.assert_allclose(out.astype(np.float32), full, rtol=2**-8, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_no_array_is_quadratic_in_the_length():
     def temporaries(length):
         x = jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32)

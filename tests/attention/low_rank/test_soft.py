@@ -56,7 +56,7 @@ def test_all_tokens_and_no_ridge_are_gaussian_self_attention(grid):
     mask = np.stack([np.ones(25, bool), np.random.default_rng(2).random(25) < 0.6, np.zeros(25, bool)])
     with jax.enable_x64(True):
         ours = soft(q, v, mask=mask, landmarks=30, grid=grid, ridge=1e-12)
-        exact = np.asarray(gaussian_self_attention(q, v, mask=mask))
+        exact = np.asarray(jax.jit(gaussian_self_attention)(q, v, mask=mask))
     for b, h in np.ndindex(3, 4):
         x, y = q[b, mask[b], h], v[b, mask[b], h // 2]
         np.testing.assert_allclose(exact[b, mask[b], h], gaussian(x, x) @ y, atol=1e-12)
@@ -117,6 +117,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 def test_the_error_falls_with_the_budget_and_is_at_most_the_published_one():
     """Means of consecutive tokens say little of tokens in no order, and much of smooth sequences."""
     r = np.random.default_rng(0)
@@ -138,6 +139,7 @@ def test_the_error_falls_with_the_budget_and_is_at_most_the_published_one():
     assert errors[1, list(KINDS).index("smooth")] < 0.02
 
 
+@pytest.mark.slow
 def test_bfloat16_inputs_are_computed_in_float32():
     q, v = (normal(i, 2, 12, 2, 4).astype(jnp.bfloat16) for i in range(2))
     out = soft(q, v, landmarks=8, inverse="iteration", symmetric_norm=True)
@@ -194,6 +196,7 @@ def test_convolved_bottleneck_tokens(grid):
         assert (np.asarray(z[b])[~real[b]] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", (False, True))
 def test_convolutions_keep_the_promises_about_padding(grid):
     options = {"bottleneck": "convolution", "value_conv": 3, "grid": grid}
@@ -214,8 +217,8 @@ def test_the_module_is_its_function():
         mixer = Soft(8, heads=2, landmarks=9, grid=True, symmetric_norm=True, value_conv=3, rngs=nnx.Rngs(0))
         x, lengths = normal(0, 2, 16, 8), (16, 7)
         mask = np.arange(16) < np.array(lengths)[:, None]
-        out = jax.jit(lambda x: mixer(x, mask=mask))(x)
-        q, v = (np.asarray(layer(x)).reshape(2, 16, 2, 4) for layer in (mixer.q, mixer.v))
+        out, *projected = jax.jit(lambda x: (mixer(x, mask=mask), mixer.q(x), mixer.v(x)))(x)
+        q, v = (np.asarray(x).reshape(2, 16, 2, 4) for x in projected)
         heads, conv = np.zeros((2, 16, 2, 4)), np.asarray(mixer.conv[...])
         for (b, n), h in [(pair, h) for pair in enumerate(lengths) for h in range(2)]:
             tokens, values = q[b, :n, h], np.pad(image(v[b, :n, h]), ((1, 1), (1, 1), (0, 0)))
@@ -226,7 +229,7 @@ def test_the_module_is_its_function():
             for i in range(n):
                 near = values[i // side : i // side + 3, i % side : i % side + 3]
                 heads[b, i, h] += np.einsum("ij,ijd->d", conv[..., h], near)
-        expected = np.where(mask[..., None], mixer.out(heads.reshape(2, 16, 8)), 0)
+        expected = np.where(mask[..., None], jax.jit(lambda x: mixer.out(x))(heads.reshape(2, 16, 8)), 0)
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-10)
 
 

@@ -220,6 +220,7 @@ def errors():
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_error_falls_with_the_budget(kind, errors):
     """Four times as many keys: at least a quarter less error."""
@@ -227,6 +228,7 @@ def test_the_error_falls_with_the_budget(kind, errors):
     assert first > 4 / 3 * second > 16 / 9 * third > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_error_is_at_most_that_of_the_published_algorithm(kind, errors):
     """At 64 keys in the block and 64 samples; within 5 %, the noise of eight draws, and far below it when shifted."""

@@ -260,6 +260,7 @@ def test_ties_go_to_the_earlier_key():
         assert np.asarray(universal_set(jnp.asarray(k), None, 5, 2.0))[0, :, 0].tolist() == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_the_error_falls_with_the_budget():
     """Mean relative error of five draws of random, clustered and imbalanced keys.
 

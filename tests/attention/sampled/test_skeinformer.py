@@ -102,6 +102,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_error_falls_with_the_budget_and_is_at_most_the_published_one(kind):
     """Mean over 48 draws of the relative error of the output, length 256."""
@@ -152,6 +153,7 @@ def test_gradients_equal_those_of_the_formula_for_what_it_draws():
             np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_bfloat16_inputs_are_computed_in_float32():
     rounded = [np.asarray(x, jnp.bfloat16) for x in attention_inputs(0, 24, 24)]
     out = skeinformer(*rounded, columns=8, pilots=2)
