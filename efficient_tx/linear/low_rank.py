@@ -1,4 +1,4 @@
-"""LowRank: W = D U, a narrow layer between two dense ones.
+"""LowRank: W = D U, two dense layers with a narrow width between them.
 
 The best approximation of a given rank is the truncated singular value decomposition (Eckart and Young 1936).
 """

@@ -154,7 +154,7 @@ class Weight:
           **options: options of the structure, as in its constructor.
 
         Raises:
-          ValueError: kernel is no matrix.
+          ValueError: the kernel is not a matrix.
         """
         if kernel.ndim != 2:
             raise ValueError(f"kernel has shape {kernel.shape}: from_dense takes a matrix [in_features, out_features]")

@@ -116,8 +116,8 @@ class PackedTernary(nnx.Module):
     the product with the scales). Its variables are no parameters: it cannot be trained.
 
     Args:
-      codes: uint8 `[⌈in_features / 4⌉, out_features]`; with n of these rows, bits 2p and 2p + 1 of row i are one more
-        than the level of input i + p n.
+      codes: uint8 `[⌈in_features / 4⌉, out_features]`; with n such rows, bits 2p and 2p + 1 of row i hold the level of
+        input i + p n plus 1.
       scale: scale of the levels, a scalar.
       bias: `[out_features]` or None.
       in_features: width of the input.

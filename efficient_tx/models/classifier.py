@@ -53,7 +53,7 @@ class TokenEncoder(nnx.Module):
       layers: number of blocks.
       heads: number of heads of each mixer.
       head_dim: width of a head; None means features // heads.
-      mlp_features: width inside the MLPs, and of the classifier's head.
+      mlp_features: width inside the MLPs and inside the head of `Classifier`.
       dropout: dropout rate on the embeddings and on the output of every mixer and MLP.
       positions: position encoding: "learned", "sinusoidal", "rope", "rope2d" or "none".
       norm: normalisation: "layer" or "rms".

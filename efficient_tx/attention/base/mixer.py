@@ -29,7 +29,7 @@ class Mixer(nnx.Module):
         ignore them.
       head_dim: width of a head.
       linear: factory of the linear layers, with the signature of `nnx.Linear`.
-      dropout: rate of the dropout on the mixer's output.
+      dropout: dropout rate on the mixer's output.
       causal: whether token i depends on tokens j ≤ i only.
       positions: rotary positions of queries and keys: None, "rope" or "rope2d".
       max_len: the largest sequence length; required by variants with parameters tied to the length.

@@ -14,7 +14,7 @@ GIVEN = frozenset({"mask", "key", "causal", "max_len"})
 
 
 def options(function: Callable | None) -> dict[str, inspect.Parameter]:
-    """The options of a variant's function by name: its keyword-only arguments with defaults, arrays aside."""
+    """The options of a variant's function by name: its keyword-only arguments with defaults that are no arrays."""
     if function is None:
         return {}
     return {

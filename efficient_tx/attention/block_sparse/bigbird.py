@@ -43,7 +43,8 @@ def bigbird(
       q: `[batch, queries, heads, head_dim]`.
       k: `[batch, keys, groups, head_dim]`; groups divides heads.
       v: `[batch, keys, groups, v_dim]`.
-      mask: bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens; it marks the queries too.
+      mask: bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens; with as many queries as keys it marks
+        the queries too.
       key: draws the random blocks, separately for every head and block of queries: one key per example `[batch]`, or a
         single key, folded per example; None (evaluation) means the same fixed key for every example.
       causal: a query sees no later token. Only then the numbers of queries and keys may differ: the last query is at
@@ -118,7 +119,7 @@ def distinct(uniform: jax.Array, choices: jax.Array) -> jax.Array:
 
 
 class BigBird(BlockSparse):
-    """Multi-head `bigbird` attention; options as the function, the other arguments as `MultiHead`."""
+    """Multi-head `bigbird` attention; options as in `bigbird`, other arguments as in `MultiHead`."""
 
     paper = "Zaheer et al. 2020, arXiv 2007.14062"
     computes = "softmax over near, first and random blocks, m tokens in all"

@@ -31,7 +31,8 @@ def local(
       q: `[batch, queries, heads, head_dim]`.
       k: `[batch, keys, groups, head_dim]`; groups divides heads.
       v: `[batch, keys, groups, v_dim]`.
-      mask: bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens; it marks the queries too.
+      mask: bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens; with as many queries as keys it marks
+        the queries too.
       key: unused, nothing is drawn.
       causal: a query sees no later token. Only then the numbers of queries and keys may differ: the last query is at
         the last real key (decoding), and time and memory are queries × keys.
@@ -51,7 +52,7 @@ def local(
 
 
 class Local(BlockSparse):
-    """Multi-head `local` attention; options as the function, the other arguments as `MultiHead`."""
+    """Multi-head `local` attention; options as in `local`, other arguments as in `MultiHead`."""
 
     paper = "Parmar et al. 2018, arXiv 1802.05751"
     computes = "softmax over the w nearest tokens"

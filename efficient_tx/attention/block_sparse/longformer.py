@@ -41,7 +41,8 @@ def longformer(
       v: `[batch, keys, groups, v_dim]`.
       q_global, k_global, v_global: separate projections of the same tokens for the rows of the global tokens, as in the
         paper; shapes as q, k and v. None: the global tokens use q, k and v.
-      mask: bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens; it marks the queries too.
+      mask: bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens; with as many queries as keys it marks
+        the queries too.
       key: unused, nothing is drawn.
       causal: a query sees no later token. Only then the numbers of queries and keys may differ: the last query is at
         the last real key (decoding), and time and memory are queries × keys.
@@ -70,7 +71,7 @@ def longformer(
 
 
 class Longformer(BlockSparse):
-    """Multi-head `longformer` attention; options as the function, the other arguments as `MultiHead`.
+    """Multi-head `longformer` attention; options as in `longformer`, other arguments as in `MultiHead`.
 
     Args:
       global_projections: whether global tokens attend with query, key and value layers of their own, as in the paper,

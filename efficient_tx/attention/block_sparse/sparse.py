@@ -46,7 +46,8 @@ def sparse(
       q: `[batch, queries, heads, head_dim]`.
       k: `[batch, keys, groups, head_dim]`; groups divides heads.
       v: `[batch, keys, groups, v_dim]`.
-      mask: bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens; it marks the queries too.
+      mask: bool `[batch, keys]` or `[batch, 1, 1, keys]`, True for real tokens; with as many queries as keys it marks
+        the queries too.
       key: unused, nothing is drawn.
       causal: a query sees no later token. Only then the numbers of queries and keys may differ: the last query is at
         the last real key (decoding), and time and memory are queries × keys.
@@ -70,7 +71,7 @@ def sparse(
 
 
 class Sparse(BlockSparse):
-    """Multi-head `sparse` attention; options as the function, the other arguments as `MultiHead`."""
+    """Multi-head `sparse` attention; options as in `sparse`, other arguments as in `MultiHead`."""
 
     paper = "Child et al. 2019, arXiv 1904.10509"
     computes = "softmax over the l nearest tokens and every l-th one"

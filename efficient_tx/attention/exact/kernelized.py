@@ -32,7 +32,7 @@ def kernelized(
 
 
 class Kernelized(MultiHead):
-    """Multi-head Gaussian-kernel attention; arguments as `MultiHead`."""
+    """Multi-head Gaussian-kernel attention; arguments as in `MultiHead`."""
 
     paper = "Chen et al. 2021, arXiv 2111.00035"
     computes = "a Gaussian kernel in place of the softmax, exactly"

@@ -5,7 +5,7 @@
 With b = −ln(trained length), the weights of a query sum to about the same number at any length, as in softmax
 attention. b is one constant in training and evaluation: shorter examples are not rescaled. Cost n².
 
-Unlike the published kernel, which computes σ as (1 + tanh(x/2)) / 2, weights far below 1 keep their relative accuracy.
+Unlike the published kernel: weights far below 1 keep their relative accuracy; there σ is (1 + tanh(x/2)) / 2.
 """
 
 import math

@@ -30,7 +30,7 @@ def softmax(
 
 
 class Softmax(MultiHead):
-    """Multi-head softmax attention; arguments as `MultiHead`."""
+    """Multi-head softmax attention; arguments as in `MultiHead`."""
 
     paper = "Vaswani et al. 2017, arXiv 1706.03762"
     computes = "exact attention, blockwise: memory linear in n"

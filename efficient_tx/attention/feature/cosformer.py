@@ -66,7 +66,7 @@ def cosformer(
 
 
 class Cosformer(MultiHead):
-    """Multi-head cosFormer; arguments as `MultiHead`. Weights are zero at a distance of `max_len` tokens."""
+    """Multi-head cosFormer; arguments as in `MultiHead`. Weights are zero at a distance of `max_len` tokens."""
 
     paper = "Qin et al. 2022, arXiv 2202.08791"
     computes = "ReLU features in place of the softmax, near tokens weighted more"

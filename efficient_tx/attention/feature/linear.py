@@ -172,7 +172,7 @@ def in_pieces(step: Callable, carry: Any, tokens: tuple, size: int) -> tuple[Any
 
 
 class LinearAttention(MultiHead):
-    """Multi-head linear attention; arguments as `MultiHead`."""
+    """Multi-head linear attention; arguments as in `MultiHead`."""
 
     paper = "Katharopoulos et al. 2020, arXiv 2006.16236"
     computes = "the features elu + 1 in place of the softmax"

@@ -37,7 +37,7 @@ def performer(
     q: jax.Array, k: jax.Array, v: jax.Array, *,
     mask: jax.Array | None = None, key: jax.Array | None = None, causal: bool = False, random_features: int = 256,
 ) -> jax.Array:  # fmt: skip
-    """Approximates `softmax` with `random_features` features: time and memory are linear in the length.
+    """Approximates `softmax` with `random_features` random features: time and memory are linear in the length.
 
     Args:
       q: `[batch, queries, heads, head_dim]`.
@@ -95,7 +95,7 @@ def performer(
 
 
 class Performer(MultiHead):
-    """Multi-head Performer attention; options as `performer`, the other arguments as `MultiHead`.
+    """Multi-head Performer attention; options as in `performer`, other arguments as in `MultiHead`.
 
     Raises:
       ValueError: random_features is below 1.

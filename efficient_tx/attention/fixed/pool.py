@@ -96,7 +96,7 @@ def slide(x: jax.Array, combine: Callable, empty: float, before: int, size: int,
 
 
 class Pool(Mixer):
-    """PoolFormer's mixer; options as `pool`.
+    """PoolFormer's mixer; options as in `pool`.
 
     It has no parameters: heads, head_dim, linear and dtype are ignored.
     """

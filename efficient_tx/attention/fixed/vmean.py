@@ -51,7 +51,7 @@ def vmean(
 
 
 class VMean(MultiHead):
-    """The mean of the values, between an input and an output projection; arguments as `MultiHead`."""
+    """The mean of the values, between an input and an output projection; arguments as in `MultiHead`."""
 
     paper = "Chen et al. 2021, arXiv 2112.05359"
     computes = "the mean of the values: a control"

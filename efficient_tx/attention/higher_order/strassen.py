@@ -22,7 +22,7 @@ def strassen(
     q: jax.Array, k: jax.Array, v: jax.Array, *,
     k2: jax.Array, v2: jax.Array, mask: jax.Array | None = None, key: jax.Array | None = None, causal: bool = False,
 ) -> jax.Array:  # fmt: skip
-    """Attends to all pairs of tokens, exactly: time is cubic in the length, memory linear.
+    """Exact attention to all pairs of tokens: time is cubic in the length, memory linear.
 
     Args:
       q: `[batch, queries, heads, head_dim]`, f in the formula.
@@ -53,7 +53,7 @@ def bilinear(q, k2):
 
 
 class Strassen(MultiHead):
-    """Multi-head Strassen attention; arguments as `MultiHead`. With rotary positions its scores are relative."""
+    """Multi-head Strassen attention; arguments as in `MultiHead`. With rotary positions its scores are relative."""
 
     paper = "Kozachinskiy et al. 2025, arXiv 2501.19215"
     computes = "softmax over all pairs of tokens, scores of three inner products"

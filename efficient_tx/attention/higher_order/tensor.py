@@ -81,7 +81,7 @@ def trilinear(q, k2):
 
 
 class Tensor(MultiHead):
-    """Multi-head windowed higher-order attention; options as `tensor`, the other arguments as `MultiHead`.
+    """Multi-head windowed higher-order attention; options as in `tensor`, other arguments as in `MultiHead`.
 
     Raises:
       ValueError: a window below 1, or rotary positions.

@@ -34,7 +34,7 @@ def linformer(
 
     Args:
       q: `[batch, q_length, heads, head_dim]`.
-      k: `[batch, length, groups, head_dim]`; heads must be a multiple of groups.
+      k: `[batch, length, groups, head_dim]`; groups divides heads.
       v: `[batch, length, groups, v_dim]`.
       e: weights of the keys' positions, `[rank, max_len]`, max_len ≥ length.
       f: weights of the values' positions, `[rank, max_len]`.

@@ -93,7 +93,7 @@ def nystromformer(
 
 
 class Nystromformer(MultiHead):
-    """Multi-head Nyströmformer attention; options as `nystromformer`, the other arguments as `MultiHead`.
+    """Multi-head Nyströmformer attention; options as in `nystromformer`, other arguments as in `MultiHead`.
 
     Args:
       value_conv: size of the depthwise convolution of the values, odd (35 in the paper's runs on Long Range Arena); 0

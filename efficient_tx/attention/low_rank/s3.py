@@ -106,7 +106,7 @@ def normalise(x: jax.Array, gain: jax.Array | None, shift: jax.Array | None, eps
 
 
 class S3(MultiHead):
-    """Multi-head S3Attention with its smoothing; `columns` and `rows` as `s3`, the other arguments as `MultiHead`.
+    """Multi-head S3Attention with its smoothing; `columns` and `rows` as in `s3`, other arguments as in `MultiHead`.
 
     Args:
       groups: number of channel groups whose means are smoothed; with groups ≥ features each channel is its own group.

@@ -197,7 +197,7 @@ def core_solve(core: jax.Array, sums: jax.Array, inverse: str, iterations: int) 
 
 
 class Skyformer(MultiHead):
-    """Multi-head Skyformer attention; options as `skyformer`, the other arguments as `MultiHead`.
+    """Multi-head Skyformer attention; options as in `skyformer`, other arguments as in `MultiHead`.
 
     Raises:
       ValueError: `causal=True`, or an option out of its range.

@@ -128,7 +128,7 @@ def pool(q: jax.Array, mask: jax.Array | None, landmarks: int, grid: bool) -> tu
 
 
 class Soft(MultiHead):
-    """Multi-head SOFT attention; options as `soft`, the other arguments as `MultiHead`.
+    """Multi-head SOFT attention; options as in `soft`, other arguments as in `MultiHead`.
 
     Args:
       bottleneck: method that makes the bottleneck tokens: "mean" (no parameters, any length) or "convolution", see

@@ -320,7 +320,7 @@ permute.defvjp(
 
 
 class Hyper(MultiHead):
-    """Multi-head HyperAttention; options as `hyper`, the other arguments as `MultiHead`.
+    """Multi-head HyperAttention; options as in `hyper`, other arguments as in `MultiHead`.
 
     Raises:
       ValueError: an option out of its range.

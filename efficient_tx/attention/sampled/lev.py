@@ -111,7 +111,7 @@ def universal_set(k: jax.Array, mask: jax.Array | None, budget: int, p: float) -
 
 
 class Lev(MultiHead):
-    """Multi-head LevAttention; options as `lev`, the other arguments as `MultiHead`.
+    """Multi-head LevAttention; options as in `lev`, other arguments as in `MultiHead`.
 
     Raises:
       ValueError: an option out of its range, or p ≠ 2 and causal.

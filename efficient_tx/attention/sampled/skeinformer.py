@@ -122,7 +122,7 @@ def column_log_probabilities(pilot_q: jax.Array, pilot_lse: jax.Array, k: jax.Ar
 
 
 class Skeinformer(MultiHead):
-    """Multi-head Skeinformer attention; options as `skeinformer`, the other arguments as `MultiHead`.
+    """Multi-head Skeinformer attention; options as in `skeinformer`, other arguments as in `MultiHead`.
 
     Raises:
       ValueError: `causal=True`, or an option out of its range.
