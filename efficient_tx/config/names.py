@@ -109,7 +109,7 @@ def task_module(name: str) -> ModuleType:
     """
     try:
         module = _from_file(Path(name).expanduser()) if name.endswith(".py") else importlib.import_module(name)
-    except (ImportError, OSError, SyntaxError, TypeError, ValueError) as error:
+    except (ImportError, OSError, SyntaxError) as error:
         fault = f"is {name!r}: {error}; give a module with get_task, as 'lra.listops', or a file ({_looked_in()})"
         raise ConfigError("task.name", fault) from None
     except Exception as error:  # any mistake in a module of the user's own

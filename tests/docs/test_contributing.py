@@ -97,6 +97,8 @@ def test_mixer_keeps_the_promises(placed):
         expected[i] = np.average(v[0, : i + 1, 0], axis=0, weights=weights)
     out = module.decay(v, v, v, causal=True, rate=0.5)
     np.testing.assert_allclose(out[0, :, 0], expected, rtol=1e-5)  # float32
+    both = np.stack([np.average(v[0, :, 0], axis=0, weights=0.5 ** abs(np.arange(5) - i)) for i in range(5)])
+    np.testing.assert_allclose(module.decay(v, v, v, rate=0.5)[0, :, 0], both, rtol=1e-5)
     with pytest.raises(ValueError, match="rate is 2: it must be between 0 and 1"):
         module.Decay(8, heads=2, rate=2, rngs=None)
 
