@@ -97,7 +97,7 @@ def check_sizes(head_dim: int, expand_k: float, gate_rank: int, gate_normalizer:
 
 
 class GLA(MultiHead):
-    """The whole layer of gated linear attention; others as in `MultiHead`, head_dim is the width of values.
+    """The whole layer of gated linear attention; other arguments as in `MultiHead`; head_dim is the width of values.
 
     Args:
       expand_k: width of queries and keys divided by the width of values.
