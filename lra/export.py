@@ -69,10 +69,10 @@ def export(task: Task, folder: pathlib.Path, options: dict[str, Any]) -> None:
 def check_empty(folder: pathlib.Path) -> None:
     """Raises an OSError unless `folder` is empty or can be created; FileExistsError if it is not empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(errno.EEXIST, "is not empty: remove it, or choose another --out", str(folder))
+        raise FileExistsError(errno.EEXIST, "is not empty: remove it, or choose another folder", str(folder))
     above = next(parent for parent in folder.absolute().parents if parent.exists())
     if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
-        raise PermissionError(errno.EACCES, "no folder can be made there: choose another --out", str(above))
+        raise PermissionError(errno.EACCES, "no folder can be made there: choose another place", str(above))
 
 
 def _write_split(source: Source, split: str, folder: pathlib.Path) -> None:

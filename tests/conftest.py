@@ -36,6 +36,8 @@ def pytest_configure(config):
             drop_oldest(PROGRAMS, MOST_BYTES)
         jax.config.update("jax_compilation_cache_dir", str(PROGRAMS))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        # Else the folder's name is a part of what a program is looked up by.
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 def drop_oldest(folder, most):
@@ -69,6 +71,25 @@ def few_programs():
         jax.clear_caches()
 
 
+# Files that take long, in that order; what takes a second or two fills the gaps at the end.
+LONGEST = (
+    "tests/training/test_faults.py",
+    "tests/training/test_stages.py",
+    "tests/lra/pathfinder/test_drawing.py",
+    "tests/training/test_loop.py",
+    "tests/test_train.py",
+    "tests/training/test_distributed.py",
+    "tests/test_own.py",
+)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """The longest files first; the others stay as they are."""
+    place = {file: number for number, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(LONGEST)))
+
+
 def pytest_xdist_make_scheduler(config, log):
     """A file's tests run in one process, or where they run over a table those of one row: they share programs."""
     from xdist.scheduler import LoadScopeScheduling
@@ -82,4 +103,5 @@ def pytest_xdist_make_scheduler(config, log):
             row = re.search(r"\[(\w+)", test)
             return f"{file} {row[1]}" if row and row[1] in (*ATTENTION, *LINEAR) else file
 
+    config.option.loadscopereorder = False  # xdist's own order is by the number of tests, not by how long they take
     return ByRow(config, log)

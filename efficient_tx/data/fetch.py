@@ -99,7 +99,15 @@ DATASETS = {
 
 
 class FetchError(Exception):
-    """An error of fetching, in one line."""
+    """What went wrong, in one line.
+
+    Attributes:
+      remedy: the argument of `fetch` that would help, "file"; None where none would.
+    """
+
+    def __init__(self, line: str, *, remedy: str | None = None):
+        super().__init__(line)
+        self.remedy = remedy
 
 
 def fetch(name: str, *, data_dir: str | os.PathLike | None = None, file: str | os.PathLike | None = None) -> bool:

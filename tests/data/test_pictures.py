@@ -9,6 +9,8 @@ from PIL import Image
 from efficient_tx.data.pictures import AUGMENTATIONS, Picture, normalise
 from efficient_tx.data.randaugment import OPERATIONS, randaugment
 
+pytestmark = pytest.mark.quick
+
 
 def gradient_image(height, width):
     """Every pixel says where it is: red its row, green its column."""

@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 import pytest
 
-from efficient_tx.config import check, make_config
+from efficient_tx.config import ConfigError, check, make_config, schema
 from efficient_tx.data import recall
 from efficient_tx.data.batching import evaluation_batches
 from efficient_tx.data.recall.draws import distinct, integers, weighted_distinct
@@ -262,7 +262,7 @@ def test_no_option_is_dead():
         "train_size": ("mqar", 7), "val_size": ("mqar", 7), "test_size": ("mqar", 7), "seed": ("mqar", 5),
     }  # fmt: skip
     unread = {"name", "kind", "data_dir"}
-    assert set(others) == set(build.task_options("efficient_tx.data.recall")) - unread
+    assert set(others) == set(schema.task_options("efficient_tx.data.recall")) - unread
 
     def contents(made):
         splits = (made.train, made.validation, made.test)
@@ -274,15 +274,20 @@ def test_no_option_is_dead():
         assert not same or seen != [x["inputs"].tolist() for x in task(kind).test], option
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [False, pytest.param(True, marks=pytest.mark.slow)])
 @every
 def test_a_run_of_each_kind_builds(kind, causal):
-    config = make_config("efficient_tx.data.recall", "linear", task={"kind": kind}, model={"causal": causal})
+    config = make_config(
+        "efficient_tx.data.recall", "linear", task={"kind": kind}, model={"causal": causal, "layers": 1}
+    )
     config.attention.linear.conv = 4
     check.check(config)
 
 
 def test_a_wrong_option_is_found_before_anything_is_made():
     config = make_config("efficient_tx.data.recall", "softmax", task={"kind": "copy", "pairs": 3})
-    with pytest.raises(ValueError, match=r"config\.task: pairs is 3, an option of kind 'mqar'"):
+    with pytest.raises(
+        ConfigError, match=r"^config\.task cannot be used: pairs is 3, an option of kind 'mqar'"
+    ) as caught:
         check.check(config)
+    assert caught.value.key == "task"

@@ -282,6 +282,7 @@ def test_published_settings_and_stand_ins():
             assert file.departures(config) == expected
 
 
+@pytest.mark.slow
 def test_fashion_mnist_as_it_is_fetched(monkeypatch):
     monkeypatch.setattr(image, "COUNTS", {"cifar10": (50000, 10000), "fashion_mnist": (60000, 10000)})
     task = image.get_task(data_dir=str(fetched("fashion_mnist")), source="fashion_mnist")

@@ -151,6 +151,7 @@ def test_labels_and_baselines_are_the_published_generators(long):
     assert np.mean(tokens == listops.VOCABULARY.index("]")) == pytest.approx(0.14, abs=0.005)
 
 
+@pytest.mark.slow
 def test_short_trees_are_distributed_as_plain_recursion_says():
     # Chi-square over (root operator, length) against the grammar run one node at a time.
     rng = random.Random(5)

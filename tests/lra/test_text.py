@@ -322,6 +322,7 @@ def test_published_settings_and_stand_ins():
         assert run(protocol=protocol, task__source="spam")[1] == ["task.source"]
 
 
+@pytest.mark.slow
 def test_spam_is_learnt_by_its_ngrams():
     """Real e-mails: numbers of the very data, as the fetched files are fixed."""
     task = text.get_task(data_dir=str(fetched("spam")), source="spam")

@@ -18,6 +18,7 @@ from pathlib import Path
 from unittest import mock
 
 import jax
+from absl.testing import flagsaver
 
 import efficient_tx.eval
 import efficient_tx.train
@@ -72,7 +73,11 @@ def start(
 
 def as_here() -> dict[str, str]:
     """The environment in which a process computes what this one does, bit for bit."""
-    return {"XLA_FLAGS": os.environ["XLA_FLAGS"], "JAX_NUM_CPU_DEVICES": str(len(jax.local_devices()))}
+    return {
+        "XLA_FLAGS": os.environ["XLA_FLAGS"],
+        "JAX_NUM_CPU_DEVICES": str(len(jax.local_devices())),
+        "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",  # as conftest.py: the programs are found under another name
+    }
 
 
 def finish(process: subprocess.Popen) -> Result:
@@ -99,7 +104,8 @@ def undone() -> Iterator[None]:
     settings = {name: getattr(jax.config, name) for name in kept}
     show, path = warnings.showwarning, [*sys.path]
     try:
-        yield
+        with flagsaver.flagsaver():
+            yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -115,6 +121,9 @@ def here(command: Callable[[], None], *arguments: object, data: Path | None = No
         undone(),
         mock.patch.object(sys, "argv", ["command", *map(str, arguments)]),
         mock.patch.dict(os.environ, {"EFFICIENT_TX_DATA": str(data or scratch() / "data")}),
+        # The programs stay where conftest.py keeps them.
+        mock.patch("efficient_tx.train.keep_programs"),
+        mock.patch("efficient_tx.eval.keep_programs"),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(error),
     ):

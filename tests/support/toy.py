@@ -27,6 +27,7 @@ from efficient_tx.training import checkpoint, history
 from efficient_tx.training.checkpoint import Checkpoints
 from efficient_tx.training.history import TIMINGS, History
 from efficient_tx.training.loop import Loop, Plan
+from efficient_tx.training.objective import objective_of
 from efficient_tx.training.optimizer import make_optimizer
 from efficient_tx.training.report import Report
 from efficient_tx.training.stages import Transform, make_stages
@@ -58,9 +59,9 @@ TASK = Task(
 class Model(nnx.Module):
     """Mean of embeddings, dropout, a linear layer."""
 
-    def __init__(self, rngs: nnx.Rngs, linear: Callable = nnx.Linear):
+    def __init__(self, rngs: nnx.Rngs, linear: Callable = nnx.Linear, outputs: int = 2):
         self.embed = nnx.Param(jax.random.normal(rngs.params(), (5, 8)))
-        self.logits = linear(8, 2, rngs=rngs)
+        self.logits = linear(8, outputs, rngs=rngs)
 
     def __call__(self, inputs, *, mask, key=None):
         x = jnp.where(mask[..., None], self.embed[inputs], 0).sum(1, keepdims=True)
@@ -80,10 +81,14 @@ def make_loop(
     path.mkdir(parents=True, exist_ok=True)
     plan = Plan(**{**PLAN, **plan})
     settings = {"steps": plan.steps, "learning_rate": 0.05, "warmup": 3, **(optimizer or {})}
-    record = History(path / "metrics.jsonl")
+    record, objective = History(path / "metrics.jsonl"), objective_of(task)
+    about = {"config": {}, "objective": objective, "baselines": task.baselines}
     return Loop(
         make_stages(
-            model or Model(nnx.Rngs(0)), transforms, lambda _, births: make_optimizer(births=births, **settings)[0]
+            model or Model(nnx.Rngs(0)),
+            transforms,
+            lambda _, births: make_optimizer(births=births, **settings)[0],
+            objective,
         ),
         make_optimizer(**settings)[1],
         batches=train_batches(task, batch_size=plan.batch_size, seed=0),
@@ -91,7 +96,7 @@ def make_loop(
         plan=plan,
         checkpoints=Checkpoints(path / "checkpoints"),
         history=record,
-        report=Report(path, record, steps=plan.steps, batch_size=plan.batch_size, config={}, baselines=task.baselines),
+        report=Report(path, record, steps=plan.steps, batch_size=plan.batch_size, **about),
         seed=0,
     )
 

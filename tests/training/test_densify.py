@@ -8,7 +8,7 @@ import time
 import pytest
 
 from tests.support import toy
-from tests.support.command import TINY, evaluate, finish, finished_run, scratch, start, train, wait_for_step
+from tests.support.command import SAMPLED, evaluate, finish, process_run, scratch, start, train, wait_for_step
 
 pytestmark = pytest.mark.slow
 
@@ -25,9 +25,9 @@ def read(path):
 @functools.cache
 def densified_run():
     """Workdir and output of a run that nothing disturbed."""
-    finished_run()  # The data are there by then.
+    process_run()  # The data are there by then.
     path = scratch() / "densified"
-    status, out, error = train(path, *DENSIFIED)
+    status, out, error = train(path, *DENSIFIED, run=SAMPLED)
     assert (status, error) == (0, "")
     return path, out
 
@@ -38,7 +38,7 @@ def validation(path, step):
 
 def test_a_run_ends_with_the_dense_model_and_is_evaluated_in_either_form():
     path, out = densified_run()
-    dense = read(finished_run()[0] / "summary.json")["parameters"]
+    dense = read(process_run()[0] / "summary.json")["parameters"]
     summary = read(path / "summary.json")
     # Two layers of 16 × 32 as Monarch with 4 blocks: 4 · 4 · 4 + 4 · 8 · 4 numbers each.
     assert f"step 17/40  {dense - 2 * (16 * 32 - 192):,} parameters become {dense:,}\n" in out
@@ -60,13 +60,13 @@ def test_a_run_ends_with_the_dense_model_and_is_evaluated_in_either_form():
 def test_killed_around_the_change_and_resumed_ends_with_the_same_lines(tmp_path):
     generator = random.Random(0)
     for _ in range(5):
-        run = start("train.py", *TINY, *DENSIFIED, f"--workdir={tmp_path / 'run'}")
+        run = start("train.py", *SAMPLED, *DENSIFIED, f"--workdir={tmp_path / 'run'}")
         if not (tmp_path / "run" / "metrics.jsonl").exists():
             wait_for_step(tmp_path / "run", 14)
         time.sleep(generator.uniform(0, 8))
         run.kill()
         finish(run)
-    status, _, error = train(tmp_path / "run", *DENSIFIED)
+    status, _, error = train(tmp_path / "run", *DENSIFIED, run=SAMPLED)
     assert (status, error) == (0, "")
     assert toy.lines(tmp_path / "run") == toy.lines(densified_run()[0])
 
@@ -76,9 +76,9 @@ def test_another_run_starts_from_either_form_of_it(tmp_path):
     path, _ = densified_run()
     source = read(path / "summary.json")
     still = ["--config.optimizer.learning_rate=0.0", "--config.steps=1", f"--config.init_from={path}"]
-    status, out, error = train(tmp_path / "dense", *still)
+    status, out, error = train(tmp_path / "dense", *still, run=SAMPLED)
     assert (status, error) == (0, "")
     assert read(tmp_path / "dense" / "summary.json")["test_accuracy"] == source["test_accuracy"]
-    status, out, error = train(tmp_path / "monarch", *still, "--config.linear.mlp.name=monarch")
+    status, out, error = train(tmp_path / "monarch", *still, "--config.linear.mlp.name=monarch", run=SAMPLED)
     assert (status, error) == (0, "")
     assert ("projected" in out) == (source["best_step"] >= 17)

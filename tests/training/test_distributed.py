@@ -20,6 +20,7 @@ from efficient_tx.attention import ATTENTION
 from efficient_tx.models import Classifier
 from efficient_tx.numerics.random import dropout, evaluation_keys, fold, sample_tokens
 from efficient_tx.training import metrics
+from efficient_tx.training.objective import CLASSIFICATION
 from efficient_tx.training.optimizer import make_optimizer
 from efficient_tx.training.step import (
     AXIS,
@@ -164,6 +165,7 @@ def skyformer():
     )
 
 
+@pytest.mark.slow
 def test_a_real_model_does_not_notice_either():
     """Dropout everywhere and landmarks drawn anew at each step."""
     same(train(4, 2, model=skyformer), train(1, model=skyformer))
@@ -185,6 +187,7 @@ def test_a_run_repeats_bit_for_bit():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_two_processes_change_nothing(two_processes):
     """Two devices each, two micro-batches on each device."""
     for losses, params, _ in two_processes:
@@ -193,9 +196,15 @@ def test_two_processes_change_nothing(two_processes):
 
 def test_shard_map_gives_the_same():
     model, optimizer = Sampler(), adam()
+    parts = {
+        "graphdef": nnx.split(model)[0],
+        "optimizer": optimizer,
+        "objective": CLASSIFICATION,
+        "grad_accum": 2,
+    }
     step = jax.jit(
         jax.shard_map(
-            functools.partial(train_step, graphdef=nnx.split(model)[0], optimizer=optimizer, grad_accum=2),
+            functools.partial(train_step, **parts),
             mesh=Mesh(np.array(jax.local_devices()), (AXIS,)),
             in_specs=(PartitionSpec(), PartitionSpec(AXIS)),
             out_specs=PartitionSpec(),
@@ -210,7 +219,8 @@ def test_shard_map_gives_the_same():
     same((losses, jax.tree.leaves(state.params)), train(1))
 
 
-def test_evaluation_counts_every_item_once(two_processes):
+def expected_sums():
+    """(loss, right answers) of the items, by plain numpy."""
     model = Sampler()
     loss = right = 0.0
     for start in range(0, ITEMS, BATCH):
@@ -218,10 +228,23 @@ def test_evaluation_counts_every_item_once(two_processes):
         logits = np.asarray(model(batch["inputs"], mask=batch["mask"]), np.float64)
         loss += (np.log(np.exp(logits).sum(1)) - logits[np.arange(BATCH), batch["label"]])[real].sum()
         right += (logits.argmax(1) == batch["label"])[real].sum()
-    runs = [evaluate(devices) for devices in (1, 4)] + [total for *_, total in two_processes]
+    return loss, right
+
+
+def assert_counted_once(runs):
+    loss, right = expected_sums()
     for total in runs:
         assert tuple(total["accuracy"]) == (right, ITEMS) and total["loss"][1] == ITEMS
         assert total["loss"][0] == pytest.approx(loss, rel=1e-6)
+
+
+def test_evaluation_counts_every_item_once():
+    assert_counted_once([evaluate(devices) for devices in (1, 4)])
+
+
+@pytest.mark.slow
+def test_two_processes_count_every_item_once(two_processes):
+    assert_counted_once([total for *_, total in two_processes])
 
 
 if __name__ == "__main__":

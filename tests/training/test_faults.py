@@ -12,7 +12,19 @@ import pytest
 
 from efficient_tx.training.checkpoint import Checkpoints
 from tests.support import toy
-from tests.support.command import TINY, evaluate, finish, finished_run, start, train, wait_for_step
+from tests.support.command import (
+    SAMPLED,
+    TINY,
+    as_here,
+    evaluate,
+    finish,
+    finished_run,
+    process_run,
+    start,
+    train,
+    train_here,
+    wait_for_step,
+)
 
 ENDLESS = ["--config.steps=1000000", "--config.eval_every=1000000", "--config.checkpoint_every=1000000"]
 
@@ -31,14 +43,16 @@ def test_killed_again_and_again(tmp_path):
 
 
 def test_train_killed_and_resumed_ends_with_the_same_lines(tmp_path):
-    run = start("train.py", *TINY, f"--workdir={tmp_path / 'run'}")
+    """A process, which computes what this one does, is killed; what it left, this one ends."""
+    finished_run()  # Its data and its compiled programs are there by then.
+    run = start("train.py", *TINY, f"--workdir={tmp_path / 'run'}", environment=as_here())
     wait_for_step(tmp_path / "run", 14)
     run.kill()
     assert finish(run)[0] == -signal.SIGKILL
     assert not (tmp_path / "run" / "summary.json").exists()
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"step": 15, "spl')
-    status, out, error = train(tmp_path / "run")
+    status, out, error = train_here(tmp_path / "run")
     assert (status, error) == (0, "") and "resuming from step" in out
     assert toy.lines(tmp_path / "run") == toy.lines(finished_run()[0])
 
@@ -47,14 +61,14 @@ def test_train_killed_and_resumed_ends_with_the_same_lines(tmp_path):
     ("number", "ending"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
 )
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number, ending):
-    finished_run()  # Its data are there by then.
+    finished_run()  # Its data and its compiled programs are there by then.
     path = tmp_path / "run"
-    run = start("train.py", *TINY, *ENDLESS, f"--workdir={path}")
+    run = start("train.py", *TINY, *ENDLESS, f"--workdir={path}", environment=as_here())
     wait_for_step(path, 7)
     # Meanwhile nobody else may have the folder.
-    status, _, error = train(path, *ENDLESS)
+    status, _, error = train_here(path, *ENDLESS)
     assert status == 2 and error.count("\n") == 1
-    assert f"{path} is in use by a live run (process {run.pid})" in error
+    assert f"--workdir={path} is in use by a live run (process {run.pid})" in error
     run.send_signal(number)
     status, _, error = finish(run)
     (saved,) = Checkpoints(path / "checkpoints").steps()
@@ -80,22 +94,23 @@ def test_damaged_checkpoints_cost_a_line_each(tmp_path):
     *oldest, older, newest = Checkpoints(finished_run()[0] / "checkpoints").steps()
 
     path = damaged_copy("one", {newest: False})
-    status, out, error = train(path)
+    status, out, error = train_here(path)
     assert (status, error) == (0, "")
     assert f"checkpoints/{newest} is damaged" in out and f"using {older} instead" in out
     assert f"resuming from step {older} of 40" in out
     assert toy.lines(path) == toy.lines(finished_run()[0])
 
     path = damaged_copy("all", {newest: False, older: True} | dict.fromkeys(oldest, True))
-    status, out, error = train(path)
+    status, out, error = train_here(path)
     assert f"checkpoints/{newest} is damaged" in out and f"using {older} instead" in out
     assert status == 2 and error.count("\n") == 1 and "is damaged" in error and "no other is left" in error
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line(tmp_path):
-    """Its end, with room again, is among the slow tests."""
-    finished_run()  # Its compiled programs are stored by then: the limit does not hit those first.
-    status, _, error = train(tmp_path / "run", file_limit=20_000)
+    """In every file of a run; its end, with room again, is below."""
+    process_run()  # Its compiled programs are stored by then: the limit does not hit those first.
+    status, _, error = train(tmp_path / "run", run=SAMPLED, file_limit=20_000)
     assert status == 1 and error.count("\n") == 1
     assert error.startswith(f"cannot write {tmp_path}/run/") and "File too large; the same command goes on" in error
 
@@ -105,50 +120,50 @@ def test_killed_at_random(tmp_path):
     """Ten processes, each killed within 12 s: while it compiles, trains, saves, evaluates, sums up."""
     generator = random.Random(0)
     for _ in range(10):
-        run = start("train.py", *TINY, f"--workdir={tmp_path / 'run'}", data=tmp_path / "data")
+        run = start("train.py", *SAMPLED, f"--workdir={tmp_path / 'run'}", data=tmp_path / "data")
         time.sleep(generator.uniform(0, 12))
         run.kill()
         finish(run)
-    status, _, error = train(tmp_path / "run", data=tmp_path / "data")
+    status, _, error = train(tmp_path / "run", run=SAMPLED, data=tmp_path / "data")
     assert status == 0, error
-    assert toy.lines(tmp_path / "run") == toy.lines(finished_run()[0])
+    assert toy.lines(tmp_path / "run") == toy.lines(process_run()[0])
 
 
 @pytest.mark.slow
 def test_killed_while_data_are_generated(tmp_path):
     options = ["--config.task.train_size=60000", "--config.task.max_len=200", "--config.steps=2"]
     for delay in (0.3, 1.5, 3.0):
-        run = start("train.py", *TINY, f"--workdir={tmp_path / 'run'}", *options, data=tmp_path / "data")
+        run = start("train.py", *SAMPLED, f"--workdir={tmp_path / 'run'}", *options, data=tmp_path / "data")
         while not any((tmp_path / "data").glob("listops/*")) and run.poll() is None:
             time.sleep(0.02)
         time.sleep(delay)
         run.kill()
         finish(run)
         assert not (tmp_path / "run").exists() or delay == 3.0
-    assert train(tmp_path / "run", *options, data=tmp_path / "data")[0] == 0
-    assert train(tmp_path / "straight", *options, data=tmp_path / "other")[0] == 0
+    assert train(tmp_path / "run", *options, run=SAMPLED, data=tmp_path / "data")[0] == 0
+    assert train(tmp_path / "straight", *options, run=SAMPLED, data=tmp_path / "other")[0] == 0
     assert toy.lines(tmp_path / "run") == toy.lines(tmp_path / "straight")
 
 
 @pytest.mark.slow
 def test_a_really_full_disk(tmp_path):
     """A file system of 300 kB fills up during the run; with room again, the same command ends as it should."""
-    finished_run()  # Its data are there by then.
+    process_run()  # Its data are there by then.
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("mounting needs root")
     try:
-        status, _, error = train(disk / "run", "--config.keep=100")
+        status, _, error = train(disk / "run", "--config.keep=100", run=SAMPLED)
         assert status == 1 and error.count("\n") == 1 and "No space left on device; the same command goes on" in error
         saved = Checkpoints(disk / "run" / "checkpoints").steps()
         assert saved and saved[-1] < 40
         subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
-        status, out, error = train(disk / "run", "--config.keep=100")
+        status, out, error = train(disk / "run", "--config.keep=100", run=SAMPLED)
         assert (status, error) == (0, "") and f"resuming from step {saved[-1]} " in out
-        assert toy.lines(disk / "run") == toy.lines(finished_run()[0])
+        assert toy.lines(disk / "run") == toy.lines(process_run()[0])
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-        status, _, error = train(disk / "new")
+        status, _, error = train(disk / "new", run=SAMPLED)
         assert status == 2 and error.count("\n") == 1 and "cannot be made" in error
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -165,13 +180,13 @@ def test_two_processes_stop_together_and_one_goes_on(tmp_path):
             address = f"127.0.0.1:{free.getsockname()[1]}"
         return [
             start(
-                "train.py", *TINY, f"--workdir={path}", *options,
+                "train.py", *SAMPLED, f"--workdir={path}", *options,
                 f"--coordinator_address={address}", "--num_processes=2", f"--process_id={index}",
             )
             for index in range(2)
         ]  # fmt: skip
 
-    finished_run()
+    process_run()
     long = ["--config.checkpoint_every=1000", "--config.eval_every=1000", "--config.steps=1000"]
     runs = start_both(*long)
     wait_for_step(path, 14)
@@ -180,7 +195,7 @@ def test_two_processes_stop_together_and_one_goes_on(tmp_path):
     assert [status for status, _, _ in results] == [143, 143], results
     saved = Checkpoints(path / "checkpoints").steps()[-1]
     assert all(f"step {saved} of 1000 is saved" in error for _, _, error in results)
-    status, out, error = train(path, *long)
+    status, out, error = train(path, *long, run=SAMPLED)
     assert (status, error) == (0, "") and f"resuming from step {saved} of 1000" in out
     assert [line["step"] for line in toy.lines(path) if line["split"] == "train"] == [*range(7, 1000, 7), 1000]
     shutil.rmtree(path)
@@ -188,7 +203,7 @@ def test_two_processes_stop_together_and_one_goes_on(tmp_path):
     for run in start_both():
         status, _, error = finish(run)
         assert status == 0, error
-    for line, alone in zip(toy.lines(path), toy.lines(finished_run()[0]), strict=True):
+    for line, alone in zip(toy.lines(path), toy.lines(process_run()[0]), strict=True):
         # The sums over two processes are added in another order, and the updates carry the difference on.
         assert line.pop("split") == alone.pop("split") and line == pytest.approx(alone, rel=1e-3)
     status, _, error = evaluate(f"--workdir={path}")

@@ -149,7 +149,7 @@ def test_wandb_is_named_where_it_is_not_installed(tmp_path, monkeypatch, capsys)
     report.add(TRAIN)
     report.close()
     assert capsys.readouterr().out.splitlines()[0] == (
-        "config.loggers has 'wandb', which is not installed (pip install wandb): going on without"
+        "the logger 'wandb' is not installed (pip install wandb): going on without"
     )
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from test_optimizer import adamw_formula
 
 from efficient_tx.linear import LINEAR, Dense, LowRank, Monarch, densify, replace, structured_learning_rates
 from efficient_tx.training.checkpoint import Checkpoints, Mismatch
@@ -21,6 +20,7 @@ from efficient_tx.training.signals import StopSignals
 from efficient_tx.training.stages import enter, make_stages, stage_at
 from efficient_tx.training.step import init_state
 from tests.support import toy
+from tests.training.test_optimizer import adamw_formula
 
 STEP = 3  # updates before the change in the tests of the optimizer
 
@@ -42,24 +42,31 @@ def stages_of(linear=LowRank, rewarm=2, transforms=((STEP, densify),), **options
         scaling = structured_learning_rates(model) if options.get("structured_lr") else None
         return make_optimizer(births=births, rewarm=rewarm, scaling=scaling, **settings)[0]
 
-    return make_stages(Net(linear), list(transforms), make), make_optimizer(**settings)[1]
+    return make_stages(nnx.jit(lambda: Net(linear))(), list(transforms), make), make_optimizer(**settings)[1]
+
+
+def started(stage):
+    """The state with which a run begins, in one program."""
+    graphdef, params = nnx.split(stage.model)
+    return jax.jit(lambda params: init_state(nnx.merge(graphdef, params), stage.optimizer))(params)
 
 
 def gradients(params, seed):
-    keys = jax.random.split(jax.random.key(seed), len(jax.tree.leaves(params)))
-    return jax.tree.unflatten(jax.tree.structure(params), [
-        jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, jax.tree.leaves(params))
-    ])  # fmt: skip
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), params)
 
 
 def updated(state, optimizer, seeds):
     """The state after an update with the gradients of each seed, and these gradients."""
-    given = []
-    for seed in seeds:
-        grads = gradients(state.params, seed)
+
+    @jax.jit
+    def update(state, grads):
         updates, remembered = optimizer.update(grads, state.optimizer, state.params)
-        state = state._replace(params=optax.apply_updates(state.params, updates), optimizer=remembered)
-        given.append(grads)
+        return state._replace(params=optax.apply_updates(state.params, updates), optimizer=remembered)
+
+    given = [gradients(state.params, seed) for seed in seeds]
+    for grads in given:
+        state = update(state, grads)
     return state, given
 
 
@@ -74,7 +81,7 @@ def test_moments_of_dense_weights_start_anew_and_all_others_go_on():
     """Against AdamW's formula: with the whole history, or from the change on with a learning rate that rises again."""
     options = {"name": "adamw", "b1": 0.8, "b2": 0.95, "eps": 1e-3, "weight_decay": 0.1}
     (first, second), rate = stages_of(**options)
-    start, before = updated(init_state(first.model, first.optimizer), first.optimizer, range(STEP))
+    start, before = updated(started(first), first.optimizer, range(STEP))
     changed = enter(start, first, second)
     end, after = updated(changed, second.optimizer, range(10, 14))
     initial, middle, final = (named(tree) for tree in (nnx.split(first.model)[1], changed.params, end.params))
@@ -101,11 +108,18 @@ def test_moments_of_dense_weights_start_anew_and_all_others_go_on():
         np.testing.assert_allclose(final[name], expected, rtol=1e-5, atol=2e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "schedule_free_adamw"])
+def few(names, at_once):
+    """Some at once, the others with the slow tests."""
+    return [name if name in at_once else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize(
+    "name", few([name for name in OPTIMIZERS if name != "schedule_free_adamw"], ("adam", "prodigy"))
+)
 def test_every_optimizer_carries_its_state_over_and_descends(name):
     rate = {"prodigy": 1.0, "muon": 0.3}.get(name, 0.1)
     (first, second), _ = stages_of(name=name, clip=1.0, learning_rate=rate, schedule="constant")
-    start, _ = updated(init_state(first.model, first.optimizer), first.optimizer, range(STEP))
+    start, _ = updated(started(first), first.optimizer, range(STEP))
     changed = enter(start, first, second)
     old, new, fresh = (
         named(tree) for tree in (start.optimizer, changed.optimizer, second.optimizer.init(changed.params))
@@ -121,26 +135,28 @@ def test_every_optimizer_carries_its_state_over_and_descends(name):
         model = nnx.merge(nnx.split(second.model)[0], params)
         return jnp.mean((model(jnp.eye(6)) - 1.0) ** 2)
 
-    @jax.jit
     def descend(state):
         updates, remembered = second.optimizer.update(jax.grad(loss)(state.params), state.optimizer, state.params)
         return state._replace(params=optax.apply_updates(state.params, updates), optimizer=remembered)
 
-    state = changed
-    for _ in range(100):  # prodigy begins with tiny steps
-        state = descend(state)
-    assert loss(state.params) < 0.8 * loss(changed.params)
+    @jax.jit
+    def losses(start):
+        end = jax.lax.fori_loop(0, 100, lambda _, state: descend(state), start)  # prodigy begins with tiny steps
+        return loss(start.params), loss(end.params), end
+
+    first_loss, last_loss, state = losses(changed)
+    assert last_loss < 0.8 * first_loss
     assert not np.array_equal(state.params["layers"][0]["kernel"][...], changed.params["layers"][0]["kernel"][...])
 
 
-@pytest.mark.parametrize("name", [name for name in LINEAR if name != "dense"])
+@pytest.mark.parametrize("name", few([name for name in LINEAR if name != "dense"], ("monarch",)))
 def test_the_dense_model_computes_what_the_structured_one_did(name):
     (first, second), _ = stages_of(LINEAR[name])
-    state = init_state(first.model, first.optimizer)
+    state = started(first)
     changed = enter(state, first, second)
-    x = jax.random.normal(jax.random.key(5), (7, 6))
+    x = np.random.default_rng(5).normal(size=(7, 6)).astype(np.float32)
     one, other = (
-        nnx.merge(nnx.split(stage.model)[0], params)(x)
+        jax.jit(lambda params, stage=stage: nnx.merge(nnx.split(stage.model)[0], params)(x))(params)
         for stage, params in ((first, state.params), (second, changed.params))
     )
     # float32 rounding; inputs that a structure rounds differ by half of its step in each of six.
@@ -151,7 +167,7 @@ def test_the_dense_model_computes_what_the_structured_one_did(name):
 def test_stages_are_told_apart_by_the_step_and_have_multipliers_of_their_own():
     (first, second), _ = stages_of(structured_lr=True, name="adam", schedule="constant", rewarm=0)
     assert [stage_at([first, second], step) is second for step in (0, STEP - 1, STEP, STEP + 1)] == [0, 0, 1, 1]
-    state = enter(init_state(first.model, first.optimizer), first, second)
+    state = enter(started(first), first, second)
     assert jax.tree.structure(second.like()) == jax.tree.structure(state)
     after, _ = updated(state, second.optimizer, [0])
     moved = {name: np.abs(value - named(state.params)[name]).max() for name, value in named(after.params).items()}
@@ -183,7 +199,9 @@ def test_a_run_goes_on_dense_from_a_checkpoint_of_its_own(straight):
     assert float(after.window["loss"][1]) == 8
 
 
-@pytest.mark.parametrize("moments", [(8, 9, 10), (6, 9), (9, 23)])
+@pytest.mark.parametrize(
+    "moments", [(8, 9, 10), *(pytest.param(each, marks=pytest.mark.slow) for each in ((6, 9), (9, 23)))]
+)
 def test_stopped_around_the_change_is_as_if_never_stopped(straight, tmp_path, monkeypatch, moments):
     for step in moments:
         with monkeypatch.context() as patch, pytest.raises(Interrupted, match=f"step {step} of 23"):
@@ -215,7 +233,7 @@ def test_a_change_at_a_step_where_all_is_due(tmp_path, monkeypatch):
     dense = Checkpoints(tmp_path / "straight" / "checkpoints").load(12, loop._stages[1].like())
     scores = loop.evaluate(dense.params, loop._validation)
     (line,) = [line for line in loop._history.of("validation") if line["step"] == 12]
-    assert (line["loss"], line["accuracy"]) == (scores.loss, scores.accuracy)
+    assert {name: line[name] for name in ("loss", "accuracy")} == scores.means
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="step 12 of 23"):
         patch.setattr(StopSignals, "after", lambda self, done: signal.SIGTERM if done == 12 else self.received)
         toy.make_loop(tmp_path / "stopped", **toy.densified(12)).run()
@@ -237,9 +255,9 @@ def test_the_best_checkpoint_may_lie_before_the_change(tmp_path):
         make_evaluate(nnx.split(stage.model)[0])(params, loop._validation)
         for stage, params in ((stage, params), last[1:])
     ]
-    assert {score.accuracy for score in scores} == {line["accuracy"]}
+    assert {score.means["accuracy"] for score in scores} == {line["accuracy"]}
     # Both forms compute the same, up to float32 rounding.
-    assert [score.loss for score in scores] == pytest.approx([line["loss"]] * 2, rel=1e-6)
+    assert [score.means["loss"] for score in scores] == pytest.approx([line["loss"]] * 2, rel=1e-6)
 
 
 def test_two_changes_one_after_the_other():
@@ -249,7 +267,7 @@ def test_two_changes_one_after_the_other():
         return lambda model: replace(model, lambda path, _: path == ("layers", index), Dense)
 
     stages, _ = stages_of(Monarch, transforms=[(2, densify_layer(0)), (5, densify_layer(1))], name="adam")
-    state = init_state(stages[0].model, stages[0].optimizer)
+    state = started(stages[0])
     for before, stage, seeds in zip(stages, stages[1:], (range(2), range(2, 5))):
         state = enter(updated(state, before.optimizer, seeds)[0], before, stage)
     state, _ = updated(state, stages[-1].optimizer, range(5, 7))

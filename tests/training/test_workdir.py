@@ -14,6 +14,8 @@ from efficient_tx.training.errors import Refused, RunError
 from efficient_tx.training.history import History
 from efficient_tx.training.workdir import Workdir, read_config, write_json
 
+pytestmark = pytest.mark.quick
+
 CONFIG = {"steps": 10, "log_every": 5, "loggers": ("tensorboard",), "task": {"name": "toy", "data_dir": None}}
 
 

@@ -19,9 +19,14 @@ def test_every_structure_can_be_timed_and_counted(name):
     for options in LINEAR[name].timed_with(12):
         for packed in {False, hasattr(LINEAR[name], "pack")}:
             made = describe(name, 12, 12, options, packed=packed)
-            call, arrays = case(made, jnp.ones((5, 12)))
-            assert jax.eval_shape(call, arrays).shape == (5, 12)
-            assert made.stored == sum(leaf.nbytes for leaf in jax.tree.leaves(arrays["state"]))
+
+            def forward(x, made=made):
+                call, arrays = case(made, x)
+                return call(arrays), arrays["state"]
+
+            out, state = jax.eval_shape(forward, jax.ShapeDtypeStruct((5, 12), jnp.float32))
+            assert out.shape == (5, 12)
+            assert made.stored == sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
             assert made.parameters == (
                 0 if packed else nnx.eval_shape(functools.partial(measure.layer, name, 12, 12, options)).parameters
             )

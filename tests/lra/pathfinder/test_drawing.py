@@ -175,9 +175,12 @@ class Plain:
         return label, attempts, len(distractors), np.floor(image * 255 / image.max() + 0.5)
 
 
+LARGER = [(32, 14, (3,)), (64, 6, (0,)), (128, 6, (0, 1))]
+
+
 @pytest.mark.parametrize(
     ("resolution", "contour_length", "indices"),
-    [(32, 6, range(3)), (32, 14, (3,)), (64, 6, (0,)), (128, 6, (0, 1))],
+    [(32, 6, range(3)), *(pytest.param(*each, marks=pytest.mark.slow) for each in LARGER)],
 )
 def test_images_are_those_of_the_published_procedure(resolution, contour_length, indices):
     for index in indices:
@@ -228,6 +231,7 @@ def check_statistics(drawings, **published):
         assert np.mean(found[name]) == pytest.approx(expected, abs=4 * error), name
 
 
+@pytest.mark.slow
 def test_statistics_are_the_published_ones(hard):
     # Expected, with standard errors: 1,500 and 3,000 images drawn by the published code (drewlinsley/pathfinder
     # ab9c130) with cv2. reference/lra.md 4, on 60 images: 66 % zeros, mean 20, 272 attempts, tips' deviation 3.5.
@@ -290,6 +294,7 @@ def test_the_number_of_workers_changes_nothing():
     assert len(np.unique(together["pixels"], axis=0)) == 15
 
 
+@pytest.mark.slow
 def test_brightness_does_not_tell_the_label(hard, tmp_path):
     # 2,000 images to fit on, 2,000 to test: chance has a standard error of 1.1 points, the interval is four of them.
     others = drawing.draw_many(0, first=10_000, count=2000, resolution=32, contour_length=14, seed=2)

@@ -302,7 +302,7 @@ def test_mistakes_of_the_preview_are_one_line(arguments, says, tmp_path, monkeyp
     assert says in error
 
 
-@pytest.mark.parametrize("name", ["sheet.png", "sheet"])
+@pytest.mark.parametrize("name", ["sheet.png", pytest.param("sheet", marks=pytest.mark.slow)])
 def test_the_preview_is_a_picture(tmp_path, name):
     path = tmp_path / name
     preview.main([f"--preview={path}", "--count=5", "--contour_length=6"])
