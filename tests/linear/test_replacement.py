@@ -143,13 +143,14 @@ class Net(nnx.Module):
 
 @pytest.mark.parametrize("name", LINEAR)
 def test_a_structure_becomes_dense_and_dense_becomes_the_nearest_structure(name):
-    source, target = Net(LINEAR[name], seed=1), Net(Dense)
+    square = {"sizes": (8, 8)}  # one shape, so that both layers share their programs
+    source, target = Net(LINEAR[name], seed=1, **square), Net(Dense, **square)
     projections = transfer(source, target)
     assert len(projections) == (0 if name == "dense" else 2) and relative_error(projections) < 1e-6
     tokens = jnp.arange(5)
     step = getattr(LINEAR[name], "input_step", 0.0)  # inputs rounded to a step of the largest
     np.testing.assert_allclose(target(tokens), source(tokens), atol=1e-5 + step)
-    back = Net(LINEAR[name], seed=2)
+    back = Net(LINEAR[name], seed=2, **square)
     transfer(target, back)
     for i, layer in enumerate(back.layers):
         expected = LINEAR[name].from_dense(target.layers[i].kernel[...], target.layers[i].bias[...])

@@ -14,34 +14,7 @@ from efficient_tx.attention import ATTENTION, as_attention_fn
 BATCH, LENGTH, FEATURES, HEADS, BUDGET = 2, 6, 8, 2, 4
 MASK = np.arange(LENGTH) < np.array([LENGTH, 3])[:, None]  # fewer than BUDGET, so that the mask changes any choice
 
-# What functions take beside queries, keys and values, for sequences of LENGTH.
-GIVEN = {
-    "linformer": {key: np.linspace(-1, 1, 3 * LENGTH, dtype=np.float32).reshape(3, LENGTH) for key in "ef"},
-    "sigmoid": {"bias": -2.0},
-    "cosformer": {"max_len": LENGTH},
-}
-# Variants that flax's modules cannot hold, and what they say.
-REFUSED = {
-    "fourier": "use the module Fourier",
-    "pool": "use the module Pool",
-    "soft": "soft is a function of q and v, .* use the module Soft",
-    "tensor": "tensor takes k2 and v2 of every token too, .* use the module Tensor",
-    "strassen": "strassen takes k2 and v2 of every token too, .* use the module Strassen",
-}
-# Uses that have no meaning for a variant, and what it says; a variant without causal form refuses "causal" anyway.
-MEANINGLESS: dict[tuple[str, str], str] = {
-    ("cosformer", "cross"): "it needs positions",
-    ("gla", "cross"): "it needs positions",
-    ("s3", "cross"): "rows need equal lengths",
-    ("s3", "decode"): "rows need equal lengths",
-    ("hyper", "rows"): "a single query sees all keys exactly, not a sample",
-    **{
-        (name, "cross"): "other numbers need the plain causal form"
-        for name in ("local", "longformer", "bigbird", "sparse")
-    },
-}
-
-held = [name for name in ATTENTION if name not in REFUSED]
+QUERIES = jax.ShapeDtypeStruct((BATCH, LENGTH, HEADS, FEATURES // HEADS), jnp.float32)
 
 
 def normal(seed, *shape):
@@ -49,10 +22,22 @@ def normal(seed, *shape):
 
 
 def options(name):
-    """Of the function: a budget below LENGTH, so that the methods approximate."""
+    """Of the function: a budget below LENGTH, so that the methods approximate, and what it is measured with."""
     known = inspect.signature(ATTENTION[name].function).parameters
     budget = {key: value for key, value in ATTENTION[name].within(BUDGET).items() if key in known}
-    return budget | GIVEN.get(name, {})
+    measured = ATTENTION[name].measured_with(QUERIES, BUDGET, np.random.default_rng(0))
+    return budget | {key: value for key, value in measured.items() if known[key].default is inspect.Parameter.empty}
+
+
+def fault(name):
+    """Why flax's modules cannot hold a variant, or None."""
+    try:
+        as_attention_fn(name, **options(name))
+    except ValueError as error:
+        return str(error)
+
+
+HELD = [name for name in ATTENTION if fault(name) is None]
 
 
 def nnx_module(name, *, groups=1, decode=False):
@@ -72,7 +57,7 @@ def compiled(name):
 
 def refuses(name, use, call):
     """Whether this use has no meaning for the variant; it must then say so in one line."""
-    expected = MEANINGLESS.get((name, use))
+    expected = ATTENTION[name].refuses.get(use)
     if expected is None:
         return False
     with pytest.raises(ValueError, match=expected) as raised:
@@ -81,9 +66,9 @@ def refuses(name, use, call):
     return True
 
 
-@pytest.mark.parametrize("name", held)
+@pytest.mark.parametrize("name", HELD)
 def test_padding_and_grouped_heads(name):
-    """Contents of padding change nothing, the mask arrives, and nnx's grouped heads are linen's repeated ones."""
+    """Contents of padding change nothing, and the mask arrives, with one head of keys and values for two of queries."""
     x = normal(0, BATCH, LENGTH, FEATURES)
     other = np.where(MASK[..., None], x, 9.0)
     grouped = compiled(name)
@@ -93,6 +78,12 @@ def test_padding_and_grouped_heads(name):
     np.testing.assert_allclose(whole[0], out[0], atol=1e-5)
     assert np.abs(whole[1] - out[1])[MASK[1]].max() > 1e-4
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HELD)
+def test_grouped_heads_are_linens_repeated_ones(name):
+    x = normal(0, BATCH, LENGTH, FEATURES)
+    out = np.asarray(compiled(name)(x, x, MASK))
     layer = nnx_module(name)
     params = {part: nnx.to_pure_dict(nnx.state(getattr(layer, part))) for part in ("query", "key", "value", "out")}
     for part in ("key", "value"):
@@ -102,7 +93,7 @@ def test_padding_and_grouped_heads(name):
     np.testing.assert_allclose(np.asarray(ours)[MASK], out[MASK], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", held)
+@pytest.mark.parametrize("name", HELD)
 def test_cross_attention(name):
     """Three queries over six keys, padded."""
     q, x = normal(0, BATCH, 3, FEATURES), normal(1, BATCH, LENGTH, FEATURES)
@@ -116,9 +107,9 @@ def test_cross_attention(name):
     assert np.abs(attend(q, x, np.ones_like(MASK))[1] - out[1]).max() > 1e-4
 
 
-@pytest.mark.parametrize("name", held)
+@pytest.mark.parametrize("name", HELD)
 def test_decoding_with_flaxs_cache(name):
-    """One token at a time: row t is the function of token t over the unpadded prefix, and the causal form's row t."""
+    """One token at a time: the rows of the causal form; where there are none, the function over the unpadded prefix."""
     cls, causal = ATTENTION[name], ATTENTION[name].can_be_causal
     layer = nnx_module(name, decode=True)
     layer.init_cache((BATCH, LENGTH, FEATURES))
@@ -140,26 +131,34 @@ def test_decoding_with_flaxs_cache(name):
 
     q, k, v = layer.query(x), layer.key(x), layer.value(x)
     arguments = options(name) | ({"causal": True} if causal else {})
-    t = LENGTH - 2
-    prefix = jax.jit(lambda q, k, v: cls.function(q, k, v, **arguments))
-    expected = layer.out(prefix(q[:, t : t + 1], k[:, : t + 1], v[:, : t + 1]))
-    np.testing.assert_allclose(rows[:, t : t + 1], expected, atol=1e-5)  # float32 rounding
-    if causal and (name, "rows") not in MEANINGLESS:
-        np.testing.assert_allclose(rows, layer.out(prefix(q, k, v)), atol=1e-5)
+    function = jax.jit(lambda q, k, v: cls.function(q, k, v, **arguments))
+    if causal and "rows" not in cls.refuses:
+        np.testing.assert_allclose(rows, layer.out(function(q, k, v)), atol=1e-5)  # float32 rounding
+    else:
+        t = LENGTH - 2
+        expected = layer.out(function(q[:, t : t + 1], k[:, : t + 1], v[:, : t + 1]))
+        np.testing.assert_allclose(rows[:, t : t + 1], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in held if not ATTENTION[name].can_be_causal])
+@pytest.mark.parametrize("name", [name for name in HELD if not ATTENTION[name].can_be_causal])
 def test_what_has_no_causal_form_refuses_a_causal_call(name):
     q = jnp.ones((1, 4, 2, 8))
     with pytest.raises(ValueError, match=f"{name} has no causal form"):
         as_attention_fn(name, **options(name))(q, q, q, is_causal=True)
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.quick
+@pytest.mark.parametrize("name", ATTENTION)
 def test_what_flaxs_modules_cannot_hold_says_so(name):
-    with pytest.raises(ValueError, match=REFUSED[name]) as raised:
-        as_attention_fn(name)
-    assert "\n" not in str(raised.value)
+    """Functions of other things than queries, keys and values; all others are held."""
+    cls, said = ATTENTION[name], fault(name)
+    known = inspect.signature(cls.function).parameters.values()
+    tokens = [p.name for p in known if p.kind is p.POSITIONAL_OR_KEYWORD]
+    further = {p.name for p in known if p.kind is p.KEYWORD_ONLY} & set(cls.projections)
+    assert (said is None) == (tokens == ["q", "k", "v"] and not further)
+    if said is not None:
+        assert said.startswith(f"{name} ") and said.endswith(f"use the module {cls.__name__}") and "\n" not in said
+        assert all(part in said for part in (further or tokens))
 
 
 @pytest.mark.parametrize("own", [linen, nnx], ids=["linen", "nnx"])

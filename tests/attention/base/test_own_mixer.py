@@ -184,7 +184,7 @@ def test_an_own_init_and_an_own_function_share_one_signature():
 
 
 def test_an_option_whose_name_all_mixers_have_is_refused_at_class_definition():
-    def wrong(q, k, v, *, windowed: bool = True):
+    def wrong(q, k, v, *, mask=None, windowed: bool = True):
         return v
 
     with pytest.raises(TypeError, match=r"Wrong\.windowed is an attribute of all mixers: give that option another"):
