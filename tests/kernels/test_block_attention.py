@@ -191,6 +191,7 @@ def test_forward_mode_works_in_the_reference_and_is_refused_elsewhere():
             jax.jvp(lambda *inputs: attend(*inputs, implementation="xla"), inputs, tangents)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("options", "message"),
     [

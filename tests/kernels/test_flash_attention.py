@@ -189,6 +189,7 @@ def test_the_reference_has_forward_mode(score):
         np.testing.assert_allclose(tangent, (after - before) / (2 * step), atol=1e-8)
 
 
+@pytest.mark.quick
 def test_forward_mode_is_refused_elsewhere_by_a_line_that_names_the_reference():
     q, k, v = (x.astype(np.float32) for x in arrays(0, 5, 7))
 
@@ -210,6 +211,7 @@ def test_forward_mode_is_refused_elsewhere_by_a_line_that_names_the_reference():
             run()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -226,6 +228,7 @@ def test_what_cannot_be_done_is_one_line(options, message):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.quick
 def test_shapes_that_do_not_fit_are_named():
     q, k, v = arrays(0, 5, 7)
     for wrong in ((q[:, :, :3], k, v), (q[..., :4], k, v), (q, k, v[:, :6]), (q[0], k[0], v[0])):

@@ -136,6 +136,7 @@ def test_decays_of_any_strength_in_float32(gate):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
+@pytest.mark.quick
 def test_without_decay_it_is_causal_linear_attention():
     q, k, v = arrays(0, groups=4)
     weights = np.tril(np.einsum("bihk,bjhk->bhij", q, k))
@@ -180,6 +181,7 @@ def test_bfloat16_inputs_are_computed_in_float32():
     np.testing.assert_allclose(state, expected_state, atol=1e-5)
 
 
+@pytest.mark.quick
 def test_the_reference_differentiates_forward_and_the_others_refuse():
     q, k, v = arrays(0, 5)
     with jax.enable_x64(True):
@@ -193,6 +195,7 @@ def test_the_reference_differentiates_forward_and_the_others_refuse():
             jax.jvp(lambda q: run(q, "xla"), (q,), (q,))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -59,6 +59,7 @@ def test_equals_its_dense_matrix_and_so_do_the_gradients(shapes, implementation)
         np.testing.assert_allclose(np.vdot(found, direction), np.vdot(x.T @ g, along(direction)), rtol=1e-12)
 
 
+@pytest.mark.quick
 def test_how_tokens_are_cut():
     """At least CHUNK and the width of a block, less than twice that where a divisor allows, else all at once."""
     assert [xla.chunk_count(tokens, 3) for tokens in (1, 7, 8, 24, 23, 22)] == [1, 1, 2, 6, 1, 1]
@@ -66,6 +67,7 @@ def test_how_tokens_are_cut():
     assert xla.chunk_count(66, 1) == 11  # of 6 tokens: neither 16 nor 15 to 12 chunks divide them
 
 
+@pytest.mark.quick
 def test_small_inputs_take_the_reference_and_have_forward_mode():
     x, w1, w2 = (jnp.asarray(array, jnp.float32) for array in arrays(SHAPES[0], 24))
     out, tangent = jax.jvp(lambda x: monarch(x, w1, w2), (x,), (x,))
@@ -74,6 +76,7 @@ def test_small_inputs_take_the_reference_and_have_forward_mode():
         jax.jvp(lambda x: monarch(x, w1, w2, implementation="xla"), (x,), (x,))
 
 
+@pytest.mark.quick
 def test_large_inputs_take_chunks_on_the_cpu_and_all_at_once_elsewhere(monkeypatch):
     monkeypatch.setattr(kernel, "SMALL", 24 * 12)
     given = [jnp.asarray(array, jnp.float32) for array in arrays(SHAPES[0], 24)]
@@ -135,6 +138,7 @@ def test_dtypes_promote_and_batches_may_be_empty(implementation):
     assert monarch(given[0][0, 0, 0], *given[1:], implementation=implementation).shape == (12,)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("shapes", "options", "words"),
     [

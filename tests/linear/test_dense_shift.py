@@ -82,6 +82,7 @@ def test_projection_is_the_best_of_all_shifts():
 
 
 @bits
+@pytest.mark.quick
 def test_projection_takes_the_nearest_levels(bits):
     kernel = np.random.default_rng(0).normal(size=(N, M)).astype(np.float32)
     layer = DenseShift.from_dense(jnp.asarray(kernel), bits=bits)
@@ -92,11 +93,13 @@ def test_projection_takes_the_nearest_levels(bits):
     np.testing.assert_array_equal(np.sign(layer.to_dense()), np.sign(kernel))
 
 
+@pytest.mark.quick
 def test_a_weight_of_zeros_is_a_scale_of_zero():
     layer = DenseShift.from_dense(jnp.zeros((N, M)))
     np.testing.assert_array_equal(layer(jnp.ones((2, N))), np.zeros((2, M)))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("bits", [1, 6])
 def test_refuses_other_bits(bits):
     with pytest.raises(ValueError, match=f"bits is {bits}: it must be from 2 to 5"):

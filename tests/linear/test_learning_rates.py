@@ -97,6 +97,7 @@ def test_updates_are_multiplied_and_the_state_is_the_same_without_a_model(name):
     )
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ["sgd", "muon", "schedule_free_adamw", "prodigy"])
 def test_optimizers_without_a_rule_are_refused(name):
     with pytest.raises(ValueError, match=f"structured_lr is True: there is no rule for {name}: .* adam, adamw"):

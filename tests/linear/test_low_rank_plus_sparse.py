@@ -103,6 +103,7 @@ def sparsity(matrix, layer):
     return size >= np.sort(size, axis=None)[-layer.kept]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_selections_agree_with_sorting_and_take_the_first_of_equals(dtype):
     with jax.enable_x64(True):
@@ -116,6 +117,7 @@ def test_selections_agree_with_sorting_and_take_the_first_of_equals(dtype):
         np.testing.assert_array_equal(jax.jit(two_of_four)(size), (order < 2).reshape(24, 5)[:21])
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("options", "words"),
     [

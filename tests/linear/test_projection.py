@@ -104,6 +104,7 @@ def test_block_diagonal_keeps_the_entries_of_its_blocks(shuffle):
     np.testing.assert_array_equal(made.to_dense(), kept)
 
 
+@pytest.mark.quick
 def test_stacked_block_diagonals_mix_their_blocks_only_with_the_shuffle():
     with jax.enable_x64(True):
         for shuffle in (True, False):

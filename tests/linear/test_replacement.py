@@ -110,6 +110,7 @@ class Tied(nnx.Module):
         self.two.kernel = self.one.kernel
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("make", "options", "words"),
     [
@@ -183,6 +184,7 @@ def test_what_differs_otherwise_is_named(source, target, words):
         transfer(Net(**source), Net(**target))
 
 
+@pytest.mark.quick
 def test_what_only_the_source_has_is_named():
     source = Net()
     source.scale = nnx.Param(jnp.ones(3))

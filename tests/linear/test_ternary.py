@@ -26,6 +26,7 @@ def batch():
     return np.random.default_rng(0).normal(size=(6, N)).astype(np.float32)
 
 
+@pytest.mark.quick
 def test_levels_are_those_of_the_mean_size():
     kernel = np.random.default_rng(0).normal(size=(50, 30))
     with jax.enable_x64(True):
@@ -36,6 +37,7 @@ def test_levels_are_those_of_the_mean_size():
     np.testing.assert_array_equal(levels, np.sign(kernel) * (size > 0.5))
 
 
+@pytest.mark.quick
 def test_inputs_are_whole_steps_of_their_token():
     x = np.random.default_rng(0).normal(size=(3, 5, 40)).astype(np.float32)
     x[0, 0] = 0
@@ -48,6 +50,7 @@ def test_inputs_are_whole_steps_of_their_token():
     assert (np.abs(steps * unit - x) <= unit * 0.5001).all()
 
 
+@pytest.mark.quick
 def test_the_output_and_its_gradients_are_those_of_a_product_of_the_rounded_matrices():
     """∂/∂x is g Wᵀ with the ternary W, ∂/∂w is x̂ᵀ g with the rounded x̂: both roundings have the identity as slope."""
     made, x, g = layer(), batch(), np.random.default_rng(1).normal(size=(6, M)).astype(np.float32)

@@ -80,6 +80,7 @@ def test_transforms_are_float32_in_bfloat16():
     np.testing.assert_allclose(np.asarray(out, np.float64), exact, rtol=2**-8, atol=1e-5)  # rounding of the output only
 
 
+@pytest.mark.quick
 def test_refuses_causal_and_circulant_at_once():
     with pytest.raises(ValueError, match="causal=True and circulant=True"):
         Toeplitz(4, 4, causal=True, circulant=True, rngs=nnx.Rngs(0))

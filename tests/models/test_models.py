@@ -29,17 +29,26 @@ def batch(length=12, seed=0):
     return np.where(mask, rng.integers(1, 7, (3, length)), 0), mask
 
 
+@partial(jax.jit, static_argnums=0)
+def forward(graphdef, params, *inputs, **others):
+    """One program for all weights and masks of a model."""
+    return nnx.merge(graphdef, params)(*inputs, **others)
+
+
 def run(model, inputs, mask, key=None):
-    graphdef, params = nnx.split(model)
-    return np.asarray(
-        jax.jit(lambda p, *a: nnx.merge(graphdef, p)(a[0], mask=a[1], key=a[2]))(params, inputs, mask, key)
-    )
+    return np.asarray(forward(*nnx.split(model), inputs, mask=mask, key=key))
 
 
-@pytest.mark.parametrize("pool", ["mean", "cls", "last"])
-@pytest.mark.parametrize("positions", ["learned", "sinusoidal", "rope", "none"])
+# Every way to pool and every kind of positions once; all pairs in the slow run.
+FAST = {("mean", "learned"), ("cls", "sinusoidal"), ("last", "rope"), ("mean", "none")}
+PAIRS = itertools.product(["mean", "cls", "last"], ["learned", "sinusoidal", "rope", "none"])
+
+
+@pytest.mark.parametrize(
+    ("pool", "positions"), [pytest.param(*one, marks=[] if one in FAST else [pytest.mark.slow]) for one in PAIRS]
+)
 def test_logits_do_not_depend_on_padding(pool, positions):
-    model = classifier(pool=pool, positions=positions)
+    model = classifier(pool=pool, positions=positions, layers=1)
     inputs, mask = batch()
     logits = run(model, inputs, mask)
     assert logits.shape == (3, 3)
@@ -54,19 +63,21 @@ def test_logits_do_not_depend_on_padding(pool, positions):
 
 @pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
 def test_tokens_that_keep_their_places_tell_a_masked_picture_from_its_shift(positions):
-    model = classifier(positions=positions)
+    model = classifier(positions=positions, layers=1)
     places = jnp.arange(12)[None]
     picture = np.array([[0, 0, 3, 0, 0, 5, 2, 0, 0, 0, 0, 0]])
     shifted = np.roll(picture, 4)
-    here, there = (np.asarray(model(x, mask=x > 0, positions=places)) for x in map(jnp.asarray, (picture, shifted)))
+    parts = nnx.split(model)
+    here, there = (np.asarray(forward(*parts, x, mask=x > 0, positions=places)) for x in (picture, shifted))
     assert np.abs(here - there).max() > 1e-3
-    ranked = [np.asarray(model(x, mask=x > 0)) for x in map(jnp.asarray, (picture, shifted))]
+    ranked = [np.asarray(forward(*parts, x, mask=x > 0)) for x in (picture, shifted)]
     np.testing.assert_allclose(*ranked, rtol=1e-5, atol=1e-5)  # as padding: float32, other groupings of sums
     # What stands at a place is found there: the same tokens side by side, with their places given, are the picture.
-    side_by_side = model(jnp.array([[3, 5, 2]]), positions=jnp.array([[2, 5, 6]]))
+    side_by_side = forward(*parts, np.array([[3, 5, 2]]), positions=np.array([[2, 5, 6]]))
     np.testing.assert_allclose(side_by_side, here, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.quick
 def test_rotary_positions_of_masked_pictures_are_refused():
     model = classifier(positions="rope")
     with pytest.raises(ValueError, match=r"positions is 'rope'.*legacy_mask.*use 'learned', 'sinusoidal' or 'none'"):
@@ -134,6 +145,7 @@ def test_swiglu_and_gelu_have_equal_parameters():
     np.testing.assert_allclose(mlp(x), expected, atol=1e-5)  # float32
 
 
+@pytest.mark.quick
 def test_sinusoids_by_their_formula():
     table = sinusoids(9, 6)
     for position in range(9):
@@ -143,6 +155,7 @@ def test_sinusoids_by_their_formula():
             assert table[position, 3 + c] == pytest.approx(np.cos(angle), abs=1e-6)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
 def test_absolute_positions_refuse_longer_input(positions):
     embedding = TokenEmbedding(7, 4, max_len=5, positions=positions, rngs=nnx.Rngs(0))
@@ -164,7 +177,7 @@ def test_patterns_of_mixers_and_structures_go_where_they_belong():
 
 def test_remat_changes_memory_not_numbers():
     inputs, mask = batch()
-    plain, remat = (classifier(remat=flag, layers=4) for flag in (False, True))
+    plain, remat = (classifier(remat=flag, layers=3) for flag in (False, True))
     np.testing.assert_allclose(run(remat, inputs, mask), run(plain, inputs, mask), atol=1e-6)
 
     def saved_bytes(model):
@@ -226,7 +239,7 @@ def pair(length=12):
 
 
 def run_pair(model, inputs, mask, inputs2, mask2, key=None):
-    return np.asarray(model(inputs, inputs2, mask=mask, mask2=mask2, key=key))
+    return np.asarray(forward(*nnx.split(model), inputs, inputs2, mask=mask, mask2=mask2, key=key))
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls"])

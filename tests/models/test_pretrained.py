@@ -57,6 +57,7 @@ PRINTED = {
 }
 
 
+@pytest.mark.quick
 def test_the_formula_is_the_libraries():
     for scales, expected in PRINTED.items():
         logits = timm_logits(draw(timm_shapes(scales)), images())
@@ -163,6 +164,7 @@ def test_positions_of_another_grid_are_resized(tmp_path, side):
             np.testing.assert_allclose(grid[i, j], expected, atol=1e-6)
 
 
+@pytest.mark.quick
 def test_what_does_not_fit_is_told(tmp_path):
     """Another head, another pooling, mixers with fewer projections, and options that compute something else."""
     tensors = draw(timm_shapes()) | {"fc_norm.weight": np.ones(WIDTH, np.float32)}
@@ -175,7 +177,7 @@ def test_what_does_not_fit_is_told(tmp_path):
     nowhere += [mixer.format(1, name, leaf) for name in ("out", "q", "k", "v") for leaf in ("bias", "kernel")]
     lines = load_pretrained(model, tmp_path / "vit.safetensors")[1:]
     assert sorted(lines) == sorted([
-        "  timm has mlp=gelu_erf, here it is gelu: --config.model.mlp=gelu_erf computes the same as there",
+        "  timm has mlp=gelu_erf, here it is gelu: the option mlp=gelu_erf computes the same as there",
         "  its head has 5 classes: the one here, of 7, stays as initialised",
         "  encoder.norm.bias is not there: it stays as initialised",
         "  fc_norm.weight has no place here",
@@ -225,6 +227,7 @@ def test_files_that_are_none(tmp_path, name):
             load_pretrained(vit(), tmp_path / name)
 
 
+@pytest.mark.quick
 def test_a_damaged_archive_is_one_line(tmp_path):
     path = tmp_path / "vit.npz"
     np.savez_compressed(path, **{"cls": np.arange(1000.0)})
@@ -241,6 +244,7 @@ def test_a_damaged_archive_is_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.quick
 def test_pickled_arrays_are_not_opened(tmp_path):
     np.savez(tmp_path / "vit.npz", cls=np.array([{}], object))
     with pytest.raises(ValueError, match=r"cannot be read: .*allow_pickle"):

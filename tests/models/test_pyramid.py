@@ -255,6 +255,7 @@ def test_the_rate_of_drop_path_rises_over_all_stages():
     np.testing.assert_allclose(rates, [0, 0.1, 0.2, 0.3])
 
 
+@pytest.mark.slow
 def test_remat_and_bfloat16_compute_the_same():
     inputs, key = images(), jax.random.key(3)
     np.testing.assert_array_equal(run(toy(remat=True, dropout=0.1), inputs, key), run(toy(dropout=0.1), inputs, key))
@@ -265,6 +266,7 @@ def test_remat_and_bfloat16_compute_the_same():
     np.testing.assert_allclose(logits, run(toy(), inputs), atol=0.2)  # logits of 2; 8 bits of mantissa
 
 
+@pytest.mark.quick
 def test_it_holds_parameters_and_nothing_else():
     variables = [node for _, node in nnx.iter_graph(toy()) if isinstance(node, nnx.Variable)]
     assert variables and all(type(variable) is nnx.Param for variable in variables)
@@ -290,6 +292,7 @@ def test_wrong_options_are_named(options, message):
         toy(**options)
 
 
+@pytest.mark.quick
 def test_a_wrong_shape_is_named():
     with pytest.raises(ValueError, match=r"shape \(12, 12, 2\).* \(11, 11, 2\)"):
         toy()(np.zeros((1, 12, 12, 2), np.float32))
@@ -376,6 +379,7 @@ def fingerprint(**model):
     return str(jax.make_jaxpr(lambda p, x: nnx.merge(graphdef, p)(x, key=jax.random.key(0)))(params, image))
 
 
+@pytest.mark.slow
 def test_no_option_is_dead(pictures):
     assert set(OTHER) == set(schema.options(Pyramid, schema.GIVEN["model"]))
     base = fingerprint()
@@ -387,6 +391,7 @@ def test_no_option_is_dead(pictures):
         assert fingerprint(**other, **{name: value}) != plain, name
 
 
+@pytest.mark.quick
 def test_sizes_are_set_from_the_command_line(pictures):
     """As eval.py's --set reads them; and config.json has them as lists."""
     changed = evaluation.apply_settings(config().to_dict(), {"model.depths": "1,3,1"})

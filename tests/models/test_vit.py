@@ -30,9 +30,14 @@ def images(batch=3, shape=TINY["image_shape"], seed=0):
     return np.random.default_rng(seed).normal(size=(batch, *shape)).astype(np.float32)
 
 
+@partial(jax.jit, static_argnums=0)
+def forward(graphdef, params, inputs, key):
+    """One program for all weights of a model."""
+    return nnx.merge(graphdef, params)(inputs, key=key)
+
+
 def run(model, inputs, key=None):
-    graphdef, params = nnx.split(model)
-    return np.asarray(jax.jit(lambda p, x, k: nnx.merge(graphdef, p)(x, key=k))(params, inputs, key))
+    return np.asarray(forward(*nnx.split(model), inputs, key))
 
 
 def cut(image, size):
@@ -89,6 +94,7 @@ def test_patches_are_a_convolution():
     np.testing.assert_allclose(projected, convolved.reshape(3, 6, 5), rtol=1e-4, atol=1e-5)  # float32
 
 
+@pytest.mark.quick
 def test_sincos_by_its_formula():
     table = sincos(2, 3, 12)
     for row in range(2):
@@ -118,13 +124,13 @@ def test_rotary_positions_reach_the_mixers():
     assert np.abs(run(model, inputs) - run(model, inputs[:, ::-1, ::-1])).max() > 1e-4
 
 
+@pytest.mark.parametrize("pool", ["cls", pytest.param("mean", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ATTENTION)
-def test_every_mixer_fits(name):
-    """Of 16 patches, and with a class token in front of them."""
-    for pool in ("mean", "cls"):
-        model = nnx.eval_shape(lambda pool=pool: vit([partial(ATTENTION[name])], pool=pool))
-        out = nnx.eval_shape(lambda model: model(jnp.zeros((2, 8, 8, 2)), key=jax.random.key(0)), model)
-        assert (out.shape, out.dtype) == ((2, 3), jnp.float32)
+def test_every_mixer_fits(name, pool):
+    """With a class token in front of 16 patches, and of the patches alone."""
+    model = nnx.eval_shape(lambda: vit([partial(ATTENTION[name])], pool=pool, layers=1))
+    out = nnx.eval_shape(lambda model: model(jnp.zeros((2, 8, 8, 2)), key=jax.random.key(0)), model)
+    assert (out.shape, out.dtype) == ((2, 3), jnp.float32)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +187,7 @@ def test_wrong_options_are_named(options, message):
         vit(**options)
 
 
+@pytest.mark.quick
 def test_a_wrong_shape_is_named():
     with pytest.raises(ValueError, match=r"shape \(8, 8, 3\).* \(8, 8, 2\)"):
         vit()(np.zeros((1, 8, 8, 3), np.float32))
@@ -218,6 +225,7 @@ def test_a_block_drops_its_branches_by_example_and_scales_them():
     assert (fits.sum(0) == 1).all() and fits.any(axis=1).all()
 
 
+@pytest.mark.quick
 def test_the_rate_of_drop_path_rises_linearly():
     encoder = Encoder(8, layers=4, mixers=[partial(Softmax, heads=2)], mlp_features=16, drop_path=0.3, rngs=nnx.Rngs(0))
     np.testing.assert_allclose([block.drop_path for block in encoder.blocks], [0, 0.1, 0.2, 0.3])
@@ -243,6 +251,7 @@ def test_the_epsilon_of_the_norms():
         np.testing.assert_allclose(norm(x), expected, atol=1e-5)  # float32
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("options", [{"norm_epsilon": 0.0}, {"norm_epsilon": np.inf}, {"layer_scale": np.nan}])
 def test_what_makes_no_number_is_refused(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))} is .*: it must be a positive number"):

@@ -16,6 +16,7 @@ def draws(count, dim):
         return np.asarray(jax.vmap(lambda key: orthogonal_gaussian(key, count, dim, jnp.float64))(keys))
 
 
+@pytest.mark.quick
 def test_vectors_of_a_block_are_orthogonal():
     with jax.enable_x64(True):
         omega = np.asarray(orthogonal_gaussian(jax.random.key(0), 19, 8, jnp.float64))
@@ -38,6 +39,7 @@ def test_every_vector_is_standard_normal(count):
     np.testing.assert_allclose((omega**4).mean(0), 3, atol=96**0.5 * error)  # Var ω⁴ = 105 − 9
 
 
+@pytest.mark.quick
 def test_the_exponential_kernel_is_unbiased_and_varies_less_than_with_independent_vectors():
     r = np.random.default_rng(0)
     x, y = (0.3 * r.normal(size=(8,)) for _ in range(2))

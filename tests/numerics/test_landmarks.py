@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from efficient_tx.numerics.landmarks import draw_by_weight, kernel_leverage, lloyd, tokens_at
 
@@ -15,6 +16,7 @@ def gaussian(x, y):
     return jnp.exp(-jnp.square(x[..., :, None, :] - y[..., None, :, :]).sum(-1) / 2)
 
 
+@pytest.mark.quick
 def test_draws_are_without_replacement_by_their_weights():
     """Of 4000 draws of two out of five: how often each is among them, against the sum over the two orders."""
     p = np.array([0.4, 0.3, 0.15, 0.1, 0.05])

@@ -45,6 +45,7 @@ KINDS = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ridge", [0.0, 0.5])
 def test_scores_are_those_of_the_svd_and_sum_to_the_rank(kind, ridge):
@@ -70,6 +71,7 @@ def test_float32_finds_the_rank_too(shift):
     np.testing.assert_allclose(ours, np.square(np.linalg.svd(a.astype(np.float64))[0][:, :20]).sum(1), atol=1e-5)
 
 
+@pytest.mark.quick
 def test_the_score_is_the_largest_share_of_any_direction():
     """τ_i = max_x (a_iᵀx)² / ‖Ax‖²: no direction exceeds it, and (AᵀA)⁻¹ a_i attains it."""
     a = normal(0, 40, 6) * np.linspace(0.1, 3, 6)
@@ -82,6 +84,7 @@ def test_the_score_is_the_largest_share_of_any_direction():
     np.testing.assert_allclose(np.diag(best) / best.sum(0), ours, rtol=1e-10)
 
 
+@pytest.mark.quick
 def test_scores_are_invariant_to_a_change_of_basis_and_an_orthogonal_row_scores_one():
     a, basis = normal(0, 50, 6), normal(1, 6, 6)
     with jax.enable_x64(True):
@@ -138,6 +141,7 @@ def test_online_scores_are_those_of_a_loop(kind, chunk):
     np.testing.assert_allclose(single, expected, rtol=0, atol=2e-2 if kind == "grows" else 1e-3)
 
 
+@pytest.mark.quick
 def test_online_scores_bound_the_scores_of_the_whole_and_have_a_bounded_sum():
     """And one pass over n rows finds at most d log(1 + ‖A‖² / (dλ)) / ε scores above ε (Cohen et al. 2016)."""
     for kind in STREAMS:

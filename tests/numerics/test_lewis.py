@@ -59,6 +59,7 @@ def test_at_two_the_weights_are_the_leverage_scores():
         np.testing.assert_allclose(lewis_weights(a, 2.0), leverage_scores(a), atol=1e-12)
 
 
+@pytest.mark.quick
 def test_scale_and_basis_change_nothing():
     a, basis = KINDS["random"](), normal(3, 5, 5)
     with jax.enable_x64(True):
@@ -81,6 +82,7 @@ def test_no_direction_gives_a_row_more_than_its_bound(p):
         assert (shares.max(1) <= 5 ** max(0, p / 2 - 1) * w * (1 + 1e-6)).all()
 
 
+@pytest.mark.quick
 def test_sensitivities_at_one_are_below_the_weights():
     """s_i = 1 / min {‖Ax‖₁ : a_iᵀx = 1} by linear programming: x = x⁺ − x⁻ free, t ≥ |Ax|."""
     a = normal(0, 24, 4)
@@ -113,6 +115,7 @@ def test_masked_rows_weigh_nothing_and_a_missing_rank_stays_missing():
     assert (np.asarray(by_rows) == 0).all()
 
 
+@pytest.mark.quick
 def test_powers_below_one_are_refused():
     with pytest.raises(ValueError, match=r"p is 0\.5: .* at least 1"):
         lewis_weights(jnp.ones((3, 2)), 0.5)

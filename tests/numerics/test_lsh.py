@@ -31,6 +31,7 @@ def test_agreement_of_signs_measures_the_angle():
     np.testing.assert_allclose(agree, 1 - angles / np.pi, atol=4 * 0.5 / draws**0.5)  # four standard deviations
 
 
+@pytest.mark.quick
 def test_directions_are_gaussian_and_belong_to_the_key():
     keys = jax.random.split(jax.random.key(1), 3)
     directions = np.asarray(hash_directions(keys, 40, 12))
@@ -52,6 +53,7 @@ def test_buckets_are_signs_without_a_gradient():
     np.testing.assert_array_equal(weighted, np.broadcast_to(bucket[..., None], x.shape))
 
 
+@pytest.mark.quick
 def test_sorting_is_stable_and_puts_the_invalid_last():
     r = np.random.default_rng(0)
     bucket, valid = r.integers(0, 4, (3, 40)), r.random((3, 40)) < 0.7
@@ -61,6 +63,7 @@ def test_sorting_is_stable_and_puts_the_invalid_last():
     np.testing.assert_array_equal(order, expected)
 
 
+@pytest.mark.quick
 def test_more_than_32_bits_can_number_is_refused():
     with pytest.raises(ValueError, match="there are 65536 buckets for a length of 65536"):
         jax.eval_shape(lambda b, v: sort_by_bucket(b, v, 2**16), *(jnp.zeros(2**16, t) for t in (jnp.int32, bool)))

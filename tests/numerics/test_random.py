@@ -8,6 +8,7 @@ import pytest
 from efficient_tx.numerics.random import dropout, evaluation_keys, example_keys, fold, sample_tokens
 
 
+@pytest.mark.quick
 def test_keys_are_given_or_folded_per_row():
     key = jax.random.key(3)
     folded = jax.random.key_data(example_keys(key, 4))
@@ -20,6 +21,7 @@ def test_keys_are_given_or_folded_per_row():
     assert len(np.unique(jax.random.key_data(evaluation_keys(4)), axis=0)) == 1
 
 
+@pytest.mark.quick
 def test_keys_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"shape \(3,\).*\(4,\)"):
         example_keys(jax.random.split(jax.random.key(0), 3), 4)
@@ -27,6 +29,7 @@ def test_keys_that_do_not_fit_are_refused():
         example_keys(jnp.zeros(2, jnp.uint32), 4)
 
 
+@pytest.mark.quick
 def test_dropout_keeps_the_mean_and_drops_its_share():
     keys = jax.random.split(jax.random.key(0), 2)
     out = np.asarray(dropout(jnp.ones((2, 1000, 100)), 0.3, keys))

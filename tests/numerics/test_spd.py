@@ -47,6 +47,7 @@ def test_spd_solve_has_the_closed_form_gradient():
     assert np.vdot(a_bar, direction) == pytest.approx(slope, rel=1e-5)
 
 
+@pytest.mark.quick
 def test_nothing_is_differentiated_through_the_factorisation():
     """The backward pass solves with the factor at hand: one factorisation in all, and no other decomposition."""
     a, b = spd(0, 6, smallest=0.1).astype(np.float32), np.ones((6, 2), np.float32)
@@ -106,6 +107,7 @@ def test_newton_inverse_converges_and_its_report_bounds_the_error():
     np.testing.assert_allclose(x, exact, atol=1e-10)
 
 
+@pytest.mark.quick
 def test_newton_inverse_of_a_matrix_ignores_the_others_of_the_batch():
     """The published start divides by one maximum over the batch: 100 times larger neighbours would stall it."""
     a = spd(0, 16, smallest=0.1).astype(np.float32)

@@ -24,6 +24,7 @@ def masks(length):
     return np.stack([np.ones(length, bool), np.arange(length) < 11, r.random(length) < 0.5, np.zeros(length, bool)])
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("count", (1, 5, 16, 40))
 def test_means_are_those_of_a_loop(count):
     x, mask = np.random.default_rng(0).normal(size=(4, 30, 2, 3)), masks(30)
@@ -35,6 +36,7 @@ def test_means_are_those_of_a_loop(count):
         np.testing.assert_allclose(means, expected, rtol=0, atol=1e-14)  # float64 rounding
 
 
+@pytest.mark.quick
 def test_gradient_is_the_transposed_map():
     x, mask = np.random.default_rng(0).normal(size=(4, 30, 3)), masks(30)
     w = np.random.default_rng(2).normal(size=(4, 7, 3))
@@ -54,6 +56,7 @@ def test_without_mask_all_tokens_are_real_and_bfloat16_is_summed_in_float32():
     np.testing.assert_allclose(means, expected, atol=1e-6)  # float32 rounding of eight terms
 
 
+@pytest.mark.quick
 def test_starts_are_exact_where_the_product_overflows():
     n, count = 2**24 - 3, 1000
     expected = [-(-s * n // count) for s in range(count + 1)]
@@ -78,6 +81,7 @@ def test_means_of_cells_are_those_of_a_loop(count):
             np.testing.assert_allclose(means[b, at], np.mean(members, axis=0) if members else 0, atol=1e-14)
 
 
+@pytest.mark.quick
 def test_the_side_of_a_grid_is_the_root_rounded_up():
     n = np.arange(1, 101)
     np.testing.assert_array_equal(grid_sides(jnp.asarray(n), 100), np.ceil(np.sqrt(n)))

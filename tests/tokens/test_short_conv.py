@@ -58,6 +58,7 @@ def test_an_even_size_sees_one_token_more_behind_than_ahead():
         np.testing.assert_array_equal(np.flatnonzero(by_x), seen)
 
 
+@pytest.mark.quick
 def test_bfloat16_sums_in_float32():
     """1 + 2⁻⁷ − 1 is 2⁻⁷ in float32; of bfloat16's 8 bits nothing would be left after 256 + 2⁻⁷."""
     x = jnp.array([[[2.0**-7], [256.0], [-256.0]]], jnp.bfloat16)
@@ -178,12 +179,14 @@ def test_gla_with_a_convolution_refuses_to_step():
         mixer.step(jnp.zeros((1, 8)), mixer.init_state(1))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ["fourier", "pool"])
 def test_what_has_no_projections_has_no_convolution(name):
     with pytest.raises(TypeError, match="conv"):
         ATTENTION[name](8, heads=2, conv=4, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.quick
 def test_a_size_below_zero_is_refused():
     with pytest.raises(ValueError, match="conv is -1: it must be at least 0"):
         Softmax(8, heads=2, conv=-1, rngs=nnx.Rngs(0))

@@ -107,7 +107,9 @@ def test_cross_attention(name):
     assert np.abs(attend(q, x, np.ones_like(MASK))[1] - out[1]).max() > 1e-4
 
 
-@pytest.mark.parametrize("name", HELD)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (not ATTENTION[n].can_be_causal)) for n in HELD]
+)
 def test_decoding_with_flaxs_cache(name):
     """One token at a time: the rows of the causal form; where there are none, the function over the unpadded prefix."""
     cls, causal = ATTENTION[name], ATTENTION[name].can_be_causal
@@ -239,7 +241,7 @@ def test_names_and_options_that_do_not_exist(name, given, message):
 
 def test_sampling_follows_flaxs_key():
     """A raw uint32 key, as linen still makes, and a typed one are the same draw."""
-    sample = as_attention_fn("skyformer", landmarks=2)
+    sample = jax.jit(as_attention_fn("skyformer", landmarks=2))
     x = normal(0, 1, LENGTH, 2, 8)
     first, second = (np.asarray(sample(x, x, x, dropout_rng=jax.random.key(seed))) for seed in (1, 2))
     assert np.abs(first - second).max() > 1e-4

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from efficient_tx.attention.block_sparse.bigbird import bigbird_blocks, distinct
 from efficient_tx.attention.block_sparse.patterns import Window
@@ -12,6 +13,7 @@ def near(i, j, window, causal):
     return i - j < window if causal else abs(i - j) <= window // 2
 
 
+@pytest.mark.quick
 def test_bigbird_draws_other_real_blocks_than_those_it_sees_anyway():
     """Every query block gets different blocks, outside its window and the global ones, as many as there are."""
     first, random, blocks, heads, key = 1, 3, 12, 2, jax.random.key(1)

@@ -49,6 +49,7 @@ def test_output_and_gradient_are_those_of_the_formula(queries, causal, masked):
         np.testing.assert_allclose(np.vdot(grad, along), (up - down) / (2 * step), rtol=1e-7, atol=1e-8)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("bias", (-10.0, -30.0, -80.0))
 def test_small_weights_keep_their_relative_accuracy(bias):
     """(1 + tanh(x/2)) / 2 in float32 is off by 1e-3 at −10, and zero from −17 on."""
@@ -59,6 +60,7 @@ def test_small_weights_keep_their_relative_accuracy(bias):
     np.testing.assert_allclose(out, expected, rtol=(4 + abs(bias)) * 2**-23)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("n", "batch"), [(256, 32), (4096, 2)])
 def test_a_row_sums_to_about_the_same_at_any_length(n, batch):
     """Under standard normal logits and the bias −ln n: 1.637 at 256 keys, 1.648 in the limit (√e)."""

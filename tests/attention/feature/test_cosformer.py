@@ -57,6 +57,7 @@ def test_the_last_query_stands_at_the_last_real_key():
     np.testing.assert_allclose(ours, whole[rows, real], atol=1e-12)
 
 
+@pytest.mark.quick
 def test_queries_without_keys_give_zero():
     q, k, v = (x.astype(np.float32) for x in arrays(0, 20, 20))
     for causal in (False, True):
@@ -64,6 +65,7 @@ def test_queries_without_keys_give_zero():
         assert (np.asarray(out) == 0).all()
 
 
+@pytest.mark.quick
 def test_what_has_no_positions_is_refused():
     q, k, v = arrays(0, 20, 20)
     with pytest.raises(ValueError, match="5 queries and 20 keys: it needs positions, so use causal=True"):

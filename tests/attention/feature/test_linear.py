@@ -65,6 +65,7 @@ def test_the_last_query_stands_at_the_last_real_key(queries):
     np.testing.assert_allclose(ours, whole[rows, real], atol=1e-13)
 
 
+@pytest.mark.quick
 def test_a_query_in_front_of_all_keys_gives_zero():
     q, k, v = (x.astype(np.float32) for x in arrays(0, 8, 6))
     mask = np.arange(6) < np.array([[5], [0]])
@@ -83,6 +84,7 @@ def test_other_queries_than_keys_see_all_of_them():
     np.testing.assert_allclose(ours, expected, atol=1e-13)
 
 
+@pytest.mark.quick
 def test_weights_sum_to_one_and_forget_nothing_in_float32():
     """Constant values stay constant over 10 000 tokens, causal and not: numerators and denominators are one sum."""
     q, k, _ = (x.astype(np.float32) for x in arrays(0, 10000, 10000, heads=1, groups=1, batch=1))
@@ -99,6 +101,7 @@ def test_nan_in_padding_stays_there():
         assert all(np.isfinite(x).all() for x in jax.jit(loss)(inputs))
 
 
+@pytest.mark.quick
 def test_heads_that_do_not_group_are_named():
     q, k, v = arrays(0, 8, 8, heads=4, groups=3)
     with pytest.raises(ValueError, match="k has 3 heads: the 4 query heads"):

@@ -125,6 +125,7 @@ def test_a_decoded_row_is_that_of_the_whole():
     np.testing.assert_allclose(row[:, 0], whole[:, 13], atol=1e-13)
 
 
+@pytest.mark.quick
 def test_no_features_are_refused():
     with pytest.raises(ValueError, match="random_features is 0: performer needs at least 1"):
         Performer(8, heads=2, random_features=0, rngs=nnx.Rngs(0))

@@ -30,6 +30,7 @@ def test_fourier_is_numpys_transform_of_the_real_tokens(n):
     np.testing.assert_allclose(single[0][mask[0]] / scale, expected[0] / scale, atol=2e-6)  # float32, three FFTs
 
 
+@pytest.mark.quick
 def test_fourier_module_is_orthonormal_on_the_real_tokens():
     x = normal(0, 1, 8, 4).astype(np.float32)
     mixed = Fourier(4, rngs=nnx.Rngs(0))(x)

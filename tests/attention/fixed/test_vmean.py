@@ -47,6 +47,7 @@ def test_vmean_is_the_mean_of_the_values(queries, causal):
         np.testing.assert_allclose(by_v, mask[:, :, None, None] * share[:, None], atol=1e-13)
 
 
+@pytest.mark.quick
 def test_vmeans_running_mean_keeps_float32_precision():
     """65,536 values around 1: a plain running sum in float32 would lose up to 2⁻⁷ of the last means."""
     v = (1 + 1e-3 * normal(0, 1, 65536, 1, 1)).astype(np.float32)

@@ -113,6 +113,7 @@ def test_equals_the_sum_over_triples_and_its_gradient(name, windows, queries, ca
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-11)  # float64 rounding
 
 
+@pytest.mark.quick
 def test_strassen_is_its_products_of_matrices():
     """num_c = ((X diag(v_c) Y) ⊙ Z) v2_c and den without values, for scores that do not underflow."""
     q, k, v, k2, v2 = inputs(0, 11, 11, groups=(2, 2))
@@ -127,6 +128,7 @@ def test_strassen_is_its_products_of_matrices():
             np.testing.assert_allclose(ours[b, :, h, c], sums / total, rtol=1e-12)
 
 
+@pytest.mark.quick
 def test_strassen_holds_where_the_largest_factors_do_not_meet():
     """Scores up to 200: in float32 X and Y, each divided by its largest entry, have a product of zeros."""
     q, k, v, k2, v2 = inputs(0, 4, 4, groups=(1, 1), heads=1, batch=1)

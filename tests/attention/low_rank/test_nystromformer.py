@@ -208,6 +208,7 @@ def test_what_cannot_be_is_refused_at_construction(options, message):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.quick
 def test_a_convolution_needs_a_value_for_each_query():
     q, k, v = attention_inputs(0, 5, 9)
     with pytest.raises(ValueError, match="5 queries and 9 keys"):

@@ -89,6 +89,7 @@ def test_gradients_equal_finite_differences(attend):
         assert np.isfinite(grad).all()
 
 
+@pytest.mark.quick
 def test_all_tokens_as_columns_are_exact_softmax():
     q, k, v = (normal(i, 3, 12, 2, 6) for i in range(3))
     with jax.enable_x64(True):
@@ -197,6 +198,7 @@ def test_the_module_is_its_parts_on_the_real_tokens():
     assert (out[~MASK] == 0).all()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("option", ("columns", "rows", "groups"))
 def test_what_cannot_be_is_refused(option):
     with pytest.raises(ValueError, match=f"{option} is 0: it must be at least 1"):

@@ -128,6 +128,7 @@ def test_an_example_ignores_the_others_and_its_padding(inverse):
     assert (together[2] == 0).all()
 
 
+@pytest.mark.quick
 def test_missing_landmarks_drop_out():
     """Five real tokens and 16 landmarks wanted: all ten rows of [Q; K] are used, which is the exact limit."""
     q, k, v = attention_inputs(0, 24, 24, batch=1)

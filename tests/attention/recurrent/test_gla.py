@@ -128,6 +128,7 @@ def test_the_last_query_stands_at_the_last_real_key():
     np.testing.assert_allclose(ours, whole[rows, real], atol=1e-13)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("options", "message"),
     [

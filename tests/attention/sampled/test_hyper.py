@@ -146,6 +146,7 @@ def test_what_comes_later_has_no_say():
         np.testing.assert_array_equal(run(*other)[:, :i], out[:, :i])
 
 
+@pytest.mark.quick
 def test_a_single_query_of_a_decoder_sees_all_real_keys():
     q, k, v = attention_inputs(0, 1, 40, groups=1)
     mask = np.arange(40) < np.array([[17], [40]])

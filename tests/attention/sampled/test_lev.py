@@ -253,6 +253,7 @@ def test_the_set_holds_every_large_weight_of_any_query(p):
             assert weights.max() > 4 / 41
 
 
+@pytest.mark.quick
 def test_ties_go_to_the_earlier_key():
     k = np.zeros((1, 12, 1, 2))
     k[0, ::2, 0, 0] = k[0, 1::2, 0, 1] = 1
@@ -309,6 +310,7 @@ def test_queries_at_the_end_of_the_keys():
     assert (none == 0).all()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("options", "message"),
     [
