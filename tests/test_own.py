@@ -172,8 +172,9 @@ def test_two_classes_of_one_name_are_refused(folder):
             "sizes() says that num_classes is 1",
         ),
         ("def split(", "def split((", "shares.py"),
+        ("outputs[:, 0] - batch", "outputs - batch", "the objective of the task cannot be used"),
     ],
-    ids=["get_task", "KIND", "sizes", "wrong KIND", "exception", "no Task", "other sizes", "syntax"],
+    ids=["get_task", "KIND", "sizes", "wrong KIND", "exception", "no Task", "other sizes", "syntax", "objective"],
 )
 def test_a_mistake_in_a_tasks_file_is_one_line(folder, old, new, words):
     assert old in TASK

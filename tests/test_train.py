@@ -103,6 +103,7 @@ def test_what_cannot_be_is_refused_in_one_line_and_nothing_is_written(tmp_path):
     assert [entry.name for entry in tmp_path.rglob("*") if "compilation" not in entry.parts] in ([], ["data"])
 
 
+@pytest.mark.slow
 def test_a_run_can_start_from_the_parameters_of_another(tmp_path):
     """Nothing is learnt in between, so the accuracy is the other run's best, to the last item."""
     other = shutil.copytree(finished_run()[0], tmp_path / "other")

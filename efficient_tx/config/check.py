@@ -98,9 +98,10 @@ def check_objective(model: nnx.Module, task: Task) -> None:
     batch = {"label": jnp.zeros(shape, objective.label_dtype), "weight": jnp.ones(shape, jnp.float32)}
 
     def score(model):
+        outputs = model(**empty_inputs(task), key=None).astype(jnp.float32)
         # Outputs [B, 1] minus labels [B] would silently be [B, B].
         with jax.numpy_rank_promotion("raise"):
-            return objective.score(model(**empty_inputs(task), key=None).astype(jnp.float32), batch)
+            return objective.score(outputs, batch)
 
     try:
         scores = nnx.eval_shape(score, model)

@@ -109,6 +109,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_command_of_structures_writes_what_it_prints(tmp_path, capsys):
     """Two structures, and dense unasked: the same figures on the terminal, in CSV and JSON; a picture."""
     np.save(tmp_path / "w.npy", np.random.default_rng(0).normal(size=(12, 8)))

@@ -138,8 +138,8 @@ def base_fingerprint(argument, context=()):
 KEYS = [key for key in keys.flatten(base_config("skyformer+monarch+low_rank")) if key not in OUTPUTS]
 
 
-# Two are asked at once, all others by the slow tests.
-QUICK = ("optimizer.warmup", "linear.mlp.blocks")
+# One is asked at once, all others by the slow tests.
+QUICK = ("optimizer.warmup",)
 
 
 @pytest.mark.parametrize("key", [key if key in QUICK else pytest.param(key, marks=pytest.mark.slow) for key in KEYS])

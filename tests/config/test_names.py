@@ -161,7 +161,7 @@ def test_what_is_wrong_with_a_tasks_file_is_said(module, text, fault, request):
         ("nowhere/task.py", "is 'nowhere/task.py': there is no such file"),
         ("lra.listop", "is 'lra.listop': No module named 'lra.listop'; give a module with get_task"),
         ("json", "is 'json': that module has no get_task"),
-        ("", "give a module with get_task"),
+        ("", "is '', which cannot be imported"),
     ],
 )
 def test_a_task_that_there_is_not_is_said(name, fault):

@@ -27,8 +27,9 @@ def test_patterns_and_structures_of_the_argument():
 
 
 def test_a_setting_with_an_unknown_key_is_refused():
-    with pytest.raises((KeyError, AttributeError), match="layer"):
+    with pytest.raises(ConfigError, match=r"is no key: the nearest is model\.layers$") as caught:
         make_config("lra.listops", model={"layer": 3})
+    assert caught.value.key == "model.layer"
     with pytest.raises(ConfigError, match=r"^config\.model\.name is 'transfomer'.*nearest: 'transformer'") as caught:
         make_config("lra.listops", model={"name": "transfomer"})
     assert caught.value.key == "model.name"

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import types
 
 import numpy as np
 import pytest
@@ -97,7 +98,7 @@ def test_evaluation_counts_every_item_once(batch_size):
 @pytest.mark.parametrize(
     ("kind", "model", "mixer"),
     [
-        ("tokens", Classifier, Hyper),
+        pytest.param("tokens", Classifier, Hyper, marks=pytest.mark.slow),
         pytest.param("token_pairs", DualEncoder, Skyformer, marks=pytest.mark.slow),
     ],
 )
@@ -135,7 +136,7 @@ def test_waiting_for_a_batch_of_a_new_length_counts_as_waiting(tmp_path, monkeyp
     batches = [{"inputs": np.zeros((1, 8, length))} for length in (64, 64, 128, 64)]
     loop = toy.make_loop(tmp_path)
     clock = iter(float(i) for i in range(1000))
-    monkeypatch.setattr(loop_module.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(loop_module, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
     monkeypatch.setattr(loop, "_train_step", lambda state, batch: state)
     state, stream = np.zeros(()), iter(batches)
     for _ in batches:

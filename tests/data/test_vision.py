@@ -241,6 +241,7 @@ def test_a_damaged_image_is_named_also_where_it_is_decoded_late(tmp_path):
         list(prefetch(evaluation_batches(task.validation, task, batch_size=4)))
 
 
+@pytest.mark.slow
 def test_two_steps_of_imagenet(imagenet):
     """The shipped recipe, smaller, through the real loading code."""
     import jax

@@ -147,7 +147,10 @@ def same(run, reference):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("devices", "grad_accum"), [(4, 1), (1, 4), (2, 2)])
+@pytest.mark.parametrize(
+    ("devices", "grad_accum"),
+    [pytest.param(4, 1, marks=pytest.mark.slow), pytest.param(1, 4, marks=pytest.mark.slow), (2, 2)],
+)
 def test_devices_and_micro_batches_change_nothing(devices, grad_accum):
     same(train(devices, grad_accum), train(1))
 
@@ -194,6 +197,7 @@ def test_two_processes_change_nothing(two_processes):
         same((losses, params), train(1))
 
 
+@pytest.mark.slow
 def test_shard_map_gives_the_same():
     model, optimizer = Sampler(), adam()
     parts = {

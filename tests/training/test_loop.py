@@ -296,6 +296,7 @@ def test_no_thread_outlives_a_run(tmp_path):
     assert threading.active_count() <= before + 2
 
 
+@pytest.mark.slow
 def test_schedule_free_parameters_are_evaluated_averaged(tmp_path):
     loop = toy.make_loop(tmp_path, optimizer={"name": "schedule_free_adamw"})
     state = loop.run()

@@ -188,15 +188,16 @@ def test_the_picture_shows_curves_and_baselines(tmp_path):
     assert colours(lines, {"constant": 0.1, "root operator": 0.2}) == {"C1", "C2", "C3"}
 
 
-def test_pictures_are_not_drawn_all_the_time(tmp_path):
+def test_pictures_are_not_drawn_all_the_time(tmp_path, monkeypatch):
+    now, drawn = [100.0], []
+    monkeypatch.setattr("efficient_tx.training.report.time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("efficient_tx.training.report.curve.draw", lambda *_, **__: drawn.append(now[0]))
     report = make_report(tmp_path)
-    report.draw()
-    (tmp_path / "curve.png").unlink()
-    report.draw()
-    assert not (tmp_path / "curve.png").exists()
+    for now[0] in (100.0, 109.0, 111.0):
+        report.draw()
     report.draw(last=True)
-    assert (tmp_path / "curve.png").exists()
     report.close()
+    assert drawn == [100.0, 111.0, 111.0]
 
 
 def test_speed_is_steps_over_seconds_of_all_processes():

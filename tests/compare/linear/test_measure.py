@@ -46,6 +46,7 @@ def test_as_many_bytes_as_allowed(name):
         assert len(stored) == 1 or stored[1] > share * 64 * 48 * 4
 
 
+@pytest.mark.slow
 def test_projection_errors_are_those_of_the_formula():
     kernel = np.random.default_rng(0).normal(size=(16, 12)).astype(np.float32)
     rows = {made.structure: made for made in project(["dense", "low_rank", "toeplitz", "ternary"], kernel, 0.5)}

@@ -59,6 +59,7 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path, array, words):
     assert (caught.value.option, caught.value.value) == ("weight", str(tmp_path / "w.npy"))
 
 
+@pytest.mark.slow
 def test_the_weight_trained_here_learns(monkeypatch):
     for name, value in {"IMAGES": 16, "WIDTH": 64, "STEPS": 500, "BATCH": 32, "PATCH": 8}.items():
         monkeypatch.setattr(weights, name, value)
