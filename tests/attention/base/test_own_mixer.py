@@ -199,3 +199,21 @@ def test_a_mixer_without_mix_and_function_says_so():
 
     with pytest.raises(NotImplementedError, match="Empty writes neither `mix` nor a `function` of the tokens"):
         Empty(4)(jnp.ones((1, 2, 4)))
+
+
+def test_a_function_is_static_and_says_whether_there_is_a_causal_form():
+    """A class need not write `staticmethod`, nor `can_be_causal`; a function that would see the padding is refused."""
+
+    def both(q, k, v, *, mask=None, causal=False):
+        return v
+
+    def one(q, k, v, *, mask=None):
+        return v
+
+    for function, causal in ((both, True), (one, False)):
+        cls = type("Own", (MultiHead,), {"function": function})
+        assert cls.function is function and cls.can_be_causal is causal
+    with pytest.raises(ValueError, match="Own has no causal form"):
+        cls(8, heads=2, causal=True, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match=r"Blind\.function takes no argument `mask`: it would see the padding"):
+        type("Blind", (MultiHead,), {"function": lambda q, k, v: v})
