@@ -14,6 +14,8 @@ from lra import export, listops
 from lra.tasks import TASKS
 from tests.support import ROOT
 
+pytestmark = pytest.mark.quick
+
 SMALL = ["--train_size=40", "--val_size=7", "--test_size=5", "--min_len=3", "--max_len=30", "--seed=3"]
 
 

@@ -167,6 +167,7 @@ def test_short_trees_are_distributed_as_plain_recursion_says():
     assert statistic < len(cells) + 4 * math.sqrt(2 * len(cells))  # mean k, variance 2k; four standard deviations
 
 
+@pytest.mark.quick
 def test_the_shortest_trees_have_their_exact_probabilities():
     chunk = listops.sample(3, min_len=0, max_len=6, seed=0)
     draws = chunk["draws"]
@@ -192,6 +193,7 @@ def test_every_label_is_the_value_of_its_expression(bounds, count):
     assert deepest == 10 or bounds[1] < 500
 
 
+@pytest.mark.quick
 def test_splits_are_disjoint_and_have_their_sizes(short):
     assert (len(short.train), len(short.validation), len(short.test)) == (400, 50, 60)
     everything = contents(short)
@@ -235,6 +237,7 @@ def test_baselines_are_chosen_on_train_and_scored_on_test(short):
     assert short.baselines["root operator"] == pytest.approx(np.mean([best[root] == label for root, label in test]))
 
 
+@pytest.mark.quick
 def test_drop_brackets_is_the_older_tokenizer(tmp_path, short):
     # That one split the text form at everything that is not alphanumeric.
     dropped = listops.get_task(data_dir=str(tmp_path), drop_brackets=True, **SHORT)
@@ -305,6 +308,7 @@ def test_damaged_release_files_are_named(tmp_path, line, says):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.quick
 def test_missing_release_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"task.source='generatd'.*listops-1000/basic_train.tsv"):
         listops.get_task(source="generatd")

@@ -9,6 +9,8 @@ import pytest
 from lra import ngrams, retrieval
 from tests.support.fetched import fetched
 
+pytestmark = pytest.mark.quick
+
 
 def row(label, one, two):
     return b"\t".join([label, b"P01-1001", b"P02-1002", one, two]) + b"\n"

@@ -17,6 +17,8 @@ from efficient_tx.training.checkpoint import FILES, Checkpoints, Damaged, Mismat
 from efficient_tx.training.errors import Refused, RunError
 from efficient_tx.training.step import init_state, replicate
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture
 def tree():

@@ -110,6 +110,7 @@ def test_the_loss_of_mixed_examples_is_mixed():
     np.testing.assert_allclose(jax.tree.leaves(after.params)[0], weights - 0.5 * gradient, atol=1e-5)
 
 
+@pytest.mark.quick
 def test_evaluation_is_the_closed_form():
     batch, model, devices = batch_of((8,), 2, WEIGHTS), Linear(), jax.local_devices()[:1]
     graphdef, params = nnx.split(model)
@@ -127,6 +128,7 @@ def test_batch_of_weight_zero_changes_nothing():
     assert int(state.bad_step) == -1
 
 
+@pytest.mark.quick
 def test_fetched_sums_stay_exact():
     """2^24 + 1 is where float32 stops counting."""
     total = {"accuracy": (0.0, 0.0)}
@@ -267,12 +269,14 @@ def test_pairs_arrive_by_name():
     assert metrics.means(state.window)["loss"] == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.quick
 def test_rows_keep_their_order():
     batch = split_batch({"inputs": np.arange(24).reshape(12, 2), "label": np.arange(12)}, jax.local_devices())
     assert batch["inputs"].shape == (4, 3, 2)
     np.testing.assert_array_equal(batch["label"], [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]])
 
 
+@pytest.mark.quick
 def test_sizes_that_do_not_fit_are_named():
     devices = jax.local_devices()
     with pytest.raises(
