@@ -90,6 +90,7 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(LONGEST)))
 
 
+@pytest.hookimpl(optionalhook=True)  # where xdist is off
 def pytest_xdist_make_scheduler(config, log):
     """A file's tests run in one process, or where they run over a table those of one row: they share programs."""
     from xdist.scheduler import LoadScopeScheduling
