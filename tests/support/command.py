@@ -166,7 +166,7 @@ def _finished(name: str, run: Callable[..., Result]) -> tuple[Path, str]:
 
 def wait_for_step(path: Path, step: int) -> None:
     """Returns once metrics.jsonl has a line of `step`."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not any(line["step"] >= step for line in toy.lines(path)):
         assert time.monotonic() < deadline, "the run does not get on"
         time.sleep(0.002)
