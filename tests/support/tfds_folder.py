@@ -22,7 +22,6 @@ def write(
     class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version(version)
         BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=config)] if config else []
-        pkg_dir_path = root  # else the package of this module, which importlib_resources would look up
 
         def _info(self):
             return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(dict(features)))
