@@ -8,6 +8,7 @@ XLA gets more threads than devices: jaxlib 0.10.2's batched Cholesky holds a thr
 as many of them at once as there are threads, one for each fake device, all wait for ever.
 """
 
+import collections
 import importlib.metadata
 import os
 import re
@@ -15,10 +16,10 @@ from pathlib import Path
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 os.environ["NPROC"] = "16"
-flags = ["--xla_backend_optimization_level=0"]
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    flags.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+    + " --xla_cpu_use_fusion_emitters=false" * importlib.metadata.version("jaxlib").startswith("0.10.")
+)
 
 import jax
 import pytest
@@ -88,9 +89,23 @@ LONGEST = (
 )
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items):
-    """The longest files first; the others stay as they are."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Of a test with `first(n)` the first n cases run at once, the others are slow. Slow ones are not quick.
+
+    The longest files start first; the others stay as they are.
+    """
+    cases = collections.Counter()
+    for item in items:
+        if first := item.get_closest_marker("first"):
+            test = item.nodeid.partition("[")[0]
+            cases[test] += 1
+            if cases[test] > first.args[0]:
+                item.add_marker(pytest.mark.slow)
+    if config.option.markexpr == "quick":
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
     place = {file: number for number, file in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(LONGEST)))
 

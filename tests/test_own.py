@@ -105,6 +105,7 @@ def read(path):
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_a_mixer_a_structure_and_a_task_of_ones_own(folder, tmp_path, monkeypatch):
     command = ["--config=plan.py:mine:Sharpened+mine:Thin", "--workdir=run", "--config.attention.Sharpened.sharpness=3"]
     status, out, error = train(*command)

@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from efficient_tx.config import make_config
+from efficient_tx.config.flags import invoked
 from efficient_tx.training.checkpoint import Checkpoints
 from efficient_tx.training.history import read_lines
 from tests.support import toy
@@ -28,7 +29,8 @@ def test_a_run_leaves_what_it_promises():
     assert (config["steps"], config["mixers"], config["model"]["features"]) == (40, "softmax", 16)
     due = [(step, "train") for step in (7, 14, 21, 28, 35, 40)] + [(step, "validation") for step in (10, 20, 30, 40)]
     assert [(line["step"], line["split"]) for line in toy.lines(path)] == sorted(due)
-    assert "test accuracy" in out and f"evaluate it: python -m efficient_tx.eval --workdir={path}" in out
+    assert "test accuracy" in out
+    assert f"evaluate it: {' '.join(invoked('eval'))} --workdir={path}" in out
 
 
 def test_the_summary_agrees_with_the_lines():

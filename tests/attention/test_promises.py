@@ -22,12 +22,18 @@ from tests.support.mixers import (
 )
 
 every = pytest.mark.parametrize("name", ATTENTION)
-causal_ones = pytest.mark.parametrize("name", [name for name in ATTENTION if ATTENTION[name].can_be_causal])
-# The rows of the quick run: the cheapest of each family.
-QUICK = ("softmax", "linformer", "local", "linear", "vmean")
+CAUSAL = [name for name in ATTENTION if ATTENTION[name].can_be_causal]
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.quick] * (n in QUICK)) for n in ATTENTION])
+def one_of_a_family(names, otherwise=(), those=()):
+    """Parametrises over the names: of each family the first is marked with `those`, all others with `otherwise`."""
+    first = {ATTENTION[name].family: name for name in reversed(names)}.values()
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=those if name in first else otherwise) for name in names]
+    )
+
+
+@one_of_a_family(list(ATTENTION), those=pytest.mark.quick)
 def test_padding_and_other_examples_change_nothing(name):
     """And a mask may have any pattern."""
     check_padding(ATTENTION[name])
@@ -48,7 +54,7 @@ def test_gradients_are_finite_even_for_nothing_but_padding(name):
             np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
-@causal_ones
+@one_of_a_family(CAUSAL, otherwise=pytest.mark.slow)
 def test_causal(name):
     """Zero Jacobian above the diagonal; the promises about padding; later tokens, however large, change nothing.
 
@@ -75,7 +81,7 @@ def test_causal(name):
         assert_same(further[:, :SHORT][mask], out[mask], 1e-9)
 
 
-@every
+@one_of_a_family(list(ATTENTION), otherwise=pytest.mark.slow)
 def test_randomness_is_an_argument_of_the_example(name):
     """Keys decide; without a mask all tokens are real; nothing is drawn that the class does not tell of."""
     params, evaluate = program(ATTENTION[name])
@@ -121,6 +127,7 @@ def test_draws_do_not_depend_on_the_padded_length(name):
     assert_same(ours[kept], theirs[kept])
 
 
+@pytest.mark.slow
 def test_a_scalar_key_is_folded_per_row():
     params, forward = program(ATTENTION["vmean"], dropout=0.5)
     x, mask = tokens(0, 3, SHORT, FEATURES), np.ones((3, SHORT), bool)
@@ -128,7 +135,7 @@ def test_a_scalar_key_is_folded_per_row():
     assert_same(forward(params, x, mask, jax.random.key(5)), forward(params, x, mask, rows))
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in ATTENTION])
+@one_of_a_family(list(ATTENTION), otherwise=pytest.mark.slow)
 def test_bfloat16_stays_near_float32(name):
     x, mask = tokens(0, 3, SHORT, FEATURES), right_padded(LENGTHS, SHORT)
     params, forward = program(ATTENTION[name])

@@ -15,6 +15,7 @@ from efficient_tx.compare.attention.measure import Settings
 from efficient_tx.compare.timing import PASSES, Cell
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_it_prints(tmp_path, capsys):
     """Three variants at two tiny lengths: table, CSV and JSON hold the same figures; two pictures; no other files."""
     out = tmp_path / "new" / "folder"
@@ -52,6 +53,7 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_calls_that_would_take_too_long_are_not_made(tmp_path, capsys):
     """No prediction at the shortest length; a limit of a nanosecond stops everything after it."""
     flags = "--lengths=8,16 --variants=vmean --batch=1 --heads=1 --head_dim=2 --rounds=1 --max_seconds=1e-9"

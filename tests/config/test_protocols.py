@@ -17,6 +17,7 @@ def pairs():
 
 
 @pytest.mark.parametrize(("name", "protocol"), pairs())
+@pytest.mark.first(4)
 def test_every_shipped_config_builds_under_each_of_its_protocols(name, protocol):
     check.check(load.ConfigFile(name).resolve({"protocol": protocol}))
 

@@ -119,6 +119,7 @@ def test_it_changes_no_evaluation_result(kind, model, mixer):
     )  # float32: other groupings of sums
 
 
+@pytest.mark.slow
 def test_a_run_compiles_each_length_once_and_tells_of_it(tmp_path, capsys):
     examples = [{"inputs": np.full(3 + 97 * (i % 4 == 0), 1 + i % 2), "label": i % 2} for i in range(40)]
     plain = dataclasses.replace(toy.TASK, train=examples, max_len=200)

@@ -125,6 +125,7 @@ def test_an_example_is_a_function_of_seed_split_and_number(kind):
             first.train[index]
 
 
+@pytest.mark.slow
 def test_the_same_in_another_process():
     program = (
         "from efficient_tx.data import recall; import zlib; "

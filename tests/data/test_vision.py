@@ -326,6 +326,7 @@ def test_no_key_of_images_is_dead(key):
 
 
 @pytest.mark.parametrize("name", names.MODELS["image"])
+@pytest.mark.slow
 def test_the_name_chooses_the_model(name):
     config = make_config("efficient_tx.data.vision", "softmax", task={"image_size": 64}, model={"name": name})
     if name == "vit":

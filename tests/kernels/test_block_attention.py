@@ -59,6 +59,7 @@ def formula(q, k, v, *, blocks, block_size, mask=None, causal=False, scale=None,
     ],
     ids=("plain", "masked and biased", "masked, causal, sparse"),
 )
+@pytest.mark.first(2)
 def test_equals_the_formula_and_its_gradients(monkeypatch, queries, keys, chunk, extras):
     """Values against NumPy, gradients against automatic differentiation of the plain formula, both in float64.
 
@@ -100,6 +101,7 @@ def test_equals_the_formula_and_its_gradients(monkeypatch, queries, keys, chunk,
 
 
 @pytest.mark.parametrize("causal", (False, True), ids=("full", "causal"))
+@pytest.mark.slow
 def test_all_blocks_are_exact_attention(causal):
     """The exact limit, against another kernel, with one list of blocks for all examples and heads."""
     inputs = arrays(0, 37, 37)
@@ -110,6 +112,7 @@ def test_all_blocks_are_exact_attention(causal):
     np.testing.assert_allclose(ours, exact, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_number_or_one_of_each_head_is_a_bias_too():
     inputs, blocks = arrays(0, 21, 21), lists(0, 21, 21, 8, 3)
     for bias in (-0.5, np.arange(4.0)[:, None, None]):
@@ -121,6 +124,7 @@ def test_a_number_or_one_of_each_head_is_a_bias_too():
 
 
 @pytest.mark.parametrize("implementation", ("reference", "xla"))
+@pytest.mark.slow
 def test_large_logits_neither_overflow_nor_vanish_and_padding_may_hold_anything(implementation):
     q, k, v = arrays(0, 24, 40)
     q *= 1000
@@ -145,6 +149,7 @@ def test_bfloat16_inputs_are_computed_in_float32():
     np.testing.assert_allclose(out.astype(np.float32), expected, rtol=2**-8, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_memory_is_linear_in_the_length():
     def temporaries(length):
         x = jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32)

@@ -65,6 +65,7 @@ def random_mask(seed, batch, keys):
     ids=("full", "causal", "masked", "masked causal"),
 )
 @pytest.mark.parametrize("score", SCORES)
+@pytest.mark.first(4)
 def test_equals_the_formula_and_its_gradients(score, queries, keys, masked, causal):
     """Values against NumPy, gradients against automatic differentiation of the plain formula, both in float64."""
     inputs = arrays(queries, queries, keys)
@@ -94,6 +95,7 @@ def test_equals_the_formula_and_its_gradients(score, queries, keys, masked, caus
         np.testing.assert_allclose(ours, theirs, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_default_blocks_in_float32(monkeypatch):
     """At the real block size, with two blocks a side; the error is that of float32 sums of 700 weights."""
     monkeypatch.undo()
@@ -106,6 +108,7 @@ def test_default_blocks_in_float32(monkeypatch):
 
 
 @pytest.mark.parametrize("score", SCORES)
+@pytest.mark.slow
 def test_bfloat16_inputs_are_computed_in_float32(score):
     """Against the formula on the same rounded inputs: what is left is the rounding of the result, 2⁻⁹ relative."""
     rounded = [np.asarray(x, jnp.bfloat16) for x in arrays(0, 40, 64)]
@@ -130,6 +133,7 @@ def test_large_logits_neither_overflow_nor_vanish(implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("score", SCORES)
+@pytest.mark.first(2)
 def test_padding_may_hold_anything(score, implementation):
     q, k, v = (x.astype(np.float32) for x in arrays(0, 20, 40))
     mask = np.arange(40) < np.array([[25], [3]])
@@ -151,6 +155,7 @@ def test_a_mask_of_all_pairs_goes_to_the_reference():
         flash_attention(q, k, v, mask=pairs, implementation="xla")
 
 
+@pytest.mark.slow
 def test_memory_is_linear_in_the_length(monkeypatch):
     monkeypatch.undo()
 
@@ -165,6 +170,7 @@ def test_memory_is_linear_in_the_length(monkeypatch):
         assert long < 16384**2 * 4 / 50
 
 
+@pytest.mark.slow
 def test_works_under_vmap():
     q, k, v = (np.stack([x, 2 * x]).astype(np.float32) for x in arrays(0, 20, 33))
     grad = jax.grad(lambda q, k, v: flash_attention(q, k, v, causal=True).sum())
@@ -174,6 +180,7 @@ def test_works_under_vmap():
 
 
 @pytest.mark.parametrize("score", SCORES)
+@pytest.mark.first(1)
 def test_the_reference_has_forward_mode(score):
     inputs = arrays(0, 5, 7)
     tangents = [np.random.default_rng(1).normal(size=x.shape) for x in inputs]

@@ -54,6 +54,7 @@ def formula(q, k, v, log_decay=None, state=None, mask=None, scale=None):
 @pytest.mark.parametrize(
     ("gate", "reverse"), [("none", False), ("constant", False), ("head", True), ("channel", True), ("channel", False)]
 )
+@pytest.mark.first(2)
 def test_equals_the_sum_over_pairs_and_its_gradients(gate, reverse):
     """Values against NumPy, gradients against automatic differentiation of the recurrence, both in float64."""
     r = np.random.default_rng(1)

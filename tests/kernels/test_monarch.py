@@ -89,6 +89,7 @@ def test_large_inputs_take_chunks_on_the_cpu_and_all_at_once_elsewhere(monkeypat
 
 
 @pytest.mark.parametrize("shapes", SHAPES[:2])
+@pytest.mark.slow
 def test_all_at_once_is_the_same_product(monkeypatch, shapes):
     """What other devices run, on this one."""
     given = arrays(shapes, 24)

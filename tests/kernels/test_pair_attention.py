@@ -70,6 +70,7 @@ def formula(q, k, v, k2, v2, *, mask, causal, windows):
         (3, True, (5, None)),
     ],
 )
+@pytest.mark.first(1)
 def test_equals_the_sum_over_pairs_and_both_have_one_gradient(queries, causal, windows):
     """In float64, padding scattered; one example has two real tokens only, so that causal queries may see nothing."""
     operands, options = inputs(queries), {"causal": causal, "windows": windows}

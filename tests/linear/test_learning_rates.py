@@ -82,6 +82,7 @@ def test_one_step_of_adam_moves_the_output_alike_at_every_width(name):
 
 
 @pytest.mark.parametrize("name", SIGN_LIKE)
+@pytest.mark.slow
 def test_updates_are_multiplied_and_the_state_is_the_same_without_a_model(name):
     model = Model(nnx.Rngs(0))
     params = nnx.split(model)[1]

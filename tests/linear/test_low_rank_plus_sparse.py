@@ -62,6 +62,7 @@ def test_zeros_stay_zeros(name):
     assert (after[before != 0] != before[before != 0]).all()
 
 
+@pytest.mark.slow
 def test_a_planted_sum_is_found():
     """Rank 2 and one entry of ten, three times as large: far inside what robust principal components recover."""
     rng = np.random.default_rng(0)
@@ -75,6 +76,7 @@ def test_a_planted_sum_is_found():
 
 
 @patterns
+@pytest.mark.slow
 def test_the_fit_ends_where_each_part_is_the_best_for_the_other(options):
     kernel = np.random.default_rng(0).normal(size=(60, 40))
     with jax.enable_x64(True):

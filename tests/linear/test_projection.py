@@ -45,6 +45,7 @@ def alternating_least_squares(kernel, formula, sizes, seed, sweeps=30):
 
 
 @pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.slow
 def test_projection_is_never_worse_than_ten_random_restarts(name):
     cls, options, formula, sizes = FORMULAS[name]
     kernel = random_kernel(formula, sizes)
@@ -67,6 +68,7 @@ def member(cls, n, m, **options):
     return cls(n, m, use_bias=False, param_dtype=jnp.float64, rngs=nnx.Rngs(0), **options).to_dense()
 
 
+@pytest.mark.slow
 def test_kronecker_is_a_monarch_and_monarch_a_block_tensor_train_matrix():
     def error(weight, cls, **options):
         return np.linalg.norm(cls.from_dense(weight, **options).to_dense() - weight) / np.linalg.norm(weight)

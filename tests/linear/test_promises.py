@@ -49,6 +49,7 @@ def compiled(function):
 
 @both
 @pytest.mark.parametrize(("n", "m"), sizes)
+@pytest.mark.first(11)
 def test_is_affine_with_its_dense_weight(name, n, m):
     with jax.enable_x64(True):
         x = np.random.default_rng(1).normal(size=(2, 3, n))
@@ -70,6 +71,7 @@ def test_is_affine_with_its_dense_weight(name, n, m):
 
 @both
 @pytest.mark.parametrize(("n", "m"), [SIZES[0], *sizes[1:]])
+@pytest.mark.first(11)
 def test_projection_is_deterministic_idempotent_and_keeps_the_bias(name, n, m):
     @compiled
     def project(kernel, bias):
@@ -90,6 +92,7 @@ def test_projection_is_deterministic_idempotent_and_keeps_the_bias(name, n, m):
 
 
 @both
+@pytest.mark.first(5)
 def test_projection_of_a_layer_of_its_own_is_that_layer(name):
     @compiled
     def there_and_back():
@@ -111,6 +114,7 @@ def test_low_rank_projection_is_the_truncated_svd():
 
 
 @pytest.mark.parametrize(("n", "m", "blocks"), [(16, 16, 4), (16, 16, 2), (24, 36, 3), (10, 14, 4), (8, 8, 1)])
+@pytest.mark.first(1)
 def test_monarch_projection_error_is_the_tail_of_its_slices(n, m, blocks):
     """Independent of the layer: slices are cut by index arithmetic from the definition."""
     kernel = np.random.default_rng(0).normal(size=(n, m))
@@ -192,6 +196,7 @@ STARTS = [
 
 
 @pytest.mark.parametrize(("name", "n", "m", "options"), STARTS)
+@pytest.mark.slow
 def test_output_variance_at_the_start_is_a_dense_layers(name, n, m, options):
     seeds = 24
     x = jax.random.normal(jax.random.key(1), (256, n))
@@ -239,6 +244,7 @@ def test_parameters_at_usual_sizes(name):
 
 
 @both
+@pytest.mark.first(5)
 def test_multiplies_is_what_the_traced_layer_multiplies(name):
     for n, m in [*SIZES, (512, 512), (130, 515)]:
         made = nnx.eval_shape(lambda n=n, m=m: layer(name, n, m))
@@ -281,6 +287,7 @@ def held_still(monkeypatch):
 
 
 @both
+@pytest.mark.slow
 def test_gradient_matches_finite_differences(name, monkeypatch):
     with jax.enable_x64(True):
         graphdef, params = nnx.split(made(name, 6, 9, param_dtype=jnp.float64))
@@ -310,6 +317,7 @@ def test_gradient_matches_finite_differences(name, monkeypatch):
 
 @both
 @pytest.mark.parametrize(("n", "m"), [SIZES[0], *sizes[1:]])
+@pytest.mark.first(11)
 def test_counts_are_what_is_stored(name, n, m):
     one = made(name, n, m)
     one.bias[...] = np.ones(m, np.float32)
@@ -350,6 +358,7 @@ def test_holds_parameters_only(name):
 
 
 @both
+@pytest.mark.slow
 def test_projected_without_a_bias_has_none(name):
     assert LINEAR[name].from_dense(jnp.ones((4, 4))).bias is None
 

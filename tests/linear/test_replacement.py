@@ -43,6 +43,7 @@ def variables(model):
     return {path: variable for path, variable in nnx.iter_graph(model) if isinstance(variable, nnx.Variable)}
 
 
+@pytest.mark.slow
 def test_every_linear_layer_of_a_foreign_model_is_projected_in_place():
     model, old = Foreign(), Foreign()
     before = variables(model)
@@ -76,6 +77,7 @@ def test_every_linear_layer_of_a_foreign_model_is_projected_in_place():
     )
 
 
+@pytest.mark.slow
 def test_a_replaced_model_computes_with_its_new_weights():
     """At full rank nothing changes: a forward pass through every kind of container."""
     model, x = Foreign(), jax.random.normal(jax.random.key(0), (3, 4, 8))
@@ -88,6 +90,7 @@ def test_a_replaced_model_computes_with_its_new_weights():
     jax.eval_shape(lambda params: nnx.merge(graphdef, params)(x), params)
 
 
+@pytest.mark.slow
 def test_select_is_asked_once_per_layer_with_its_first_path():
     model, asked = Foreign(), []
     replace(model, lambda path, layer: asked.append((path, type(layer))), Monarch)
@@ -143,6 +146,7 @@ class Net(nnx.Module):
 
 
 @pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.first(4)
 def test_a_structure_becomes_dense_and_dense_becomes_the_nearest_structure(name):
     square = {"sizes": (8, 8)}  # one shape, so that both layers share their programs
     source, target = Net(LINEAR[name], seed=1, **square), Net(Dense, **square)

@@ -106,6 +106,7 @@ def law_of_length(bound):
     return law
 
 
+@pytest.mark.slow
 def test_lengths_follow_the_exact_law(long):
     # The law has acceptance 8.28 %, mean 1035, median 954, 10-90 %: 577-1643. (The re-simulation in reference/lra.md
     # 1.3, 4,000 trees, has 8.2 %, 1062, 991, 582-1677: its mean is 4 standard errors off.) Tolerances here are four

@@ -176,6 +176,7 @@ def test_the_threshold_answers_most_of_its_scores(decimals):
     assert found == max(np.mean((scores > t) == labels) for t in [-9, *scores])
 
 
+@pytest.mark.slow
 def test_the_fetched_addresses():
     data = fetched("sotu")
     task = retrieval.get_task(data_dir=str(data), source="sotu", train_size=50, val_size=50, test_size=200)

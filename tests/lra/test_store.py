@@ -48,6 +48,7 @@ def generating(data_dir):
     return f"from lra import listops; listops.get_task(data_dir={str(data_dir)!r}, **{MORE})"
 
 
+@pytest.mark.slow
 def test_kill_9_leaves_nothing_in_the_way(tmp_path):
     for script, leftovers in ((KILL_WHILE_GENERATING, 0), (KILL_WHILE_WRITING, 1)):
         process = python(script + generating(tmp_path), tmp_path)

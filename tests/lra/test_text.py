@@ -96,6 +96,7 @@ def test_bytes_are_ids_and_masks_go_by_length(tmp_path):
     assert max(lengths) <= 128 < bucketed.max_len  # no review here is longer than 128 bytes
 
 
+@pytest.mark.slow
 def test_splits_depend_on_the_seed_alone(tmp_path):
     write_acl(tmp_path / "x")
     write_acl(tmp_path / "y", {split: items[::-1] for split, items in REVIEWS.items()})

@@ -47,6 +47,7 @@ PAIRS = itertools.product(["mean", "cls", "last"], ["learned", "sinusoidal", "ro
 @pytest.mark.parametrize(
     ("pool", "positions"), [pytest.param(*one, marks=[] if one in FAST else [pytest.mark.slow]) for one in PAIRS]
 )
+@pytest.mark.first(2)
 def test_logits_do_not_depend_on_padding(pool, positions):
     model = classifier(pool=pool, positions=positions, layers=1)
     inputs, mask = batch()
@@ -62,6 +63,7 @@ def test_logits_do_not_depend_on_padding(pool, positions):
 
 
 @pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
+@pytest.mark.first(1)
 def test_tokens_that_keep_their_places_tell_a_masked_picture_from_its_shift(positions):
     model = classifier(positions=positions, layers=1)
     places = jnp.arange(12)[None]
@@ -175,6 +177,7 @@ def test_patterns_of_mixers_and_structures_go_where_they_belong():
     assert all(type(block.mlp_norm) is nnx.RMSNorm for block in blocks)
 
 
+@pytest.mark.slow
 def test_remat_changes_memory_not_numbers():
     inputs, mask = batch()
     plain, remat = (classifier(remat=flag, layers=3) for flag in (False, True))
@@ -189,6 +192,7 @@ def test_remat_changes_memory_not_numbers():
     assert saved_bytes(remat) < 0.5 * saved_bytes(plain)
 
 
+@pytest.mark.slow
 def test_training_draws_belong_to_the_example():
     model = classifier(dropout=0.5)
     inputs, mask = batch()
@@ -199,6 +203,7 @@ def test_training_draws_belong_to_the_example():
     assert np.abs(once - run(model, inputs, mask)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_near_float32_with_float32_parameters_and_logits():
     inputs, mask = batch()
     half = classifier(dtype=jnp.bfloat16)
@@ -243,6 +248,7 @@ def run_pair(model, inputs, mask, inputs2, mask2, key=None):
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls"])
+@pytest.mark.slow
 def test_logits_of_a_pair_do_not_depend_on_padding(pool):
     model = classifier(DualEncoder, pool=pool, layers=1)
     inputs, mask, inputs2, mask2 = pair()
@@ -272,6 +278,7 @@ def test_the_head_of_a_pair_is_its_formula(pair_head, widths):
     np.testing.assert_allclose(run_pair(model, inputs, mask, inputs2, mask2), x, atol=1e-5)  # float32
 
 
+@pytest.mark.slow
 def test_the_two_sequences_of_a_pair_draw_differently():
     """Else dropout would leave out the same parts of both, and a pair of equal documents would look equal."""
     model = classifier(DualEncoder, dropout=0.5, layers=1, pair_head="interaction")

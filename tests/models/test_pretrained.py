@@ -65,6 +65,7 @@ def test_the_formula_is_the_libraries():
 
 
 @pytest.mark.parametrize("scales", [False, True])
+@pytest.mark.slow
 def test_timm(tmp_path, scales):
     tensors = draw(timm_shapes(scales))
     save_file(tensors, tmp_path / "deit.safetensors")
@@ -83,6 +84,7 @@ def test_hugging_face(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "npz"])
+@pytest.mark.slow
 def test_bfloat16(tmp_path, suffix):
     from safetensors.flax import save_file
 
@@ -97,6 +99,7 @@ def test_bfloat16(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("prefix", ["", "params/", "opt/target/"])
+@pytest.mark.first(1)
 def test_big_vision(tmp_path, prefix):
     tensors, expected = big_vision("gap", representation=True)
     np.savez(tmp_path / "vit.npz", **{prefix + name: x for name, x in tensors.items()})
@@ -106,6 +109,7 @@ def test_big_vision(tmp_path, prefix):
 
 
 @pytest.mark.parametrize("rename", [dict, as_augreg])
+@pytest.mark.slow
 def test_class_tokens_with_and_without_a_position(tmp_path, rename):
     tensors, expected = big_vision("tok")
     np.savez(tmp_path / "vit.npz", **rename(tensors))

@@ -81,6 +81,7 @@ def mlp(x, layer):
     return linear(0.5 * hidden * (1 + np.tanh(np.sqrt(2 / np.pi) * (hidden + 0.044715 * hidden**3))), layer.down)
 
 
+@pytest.mark.slow
 def test_logits_are_the_formula():
     """Of 11 × 11 pixels, which no stride divides: grids of 3, 2 and 1; three stages, the last with a class token."""
     model, inputs = toy(), images()
@@ -124,12 +125,14 @@ def test_mixers_go_by_stage():
 
 
 @pytest.mark.parametrize("name", ["softmax", "soft", "linformer", "fourier", "pool"])
+@pytest.mark.slow
 def test_mixers_of_the_table_fit(name):
     model = nnx.eval_shape(lambda: toy([ATTENTION[name], ATTENTION[name], Softmax]))
     out = nnx.eval_shape(lambda model: model(jnp.zeros((2, 11, 11, 2)), key=jax.random.key(0)), model)
     assert (out.shape, out.dtype) == ((2, 5), jnp.float32)
 
 
+@pytest.mark.slow
 def test_draws_belong_to_the_example():
     model = toy(dropout=0.2, drop_path=0.5)
     inputs, keys = images(), jax.random.split(jax.random.key(0), 3)
@@ -138,6 +141,7 @@ def test_draws_belong_to_the_example():
     assert np.abs(once - run(model, inputs)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_post_norm_blocks_drop_their_branches_by_example():
     """Without a branch the norms remain: two examples that go the same way differ by their own tokens only."""
     block = PostNormBlock(8, mixer=Mean, mlp_features=16, drop_path=0.5, rngs=nnx.Rngs(0))

@@ -81,6 +81,7 @@ def published_sizes(size):
 
 
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.first(2)
 def test_parameters_and_multiplications_are_the_published_ones(size):
     """Parameters within 2 %; multiplications within 2 % of what the published figure rounds.
 

@@ -106,6 +106,7 @@ def test_sincos_by_its_formula():
 
 
 @pytest.mark.parametrize("pool", ["cls", "mean"])
+@pytest.mark.slow
 def test_without_positions_the_order_of_patches_does_not_matter(pool):
     inputs, order = images(), np.random.default_rng(1).permutation(16)
     shuffled = inputs.reshape(3, 4, 2, 4, 2, 2).transpose(0, 1, 3, 2, 4, 5).reshape(3, 16, 2, 2, 2)[:, order]
@@ -126,6 +127,7 @@ def test_rotary_positions_reach_the_mixers():
 
 @pytest.mark.parametrize("pool", ["cls", pytest.param("mean", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.first(6)
 def test_every_mixer_fits(name, pool):
     """With a class token in front of 16 patches, and of the patches alone."""
     model = nnx.eval_shape(lambda: vit([partial(ATTENTION[name])], pool=pool, layers=1))
@@ -137,6 +139,7 @@ def test_every_mixer_fits(name, pool):
     ("features", "heads", "pool", "millions"),
     [(192, 3, "cls", 5.72), (384, 6, "cls", 22.05), (768, 12, "cls", 86.57)],
 )
+@pytest.mark.slow
 def test_parameters_are_as_many_as_published(features, heads, pool, millions):
     """DeiT's tiny, small and base for 224 pixels in patches of 16, as timm counts them."""
     sizes = {"features": features, "heads": heads, "mlp_features": 4 * features, "pool": pool}
@@ -152,6 +155,7 @@ def test_the_head_starts_at_zero():
     np.testing.assert_array_equal(run(model, images()), 0)
 
 
+@pytest.mark.slow
 def test_draws_belong_to_the_example():
     model = vit(dropout=0.2, drop_path=0.5)
     inputs, keys = images(), jax.random.split(jax.random.key(0), 3)
@@ -160,6 +164,7 @@ def test_draws_belong_to_the_example():
     assert np.abs(once - run(model, inputs)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_near_float32():
     inputs, half = images(), vit(dtype=jnp.bfloat16, layer_scale=0.5)
     logits = run(half, inputs)
@@ -193,6 +198,7 @@ def test_a_wrong_shape_is_named():
         vit()(np.zeros((1, 8, 8, 3), np.float32))
 
 
+@pytest.mark.slow
 def test_drop_path_leaves_out_whole_examples_and_keeps_the_mean():
     keys = jax.random.split(jax.random.key(0), 20_000)
     x = jnp.ones((20_000, 2, 3))

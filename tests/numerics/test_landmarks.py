@@ -45,6 +45,7 @@ def test_draws_belong_to_ranks_and_heads():
         np.testing.assert_array_equal(np.asarray(tokens_at(x, long))[b, :, h], x[b, long[b, :, h], h])
 
 
+@pytest.mark.slow
 def test_kernel_leverage_is_exact_with_every_token_a_pilot():
     """λ diag(K (K + λ)⁻¹), for five and for all of 12 tokens; the padding holds NaN."""
     x, ridge = normal(0, 2, 12, 2, 3).astype(np.float32), 0.1
@@ -58,6 +59,7 @@ def test_kernel_leverage_is_exact_with_every_token_a_pilot():
         np.testing.assert_allclose(score[b, mask[b], h], expected, rtol=1e-4)  # float32, condition 100
 
 
+@pytest.mark.slow
 def test_kernel_leverage_of_few_pilots_is_an_upper_bound_and_finds_what_is_rare():
     """480 tokens in one place and 20 scattered, 24 pilots: those that no pilot is near score 50 times a common one."""
     x = np.concatenate([0.05 * normal(0, 480, 3), 6 * normal(1, 20, 3)])[None, :, None]

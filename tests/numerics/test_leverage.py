@@ -61,6 +61,7 @@ def test_scores_are_those_of_the_svd_and_sum_to_the_rank(kind, ridge):
 
 
 @pytest.mark.parametrize("shift", [0.0, 3.0])
+@pytest.mark.slow
 def test_float32_finds_the_rank_too(shift):
     """The rows share a direction of `shift` times their size; 1e-4 is float32 rounding over the smallest eigenvalue."""
     a = of_rank(0, 4096, 32, 20)

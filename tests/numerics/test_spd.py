@@ -68,6 +68,7 @@ def test_one_newton_step_maps_the_error_as_published():
                 error = error**3 * (error + 3) / 4
 
 
+@pytest.mark.slow
 def test_from_its_own_norms_any_matrix_converges_to_its_pseudo_inverse():
     """The four conditions of Moore and Penrose, for wide, tall and asymmetric matrices with singular values ≥ 0.1."""
     r = np.random.default_rng(0)
@@ -91,6 +92,7 @@ def test_for_the_spectrum_of_a_normalised_kernel_the_identity_is_the_better_star
     assert residuals[1] < 1e-3 < 0.5 < residuals[0]
 
 
+@pytest.mark.slow
 def test_newton_inverse_converges_and_its_report_bounds_the_error():
     a = spd(0, 24, smallest=0.05, batch=(3,))
     exact = np.linalg.inv(a)

@@ -47,6 +47,7 @@ def test_gradient_is_the_transposed_map():
             np.testing.assert_allclose(np.vdot(grad, y), np.vdot(by_loop(y, mask, 7)[0], w), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_without_mask_all_tokens_are_real_and_bfloat16_is_summed_in_float32():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 30, 3)), jnp.bfloat16)
     means, valid = segment_means(x, None, 4)
@@ -82,6 +83,7 @@ def test_means_of_cells_are_those_of_a_loop(count):
 
 
 @pytest.mark.quick
+@pytest.mark.slow
 def test_the_side_of_a_grid_is_the_root_rounded_up():
     n = np.arange(1, 101)
     np.testing.assert_array_equal(grid_sides(jnp.asarray(n), 100), np.ceil(np.sqrt(n)))

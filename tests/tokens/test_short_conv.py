@@ -68,6 +68,7 @@ def test_bfloat16_sums_in_float32():
 
 
 @pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.slow
 def test_a_softmax_mixer_is_attention_of_convolved_projections(causal):
     """With an irregular mask and rotations, which come after the convolution, against a dense softmax in NumPy."""
     with jax.enable_x64(True):
@@ -98,6 +99,7 @@ def test_a_softmax_mixer_is_attention_of_convolved_projections(causal):
 
 # The projections of MultiHead, those of GLA, and a mixer whose tokens stood side by side already.
 @pytest.mark.parametrize(("name", "causal"), [("softmax", True), ("gla", True), ("s3", False)])
+@pytest.mark.slow
 def test_gradients_of_a_mixer(name, causal):
     """Zero at padding, whatever stands there, and beyond the token if causal; float64 stays float64."""
     with jax.enable_x64(True):
@@ -149,6 +151,7 @@ def test_gla_convolves_what_takes_part_in_attention():
 
 
 @pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.slow
 def test_gla_is_the_recurrence_of_convolved_projections_behind_a_silu(causal):
     """In plain Python: one state a head and direction, one token at a time."""
     mixer = GLA(8, heads=2, conv=4, causal=causal, rngs=nnx.Rngs(0))

@@ -183,6 +183,7 @@ def test_draws_matter_in_these_runs():
     assert np.median(np.abs(np.array(losses) / train(1)[0] - 1)) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_run_repeats_bit_for_bit():
     first, again = train(4), train.__wrapped__(4)
     assert first[0] == again[0]

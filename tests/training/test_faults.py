@@ -42,6 +42,7 @@ def test_killed_again_and_again(tmp_path):
     assert left[0] == left[1]
 
 
+@pytest.mark.slow
 def test_train_killed_and_resumed_ends_with_the_same_lines(tmp_path):
     """A process, which computes what this one does, is killed; what it left, this one ends."""
     finished_run()  # Its data and its compiled programs are there by then.
@@ -76,6 +77,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number, ending):
     assert f"--workdir={path}" in error
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints_cost_a_line_each(tmp_path):
     def damaged_copy(name, how):
         """A copy of the finished run without its summary; `how` says per step whether a file is halved (else a bit)."""

@@ -147,6 +147,7 @@ def test_waiting_for_data_is_counted_and_compilation_is_not(tmp_path, monkeypatc
     assert loop.compile_seconds == 100
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_stays_beside_the_newest(tmp_path):
     loop = toy.make_loop(tmp_path, keep=1, eval_every=3, checkpoint_every=100, optimizer={"learning_rate": 0.0})
     loop.run()
@@ -176,6 +177,7 @@ def test_a_finished_run_has_nothing_to_do(straight, tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_signal_during_evaluation_stops_it_and_it_is_made_up_for(straight, tmp_path):
     loop = toy.make_loop(tmp_path)
     evaluate = loop.evaluate
@@ -244,6 +246,7 @@ def test_a_nan_is_found_by_its_line(tmp_path):
     assert any("jnp.log(-1.0 - inputs" in str(entry.statement) for entry in caught.traceback)
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_where_a_line_cannot_be_written(straight, tmp_path, monkeypatch):
     def full(self, line):
         if line["step"] == 16:
@@ -259,6 +262,7 @@ def test_nothing_is_lost_where_a_line_cannot_be_written(straight, tmp_path, monk
     assert toy.lines(tmp_path) == toy.lines(straight[0])
 
 
+@pytest.mark.slow
 def test_steps_neither_compile_nor_make_the_host_wait(tmp_path, monkeypatch):
     """Once each kind of event has happened, steps are dispatched only; a line, checkpoint or evaluation waits."""
     plan = {"steps": 60, "log_every": 5, "eval_every": 10, "checkpoint_every": 6}
@@ -287,6 +291,7 @@ def test_steps_neither_compile_nor_make_the_host_wait(tmp_path, monkeypatch):
     }
 
 
+@pytest.mark.slow
 def test_no_thread_outlives_a_run(tmp_path):
     before = threading.active_count()
     toy.make_loop(tmp_path, steps=3).run()

@@ -133,6 +133,7 @@ class Parts(nnx.Module):
         self.head = nnx.Linear(6, 3, rngs=rngs)
 
 
+@pytest.mark.slow
 def test_muon_orthogonalises_hidden_matrices_only():
     rng = np.random.default_rng(0)
     params = nnx.split(Parts(nnx.Rngs(0)))[1]

@@ -169,6 +169,7 @@ def test_wandb_gets_the_lines_of_one_run(tmp_path, monkeypatch):
     assert first == again and first["config"] == {"seed": 3} and first["resume"] == "allow"
 
 
+@pytest.mark.slow
 def test_the_picture_shows_curves_and_baselines(tmp_path):
     lines = [TRAIN, VALIDATION, TRAIN | {"step": 90, "loss": 1.0}, VALIDATION | {"step": 90, "accuracy": 0.75}]
 

@@ -77,6 +77,7 @@ def named(tree):
     return {name: np.asarray(leaf) for name, (_, leaf) in zip(names, paths, strict=True)}
 
 
+@pytest.mark.slow
 def test_moments_of_dense_weights_start_anew_and_all_others_go_on():
     """Against AdamW's formula: with the whole history, or from the change on with a learning rate that rises again."""
     options = {"name": "adamw", "b1": 0.8, "b2": 0.95, "eps": 1e-3, "weight_decay": 0.1}
@@ -200,6 +201,7 @@ def test_a_run_goes_on_dense_from_a_checkpoint_of_its_own(straight):
 @pytest.mark.parametrize(
     "moments", [(8, 9, 10), *(pytest.param(each, marks=pytest.mark.slow) for each in ((6, 9), (9, 23)))]
 )
+@pytest.mark.slow
 def test_stopped_around_the_change_is_as_if_never_stopped(straight, tmp_path, monkeypatch, moments):
     for step in moments:
         with monkeypatch.context() as patch, pytest.raises(Interrupted, match=f"step {step} of 23"):
@@ -260,6 +262,7 @@ def test_the_best_checkpoint_may_lie_before_the_change(tmp_path):
     assert [score.means["loss"] for score in scores] == pytest.approx([line["loss"]] * 2, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_two_changes_one_after_the_other():
     """Two layers, densified at different steps: three groups of moments."""
 

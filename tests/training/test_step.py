@@ -169,6 +169,7 @@ def test_first_bad_step_is_kept(bad):
 
 
 @pytest.mark.parametrize(("devices", "grad_accum"), [(1, 1), (4, 1), (2, 2)])
+@pytest.mark.first(1)
 def test_keys_belong_to_seed_step_and_row(devices, grad_accum):
     """A model whose logits are its keys' draws: the loss is that of fold_in(fold_in(key(seed), step), row)."""
 
@@ -276,7 +277,7 @@ def test_rows_keep_their_order():
     np.testing.assert_array_equal(batch["label"], [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]])
 
 
-@pytest.mark.quick
+@pytest.mark.slow
 def test_sizes_that_do_not_fit_are_named():
     devices = jax.local_devices()
     with pytest.raises(

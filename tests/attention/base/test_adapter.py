@@ -67,6 +67,7 @@ def refuses(name, use, call):
 
 
 @pytest.mark.parametrize("name", HELD)
+@pytest.mark.first(6)
 def test_padding_and_grouped_heads(name):
     """Contents of padding change nothing, and the mask arrives, with one head of keys and values for two of queries."""
     x = normal(0, BATCH, LENGTH, FEATURES)
@@ -94,6 +95,7 @@ def test_grouped_heads_are_linens_repeated_ones(name):
 
 
 @pytest.mark.parametrize("name", HELD)
+@pytest.mark.first(6)
 def test_cross_attention(name):
     """Three queries over six keys, padded."""
     q, x = normal(0, BATCH, 3, FEATURES), normal(1, BATCH, LENGTH, FEATURES)
@@ -110,6 +112,7 @@ def test_cross_attention(name):
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.slow] * (not ATTENTION[n].can_be_causal)) for n in HELD]
 )
+@pytest.mark.first(3)
 def test_decoding_with_flaxs_cache(name):
     """One token at a time: the rows of the causal form; where there are none, the function over the unpadded prefix."""
     cls, causal = ATTENTION[name], ATTENTION[name].can_be_causal
@@ -164,6 +167,7 @@ def test_what_flaxs_modules_cannot_hold_says_so(name):
 
 
 @pytest.mark.parametrize("own", [linen, nnx], ids=["linen", "nnx"])
+@pytest.mark.slow
 def test_softmax_is_flaxs_own_attention(own):
     """Through either module, with no mask, a key mask and a full one."""
     x = normal(0, BATCH, LENGTH, FEATURES)
@@ -181,6 +185,7 @@ def test_softmax_is_flaxs_own_attention(own):
     np.testing.assert_allclose(*outputs, atol=1e-5)  # float32 rounding
 
 
+@pytest.mark.slow
 def test_softmax_decodes_in_linen():
     """linen says nothing of causality: the mask of its cache is all there is."""
     x = normal(0, BATCH, LENGTH, FEATURES)

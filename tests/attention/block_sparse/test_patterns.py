@@ -103,6 +103,7 @@ def dense_gradient(q, k, v, pairs, w):
 
 @pytest.mark.parametrize("causal", (False, True), ids=("full", "causal"))
 @every
+@pytest.mark.first(4)
 def test_equals_a_dense_mask_and_its_gradients(monkeypatch, name, causal):
     """In float64, with padding in between, which holds NaN; grouped heads, values of another width, many blocks."""
     monkeypatch.setattr(patterns, "LARGEST_BLOCK", 4)
@@ -149,6 +150,7 @@ def test_who_sees_everything_is_softmax(name, causal):
 
 
 @every
+@pytest.mark.first(2)
 def test_decoding_gives_what_the_whole_sequence_gives(name):
     """The last two queries over a cache of which a part is filled; the rest of it holds NaN."""
     function, options, _ = CASES[name]
@@ -167,6 +169,7 @@ def test_decoding_gives_what_the_whole_sequence_gives(name):
 
 
 @pytest.mark.parametrize("causal", (False, True), ids=("full", "causal"))
+@pytest.mark.slow
 def test_global_tokens_may_look_through_their_own_projections(causal):
     arrays, others = inputs(0), inputs(5)
     plain, globals_ = (dense_mask(sees, causal) for sees in (CASES["longformer"][2], lambda *_: True))

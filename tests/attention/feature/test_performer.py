@@ -45,6 +45,7 @@ def dense(q, k, v, omega, mask, causal):
 
 
 @pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.first(1)
 def test_equals_the_dense_formula_and_its_gradients(small_pieces, causal):
     """Three pieces, padding anywhere, grouped heads, values of another width, a draw per example; in float64."""
     mask = np.random.default_rng(1).random((3, 150)) < 0.7
@@ -116,6 +117,7 @@ def test_error_falls_with_the_features_and_is_at_most_the_published_one(kind):
     assert ours[1] <= np.mean([error(published(q, k, v, 64, r)) for _ in range(128)])
 
 
+@pytest.mark.slow
 def test_a_decoded_row_is_that_of_the_whole():
     q, k, v = arrays(0, 20, 20)
     with jax.enable_x64(True):

@@ -79,6 +79,7 @@ def run(name, windows=None, **options):
         ("strassen", None, 6, False),
     ],
 )
+@pytest.mark.first(1)
 def test_equals_the_sum_over_triples_and_its_gradient(name, windows, queries, causal):
     """In float64, padding scattered, grouped heads; one example has two real tokens only."""
     keys = 13
@@ -147,6 +148,7 @@ def test_strassen_holds_where_the_largest_factors_do_not_meet():
 
 
 @pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.slow
 def test_windows_of_all_tokens_are_the_exact_limit(causal):
     """Of all real tokens: the sequence is longer than the windows."""
     operands = inputs(0, 16, 16)
@@ -168,6 +170,7 @@ def test_a_constant_second_token_leaves_softmax():
             np.testing.assert_allclose(out, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_two_tokens_of_a_pair_may_change_places():
     q, k, v, k2, v2 = inputs(0, 9, 9)
     with jax.enable_x64(True):

@@ -59,6 +59,7 @@ def convolution(v, weight):
     [(21, 21, 2, (21, 13)), (21, 21, 1, (3, 0)), (9, 21, 2, (21, 13)), (1, 21, 1, (21, 3))],
     ids=("masked", "grouped, fewer tokens than landmarks", "cross", "one query"),
 )
+@pytest.mark.first(1)
 def test_it_is_its_formula_with_a_convolution_on_the_real_tokens(queries, keys, groups, lengths):
     q, k, v = attention_inputs(0, queries, keys, groups=groups)
     mask, weight = scattered(lengths, keys), np.random.default_rng(1).normal(size=(5, 2))
@@ -86,6 +87,7 @@ def test_one_query_sees_exact_softmax():
     np.testing.assert_allclose(out, exact.swapaxes(1, 2), atol=1e-12)
 
 
+@pytest.mark.slow
 def test_all_points_and_enough_steps_are_exact_softmax():
     """The exact limit, on queries that prefer their own key: the core is then well conditioned."""
     r = np.random.default_rng(0)
@@ -143,6 +145,7 @@ def published(heads, padded, landmarks):
     return [(a @ iterate(c, c.T / largest, 6) @ b)[:length] for c, (a, b) in zip(cores, sides)]
 
 
+@pytest.mark.slow
 def test_gradients_equal_those_of_the_formula():
     """Against automatic differentiation of the plain formula, unrolled, in float64."""
     q, k, v = (x[:, :, :1] for x in attention_inputs(0, 8, 8, batch=1))
@@ -171,6 +174,7 @@ def test_gradients_equal_those_of_the_formula():
             np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_an_example_ignores_the_others():
     """The published iteration starts from one maximum over the batch; here an example is what it is alone."""
     q, k, v = (x.astype(np.float32) for x in attention_inputs(0, 24, 24))

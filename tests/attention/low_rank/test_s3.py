@@ -112,6 +112,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 def test_the_error_of_the_columns_falls_with_their_number():
     """Queries near the keys in another order. Columns drawn uniformly are what the published code has at any budget."""
     r, shape = np.random.default_rng(0), (16, 256, 16)

@@ -103,6 +103,7 @@ def test_at_128_landmarks_the_error_is_at_most_the_published_one(kind):
     assert 0 < ours <= theirs
 
 
+@pytest.mark.slow
 def test_the_iteration_converges_to_the_solve():
     q, k, v = attention_inputs(0, 40, 40)
     with jax.enable_x64(True):
@@ -116,6 +117,7 @@ def test_the_iteration_converges_to_the_solve():
 
 
 @pytest.mark.parametrize("inverse", (pytest.param("cholesky", marks=pytest.mark.slow), "iteration"))
+@pytest.mark.slow
 def test_an_example_ignores_the_others_and_its_padding(inverse):
     """The published iteration starts from one maximum over the batch; here an example is what it is alone."""
     q, k, v = (x.astype(np.float32) for x in attention_inputs(0, 24, 24, batch=3))
@@ -140,6 +142,7 @@ def test_missing_landmarks_drop_out():
 
 
 @pytest.mark.parametrize("name", OTHER_LANDMARKS)
+@pytest.mark.first(1)
 def test_other_landmarks_have_the_same_exact_limit(name):
     """All 2 · 24 points; in the second example all 2 · 11, scattered among padding; the third has none."""
     q, k, v = attention_inputs(0, 24, 24, batch=3, groups=1)
@@ -171,6 +174,7 @@ def test_other_landmarks_ignore_padding_and_other_examples(name):
 
 
 @pytest.mark.parametrize("name", ["kmeans", "sketch"])
+@pytest.mark.slow
 def test_gradients_flow_through_means_and_signed_sums(name):
     """Along one direction, against central differences; the choice itself is constant there. A row of padding too."""
     x, step = attention_inputs(0, 12, 12), 1e-6
@@ -190,6 +194,7 @@ def test_gradients_flow_through_means_and_signed_sums(name):
     assert slope == pytest.approx((ahead - behind) / (2 * step), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_sketch_is_an_isometry_in_the_mean():
     """E[S Sᵀ] = I after scaling by √(tokens / landmarks): over 4000 draws of 6 landmarks from 10 tokens, two each."""
     x = np.broadcast_to(np.eye(10, dtype=np.float32), (4000, 10, 10))[:, :, None]

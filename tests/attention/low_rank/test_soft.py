@@ -66,6 +66,7 @@ def test_all_tokens_and_no_ridge_are_gaussian_self_attention(grid):
 
 
 @pytest.mark.parametrize(("inverse", "symmetric_norm"), [("cholesky", False), ("iteration", True)])
+@pytest.mark.first(1)
 def test_output_and_gradient_are_those_of_the_formula(inverse, symmetric_norm):
     """With means of segments: automatic differentiation of the plain formula, forward and backward, in float64."""
     q, v, w = (normal(i, 2, 14, 1, 4) for i in range(3))
@@ -148,6 +149,7 @@ def test_bfloat16_inputs_are_computed_in_float32():
     np.testing.assert_allclose(out.astype(np.float32), full, rtol=2**-8, atol=1e-6)  # one rounding to 8 bits
 
 
+@pytest.mark.slow
 def test_an_example_ignores_the_others():
     """The published SOFT++ starts its iteration from one maximum over the batch."""
     q, v = (normal(i, 2, 12, 2, 4).astype(np.float32) for i in range(2))

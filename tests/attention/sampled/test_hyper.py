@@ -79,6 +79,7 @@ def weights_of_past(q, k, directions, key, block, samples, chunk):
 @pytest.mark.parametrize(
     ("queries", "causal"), [(21, False), (9, False), (21, True)], ids=("bidirectional", "cross", "causal")
 )
+@pytest.mark.first(1)
 def test_equals_the_dense_sum_over_the_chosen_keys(queries, causal):
     """Forward and gradient in float64, padding scattered, grouped heads; the choice made by the loops above."""
     keys, options = 21, {"block": 3, "samples": 4, "bits": 3, "chunk": 6}
@@ -121,6 +122,7 @@ def test_equals_the_dense_sum_over_the_chosen_keys(queries, causal):
 
 
 @pytest.mark.parametrize(("limit", "causal"), [("block", False), ("samples", True)])
+@pytest.mark.slow
 def test_is_softmax_with_all_keys_in_the_block_or_in_the_sample(limit, causal):
     """More padding than the block is long, so that nothing is skipped."""
     q, k, v = attention_inputs(3, 37, 37, groups=1)

@@ -134,6 +134,7 @@ def check(q, k, v, mask, pairs, everything, **options):
         ("polynomial", 3.0, 7),
     ],
 )
+@pytest.mark.first(2)
 def test_it_is_dense_attention_over_the_best_keys(attention, p, budget):
     """With gradients; all keys are the exact limit. Queries and keys of other numbers, grouped heads, any mask."""
     q, k, v = inputs(0, 11, 31)
@@ -153,6 +154,7 @@ def causal_options(attention, rescore, budget=9, recent=4):
     [("softmax", True, 9), ("polynomial", False, 9), ("softmax", True, 35)],
     ids=["softmax", "polynomial, arrival", "all"],
 )
+@pytest.mark.first(1)
 def test_the_causal_form_is_dense_attention_over_the_streamed_sets(attention, rescore, budget):
     """In the last case `budget − recent` is the number of keys: exact causal attention."""
     q, k, v = inputs(1, 31, 31)
@@ -214,6 +216,7 @@ def streams(length, dim, seed=3):
 
 
 @pytest.mark.parametrize("rescore", [True, False])
+@pytest.mark.slow
 def test_every_key_above_the_threshold_is_held(rescore):
     """The guarantee of lev_stream, at every token of four streams, from scores computed in NumPy."""
     length, dim, budget, recent = 96, 4, 40, 8

@@ -51,6 +51,7 @@ def published(q, k, v, budget, rng):
 
 
 @pytest.mark.parametrize(("queries", "groups"), [(21, 2), (21, 1), (9, 2)], ids=("plain", "grouped", "cross"))
+@pytest.mark.first(1)
 def test_it_is_algorithm_1_for_what_it_draws(queries, groups):
     """The draws are repeated here from the paper's probabilities and the documented noise."""
     keys, budget, lengths = 21, 6, (21, 13)
@@ -70,6 +71,7 @@ def test_it_is_algorithm_1_for_what_it_draws(queries, groups):
 
 
 @pytest.mark.parametrize("pilots", [3, 32])
+@pytest.mark.slow
 def test_all_columns_are_exact_softmax_and_so_are_the_pilots(pilots):
     q, k, v = attention_inputs(0, 24, 24)
     mask = scattered((24, 11), 24)
@@ -87,6 +89,7 @@ def test_all_columns_are_exact_softmax_and_so_are_the_pilots(pilots):
         assert error[mask[b] & ~pilot].min(initial=1.0) > 1e-3
 
 
+@pytest.mark.slow
 def test_rows_sum_to_one_whatever_the_logits():
     """A constant value comes out as it went in, with logits far beyond what an exponential holds."""
     q, k, _ = attention_inputs(0, 24, 24)
@@ -125,6 +128,7 @@ def test_the_error_falls_with_the_budget_and_is_at_most_the_published_one(kind):
     assert ours[64].mean() <= theirs.mean() + noise
 
 
+@pytest.mark.slow
 def test_gradients_equal_those_of_the_formula_for_what_it_draws():
     """Against automatic differentiation of Algorithm 1 with the drawn sets held fixed, in float64."""
     q, k, v = (x[:, :, :1] for x in attention_inputs(0, 8, 8, batch=1))

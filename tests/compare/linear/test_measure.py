@@ -35,6 +35,7 @@ def test_every_structure_can_be_timed_and_counted(name):
 
 
 @pytest.mark.parametrize("name", [name for name in LINEAR if LINEAR[name].sized_by(8, 8)])
+@pytest.mark.slow
 def test_as_many_bytes_as_allowed(name):
     """One size more would be too much; where even the least is, it is that."""
     option, values = LINEAR[name].sized_by(64, 48)

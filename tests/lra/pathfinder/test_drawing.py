@@ -8,6 +8,9 @@ import pytest
 from lra import parallel
 from lra.pathfinder import drawing, task
 
+# Numba compiles the walks for a quarter of a minute.
+pytestmark = pytest.mark.slow
+
 
 class Plain:
     """The published procedure on whole images, a step at a time; it takes its draws in the order of the fast one.

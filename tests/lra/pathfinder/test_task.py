@@ -26,6 +26,7 @@ def contents(split):
     return [(item["inputs"].tolist(), item["label"]) for item in split]
 
 
+@pytest.mark.slow
 def test_no_size_of_a_split_moves_another(tmp_path):
     task = get_task(tmp_path)
     assert (len(task.train), len(task.validation), len(task.test)) == (30, 6, 8)
@@ -46,6 +47,7 @@ def test_no_size_of_a_split_moves_another(tmp_path):
         task.train[30]
 
 
+@pytest.mark.slow
 def test_parts_and_what_a_killed_run_leaves(tmp_path, monkeypatch):
     whole = contents(get_task(tmp_path / "whole").train)
     monkeypatch.setattr(pathfinder_task, "_PIXELS_PER_PART", 16 * 1024)  # 16 images: two parts of 16 and 14
@@ -63,6 +65,7 @@ def test_parts_and_what_a_killed_run_leaves(tmp_path, monkeypatch):
     assert [path.stat().st_mtime_ns == time for path, time in zip(paths, times, strict=True)] == [True, False]
 
 
+@pytest.mark.slow
 def test_black_pixels_are_tokens_unless_the_old_mask_is_asked_for(tmp_path):
     task = get_task(tmp_path)
     batch = collate([task.test[i] for i in range(8)], task)
@@ -109,6 +112,7 @@ def test_neither_jax_nor_numba_to_import():
     assert done.stdout == "set()\n"
 
 
+@pytest.mark.slow
 def test_baselines(tmp_path):
     # Closed form: with one feature of two values, a logistic regression answers each by its majority.
     dark, bright = np.zeros((40, 1024), np.uint8), np.full((40, 1024), 9, np.uint8)
@@ -275,6 +279,7 @@ def test_protocols_tell_pathfinder_and_path_x_apart(protocol):
     assert protocols.key({"name": "lra.listops"}) == "lra.listops"
 
 
+@pytest.mark.slow
 def test_sizes_are_those_of_the_task(tmp_path):
     task = get_task(tmp_path, resolution=64, contour_length=6, train_size=2, val_size=1, test_size=1)
     known = pathfinder.sizes(resolution=64, contour_length=6, data_dir=None)
@@ -293,6 +298,7 @@ def test_sizes_are_those_of_the_task(tmp_path):
         ([], "required: --preview"),
     ],
 )
+@pytest.mark.slow
 def test_mistakes_of_the_preview_are_one_line(arguments, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
@@ -302,7 +308,8 @@ def test_mistakes_of_the_preview_are_one_line(arguments, says, tmp_path, monkeyp
     assert says in error
 
 
-@pytest.mark.parametrize("name", ["sheet.png", pytest.param("sheet", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sheet.png", "sheet"])
 def test_the_preview_is_a_picture(tmp_path, name):
     path = tmp_path / name
     preview.main([f"--preview={path}", "--count=5", "--contour_length=6"])
