@@ -266,7 +266,7 @@ TASK = """
         return Task(some, some, some, kind=KIND, name="grey", source="drawn", **sizes())
 """
 CONFIG = """
-    from efficient_tx.config.base import make_config
+    from efficient_tx.config import make_config
     def get_config(argument=""):
         model = {"name": "NAME", "patch_size": 4, "features": 12, "layers": 2, "heads": 2, "mlp_features": 20}
         model = model if "NAME" == "vit" else {"name": "NAME"}
