@@ -25,21 +25,21 @@ every = pytest.mark.parametrize("name", ATTENTION)
 CAUSAL = [name for name in ATTENTION if ATTENTION[name].can_be_causal]
 
 
-def one_of_a_family(names, otherwise=(), those=()):
-    """Parametrises over the names: of each family the first is marked with `those`, all others with `otherwise`."""
+def one_of_a_family(names):
+    """Parametrises over the names, of which all but the first of each family are slow."""
     first = {ATTENTION[name].family: name for name in reversed(names)}.values()
     return pytest.mark.parametrize(
-        "name", [pytest.param(name, marks=those if name in first else otherwise) for name in names]
+        "name", [pytest.param(name, marks=[] if name in first else pytest.mark.slow) for name in names]
     )
 
 
-@one_of_a_family(list(ATTENTION), those=pytest.mark.quick)
+@every
 def test_padding_and_other_examples_change_nothing(name):
     """And a mask may have any pattern."""
     check_padding(ATTENTION[name])
 
 
-@every
+@one_of_a_family(list(ATTENTION))
 def test_gradients_are_finite_even_for_nothing_but_padding(name):
     with jax.enable_x64(True):
         params, run = derivatives(ATTENTION[name])
@@ -54,7 +54,7 @@ def test_gradients_are_finite_even_for_nothing_but_padding(name):
             np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
-@one_of_a_family(CAUSAL, otherwise=pytest.mark.slow)
+@one_of_a_family(CAUSAL)
 def test_causal(name):
     """Zero Jacobian above the diagonal; the promises about padding; later tokens, however large, change nothing.
 
@@ -81,7 +81,7 @@ def test_causal(name):
         assert_same(further[:, :SHORT][mask], out[mask], 1e-9)
 
 
-@one_of_a_family(list(ATTENTION), otherwise=pytest.mark.slow)
+@one_of_a_family(list(ATTENTION))
 def test_randomness_is_an_argument_of_the_example(name):
     """Keys decide; without a mask all tokens are real; nothing is drawn that the class does not tell of."""
     params, evaluate = program(ATTENTION[name])
@@ -135,7 +135,7 @@ def test_a_scalar_key_is_folded_per_row():
     assert_same(forward(params, x, mask, jax.random.key(5)), forward(params, x, mask, rows))
 
 
-@one_of_a_family(list(ATTENTION), otherwise=pytest.mark.slow)
+@one_of_a_family(list(ATTENTION))
 def test_bfloat16_stays_near_float32(name):
     x, mask = tokens(0, 3, SHORT, FEATURES), right_padded(LENGTHS, SHORT)
     params, forward = program(ATTENTION[name])

@@ -16,7 +16,7 @@ def pairs():
                 yield pytest.param(name, protocol, marks=() if at_once else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("name", "protocol"), pairs())
+@pytest.mark.parametrize(("name", "protocol"), list(pairs()))
 @pytest.mark.first(4)
 def test_every_shipped_config_builds_under_each_of_its_protocols(name, protocol):
     check.check(load.ConfigFile(name).resolve({"protocol": protocol}))

@@ -63,7 +63,7 @@ def formula(q, k, v, k2, v2, *, mask, causal, windows):
 @pytest.mark.parametrize(
     ("queries", "causal", "windows"),
     [
-        pytest.param(13, False, (5, 4), marks=pytest.mark.quick),
+        (13, False, (5, 4)),
         pytest.param(13, True, (4, None), marks=pytest.mark.slow),
         (13, True, (2, 7)),
         pytest.param(6, False, (40, 13), marks=pytest.mark.slow),

@@ -61,7 +61,7 @@ def drawn(r, queries, keys, sizes, samples):
 
 @pytest.mark.parametrize(
     ("queries", "keys", "sizes"),
-    [pytest.param(11, 17, Sizes(4, 3), marks=pytest.mark.quick), (9, 6, Sizes(3, 8))],
+    [(11, 17, Sizes(4, 3)), (9, 6, Sizes(3, 8))],
 )
 def test_equals_the_sum_over_the_chosen_keys_and_both_have_one_gradient(queries, keys, sizes):
     """In float64, of the output and of the log-sum-exp."""

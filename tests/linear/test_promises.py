@@ -19,7 +19,7 @@ FITTED = {"low_rank_plus_sparse": 0.15}
 both = pytest.mark.parametrize("name", LINEAR)
 # Compiled programs are of two sizes in the quick loop, of all in the slow run.
 sizes = [
-    pytest.param(*SIZES[0], marks=pytest.mark.quick),
+    SIZES[0],
     *(pytest.param(*size, marks=pytest.mark.slow) for size in SIZES[1:3]),
     SIZES[3],
 ]
