@@ -17,7 +17,7 @@ SIZES = [(13, 7), (1, 5), (40, 6), (6, 40)]  # prime, one, tall, wide
 # Fits that end in a local optimum: how far a second projection may move, relative to the weight, by their docstring.
 FITTED = {"low_rank_plus_sparse": 0.15}
 both = pytest.mark.parametrize("name", LINEAR)
-# Compiled programs are of two sizes in the quick loop, of all in the slow run.
+# Compiled programs are of two sizes at once, of all in the slow run.
 sizes = [
     SIZES[0],
     *(pytest.param(*size, marks=pytest.mark.slow) for size in SIZES[1:3]),

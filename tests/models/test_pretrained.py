@@ -293,7 +293,7 @@ def test_a_run_starts_from_a_file(tmp_path):
     assert (status, error) == (0, "")
     for line in (
         f"parameters of {path}, a checkpoint of Hugging Face",
-        "  Hugging Face has norm_epsilon=1e-12, here it is 1e-06: the option norm_epsilon=1e-12 computes the same as there",
+        "  Hugging Face has norm_epsilon=1e-12, here it is 1e-06: the option norm_epsilon=1e-12 computes",
         "  its head has 5 classes: the one here, of 3, stays as initialised",
         "  encoder.blocks.1.mlp.up projected, relative error 0.",
         "  all 4 projected layers, relative error 0.",
