@@ -38,7 +38,7 @@ from efficient_tx.config.stored import restore
 from efficient_tx.data.batching import evaluation_batches, train_batches
 from efficient_tx.linear.replacement import dotted, relative_error, transfer
 from efficient_tx.models.pretrained import SUFFIXES, load_pretrained
-from efficient_tx.task import Objective, Task, data_directory
+from efficient_tx.task import Task, data_directory
 from efficient_tx.training import summary
 from efficient_tx.training.checkpoint import Checkpoints
 from efficient_tx.training.compilation import keep_programs
@@ -151,17 +151,18 @@ def train(asked: command_line.Run, workdir: Workdir) -> None:
     if workdir.writer:
         report.draw(last=True)
         write_json(workdir.path / "summary.json", result)
-    for line in sentences(result, objective, workdir.path):
+    for line in sentences(result, workdir.path):
         report.say(line)
 
 
-def sentences(result: Mapping[str, Any], objective: Objective, path: Path) -> list[str]:
-    """The lines that are printed at the end of a run."""
+def sentences(result: Mapping[str, Any], path: Path) -> list[str]:
+    """The lines that are printed at the end of a run, from its summary."""
+    metric = next(key.removeprefix("val_") for key in result if key.startswith("val_"))
     baselines = ", ".join(f"{name} {value:.4f}" for name, value in result["baselines"].items())
-    score, step = result[f"test_{objective.best}"], result["best_step"]
+    score, step = result[f"test_{metric}"], result["best_step"]
     evaluator = command_line.invoked("eval")
     return [
-        f"test {objective.best} {score:.4f} (checkpoint of step {step}, best on validation)"
+        f"test {metric} {score:.4f} (checkpoint of step {step}, best on validation)"
         + (f"; to beat: {baselines}" if baselines else ""),
         f"summary: {path / 'summary.json'}   learning curve: {path / 'curve.png'}",
         f"evaluate it: {shlex.join([*evaluator, f'--workdir={path}'])}",
@@ -231,9 +232,7 @@ def run(asked: command_line.Run) -> None:
         train(asked, workdir)
     elif workdir.writer:
         print(f"{workdir.path} is finished: {config.steps} steps are done")
-        with refusing():
-            objective = objective_of(build_task(config))
-        print("\n".join(sentences(result, objective, workdir.path)))
+        print("\n".join(sentences(result, workdir.path)))
 
 
 def main(asked: command_line.Run) -> int:
