@@ -58,11 +58,13 @@ def test_the_summary_agrees_with_the_lines():
     assert summary["device"] == {"platform": "cpu", "kind": "cpu", "count": 4, "processes": 1}
 
 
-def test_a_finished_run_says_so_and_touches_nothing():
+def test_a_finished_run_says_so_and_touches_nothing(tmp_path):
+    """Nor does it need the data: there are none here, and none are generated."""
     path, _ = finished_run()
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()}
-    status, out, error = train_here(path)
+    status, out, error = train_here(path, data=tmp_path)
     assert (status, error) == (0, "")
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()]
     assert out.startswith(f"{path} is finished: 40 steps are done\ntest accuracy ")
     assert {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()} == before
 

@@ -75,7 +75,6 @@ class Fourier(Mixer):
     computes = "the Fourier transform of the real tokens, no parameters"
     cost = "n log n"
     function = staticmethod(fourier)
-    can_be_causal = False
     has_positions = False
 
     def mix(self, x: jax.Array, *, mask: jax.Array | None, key: jax.Array | None) -> jax.Array:

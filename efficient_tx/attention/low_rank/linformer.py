@@ -70,7 +70,6 @@ class Linformer(MultiHead):
     cost = "n·m"
     function = staticmethod(linformer)
     needs_max_len = True
-    can_be_causal = False
 
     @staticmethod
     def within(budget: int) -> dict[str, int]:

@@ -101,7 +101,7 @@ class Nystromformer(MultiHead):
       conv: size of the depthwise convolution of each projection, see `MultiHead`; 0 means none.
 
     Raises:
-      ValueError: `causal=True`, or an option out of its range.
+      ValueError: `causal=True` (the means see the whole sequence), or an option out of its range.
     """
 
     paper = "Xiong et al. 2021, arXiv 2102.03902"
@@ -110,7 +110,6 @@ class Nystromformer(MultiHead):
     function = staticmethod(nystromformer)
     exact = staticmethod(softmax)
     near_on = ("imbalanced",)
-    can_be_causal = False  # the means see the whole sequence
 
     @staticmethod
     def within(budget: int) -> dict[str, int]:

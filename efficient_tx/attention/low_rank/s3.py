@@ -112,7 +112,7 @@ class S3(MultiHead):
       groups: number of channel groups whose means are smoothed; with groups ≥ features each channel is its own group.
 
     Raises:
-      ValueError: `causal=True`, no `max_len`, or an option below 1.
+      ValueError: `causal=True` (smoothing and row attention see all tokens), no `max_len`, or an option below 1.
     """
 
     paper = "Wang et al. 2024, arXiv 2408.08567"
@@ -121,7 +121,6 @@ class S3(MultiHead):
     function = staticmethod(s3)
     refuses: ClassVar = {"cross": "rows need equal lengths", "decode": "rows need equal lengths"}
     needs_max_len = True
-    can_be_causal = False  # smoothing and row attention see the whole sequence
     side_by_side = True  # the smoothing and the convolution over neighbours count real tokens
 
     @staticmethod

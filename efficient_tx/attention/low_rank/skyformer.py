@@ -200,7 +200,7 @@ class Skyformer(MultiHead):
     """Multi-head Skyformer attention; options as in `skyformer`, other arguments as in `MultiHead`.
 
     Raises:
-      ValueError: `causal=True`, or an option out of its range.
+      ValueError: `causal=True` (the landmarks see the whole sequence), or an option out of its range.
     """
 
     paper = "Chen et al. 2021, arXiv 2111.00035"
@@ -209,7 +209,6 @@ class Skyformer(MultiHead):
     function = staticmethod(skyformer)
     exact = staticmethod(kernelized)
     near_on = ("clustered", "imbalanced")
-    can_be_causal = False  # the landmarks see the whole sequence
     draws = True
 
     @staticmethod

@@ -139,7 +139,8 @@ class Soft(MultiHead):
       conv: size of the depthwise convolution of each projection, see `MultiHead`; 0 means none.
 
     Raises:
-      ValueError: `causal=True`, an option out of its range, or "convolution" without `max_len`.
+      ValueError: `causal=True` (the bottleneck tokens see the whole sequence), an option out of its range, or
+        "convolution" without `max_len`.
     """
 
     paper = "Lu et al. 2021, arXiv 2110.11945"
@@ -150,7 +151,6 @@ class Soft(MultiHead):
     near_on = ("imbalanced",)
     projections = ("q", "v")
     rotated = ("q",)
-    can_be_causal = False  # the bottleneck tokens see the whole sequence
 
     @staticmethod
     def within(budget: int) -> dict[str, int]:

@@ -125,7 +125,7 @@ class Skeinformer(MultiHead):
     """Multi-head Skeinformer attention; options as in `skeinformer`, other arguments as in `MultiHead`.
 
     Raises:
-      ValueError: `causal=True`, or an option out of its range.
+      ValueError: `causal=True` (the pilots choose keys for the whole sequence), or an option out of its range.
     """
 
     paper = "Chen et al. 2021, arXiv 2112.05359"
@@ -134,7 +134,6 @@ class Skeinformer(MultiHead):
     function = staticmethod(skeinformer)
     exact = staticmethod(softmax)
     near_on = ("clustered", "imbalanced")
-    can_be_causal = False  # the pilots choose keys for the whole sequence
     draws = True
 
     @staticmethod
