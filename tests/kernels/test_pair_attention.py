@@ -64,9 +64,9 @@ def formula(q, k, v, k2, v2, *, mask, causal, windows):
     ("queries", "causal", "windows"),
     [
         (13, False, (5, 4)),
-        pytest.param(13, True, (4, None), marks=pytest.mark.slow),
+        (13, True, (4, None)),
         (13, True, (2, 7)),
-        pytest.param(6, False, (40, 13), marks=pytest.mark.slow),
+        (6, False, (40, 13)),
         (3, True, (5, None)),
     ],
 )

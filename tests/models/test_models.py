@@ -14,6 +14,7 @@ from efficient_tx.linear import LINEAR, Monarch
 from efficient_tx.models import Block, Classifier, DualEncoder, Encoder, Mlp, TokenClassifier
 from efficient_tx.models.classifier import pool_tokens
 from efficient_tx.models.embedding import TokenEmbedding, sinusoids
+from tests.support import models
 
 LENGTHS = np.array([12, 5, 0])
 
@@ -29,14 +30,8 @@ def batch(length=12, seed=0):
     return np.where(mask, rng.integers(1, 7, (3, length)), 0), mask
 
 
-@partial(jax.jit, static_argnums=0)
-def forward(graphdef, params, *inputs, **others):
-    """One program for all weights and masks of a model."""
-    return nnx.merge(graphdef, params)(*inputs, **others)
-
-
 def run(model, inputs, mask, key=None):
-    return np.asarray(forward(*nnx.split(model), inputs, mask=mask, key=key))
+    return models.run(model, inputs, mask=mask, key=key)
 
 
 # Every way to pool and every kind of positions once; all pairs in the slow run.
@@ -47,7 +42,6 @@ PAIRS = itertools.product(["mean", "cls", "last"], ["learned", "sinusoidal", "ro
 @pytest.mark.parametrize(
     ("pool", "positions"), [pytest.param(*one, marks=[] if one in FAST else [pytest.mark.slow]) for one in PAIRS]
 )
-@pytest.mark.first(2)
 def test_logits_do_not_depend_on_padding(pool, positions):
     model = classifier(pool=pool, positions=positions, layers=1)
     inputs, mask = batch()
@@ -70,12 +64,12 @@ def test_tokens_that_keep_their_places_tell_a_masked_picture_from_its_shift(posi
     picture = np.array([[0, 0, 3, 0, 0, 5, 2, 0, 0, 0, 0, 0]])
     shifted = np.roll(picture, 4)
     parts = nnx.split(model)
-    here, there = (np.asarray(forward(*parts, x, mask=x > 0, positions=places)) for x in (picture, shifted))
+    here, there = (np.asarray(models.forward(*parts, x, mask=x > 0, positions=places)) for x in (picture, shifted))
     assert np.abs(here - there).max() > 1e-3
-    ranked = [np.asarray(forward(*parts, x, mask=x > 0)) for x in (picture, shifted)]
+    ranked = [np.asarray(models.forward(*parts, x, mask=x > 0)) for x in (picture, shifted)]
     np.testing.assert_allclose(*ranked, rtol=1e-5, atol=1e-5)  # as padding: float32, other groupings of sums
     # What stands at a place is found there: the same tokens side by side, with their places given, are the picture.
-    side_by_side = forward(*parts, np.array([[3, 5, 2]]), positions=np.array([[2, 5, 6]]))
+    side_by_side = models.forward(*parts, np.array([[3, 5, 2]]), positions=np.array([[2, 5, 6]]))
     np.testing.assert_allclose(side_by_side, here, rtol=1e-5, atol=1e-5)
 
 
@@ -244,7 +238,7 @@ def pair(length=12):
 
 
 def run_pair(model, inputs, mask, inputs2, mask2, key=None):
-    return np.asarray(forward(*nnx.split(model), inputs, inputs2, mask=mask, mask2=mask2, key=key))
+    return models.run(model, inputs, inputs2, mask=mask, mask2=mask2, key=key)
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls"])

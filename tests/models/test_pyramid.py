@@ -20,6 +20,7 @@ from efficient_tx.models.pyramid import PostNormBlock
 from efficient_tx.numerics.random import dropout
 from efficient_tx.task import Task
 from efficient_tx.training.step import clear_window, init_state, make_train_step, split_batch
+from tests.support.models import run
 
 TOY = {"features": (4, 8, 12), "depths": (1, 2, 1), "heads": (1, 2, 3)}
 
@@ -40,16 +41,6 @@ def toy(mixers=(Mean,), image_shape=(11, 11, 2), **options):
 
 def images(batch=3, shape=(11, 11, 2), seed=0):
     return np.random.default_rng(seed).normal(size=(batch, *shape)).astype(np.float32)
-
-
-@partial(jax.jit, static_argnums=0)
-def forward(graphdef, params, inputs, key):
-    """One program for all weights of a model."""
-    return nnx.merge(graphdef, params)(inputs, key=key)
-
-
-def run(model, inputs, key=None):
-    return np.asarray(forward(*nnx.split(model), inputs, key))
 
 
 def norm(x, layer):
@@ -136,8 +127,8 @@ def test_mixers_of_the_table_fit(name):
 def test_draws_belong_to_the_example():
     model = toy(dropout=0.2, drop_path=0.5)
     inputs, keys = images(), jax.random.split(jax.random.key(0), 3)
-    once = run(model, inputs, keys)
-    np.testing.assert_allclose(run(model, inputs[::-1], keys[::-1])[::-1], once, rtol=1e-5, atol=1e-5)
+    once = run(model, inputs, key=keys)
+    np.testing.assert_allclose(run(model, inputs[::-1], key=keys[::-1])[::-1], once, rtol=1e-5, atol=1e-5)
     assert np.abs(once - run(model, inputs)).max() > 1e-3
 
 
@@ -163,7 +154,8 @@ def test_the_rate_of_drop_path_rises_over_all_stages():
 @pytest.mark.slow
 def test_remat_and_bfloat16_compute_the_same():
     inputs, key = images(), jax.random.key(3)
-    np.testing.assert_array_equal(run(toy(remat=True, dropout=0.1), inputs, key), run(toy(dropout=0.1), inputs, key))
+    remat, plain = (run(toy(remat=remat, dropout=0.1), inputs, key=key) for remat in (True, False))
+    np.testing.assert_array_equal(remat, plain)
     half = toy(dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(half))} == {jnp.dtype(jnp.float32)}
     logits = run(half, inputs)

@@ -13,6 +13,7 @@ from efficient_tx.attention import ATTENTION, Softmax
 from efficient_tx.models import Block, Encoder, Mlp, ViT
 from efficient_tx.models.transformer import drop_path
 from efficient_tx.models.vit import patches, sincos
+from tests.support.models import run
 
 TINY = {"num_classes": 3, "image_shape": (8, 8, 2), "patch_size": 2, "features": 8, "layers": 2, "heads": 2}
 
@@ -28,16 +29,6 @@ def vit(mixers=(Softmax,), image_shape=TINY["image_shape"], **options):
 
 def images(batch=3, shape=TINY["image_shape"], seed=0):
     return np.random.default_rng(seed).normal(size=(batch, *shape)).astype(np.float32)
-
-
-@partial(jax.jit, static_argnums=0)
-def forward(graphdef, params, inputs, key):
-    """One program for all weights of a model."""
-    return nnx.merge(graphdef, params)(inputs, key=key)
-
-
-def run(model, inputs, key=None):
-    return np.asarray(forward(*nnx.split(model), inputs, key))
 
 
 def cut(image, size):
@@ -159,8 +150,8 @@ def test_the_head_starts_at_zero():
 def test_draws_belong_to_the_example():
     model = vit(dropout=0.2, drop_path=0.5)
     inputs, keys = images(), jax.random.split(jax.random.key(0), 3)
-    once = run(model, inputs, keys)
-    np.testing.assert_allclose(run(model, inputs[::-1], keys[::-1])[::-1], once, rtol=1e-5, atol=1e-5)
+    once = run(model, inputs, key=keys)
+    np.testing.assert_allclose(run(model, inputs[::-1], key=keys[::-1])[::-1], once, rtol=1e-5, atol=1e-5)
     assert np.abs(once - run(model, inputs)).max() > 1e-3
 
 

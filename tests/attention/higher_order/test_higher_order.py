@@ -79,7 +79,6 @@ def run(name, windows=None, **options):
         ("strassen", None, 6, False),
     ],
 )
-@pytest.mark.first(1)
 def test_equals_the_sum_over_triples_and_its_gradient(name, windows, queries, causal):
     """In float64, padding scattered, grouped heads; one example has two real tokens only."""
     keys = 13
