@@ -1,7 +1,7 @@
 """Quickstart: Skyformer learns a small ListOps (the same grammar, fewer than 128 tokens) on a laptop's CPU.
 
 Command:   python train.py --config=configs/quickstart.py --workdir=runs/quickstart
-Hardware:  2 CPU cores, about 2 minutes
+Hardware:  2 CPU cores, 2 to 4 minutes
 Expected:  50 % test accuracy (50.9 % measured here, one seed); the best constant answer scores 15 %, the best guess
            from the root operator 33 %
 """
