@@ -21,7 +21,6 @@ from tests.support.mixers import (
     tokens,
 )
 
-every = pytest.mark.parametrize("name", ATTENTION)
 CAUSAL = [name for name in ATTENTION if ATTENTION[name].can_be_causal]
 
 
@@ -33,7 +32,7 @@ def one_of_a_family(names):
     )
 
 
-@every
+@one_of_a_family(list(ATTENTION))
 def test_padding_and_other_examples_change_nothing(name):
     """And a mask may have any pattern."""
     check_padding(ATTENTION[name])
@@ -112,6 +111,7 @@ DRAWING = [name for name in ATTENTION if ATTENTION[name].draws]
 
 
 @pytest.mark.parametrize("name", [*DRAWING, "vmean"])
+@pytest.mark.first(2)
 def test_draws_do_not_depend_on_the_padded_length(name):
     """What draws, and for the dropout, which is the same in all mixers, one that does not."""
     params, forward = program(ATTENTION[name], dropout=0.5)

@@ -71,7 +71,7 @@ def test_is_affine_with_its_dense_weight(name, n, m):
 
 @both
 @pytest.mark.parametrize(("n", "m"), [SIZES[0], *sizes[1:]])
-@pytest.mark.first(11)
+@pytest.mark.first(4)
 def test_projection_is_deterministic_idempotent_and_keeps_the_bias(name, n, m):
     @compiled
     def project(kernel, bias):
@@ -317,7 +317,7 @@ def test_gradient_matches_finite_differences(name, monkeypatch):
 
 @both
 @pytest.mark.parametrize(("n", "m"), [SIZES[0], *sizes[1:]])
-@pytest.mark.first(11)
+@pytest.mark.first(4)
 def test_counts_are_what_is_stored(name, n, m):
     one = made(name, n, m)
     one.bias[...] = np.ones(m, np.float32)

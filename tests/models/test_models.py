@@ -255,6 +255,7 @@ def test_logits_of_a_pair_do_not_depend_on_padding(pool):
 
 
 @pytest.mark.parametrize(("pair_head", "widths"), [("interaction", [32, 16, 3]), ("concatenation", [16, 16, 8, 3])])
+@pytest.mark.first(1)
 def test_the_head_of_a_pair_is_its_formula(pair_head, widths):
     """Both sequences through one encoder, then an MLP of what the docstring says, in numpy."""
     model = classifier(DualEncoder, pair_head=pair_head, layers=1)

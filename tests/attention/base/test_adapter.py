@@ -67,7 +67,7 @@ def refuses(name, use, call):
 
 
 @pytest.mark.parametrize("name", HELD)
-@pytest.mark.first(6)
+@pytest.mark.first(2)
 def test_padding_and_grouped_heads(name):
     """Contents of padding change nothing, and the mask arrives, with one head of keys and values for two of queries."""
     x = normal(0, BATCH, LENGTH, FEATURES)
@@ -95,7 +95,7 @@ def test_grouped_heads_are_linens_repeated_ones(name):
 
 
 @pytest.mark.parametrize("name", HELD)
-@pytest.mark.first(6)
+@pytest.mark.first(2)
 def test_cross_attention(name):
     """Three queries over six keys, padded."""
     q, x = normal(0, BATCH, 3, FEATURES), normal(1, BATCH, LENGTH, FEATURES)
