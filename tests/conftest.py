@@ -3,9 +3,6 @@
 Most of the time goes into compiling programs that run once, so LLVM does not optimise them: half the time. jaxlib 0.10
 compiles twice as fast again by its older emitter of fusions, which later versions no longer have. Slow tests that start
 train.py and eval.py as processes of their own run what users run.
-
-XLA gets more threads than devices: jaxlib 0.10.2's batched Cholesky holds a thread while it waits for others, and with
-as many of them at once as there are threads, one for each fake device, all wait for ever.
 """
 
 import collections
@@ -15,7 +12,6 @@ import re
 from pathlib import Path
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
-os.environ["NPROC"] = "16"
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
     + " --xla_cpu_use_fusion_emitters=false" * importlib.metadata.version("jaxlib").startswith("0.10.")

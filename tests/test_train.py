@@ -168,3 +168,20 @@ def test_damaged_programs_are_compiled_again_and_stored(tmp_path):
         assert toy.lines(tmp_path / name) == toy.lines(tmp_path / "first")
     status, _, error = train(tmp_path / "fourth", data=tmp_path / "data", environment=TELL)
     assert status == 0 and "PERSISTENT COMPILATION CACHE MISS" not in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 4])
+def test_more_cpu_devices_than_cores(tmp_path, devices):
+    """Every mixer that solves or factorises, in one model, on two threads; loss and accuracy of one device."""
+    several = ["--config.mixers=skyformer,soft,lev,skeinformer,performer", "--config.model.layers=5"]
+    several += ["--config.steps=6", "--config.eval_every=6", "--config.log_every=1"]
+    few = {"NPROC": "2"}
+    for count in (1, devices):
+        status, _, error = train(tmp_path / str(count), *several, devices=count, environment=few)
+        assert status == 0, error
+    pairs = list(zip(toy.lines(tmp_path / "1"), toy.lines(tmp_path / str(devices)), strict=True))
+    assert len(pairs) == 7
+    for one, other in pairs:
+        # The gradient is summed in another order: roundings of float32, carried through six updates.
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)

@@ -17,6 +17,7 @@ import numpy as np
 
 from efficient_tx.checks import at_least
 from efficient_tx.linear.structured import Factor, Structured, in_chunks, pad
+from efficient_tx.numerics.factorisations import svd
 from efficient_tx.numerics.spd import spd_solve
 
 SWEEPS = 100
@@ -119,7 +120,7 @@ def _error(a, factors):
 def _low_rank_start(a, rank):
     """The truncated singular value decomposition, with all s equal to 1."""
     b, p, _, q = a.shape
-    u, singular, v = jnp.linalg.svd(a.reshape(b * p, b * q), full_matrices=False)
+    u, singular, v = svd(a.reshape(b * p, b * q))
     root = jnp.sqrt(singular[:rank])
     return (
         (u[:, :rank] * root).reshape(b, p, rank),

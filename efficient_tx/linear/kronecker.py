@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from efficient_tx.checks import at_least
 from efficient_tx.linear.structured import Factor, Structured, in_chunks
+from efficient_tx.numerics.factorisations import svd
 
 
 def divide(size: int) -> tuple[int, int]:
@@ -81,7 +82,7 @@ class Kronecker(Structured):
 
     def fit(self, kernel: jax.Array) -> dict[str, jax.Array]:
         blocks = kernel.reshape(self.a, self.b, self.c, self.d).transpose(0, 2, 1, 3)
-        u, s, v = jnp.linalg.svd(blocks.reshape(self.a * self.c, self.b * self.d), full_matrices=False)
+        u, s, v = svd(blocks.reshape(self.a * self.c, self.b * self.d))
         root = jnp.sqrt(s[: self.rank])
         return {
             "left": (u[:, : self.rank] * root).T.reshape(self.rank, self.a, self.c),

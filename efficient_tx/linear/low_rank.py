@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from efficient_tx.checks import at_least
 from efficient_tx.linear.structured import Factor, Structured
+from efficient_tx.numerics.factorisations import svd
 
 
 class LowRank(Structured):
@@ -52,6 +53,6 @@ class LowRank(Structured):
         return x @ down.T @ up
 
     def fit(self, kernel: jax.Array) -> dict[str, jax.Array]:
-        u, s, v = jnp.linalg.svd(kernel, full_matrices=False)
+        u, s, v = svd(kernel)
         root = jnp.sqrt(s[: self.rank])
         return {"down": root[:, None] * u[:, : self.rank].T, "up": root[:, None] * v[: self.rank]}

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from efficient_tx.checks import OptionError, at_least
 from efficient_tx.linear.structured import Factor, Structured
+from efficient_tx.numerics.factorisations import qr, svd
 
 ITERATIONS = 100
 
@@ -60,12 +61,12 @@ def decompose(kernel: jax.Array, *, rank: int, pattern: str, kept: int) -> tuple
 
     def improve(_, state):
         _, up, sparse = state
-        down, _ = jnp.linalg.qr((kernel - sparse) @ up.T)
+        down, _ = qr((kernel - sparse) @ up.T)
         up = down.T @ (kernel - sparse)
         return down, up, sparsify(kernel - down @ up, pattern=pattern, kept=kept)
 
     def descend(sparse):
-        u, s, v = jnp.linalg.svd(kernel - sparse, full_matrices=False)
+        u, s, v = svd(kernel - sparse)
         down, up = u[:, :rank], s[:rank, None] * v[:rank]
         first = down, up, sparsify(kernel - down @ up, pattern=pattern, kept=kept)
         down, up, sparse = jax.lax.fori_loop(0, ITERATIONS, improve, first)
@@ -74,7 +75,7 @@ def decompose(kernel: jax.Array, *, rank: int, pattern: str, kept: int) -> tuple
     starts = jnp.stack([sparsify(kernel, pattern=pattern, kept=kept), jnp.zeros_like(kernel)])
     found, errors = jax.lax.map(descend, starts)
     down, up, sparse = jax.tree.map(lambda both: both[jnp.argmin(errors)], found)
-    u, s, v = jnp.linalg.svd(up, full_matrices=False)
+    u, s, v = svd(up)
     root = jnp.sqrt(s)
     return down @ u * root, root[:, None] * v, sparse
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from efficient_tx.checks import OptionError, at_least
 from efficient_tx.kernels.monarch import monarch
 from efficient_tx.linear.structured import Factor, Structured, pad
+from efficient_tx.numerics.factorisations import svd
 
 
 def nearest_slices(kernel: jax.Array, k: int, p: int, s: int, l: int, rank: int) -> tuple[jax.Array, jax.Array]:
@@ -38,7 +39,7 @@ def nearest_slices(kernel: jax.Array, k: int, p: int, s: int, l: int, rank: int)
     """
     padded = jnp.pad(kernel, [(0, k * p - kernel.shape[0]), (0, s * l - kernel.shape[1])])
     slices = padded.reshape(k, p, s, l).transpose(0, 3, 1, 2)
-    u, singular, v = jnp.linalg.svd(slices, full_matrices=False)
+    u, singular, v = svd(slices)
     root = jnp.sqrt(singular[..., :rank])
     w1 = jnp.einsum("klpc,klc->kclp", u[..., :rank], root)
     w2 = jnp.einsum("klcs,klc->lskc", v[..., :rank, :], root)

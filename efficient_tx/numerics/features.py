@@ -5,6 +5,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from efficient_tx.numerics.factorisations import qr
+
 
 @partial(jax.jit, static_argnames=("count", "dim", "dtype"))
 def orthogonal_gaussian(key: jax.Array, count: int, dim: int, dtype: jnp.dtype = jnp.float32) -> jax.Array:
@@ -26,6 +28,6 @@ def orthogonal_gaussian(key: jax.Array, count: int, dim: int, dtype: jnp.dtype =
     """
     blocks = -(-count // dim)
     normal, other = jax.random.normal(key, (2, blocks, dim, dim), dtype)
-    q, r = jnp.linalg.qr(normal)
+    q, r = qr(normal)
     q *= jnp.sign(jnp.diagonal(r, axis1=-2, axis2=-1))[:, None, :]
     return (q * jnp.linalg.norm(other, axis=-1, keepdims=True)).reshape(-1, dim)[:count]

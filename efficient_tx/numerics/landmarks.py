@@ -8,8 +8,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.lax.linalg import cholesky, triangular_solve
 
+from efficient_tx.numerics.factorisations import cholesky, solve_lower
 from efficient_tx.numerics.random import sample_tokens
 
 _dot = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -77,7 +77,7 @@ def kernel_leverage(
     # A missing pilot is a row of the identity and has no effect on the tokens below.
     core = jnp.where(valid & valid.mT, kernel(pilot, pilot), eye) + ridge * eye
     rows = jnp.broadcast_to(jnp.where(valid, eye, 0), core.shape)
-    whiten = triangular_solve(cholesky(core, symmetrize_input=False), rows, left_side=True, lower=True)
+    whiten = solve_lower(cholesky(core), rows)
 
     def head(args):
         pilot, whiten, x = args

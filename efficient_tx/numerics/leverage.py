@@ -13,7 +13,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.lax.linalg import cholesky, triangular_solve
+
+from efficient_tx.numerics.factorisations import cholesky, eigh, solve_lower
 
 _dot = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
@@ -63,10 +64,10 @@ def online_ridge_scores(rows: jax.Array, *, ridge: float, mask: jax.Array | None
     longest = 1 / (16 * chunk * jnp.finfo(rows.dtype).eps)
 
     def advance(gram, x):
-        whitened = triangular_solve(ridge_factor(gram, ridge), x.mT, left_side=True, lower=True)
+        whitened = solve_lower(ridge_factor(gram, ridge), x.mT)
         norm = jnp.square(whitened).sum(-2, keepdims=True)
         whitened *= jax.lax.rsqrt(jnp.maximum(norm / longest, 1))
-        pivots = jnp.diagonal(cholesky(eye + _dot(whitened.mT, whitened), symmetrize_input=False), axis1=-2, axis2=-1)
+        pivots = jnp.diagonal(cholesky(eye + _dot(whitened.mT, whitened)), axis1=-2, axis2=-1)
         return gram + _dot(x.mT, x), 1 - 1 / jnp.square(pivots)
 
     _, scores = jax.lax.scan(advance, jnp.zeros((*lead, d, d), rows.dtype), chunks)
@@ -81,7 +82,7 @@ def selecting_rows(rows: jax.Array, mask: jax.Array | None) -> jax.Array:
 
 def whitening(gram: jax.Array, ridge: float = 0.0) -> jax.Array:
     """T `[..., d, d]` with T Tᵀ = (gram + ridge · I)⁺, `gram` positive semi-definite up to rounding."""
-    values, vectors = jnp.linalg.eigh(gram)
+    values, vectors = eigh(gram)
     values = jnp.maximum(values, 0) + ridge
     seen = values > 8 * jnp.finfo(gram.dtype).eps * values[..., -1:]
     return vectors * jnp.where(seen, jax.lax.rsqrt(jnp.where(seen, values, 1)), 0)[..., None, :]
@@ -91,4 +92,4 @@ def ridge_factor(gram: jax.Array, ridge: float) -> jax.Array:
     """The lower Cholesky factor of gram + λI; λ is `ridge`, above 0, plus an allowance for rounding errors."""
     rounding = 2 * jnp.finfo(gram.dtype).eps * jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
     eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
-    return cholesky(gram + (ridge + rounding) * eye, symmetrize_input=False)
+    return cholesky(gram + (ridge + rounding) * eye)

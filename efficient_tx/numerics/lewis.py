@@ -16,9 +16,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.lax.linalg import triangular_solve
 
 from efficient_tx.checks import OptionError
+from efficient_tx.numerics.factorisations import solve_lower
 from efficient_tx.numerics.leverage import ridge_factor, selecting_rows, whitening
 
 _dot = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -57,7 +57,7 @@ def lewis_weights(
         peak = log_scale.max(-1, keepdims=True)
         peak = jnp.where(jnp.isfinite(peak), peak, 0)
         gram = _dot((jnp.exp(log_scale - peak)[..., None] * rows).mT, rows) + beyond_rank
-        half = triangular_solve(ridge_factor(gram, 0), jnp.broadcast_to(eye, gram.shape), left_side=True, lower=True)
+        half = solve_lower(ridge_factor(gram, 0), jnp.broadcast_to(eye, gram.shape))
         forms = jnp.square(_dot(rows, half.mT)).sum(-1)
         return (1 - theta) * log_w + theta * (p / 2) * (jnp.log(jnp.where(present, forms, 1)) - peak)
 

@@ -4,7 +4,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.lax.linalg import cholesky, triangular_solve
+
+from efficient_tx.numerics.factorisations import cholesky, solve_lower, solve_lower_transposed
 
 # Devices that round float32 factors by default would make the inverse useless.
 _dot = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -28,14 +29,13 @@ def spd_solve(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _forward(a, b):
-    factor = cholesky(a, symmetrize_input=False)
+    factor = cholesky(a)
     x = _solve(factor, b)
     return x, (factor, x)
 
 
 def _solve(factor, b):
-    half = triangular_solve(factor, b, left_side=True, lower=True)
-    return triangular_solve(factor, half, left_side=True, lower=True, transpose_a=True)
+    return solve_lower_transposed(factor, solve_lower(factor, b))
 
 
 def _backward(residuals, x_bar):

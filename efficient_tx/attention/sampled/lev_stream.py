@@ -24,9 +24,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.lax.linalg import triangular_solve
 
 from efficient_tx.attention.sampled.lev_weights import attend_to, check_options, gram_matrix, newest
+from efficient_tx.numerics.factorisations import solve_lower
 from efficient_tx.numerics.leverage import online_ridge_scores, ridge_factor
 from efficient_tx.tokens.mask import compact, spread
 
@@ -171,7 +171,7 @@ def pick(x: jax.Array, slots: jax.Array) -> jax.Array:
 
 def ridge_scores(rows: jax.Array, gram: jax.Array, ridge: float) -> jax.Array:
     """rowᵀ (gram + λI)⁻¹ row, `[batch, groups, slots]`."""
-    return jnp.square(triangular_solve(ridge_factor(gram, ridge), rows.mT, left_side=True, lower=True)).sum(-2)
+    return jnp.square(solve_lower(ridge_factor(gram, ridge), rows.mT)).sum(-2)
 
 
 def held_before_blocks(
