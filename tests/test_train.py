@@ -171,17 +171,14 @@ def test_damaged_programs_are_compiled_again_and_stored(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [2, 4])
-def test_more_cpu_devices_than_cores(tmp_path, devices):
-    """Every mixer that solves or factorises, in one model, on two threads; loss and accuracy of one device."""
+def test_more_cpu_devices_than_cores(tmp_path):
+    """Every mixer that solves or factorises, in one model: two devices on two threads, and the four of this process."""
     several = ["--config.mixers=skyformer,soft,lev,skeinformer,performer", "--config.model.layers=5"]
     several += ["--config.steps=6", "--config.eval_every=6", "--config.log_every=1"]
-    few = {"NPROC": "2"}
-    for count in (1, devices):
-        status, _, error = train(tmp_path / str(count), *several, devices=count, environment=few)
-        assert status == 0, error
-    pairs = list(zip(toy.lines(tmp_path / "1"), toy.lines(tmp_path / str(devices)), strict=True))
-    assert len(pairs) == 7
-    for one, other in pairs:
-        # The gradient is summed in another order: roundings of float32, carried through six updates.
-        assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    status, _, error = train(tmp_path / "2", *several, devices=2, environment={"NPROC": "2"})
+    assert status == 0, error
+    assert train_here(tmp_path / "4", *several)[0] == 0
+    two, four = toy.lines(tmp_path / "2"), toy.lines(tmp_path / "4")
+    # The gradient is summed in another order: roundings of float32, carried through six updates.
+    np.testing.assert_allclose([line["loss"] for line in two], [line["loss"] for line in four], rtol=1e-4)
+    assert len(two) == 7
