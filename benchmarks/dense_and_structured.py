@@ -14,11 +14,12 @@ from pathlib import Path
 
 from runs import draw, last_accuracy, summary, train, validation
 
+from efficient_tx.commands import Parser, run
 from efficient_tx.linear import LINEAR
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="where the runs and curves.png go")
     parser.add_argument("--structure", default="monarch", choices=LINEAR)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each model")
@@ -45,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -15,13 +15,14 @@ from pathlib import Path
 from runs import draw, last_accuracy, summary, train, validation
 
 from efficient_tx.attention import ATTENTION
+from efficient_tx.commands import Parser, run
 from efficient_tx.linear import LINEAR
 
 BUDGET = 32
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="where the runs, curves.png and curves.json go")
     parser.add_argument("--models", default=",".join(ATTENTION), help="MIXER or MIXER+LINEAR, by commas; default: all")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each model")
@@ -50,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -20,6 +20,7 @@ from pathlib import Path
 from runs import Curve, draw, train, validation
 
 from efficient_tx.attention import ATTENTION
+from efficient_tx.commands import Parser, run
 from lra.pathfinder.drawing import CONTOUR_LENGTHS
 
 IMAGES = 2000
@@ -46,7 +47,7 @@ def leaves_chance(curve: Curve, images: int) -> int | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="where the runs and pathfinder.png go")
     parser.add_argument("--mixers", required=True, help="by commas")
     parser.add_argument("--contour_length", type=int, default=6, choices=CONTOUR_LENGTHS, help="dashes of a contour")
@@ -75,4 +76,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 from runs import summary, train
 
 from efficient_tx.attention import ATTENTION, Mixer, MultiHead
+from efficient_tx.commands import Parser, run
 
 LENGTH, LAYERS, FEATURES, HEADS = 64, 2, 64, 2
 # Three sizes of state: budgets of a mixer that has one; for others heads, if they change the size of the state.
@@ -141,7 +142,7 @@ def decimals(text: str) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="where the runs, recall.png and recall.json go")
     parser.add_argument("--mixers", required=True, help="by commas; those that project queries, keys and values")
     parser.add_argument("--pairs", type=numbers, default=[8], help="to be remembered, by commas")
@@ -175,4 +176,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -13,7 +13,6 @@ import os
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
-import argparse
 import json
 import platform
 import statistics
@@ -31,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from efficient_tx.attention import Kernelized, Mixer, MultiHead, Skyformer, Softmax
+from efficient_tx.commands import Parser, run
 from efficient_tx.models.classifier import Classifier
 from efficient_tx.training.step import init_state, make_train_step, split_batch
 
@@ -236,7 +236,7 @@ def scaling(console: Console, rounds: int, dropout: float) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9, help="measurements of each, in turns (median shown)")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=32)
@@ -258,4 +258,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

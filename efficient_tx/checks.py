@@ -55,4 +55,9 @@ def lookup(table: Mapping[str, T], name: str, where: str) -> T:
 
 def nearest(name: str, choices: Iterable[str]) -> str:
     """The choice most similar to `name`."""
-    return difflib.get_close_matches(str(name), list(choices), 1, 0.0)[0]
+    return max(choices, key=lambda choice: similarity(name, choice))
+
+
+def similarity(one: str, other: str) -> float:
+    """How similar two names are, whatever their case: 1 if they are the same, 0 if they share no letter."""
+    return difflib.SequenceMatcher(None, str(other).lower(), str(one).lower()).ratio()

@@ -9,6 +9,11 @@ import os
 # Set before jax is imported: its CPU solvers run in OpenBLAS, whose threads collide with XLA's.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
+from efficient_tx import commands
+
+if __name__ == "__main__":
+    commands.leave_quietly()
+
 from efficient_tx.extras import require
 
 require("train", "grain", "matplotlib", "ml_collections", "orbax", "rich")
@@ -30,7 +35,6 @@ from efficient_tx.config.build import build_model, build_stages, build_task
 from efficient_tx.config.check import check
 from efficient_tx.config.errors import ConfigError
 from efficient_tx.config.evaluation import apply_settings
-from efficient_tx.config.flags import refuse
 from efficient_tx.data.batching import evaluation_batches
 from efficient_tx.task import data_directory
 from efficient_tx.training import summary
@@ -55,8 +59,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"{text!r} is no KEY=VALUE, as attention.skyformer.landmarks=32")
         return key, value
 
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.error = refuse
+    parser = commands.Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("--workdir", action="append", required=True, help="a run's folder; may be repeated")
     parser.add_argument("--checkpoint", default="best", help="best (on validation), last, or a step")
     parser.add_argument("--split", default="test", choices=("train", "validation", "test"))
@@ -173,10 +176,7 @@ def main(arguments: list[str]) -> int:
 def command() -> None:
     """The command line."""
     sys.path.append(os.getcwd())  # for a task or a mixer of the user's own
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    commands.run(lambda: main(sys.argv[1:]), smaller="a smaller --batch_size")
 
 
 if __name__ == "__main__":

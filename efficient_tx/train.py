@@ -10,6 +10,11 @@ import os
 # Set before jax is imported: its CPU solvers run in OpenBLAS, whose threads collide with XLA's.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
+from efficient_tx import commands
+
+if __name__ == "__main__":
+    commands.leave_quietly()
+
 from efficient_tx.extras import require
 
 require("train", "grain", "matplotlib", "ml_collections", "orbax", "rich")
@@ -263,7 +268,10 @@ def command() -> None:
     """The command line."""
     sys.path.append(os.getcwd())  # for a task or a mixer of the user's own
     own = ("workdir", "coordinator_address", "num_processes", "process_id")
-    app.run(main, flags_parser=functools.partial(command_line.parse, usage=__doc__, own=own))
+    parse = functools.partial(command_line.parse, usage=__doc__, own=own)
+    smaller = "a smaller --config.batch_size, a larger --config.grad_accum or a smaller model"
+    # The results are files: a run whose output nobody reads goes on, and is a run like any other.
+    commands.run(lambda: app.run(main, flags_parser=parse), prints=False, smaller=smaller)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,11 @@ Lists for every task where its data are, or what is missing, where it was search
 generated. Exit status 0; 2 for a mistake on the command line.
 """
 
-import argparse
+from efficient_tx.commands import Parser, leave_quietly, run
+
+if __name__ == "__main__":
+    leave_quietly()
+
 import importlib
 from collections.abc import Sequence
 
@@ -23,8 +27,7 @@ def check(data_dir: str | None = None) -> list[tuple[str, bool, str]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser("python -m lra", description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"{message}\n")
+    parser = Parser("python -m lra", description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", required=True, help="list every task's data")
     parser.add_argument("--data_dir", help="default $EFFICIENT_TX_DATA or ~/.cache/efficient_tx")
     options = parser.parse_args(arguments)
@@ -36,4 +39,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

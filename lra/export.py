@@ -31,6 +31,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from efficient_tx.commands import Parser, run
 from efficient_tx.task import Source, Task
 from lra import parallel
 from lra.tasks import TASKS
@@ -98,13 +99,7 @@ def _checksum(path: pathlib.Path) -> str:
 
 def _parser(name: str | None) -> argparse.ArgumentParser:
     """The parser of the command line, with the options of the task `name`, if it is known."""
-    parser = argparse.ArgumentParser(
-        "python -m lra.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.error = lambda message: parser.exit(2, f"{message}\n")
+    parser = Parser("python -m lra.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
     parser.add_argument("--out", required=True, type=pathlib.Path, metavar="DIR", help="written to DIR/TASK")
     if name in TASKS:
@@ -157,4 +152,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -129,9 +129,9 @@ def test_a_run_of_one_device_is_evaluated_on_three():
         (["--set", "model.heads=3"], "--set model.heads=3: config.model.heads is 3"),
         (["--set", "steps=3"], "--set steps=3: config.steps has no part in an evaluation"),
         (["--batch_size=0"], "--batch_size=0: must be at least 1"),
-        (["--work"], "unrecognized arguments: --work"),
+        (["--work"], "--work is no flag: the nearest is --workdir"),
         (["--set", "task.source=/nowhere"], "/nowhere"),
-        (["RUN"], "unrecognized arguments: RUN"),
+        (["RUN"], "'RUN' is no flag: flags begin with two dashes, as --"),
     ],
 )
 def test_mistakes_are_one_line(run, arguments, reason):

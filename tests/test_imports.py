@@ -16,6 +16,7 @@ ALLOWED = {
     "efficient_tx.checks": set(),
     "efficient_tx.signatures": set(),
     "efficient_tx.extras": set(),
+    "efficient_tx.commands": {"efficient_tx.checks"},
     "efficient_tx.task": BOTTOM,
     "efficient_tx.numerics": BOTTOM,
     "efficient_tx.tokens": {*BOTTOM, "efficient_tx.numerics"},
@@ -23,7 +24,7 @@ ALLOWED = {
     "efficient_tx.linear": {*BOTTOM, "efficient_tx.numerics", "efficient_tx.tokens", "efficient_tx.kernels"},
     "efficient_tx.attention": {*MODULES, "efficient_tx.linear"},
     "efficient_tx.models": {*MODULES, "efficient_tx.linear", "efficient_tx.attention"},
-    "efficient_tx.data": {"efficient_tx.checks", "efficient_tx.task"},
+    "efficient_tx.data": {"efficient_tx.checks", "efficient_tx.commands", "efficient_tx.task"},
     "efficient_tx.training": {
         "efficient_tx.checks",
         "efficient_tx.files",
@@ -32,6 +33,7 @@ ALLOWED = {
     },
     "efficient_tx.config": {
         *MODULES,
+        "efficient_tx.commands",
         "efficient_tx.linear",
         "efficient_tx.attention",
         "efficient_tx.models",
@@ -40,12 +42,13 @@ ALLOWED = {
     },
     "efficient_tx.compare": {
         *MODULES,
+        "efficient_tx.commands",
         "efficient_tx.files",
         "efficient_tx.linear",
         "efficient_tx.attention",
         "efficient_tx.training",
     },
-    "lra": {"efficient_tx.checks", "efficient_tx.data", "efficient_tx.task"},
+    "lra": {"efficient_tx.checks", "efficient_tx.commands", "efficient_tx.data", "efficient_tx.task"},
 }
 # Commands, which may know everything but lra: tasks are loaded by the name of their module.
 COMMANDS = ("efficient_tx.train", "efficient_tx.eval")

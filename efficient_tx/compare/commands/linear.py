@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from efficient_tx.compare.flags import Parser, keys_of, positive, whole, wholes
+from efficient_tx.compare.flags import keys_of, positive, whole, wholes
 from efficient_tx.compare.linear import plots, report, weights
 from efficient_tx.compare.linear.measure import Settings, compare, project
 from efficient_tx.compare.timing import machine
@@ -15,7 +15,7 @@ from efficient_tx.linear import LINEAR
 HELP = "size, speed and projection errors of the weight structures"
 
 
-def add_flags(parser: Parser) -> None:
+def add_flags(parser: argparse.ArgumentParser) -> None:
     add, default = parser.add_argument, Settings(())
     add("--features", type=wholes, default=(1024, 2048), help="widths that are timed; default 1024,2048")
     add("--tokens", type=whole, default=default.tokens, help=f"default {default.tokens}")

@@ -6,13 +6,12 @@ from pathlib import Path
 from rich.console import Console
 
 from efficient_tx.compare import readme
-from efficient_tx.compare.flags import Parser
 from efficient_tx.files import write
 
 HELP = "the README's tables of mixers and structures, as Markdown"
 
 
-def add_flags(parser: Parser) -> None:
+def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--write", type=Path, metavar="README.md", help="replace the tables between the file's markers")
 
 
