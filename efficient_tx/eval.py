@@ -31,10 +31,12 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
+from efficient_tx.config import trust
 from efficient_tx.config.build import build_model, build_stages, build_task
 from efficient_tx.config.check import check
 from efficient_tx.config.errors import ConfigError
 from efficient_tx.config.evaluation import apply_settings
+from efficient_tx.config.flags import TRUST
 from efficient_tx.data.batching import evaluation_batches
 from efficient_tx.task import data_directory
 from efficient_tx.training import summary
@@ -64,6 +66,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--checkpoint", default="best", help="best (on validation), last, or a step")
     parser.add_argument("--split", default="test", choices=("train", "validation", "test"))
     parser.add_argument("--batch_size", type=int, help="default: that of the training run")
+    parser.add_argument("--trust", action="append", default=[], metavar="MODULE", help=TRUST)
     parser.add_argument(
         "--set", action="extend", nargs="+", default=[], type=setting, metavar="KEY=VALUE", dest="settings"
     )
@@ -156,6 +159,7 @@ def table(protocol: str, rows: list[tuple[str, Mapping[str, Any]]]) -> Table:
 def main(arguments: list[str]) -> int:
     """Evaluates every workdir. One that fails gets a line, and then the exit status is 2 (1: a full disk)."""
     options = parse(arguments)
+    trust.allow(*options.trust, remedy="--trust={} allows it")
     keep_programs(data_directory() / "compilation")
     rows, status = [], 0
     for path in options.workdir:

@@ -35,6 +35,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from efficient_tx.config import flags as command_line
+from efficient_tx.config import trust
 from efficient_tx.config.build import build_model, build_stages, build_task
 from efficient_tx.config.check import check_objective
 from efficient_tx.config.names import task_module
@@ -165,12 +166,12 @@ def sentences(result: Mapping[str, Any], path: Path) -> list[str]:
     metric = next(key.removeprefix("val_") for key in result if key.startswith("val_"))
     baselines = ", ".join(f"{name} {value:.4f}" for name, value in result["baselines"].items())
     score, step = result[f"test_{metric}"], result["best_step"]
-    evaluator = command_line.invoked("eval")
+    evaluator, trusted = command_line.invoked("eval"), [f"--trust={name}" for name in trust.allowed()]
     return [
         f"test {metric} {score:.4f} (checkpoint of step {step}, best on validation)"
         + (f"; to beat: {baselines}" if baselines else ""),
         f"summary: {path / 'summary.json'}   learning curve: {path / 'curve.png'}",
-        f"evaluate it: {shlex.join([*evaluator, f'--workdir={path}'])}",
+        f"evaluate it: {shlex.join([*evaluator, f'--workdir={path}', *trusted])}",
     ]
 
 

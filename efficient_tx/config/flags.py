@@ -11,6 +11,7 @@ from ml_collections import ConfigDict, config_flags
 from efficient_tx.attention import ATTENTION
 from efficient_tx.checks import OptionError
 from efficient_tx.commands import no_flag
+from efficient_tx.config import trust
 from efficient_tx.config.check import check
 from efficient_tx.config.describe import describe
 from efficient_tx.config.errors import ConfigError
@@ -20,6 +21,7 @@ from efficient_tx.config.protocols import PROTOCOLS
 from efficient_tx.config.resolve import NAMES
 from efficient_tx.linear import LINEAR
 
+TRUST = "a module, or a task's file, of another place that configs may name; may be repeated"
 OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)=?(.*)")
 
 
@@ -60,6 +62,7 @@ def parse(argv: Sequence[str], *, usage: str, own: Sequence[str]) -> Run:
     helped = [argument for argument in arguments if re.fullmatch(r"--?(help|helpshort|h|\?)", argument)]
     arguments = [argument for argument in arguments if argument not in helped]
     try:
+        arguments = trusting(arguments)
         path, rest = split(arguments)
         if helped and path is None:
             print_help(usage, own)
@@ -84,11 +87,21 @@ def parse(argv: Sequence[str], *, usage: str, own: Sequence[str]) -> Run:
 def no_dashes(word: str, config: ConfigDict, own: Sequence[str]) -> str:
     """The line on an argument without dashes: the flag or the key that it may have meant, with its dashes."""
     name, equals, _ = word.partition("=")
-    if name in own or name == "config":
+    if name in (*own, "config", "trust"):
         flag = name
     else:
         flag = f"config.{nearest_key(config, name.removeprefix('config.'))}" if equals else "config.steps=100"
     return no_flag(word, [f"--{flag}"])
+
+
+def trusting(arguments: Sequence[str]) -> list[str]:
+    """Allows the modules that --trust=MODULE names, before any config is executed; returns the other arguments."""
+    values = flags.FlagValues()
+    flags.DEFINE_multi_string("trust", [], TRUST, flag_values=values)
+    values.set_gnu_getopt(True)
+    _, *others = values(["", *arguments], known_only=True)
+    trust.allow(*values["trust"].value, remedy="--trust={} allows it")
+    return others
 
 
 def split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -135,7 +148,8 @@ def print_help(
 ) -> NoReturn:  # fmt: skip
     """Prints flags and choices, and for a resolved config all keys with values and meanings; exits with 0."""
     print(usage)
-    print("\n".join(f"  --{name}: {flags.FLAGS[name].help}" for name in own), end="\n\n")
+    print("\n".join(f"  --{name}: {flags.FLAGS[name].help}" for name in own))
+    print(f"  --trust: {TRUST}", end="\n\n")
     print(f"Configs: {', '.join(shipped())}, or the path of a file")
     print(f"Mixers: {', '.join(ATTENTION)}, or module:Class\nWeight structures: {', '.join(LINEAR)}, or module:Class")
     print(f"Protocols: {', '.join(PROTOCOLS)}")

@@ -19,7 +19,7 @@ ALIASES = {
     "steps": "num_steps train_steps max_steps iterations epochs num_epochs",
     "seed": "random_seed rng_seed",
     "batch_size": "batch train_batch_size",
-    "grad_accum": "gradient_accumulation_steps accumulate microbatches",
+    "grad_accum": "gradient_accumulation_steps microbatches",
     "eval_every": "eval_interval eval_steps validate_every",
     "checkpoint_every": "save_every save_steps save_interval",
     "log_every": "logging_steps log_interval",

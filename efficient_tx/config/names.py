@@ -14,6 +14,7 @@ from flax import nnx
 
 from efficient_tx.attention import ATTENTION, Mixer
 from efficient_tx.checks import lookup
+from efficient_tx.config import trust
 from efficient_tx.config.errors import ConfigError, at, blame
 from efficient_tx.linear import LINEAR
 from efficient_tx.linear.structured import Weight
@@ -55,7 +56,7 @@ def section_name(mixer: str) -> str:
 
 
 def mixer_class(name: str) -> type[Mixer]:
-    """The class of a key of ATTENTION, or of "module:Class". Raises ConfigError if there is none."""
+    """The class of a key of ATTENTION, or of "module:Class". ConfigError: none that a config may name."""
     return _class(name, ATTENTION, Mixer, "mixers", "efficient_tx.attention.Mixer")
 
 
@@ -69,6 +70,8 @@ def _class(name: str, table: Mapping[str, type], base: type, where: str, of: str
     if not colon:
         with at():
             return lookup(table, name, where)
+    if fault := trust.refusal(module):
+        raise ConfigError(where, f"is {name!r}: {fault}")
     try:
         home = importlib.import_module(module)
     except (ImportError, SyntaxError) as error:
@@ -105,8 +108,10 @@ def task_module(name: str) -> ModuleType:
     names the options that may move a training example of a source into the validation or the test split.
 
     Raises:
-      ConfigError: there is no such module, or it makes no task.
+      ConfigError: there is no such module, a config must not name it, or it makes no task.
     """
+    if fault := trust.refusal(name):
+        raise ConfigError("task.name", f"is {name!r}: {fault}")
     try:
         module = _from_file(Path(name).expanduser()) if name.endswith(".py") else importlib.import_module(name)
     except (ImportError, OSError, SyntaxError) as error:

@@ -29,8 +29,9 @@ TASK = """
 
 
 @pytest.fixture
-def config_of(tmp_path):
-    """A config whose task is this file."""
+def config_of(tmp_path, monkeypatch):
+    """A config whose task is this file, in the working directory."""
+    monkeypatch.chdir(tmp_path)
 
     def make(text, **settings):
         (tmp_path / "mine.py").write_text(textwrap.dedent(text))

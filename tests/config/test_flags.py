@@ -106,6 +106,25 @@ MISTAKES = {
     "an unknown flag": ([LISTOPS, "--confg.steps=1"], ["confg.steps"]),
     "an empty workdir": ([LISTOPS, "--workdir="], ["--workdir is empty: name a folder"]),
     "no dashes": ([LISTOPS, "steps=100"], ["'steps=100' is no flag: flags begin with two dashes"]),
+    "no dashes and a key's full name": (
+        [LISTOPS, "config.optimizer.learning_rate=123"],
+        ["'config.optimizer.learning_rate=123' is no flag", "as --config.optimizer.learning_rate=123"],
+    ),
+    "no dashes and the wrong name": ([LISTOPS, "optimizer.lr=1"], ["as --config.optimizer.learning_rate=1"]),
+    "no dashes before a flag of the command": ([LISTOPS, "workdir=runs/b"], ["as --workdir=runs/b"]),
+    "no dashes at first": (["seed=3", LISTOPS], ["'seed=3' is no flag", "as --config.seed=3"]),
+    "a module of Python's own": (
+        [LISTOPS, "--config.task.name=this"],
+        ["--config.task.name=this: config.task.name is 'this': it is in ", "--trust=this allows it"],
+    ),
+    "an installed module": (
+        ["--config=lra_listops:flax.nnx:Linear+flax.nnx:Linear"],
+        ["config.mixers is 'flax.nnx:Linear': it is in ", "--trust=flax.nnx allows it"],
+    ),
+    "a trusted module without a mixer": (
+        ["--config=lra_listops:flax.nnx:Linear", "--trust=other", "--trust", "flax"],
+        ["config.mixers is 'flax.nnx:Linear': that is no subclass of efficient_tx.attention.Mixer"],
+    ),
     "no dashes at the end": ([LISTOPS, "--", "abc"], ["'abc' is no flag"]),
     "a key of another mixer": (
         ["--config=recall:fourier", "--config.attention.fourier.conv=4"],

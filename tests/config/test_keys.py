@@ -51,6 +51,47 @@ def test_what_is_wrong_is_said_of_its_key(config, key, text, fault):
     assert str(caught.value) == f"config.{key} {caught.value.fault}"
 
 
+@pytest.mark.parametrize(
+    ("typed", "key"),
+    [
+        ("optimizer.lr", "optimizer.learning_rate"),
+        ("lr", "optimizer.learning_rate"),
+        ("learning_rate", "optimizer.learning_rate"),
+        ("optimizer.learning-rate", "optimizer.learning_rate"),
+        ("optimizer.learningRate", "optimizer.learning_rate"),
+        ("optimzer.learning_rate", "optimizer.learning_rate"),
+        ("optimizer.wd", "optimizer.weight_decay"),
+        ("optimizer.momentum", "optimizer.b1"),
+        ("optimizer.warmup_steps", "optimizer.warmup"),
+        ("optimizer.max_grad_norm", "optimizer.clip"),
+        ("optimizer.batch_size", "batch_size"),
+        ("bs", "batch_size"),
+        ("epochs", "steps"),
+        ("STEPS", "steps"),
+        ("gradient_accumulation_steps", "grad_accum"),
+        ("model.d_model", "model.features"),
+        ("model.num_layers", "model.layers"),
+        ("model.n_head", "model.heads"),
+        ("model.max_len", "task.max_len"),
+        ("max_len", "task.max_len"),
+        ("landmarks", "attention.skyformer.landmarks"),
+        ("attention.landmark", "attention.skyformer.landmarks"),
+        ("attention.softmax.landmarks", "attention.skyformer.landmarks"),
+        ("data.seed", "task.seed"),
+    ],
+)
+def test_the_key_that_was_meant_is_suggested(config, typed, key):
+    with pytest.raises(ConfigError, match=rf"is no key: the nearest is {key}(;|$)"):
+        keys.section_of(config, typed)
+
+
+def test_aliases_are_of_keys_and_of_no_two_keys(config):
+    known = {key.rpartition(".")[2] for key in keys.flatten(config)}
+    aliases = [name for names in keys.ALIASES.values() for name in names.split()]
+    assert set(keys.ALIASES) <= known
+    assert len(set(aliases)) == len(aliases) and not set(aliases) & known
+
+
 def test_a_value_of_another_type_is_not_set(config):
     with pytest.raises(ConfigError, match="takes a value of type int, not 'many'") as caught:
         keys.assign(config, "model.layers", "many")

@@ -36,6 +36,7 @@ def test_commands_exist_with_their_flags(page, tmp_path, monkeypatch):
     if any(path.parent == tmp_path for path in files):  # a user's own folder
         monkeypatch.chdir(tmp_path)
         monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "my_mixers", raising=False)  # of another folder
     else:
         monkeypatch.chdir(ROOT)
     for words in commands(page):

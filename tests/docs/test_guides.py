@@ -25,6 +25,7 @@ def folder(tmp_path, monkeypatch):
         write_files(page, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_mixers", raising=False)  # of another folder
     return tmp_path
 
 
