@@ -32,6 +32,13 @@ def at_least(least: int, **options: int | None) -> None:
             raise OptionError(name, value, f"it must be at least {least}")
 
 
+def at_most(most: int, **options: int | None) -> None:
+    """Raises OptionError for the first option above `most`; None means not given and passes."""
+    for name, value in options.items():
+        if value is not None and value > most:
+            raise OptionError(name, value, f"it must be at most {most}")
+
+
 def above_zero(**options: float | None) -> None:
     """Raises OptionError for the first option that is not a finite number above 0; None means not given and passes."""
     for name, value in options.items():

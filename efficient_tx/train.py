@@ -1,8 +1,8 @@
 """Trains a model: python -m efficient_tx.train --config=NAME[:MIXERS+LINEAR] --workdir=FOLDER [--config.KEY=VALUE ...]
 
 NAME is a shipped config or the path of a file. The same command resumes a run that was stopped or killed. Exit status:
-0 finished; 2 refused; 3 the loss, a gradient or a parameter is not finite; 143 or 130 stopped by SIGTERM or Ctrl-C; 1 a
-file could not be written.
+0 finished; 2 refused; 3 the loss, a gradient or a parameter is not finite; 143, 130 or 129 stopped by SIGTERM, Ctrl-C
+or a closed terminal (SIGHUP); 1 a file could not be written.
 """
 
 import os
@@ -52,6 +52,7 @@ from efficient_tx.training.errors import NonFinite, Refused, RunError, refusing
 from efficient_tx.training.evaluation import make_evaluate, trained_parameters
 from efficient_tx.training.history import History
 from efficient_tx.training.loop import Loop, Plan
+from efficient_tx.training.memory import check_memory
 from efficient_tx.training.objective import objective_of
 from efficient_tx.training.optimizer import evaluation_params
 from efficient_tx.training.report import Report
@@ -83,6 +84,13 @@ def train(asked: command_line.Run, workdir: Workdir) -> None:
         check_batch_size(config.batch_size, devices=jax.device_count(), grad_accum=config.grad_accum)
         task = build_task(config)
         objective = objective_of(task)
+        check_memory(
+            nnx.eval_shape(lambda: build_model(config, task)),
+            task,
+            features=config.model.features,
+            batch_size=config.batch_size,
+            grad_accum=config.grad_accum,
+        )
         model = build_model(config, task)
         check_objective(model, task)
         stages, schedule = build_stages(config, model, objective)
@@ -246,7 +254,9 @@ def main(asked: command_line.Run) -> int:
     if FLAGS.verbosity == logging.INFO:
         # At INFO, absl's default, jax logs which backends it looked for.
         logging.set_verbosity(logging.WARNING)
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does with SIGHUP
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     again = f"the same command goes on: {shlex.join([*command_line.invoked('train'), *sys.argv[1:]])}"
     try:
         run(asked)

@@ -5,18 +5,22 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from efficient_tx.checks import OptionError, at_least, one_of
+from efficient_tx.checks import OptionError, at_least, at_most, one_of
 from efficient_tx.config.build import build_model, build_stages
 from efficient_tx.config.errors import ConfigError, at, blame
-from efficient_tx.config.names import mixer_class, parse_mixers, task_module, task_sizes
+from efficient_tx.config.keys import flatten
+from efficient_tx.config.names import DEEPEST, mixer_class, parse_mixers, task_module, task_sizes
 from efficient_tx.config.schema import task_options
 from efficient_tx.linear.structured import Structured
 from efficient_tx.numerics.random import check_rate
 from efficient_tx.task import Task
 from efficient_tx.training.loggers import LOGGERS
 
-# Longer sequences fit no machine. The limit is far above Path-X and the needle tasks.
+# Longer sequences and wider layers fit no machine. The limit is far above Path-X and the needle tasks.
 LONGEST = 2**24
+# What the counters and sizes of a program can hold: int32.
+LARGEST = 2**31 - 1
+FLOAT32 = float(jnp.finfo(jnp.float32).max)
 
 
 def check(config: ConfigDict) -> None:
@@ -24,6 +28,7 @@ def check(config: ConfigDict) -> None:
 
     The model is built and called on abstract values, so its own errors appear here.
     """
+    numbers(config)
     counts = ("steps", "batch_size", "grad_accum", "eval_every", "checkpoint_every", "log_every", "keep")
     sizes = ("features", "layers", "heads", "head_dim", "mlp_features")
     with at():
@@ -35,13 +40,15 @@ def check(config: ConfigDict) -> None:
         for name in config.loggers:
             one_of(LOGGERS, loggers=name)
     with at("model"):
-        at_least(1, **{key: config.model[key] for key in sizes if isinstance(config.model.get(key), int)})
+        whole = {key: config.model[key] for key in sizes if isinstance(config.model.get(key), int)}
+        at_least(1, **whole)
+        at_most(DEEPEST, layers=whole.pop("layers", None))
+        at_most(LONGEST, **whole)
         check_rate(config.model.dropout)
     with at("task"):
         max_len = config.task.get("max_len", 1)
         at_least(1, max_len=max_len)
-        if max_len > LONGEST:
-            raise OptionError("max_len", max_len, f"it must be at most {LONGEST}")
+        at_most(LONGEST, max_len=max_len)
     if other := set(config.task) ^ set(task_options(config.task.name)):
         fault = (
             f"is {config.task.name!r}, but {min(other)} is an option of one task only: choose the task by its config"
@@ -65,6 +72,16 @@ def check(config: ConfigDict) -> None:
         with at():
             check_densify(config, model)
     build_stages(config, model)
+
+
+def numbers(config: ConfigDict) -> None:
+    """Raises ConfigError for a number, alone or in a tuple, that is not finite in float32 or no int32, seeds aside."""
+    for key, value in flatten(config).items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not abs(number) <= FLOAT32:
+                raise ConfigError(key, f"is {value!r}: it must be a finite number")
+            if isinstance(number, int) and abs(number) > LARGEST and key.rpartition(".")[2] != "seed":
+                raise ConfigError(key, f"is {value!r}: it must be at most {LARGEST}")
 
 
 def empty_inputs(task: Task) -> dict[str, jax.Array]:

@@ -16,7 +16,7 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
 
 # What other programs call these keys. Initials of a key's words need no row: lr, wd, bs.
 ALIASES = {
-    "steps": "num_steps train_steps max_steps iterations epochs num_epochs",
+    "steps": "num_steps train_steps max_steps epochs num_epochs",
     "seed": "random_seed rng_seed",
     "batch_size": "batch train_batch_size",
     "grad_accum": "gradient_accumulation_steps microbatches",

@@ -27,6 +27,8 @@ MODELS: dict[str, dict[str, type[nnx.Module]]] = {
     "token_pairs": {"transformer": DualEncoder},
     "image": {"vit": ViT, "pyramid": Pyramid},
 }
+# A program has every layer in it: more would be traced and compiled for hours.
+DEEPEST = 1024
 DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
 
 
@@ -34,15 +36,19 @@ def parse_mixers(pattern: str) -> list[str]:
     """The layers of a mixer pattern: "gla*3,softmax" -> ["gla", "gla", "gla", "softmax"].
 
     Raises:
-      ConfigError: an unknown mixer, a part that is neither NAME nor NAME*COUNT, or two classes with the same section.
+      ConfigError: an unknown mixer, a part that is neither NAME nor NAME*COUNT, too many layers, or two classes with
+        the same section.
     """
     layers = []
     for part in pattern.split(","):
-        match = re.fullmatch(r"(\w+|[\w.]+:\w+)(?:\*([1-9]\d*))?", part.strip())
+        match = re.fullmatch(r"(\w+|[\w.]+:\w+)(?:\*([1-9]\d{,17}))?", part.strip())
         if not match:
             raise ConfigError("mixers", f"is {pattern!r}: {part!r} is no NAME or NAME*COUNT, as in 'gla*3,softmax'")
         mixer_class(match[1])
-        layers += [match[1]] * int(match[2] or 1)
+        count = int(match[2] or 1)
+        if len(layers) + count > DEEPEST:
+            raise ConfigError("mixers", f"is {pattern!r}: it must have at most {DEEPEST} layers")
+        layers += [match[1]] * count
     sections = {section_name(name): name for name in layers}
     if clash := [name for name in layers if sections[section_name(name)] != name]:
         other = sections[section_name(clash[0])]

@@ -1,4 +1,4 @@
-"""Signals: SIGTERM and Ctrl-C are noted, and the loop asks for them after every step."""
+"""Signals: SIGTERM, Ctrl-C and a closed terminal are noted, and the loop asks for them after every step."""
 
 import signal
 from types import FrameType
@@ -8,7 +8,9 @@ from jax.experimental import multihost_utils
 
 
 class StopSignals:
-    """While open, SIGTERM and SIGINT are noted and do not end the process; a second one raises KeyboardInterrupt.
+    """While open, SIGTERM, SIGINT and SIGHUP are noted and end nothing; a second one raises KeyboardInterrupt.
+
+    A SIGHUP that is ignored, as under nohup, stays ignored; and a second one is, as both shell and kernel send it.
 
     In a run of several processes, jax's preemption service passes a SIGTERM of one process to all of them, so that all
     stop after the same step.
@@ -20,7 +22,9 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         # With several processes, jax's service listens to SIGTERM itself.
-        listened = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
+        listened = [signal.SIGINT]
+        if jax.process_count() == 1:
+            listened += [signal.SIGTERM] + [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN)
         self._previous = {number: signal.signal(number, self._note) for number in listened}
         return self
 
@@ -35,6 +39,8 @@ class StopSignals:
         return self.received
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP and self.received is not None:
+            return
         if self.received is not None or jax.process_count() > 1:
             raise KeyboardInterrupt
         self.received = number

@@ -4,6 +4,8 @@ import contextlib
 import fcntl
 import json
 import os
+import stat
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -85,13 +87,18 @@ class Workdir:
           Refused: it belongs to another config or to a live run, or it cannot be created.
           RunError: it cannot be written.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise Refused(f"{self.path} is a file: name a folder", option="workdir")
-        if not self.path.exists():
+        try:
+            there = stat.S_ISDIR(os.stat(self.path).st_mode)
+        except FileNotFoundError:
             parent = next(parent for parent in self.path.absolute().parents if parent.exists())
             if not os.access(parent, os.W_OK):
-                raise Refused(f"{self.path} cannot be made: {parent} cannot be written", option="workdir")
+                raise Refused(f"{self.path} cannot be made: {parent} cannot be written", option="workdir") from None
             return
+        except (OSError, ValueError) as error:  # a file on the way, a name that is too long or has a NUL byte
+            fault = getattr(error, "strerror", None) or str(error)
+            raise Refused(f"{str(self.path)!r:.200} cannot be a folder: {fault}", option="workdir") from None
+        if not there:
+            raise Refused(f"{self.path} is a file: name a folder", option="workdir")
         self._check_config()
         # A finished run writes nothing, and its folder may be read-only.
         if self.summary() is None:
@@ -166,6 +173,9 @@ class Workdir:
                 f"{self.path} is in use by a live run (process {owner}): wait for it, stop it, or use another",
                 option="workdir",
             ) from None
+        except OSError as error:
+            lacks = f"{path}: this file system has no locks ({error.strerror}): start no second run in this folder"
+            print(lacks, file=sys.stderr)
         with writing(path):
             lock.truncate(0)
             lock.write(f"{os.getpid()}\n")

@@ -1,8 +1,11 @@
 """What cannot work is refused before a run: one line that names the key, the value and what would work."""
 
+import copy
+import itertools
+
 import pytest
 
-from efficient_tx.config import ConfigError, check, load
+from efficient_tx.config import ConfigError, check, keys, load
 
 pytestmark = pytest.mark.quick
 
@@ -23,6 +26,21 @@ pytestmark = pytest.mark.quick
         ("softmax", {"model.heads": 3}, "model.heads", ["is 3", "64 features"]),
         ("softmax", {"model.positions": "rope2d"}, "attention.softmax", ["rope2d", "2000 is no square"]),
         ("softmax", {"task.max_len": 10**11}, "task.max_len", ["is 100000000000: it must be at most"]),
+        ("softmax", {"task.max_len": 2**24 + 1}, "task.max_len", ["is 16777217: it must be at most 16777216"]),
+        ("softmax", {"model.layers": 10**9}, "model.layers", ["is 1000000000: it must be at most 1024"]),
+        ("softmax", {"model.features": 10**9}, "model.features", ["is 1000000000: it must be at most 16777216"]),
+        ("softmax", {"model.heads": 2**30}, "model.heads", ["is 1073741824: it must be at most 16777216"]),
+        ("softmax", {"attention.softmax.conv": 10**6}, "attention.softmax", ["is 1000000: it must be at most 256"]),
+        ("softmax", {"steps": 2**31}, "steps", ["is 2147483648: it must be at most 2147483647"]),
+        ("softmax", {"optimizer.warmup": 2**63}, "optimizer.warmup", ["it must be at most 2147483647"]),
+        (
+            "softmax",
+            {"optimizer.learning_rate": float("inf")},
+            "optimizer.learning_rate",
+            ["is inf: it must be"],
+        ),
+        ("softmax", {"optimizer.clip": float("nan")}, "optimizer.clip", ["is nan: it must be a finite number"]),
+        ("softmax", {"optimizer.eps": 1e39}, "optimizer.eps", ["is 1e+39: it must be a finite number"]),
         ("softmax", {"task.max_len": 0}, "task.max_len", ["is 0: it must be at least 1"]),
         ("softmax", {"model.features": 0}, "model.features", ["is 0: it must be at least 1"]),
         ("skyformer", {"attention.skyformer.landmarks": 1}, "attention.skyformer.landmarks", ["is 1"]),
@@ -52,3 +70,18 @@ def test_what_is_wrong_is_named_with_its_place(argument, typed, key, words):
     for word in words:
         assert word in caught.value.fault
     assert "\n" not in str(caught.value) and "--" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", load.shipped())
+def test_no_float_of_any_config_may_be_infinite(name):
+    """Whatever the key: no default is, and infinity is refused before anything else is looked at."""
+    config = load.ConfigFile(name).resolve({})
+    floats = [key for key in keys.flatten(config) if keys.type_of(config, key) is float]
+    check.numbers(config)
+    for key, value in itertools.product(floats, (float("inf"), float("-inf"), float("nan"), 1e39)):
+        changed = copy.deepcopy(config)
+        keys.assign(changed, key, value)
+        with pytest.raises(ConfigError, match="it must be a finite number") as caught:
+            check.numbers(changed)
+        assert caught.value.key == key
+    assert "optimizer.learning_rate" in floats

@@ -46,11 +46,22 @@ def test_a_pattern_has_counts():
     assert names.parse_mixers("softmax*2, linformer") == ["softmax", "softmax", "linformer"]
 
 
-@pytest.mark.parametrize("pattern", ["softmax*0", "softmax,,gla", "", "softmax*", "a:b:c", "softmax gla"])
+@pytest.mark.parametrize(
+    "pattern", ["softmax*0", "softmax,,gla", "", "softmax*", "a:b:c", "softmax gla", "softmax*" + "9" * 5000]
+)
 def test_a_part_that_is_no_name_is_refused(pattern):
     with pytest.raises(ConfigError, match=r"is no NAME or NAME\*COUNT") as caught:
         names.parse_mixers(pattern)
     assert caught.value.key == "mixers"
+
+
+@pytest.mark.parametrize(
+    "pattern", ["softmax*1000000000", "softmax*99999999999999999", "softmax*999,softmax*26", ",".join(["gla"] * 1025)]
+)
+def test_a_pattern_longer_than_any_model_is_refused_before_it_is_written_out(pattern):
+    with pytest.raises(ConfigError, match=r"it must have at most 1024 layers$") as caught:
+        names.parse_mixers(pattern)
+    assert caught.value.key == "mixers" and len(names.parse_mixers("softmax*999,gla*25")) == 1024
 
 
 def test_names_are_keys_of_the_tables_or_classes_of_modules(module):

@@ -99,7 +99,7 @@ def evaluate(*arguments: object, **settings) -> Result:
 @contextlib.contextmanager
 def undone() -> Iterator[None]:
     """Takes back what a command changes in the process that it runs in."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     kept = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_debug_nans"
     settings = {name: getattr(jax.config, name) for name in kept}
     show, path = warnings.showwarning, [*sys.path]

@@ -59,7 +59,7 @@ def test_train_killed_and_resumed_ends_with_the_same_lines(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "ending"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "ending"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number, ending):
     finished_run()  # Its data and its compiled programs are there by then.
     path = tmp_path / "run"

@@ -203,6 +203,25 @@ def test_a_second_signal_does_not_wait():
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_a_closed_terminal_is_a_signal_that_may_come_twice_or_be_ignored():
+    """Shell and kernel both send it; nohup ignores it."""
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.after(1) == signal.SIGHUP
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.after(1) is None
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.after(2) == signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def test_damaged_checkpoints_are_passed_over_and_the_lines_are_the_same(straight, tmp_path, capsys):
     shutil.copytree(straight[0], tmp_path / "run")
     newest = max(

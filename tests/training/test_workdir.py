@@ -190,3 +190,27 @@ def test_a_full_disk_names_the_file_and_keeps_its_lines(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert History(tmp_path / "metrics.jsonl").lines == [line(1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [("file/run", "Not a directory"), ("a" * 300, "File name too long"), ("a\0b", "embedded null")],
+)
+def test_a_path_that_cannot_be_a_folder_is_refused_before_any_work(tmp_path, name, fault):
+    (tmp_path / "file").touch()
+    with pytest.raises(Refused, match=f"cannot be a folder: {fault}") as caught:
+        Workdir(tmp_path / name, CONFIG).claim()
+    assert caught.value.option == "workdir" and "\0" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_system_without_locks_is_said_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(workdir.fcntl, "flock", flock)
+    run = open_run(tmp_path / "run")
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "lock: this file system has no locks (No locks available)" in error
+    assert read_config(run.path) == json.loads(json.dumps(CONFIG))
+    run.release()

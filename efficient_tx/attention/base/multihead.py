@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_tx.attention.base.mixer import Mixer
-from efficient_tx.checks import at_least
+from efficient_tx.checks import at_least, at_most
 from efficient_tx.tokens.rotary import rotate
 from efficient_tx.tokens.short_conv import ShortConv
 
@@ -78,6 +78,7 @@ class MultiHead(Mixer):
     def add_convolutions(self, channels: dict[str, int], size: int, *, rngs: nnx.Rngs) -> None:
         """Adds the convolutions that `convolve` applies; `channels` maps the name of a projection to its width."""
         at_least(0, conv=size)
+        at_most(256, conv=size)  # every tap is an operation of its own in the program
         make = partial(ShortConv, size=size, causal=self.causal, rngs=rngs)
         self.short_conv = nnx.Dict({name: make(count) for name, count in channels.items()} if size else {})
         self.side_by_side = self.side_by_side or size > 0  # neighbours are real tokens
