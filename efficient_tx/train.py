@@ -48,7 +48,7 @@ from efficient_tx.task import Task, data_directory
 from efficient_tx.training import summary
 from efficient_tx.training.checkpoint import Checkpoints
 from efficient_tx.training.compilation import keep_programs
-from efficient_tx.training.errors import NonFinite, Refused, RunError, refusing
+from efficient_tx.training.errors import NonFinite, Refused, RunError, place_of_nan, refusing
 from efficient_tx.training.evaluation import make_evaluate, trained_parameters
 from efficient_tx.training.history import History
 from efficient_tx.training.loop import Loop, Plan
@@ -265,7 +265,7 @@ def main(asked: command_line.Run) -> int:
         return error.status
     except FloatingPointError as error:
         # What jax raises under debug_nans.
-        print(f"not finite: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"not finite: a NaN came up in {place_of_nan(error)}", file=sys.stderr)
         return NonFinite.status
     except (KeyboardInterrupt, SystemExit) as stop:
         # Outside the loop there is nothing to save: data, checkpoints and lines are written whole or not at all.

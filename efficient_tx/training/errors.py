@@ -2,7 +2,9 @@
 
 import contextlib
 import signal
+import traceback
 from collections.abc import Iterator
+from pathlib import Path
 
 
 class RunError(Exception):
@@ -56,3 +58,15 @@ def refusing(where: str = "") -> Iterator[None]:
         yield
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise Refused(f"{where}: {error}" if where else str(error)) from error
+
+
+def place_of_nan(error: FloatingPointError) -> str:
+    """Where the NaN of an error of `jax.debug_nans` came up: "FILE:LINE (function)", of the model's code.
+
+    Of a NaN in a gradient it is the line whose gradient it is, and the text says so.
+    """
+    ours, forward = str(Path(__file__).parents[1]), error.__cause__
+    frames = traceback.extract_tb((error if forward is None else forward).__traceback__)
+    inner = [frame for frame in frames if frame.filename.startswith(ours) or "site-packages" not in frame.filename]
+    text = f"{inner[-1].filename}:{inner[-1].lineno} ({inner[-1].name})" if inner else "a library"
+    return text if forward is None else f"the gradient of {text}"

@@ -197,7 +197,13 @@ def make_train_step(
         return state, {**batch, "row": row, "seed": np.full((count, rows), seed, np.uint32)}
 
     def run(state: State, batch: Batch) -> State:
-        return mapped(*prepare(state, batch))
+        try:
+            return mapped(*prepare(state, batch))
+        except FloatingPointError:  # of jax.debug_nans
+            # Only without jit does the error of a gradient keep the line that the gradient is of.
+            with jax.disable_jit():
+                mapped(*prepare(state, batch))
+            raise
 
     run.lower = lambda state, batch: mapped.lower(*prepare(state, batch))
     return run

@@ -3,15 +3,18 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import threading
 import time
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -19,7 +22,7 @@ from efficient_tx.data.batching import train_batches
 from efficient_tx.training import loop as loop_module
 from efficient_tx.training import metrics
 from efficient_tx.training.checkpoint import Checkpoints
-from efficient_tx.training.errors import Interrupted, NonFinite, Refused, RunError
+from efficient_tx.training.errors import Interrupted, NonFinite, Refused, RunError, place_of_nan
 from efficient_tx.training.evaluation import prefetch
 from efficient_tx.training.loop import Plan
 from efficient_tx.training.optimizer import make_optimizer
@@ -263,6 +266,27 @@ def test_a_nan_is_found_by_its_line(tmp_path):
     with jax.debug_nans(True), pytest.raises(FloatingPointError) as caught:
         toy.make_loop(tmp_path, model=Broken(nnx.Rngs(0))).run()
     assert any("jnp.log(-1.0 - inputs" in str(entry.statement) for entry in caught.traceback)
+    path, line = re.fullmatch(r"(.*):(\d+) \(__call__\)", place_of_nan(caught.value)).groups()
+    assert "jnp.log(-1.0 - inputs" in Path(path).read_text().splitlines()[int(line) - 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grad_accum", [1, 2])
+def test_a_nan_in_a_gradient_is_found_by_the_line_of_the_forward_pass(grad_accum):
+    """Under pmap, and within micro-batches: the gradient of √(0·x) is 0·∞."""
+
+    class Broken(toy.Model):
+        def __call__(self, inputs, **options):
+            y = super().__call__(inputs, **options)
+            return y + jnp.sqrt(0.0 * y)  # here
+
+    model, optimizer = Broken(nnx.Rngs(0)), optax.sgd(0.1)
+    step = make_train_step(nnx.split(model)[0], optimizer, seed=0, grad_accum=grad_accum)
+    batch = split_batch(next(iter(train_batches(toy.TASK, batch_size=8, seed=0))), jax.local_devices())
+    with jax.debug_nans(True), pytest.raises(FloatingPointError) as caught:
+        step(init_state(model, optimizer), batch)
+    path, line = re.fullmatch(r"the gradient of (.*):(\d+) \(__call__\)", place_of_nan(caught.value)).groups()
+    assert Path(path).read_text().splitlines()[int(line) - 1].endswith("# here")
 
 
 @pytest.mark.slow
