@@ -44,6 +44,11 @@ def check(config: ConfigDict) -> None:
         at_least(1, **whole)
         at_most(DEEPEST, layers=whole.pop("layers", None))
         at_most(LONGEST, **whole)
+        # A model with stages has a tuple of each.
+        for key, most in {"depths": DEEPEST, "features": LONGEST, "heads": LONGEST}.items():
+            stages = config.model.get(key)
+            for size in stages if isinstance(stages, tuple) else ():
+                at_most(most, **{key: size if isinstance(size, int) else None})
         check_rate(config.model.dropout)
     with at("task"):
         max_len = config.task.get("max_len", 1)

@@ -60,13 +60,18 @@ def refusing(where: str = "") -> Iterator[None]:
         raise Refused(f"{where}: {error}" if where else str(error)) from error
 
 
+def innermost(error: BaseException) -> traceback.FrameSummary:
+    """The innermost place of an error that is not in another library."""
+    ours, frames = str(Path(__file__).parents[1]), traceback.extract_tb(error.__traceback__)
+    near = [frame for frame in frames if frame.filename.startswith(ours) or "site-packages" not in frame.filename]
+    return (near or frames)[-1]
+
+
 def place_of_nan(error: FloatingPointError) -> str:
     """Where the NaN of an error of `jax.debug_nans` came up: "FILE:LINE (function)", of the model's code.
 
     Of a NaN in a gradient it is the line whose gradient it is, and the text says so.
     """
-    ours, forward = str(Path(__file__).parents[1]), error.__cause__
-    frames = traceback.extract_tb((error if forward is None else forward).__traceback__)
-    inner = [frame for frame in frames if frame.filename.startswith(ours) or "site-packages" not in frame.filename]
-    text = f"{inner[-1].filename}:{inner[-1].lineno} ({inner[-1].name})" if inner else "a library"
-    return text if forward is None else f"the gradient of {text}"
+    place = innermost(error.__cause__ or error)
+    text = f"{place.filename}:{place.lineno} ({place.name})"
+    return f"the gradient of {text}" if error.__cause__ else text

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from efficient_tx.task import Batch, Objective
 from efficient_tx.training import metrics
+from efficient_tx.training.errors import innermost
 from efficient_tx.training.metrics import Metrics
 from efficient_tx.training.objective import CLASSIFICATION
 
@@ -199,10 +200,11 @@ def make_train_step(
     def run(state: State, batch: Batch) -> State:
         try:
             return mapped(*prepare(state, batch))
-        except FloatingPointError:  # of jax.debug_nans
+        except FloatingPointError as error:  # of jax.debug_nans
             # Only without jit does the error of a gradient keep the line that the gradient is of.
-            with jax.disable_jit():
-                mapped(*prepare(state, batch))
+            if innermost(error).filename == __file__:
+                with jax.disable_jit():
+                    mapped(*prepare(state, batch))
             raise
 
     run.lower = lambda state, batch: mapped.lower(*prepare(state, batch))

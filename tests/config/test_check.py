@@ -72,6 +72,12 @@ def test_what_is_wrong_is_named_with_its_place(argument, typed, key, words):
     assert "\n" not in str(caught.value) and "--" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("key", "most"), [("depths", 1024), ("features", 2**24), ("heads", 2**24)])
+def test_sizes_of_stages_have_the_limits_of_single_sizes(key, most):
+    with pytest.raises(ConfigError, match=rf"^config\.model\.{key} is {most + 1}: it must be at most {most}$"):
+        check.check(load.ConfigFile("soft_fashion").resolve({f"model.{key}": (1, most + 1, 1)}))
+
+
 @pytest.mark.parametrize("name", load.shipped())
 def test_no_float_of_any_config_may_be_infinite(name):
     """Whatever the key: no default is, and infinity is refused before anything else is looked at."""
