@@ -1,52 +1,32 @@
 """Published checkpoints onto our ViT: logits of the authors' formulas, written from each file's own tensors."""
 
-import importlib
-import os
 import textwrap
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from efficient_tx.attention import Fourier, Soft, Softmax
-from efficient_tx.models import ViT
+from efficient_tx.attention import Fourier, Soft
 from efficient_tx.models.pretrained import load_pretrained
 from tests.support import ROOT, command
 from tests.support.published_vits import (
-    CLASSES,
-    HEADS,
-    HIDDEN,
-    LAYERS,
     PATCH,
-    SIDE,
     WIDTH,
     as_augreg,
     as_hugging_face,
     big_vision,
+    close,
     draw,
     images,
     timm_logits,
     timm_shapes,
+    vit,
 )  # fmt: skip
 
 TORCH = {"mlp": "gelu_erf"}
 HF = {"mlp": "gelu_erf", "norm_epsilon": 1e-12}
-
-
-def vit(mixers=(Softmax,), **options):
-    sizes = {
-        "num_classes": CLASSES, "image_shape": (SIDE, SIDE, 3), "patch_size": PATCH, "features": WIDTH,
-        "layers": LAYERS, "heads": HEADS, "mlp_features": HIDDEN,
-    }  # fmt: skip
-    return ViT(mixers=list(mixers), rngs=nnx.Rngs(0), **sizes | options)
-
-
-def close(logits, expected):
-    assert np.abs(expected).max() > 0.5  # logits that 1e-4 is small beside
-    np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
 # What timm 1.0.31 and transformers 5.23.0 (torch 2.14) print for the first image of these very files, with and without
@@ -83,21 +63,6 @@ def test_hugging_face(tmp_path):
     close(model(images()), timm_logits(tensors, images(), epsilon=1e-12))
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "npz"])
-@pytest.mark.slow
-def test_bfloat16(tmp_path, suffix):
-    from safetensors.flax import save_file
-
-    tensors = {name: jnp.asarray(x, jnp.bfloat16) for name, x in draw(timm_shapes()).items()}
-    save = {"safetensors": save_file, "npz": lambda tensors, path: np.savez(path, **tensors)}[suffix]
-    save(tensors, tmp_path / f"half.{suffix}")
-    model = vit(**TORCH)
-    load_pretrained(model, tmp_path / f"half.{suffix}")
-    assert model.head.kernel.dtype == jnp.float32
-    rounded = {name: np.asarray(x, np.float32) for name, x in tensors.items()}
-    close(model(images()), timm_logits(rounded, images()))
-
-
 @pytest.mark.parametrize("prefix", ["", "params/", "opt/target/"])
 @pytest.mark.first(1)
 def test_big_vision(tmp_path, prefix):
@@ -108,6 +73,33 @@ def test_big_vision(tmp_path, prefix):
     close(model(images()), expected)
 
 
+@pytest.mark.slow
+def test_big_vision_scanned(tmp_path):
+    """One array over all blocks for each of a block's, as flax's own scan over the depth makes it."""
+    tensors, expected = big_vision("tok", scan=True)
+    assert "Transformer/encoderblock/LayerNorm_0/scale" in tensors
+    np.savez(tmp_path / "vit.npz", **tensors)
+    model = vit()
+    assert len(load_pretrained(model, tmp_path / "vit.npz")) == 1
+    close(model(images()), expected)
+
+
+def test_stacked_blocks_are_the_same_blocks(tmp_path):
+    tensors, _ = big_vision("tok")
+    np.savez(tmp_path / "loop.npz", **tensors)
+    blocks = {name: x for name, x in tensors.items() if "encoderblock_" in name}
+    scan = {name: x for name, x in tensors.items() if name not in blocks}
+    for name in blocks:
+        stacked = name.replace("encoderblock_1", "encoderblock_0")
+        both = [tensors[stacked], tensors[stacked.replace("encoderblock_0", "encoderblock_1")]]
+        scan[stacked.replace("encoderblock_0", "encoderblock")] = np.stack(both)
+    np.savez(tmp_path / "scan.npz", **scan)
+    loop, model = vit(), vit()
+    for file, target in (("loop.npz", loop), ("scan.npz", model)):
+        assert len(load_pretrained(target, tmp_path / file)) == 1
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(loop), nnx.state(model))
+
+
 @pytest.mark.parametrize("rename", [dict, as_augreg])
 @pytest.mark.slow
 def test_class_tokens_with_and_without_a_position(tmp_path, rename):
@@ -115,35 +107,6 @@ def test_class_tokens_with_and_without_a_position(tmp_path, rename):
     np.savez(tmp_path / "vit.npz", **rename(tensors))
     model = vit()
     assert len(load_pretrained(model, tmp_path / "vit.npz")) == 1
-    close(model(images()), expected)
-
-
-def installed(name):
-    """A package of the extra `pretrained`, gigabytes that few have; without it the test is skipped, but not in CI."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(f"needs {name}: pip install -e '.[pretrained]'")
-
-
-@pytest.mark.slow
-def test_transformers_itself(tmp_path):
-    transformers, torch = (installed(name) for name in ("transformers", "torch"))
-    torch.manual_seed(0)
-    config = transformers.ViTConfig(
-        hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS, intermediate_size=HIDDEN,
-        image_size=SIDE, patch_size=PATCH, num_labels=CLASSES,
-    )  # fmt: skip
-    reference = transformers.ViTForImageClassification(config).eval()
-    with torch.no_grad():
-        for parameter in reference.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape))
-        expected = reference(pixel_values=torch.from_numpy(images()).permute(0, 3, 1, 2)).logits.numpy()
-    reference.save_pretrained(tmp_path)
-    model = vit(**HF)
-    assert len(load_pretrained(model, tmp_path / "model.safetensors")) == 1
     close(model(images()), expected)
 
 
@@ -219,40 +182,6 @@ def test_other_heads_are_refused_where_the_file_says_them(tmp_path):
     np.savez(tmp_path / "vit.npz", **big_vision("tok")[0])
     with pytest.raises(ValueError, match=r"query/kernel has 2 heads in .* and 3 here"):
         load_pretrained(vit(heads=3), tmp_path / "vit.npz")
-
-
-@pytest.mark.parametrize("name", ["vit.npz", "vit.safetensors"])
-def test_files_that_are_none(tmp_path, name):
-    with pytest.raises(ValueError, match="there is no file"):
-        load_pretrained(vit(), tmp_path / name)
-    for content in (b"", b"PK\x03\x04 and then nothing", b"\xff" * 100):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f"{name} cannot be read: "):
-            load_pretrained(vit(), tmp_path / name)
-
-
-@pytest.mark.quick
-def test_a_damaged_archive_is_one_line(tmp_path):
-    path = tmp_path / "vit.npz"
-    np.savez_compressed(path, **{"cls": np.arange(1000.0)})
-    whole = path.read_bytes()
-    start = whole.index(b"cls.npy") + len("cls.npy")
-    method = whole.rindex(b"PK\x01\x02") + 10  # of compression, in the directory at the end
-    for damaged in (
-        whole[: start + 40] + b"\xff" * 20 + whole[start + 60 :],
-        whole[:method] + b"\x63" + whole[method + 1 :],
-    ):
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"vit\.npz cannot be read: ") as error:
-            load_pretrained(vit(), path)
-        assert "\n" not in str(error.value)
-
-
-@pytest.mark.quick
-def test_pickled_arrays_are_not_opened(tmp_path):
-    np.savez(tmp_path / "vit.npz", cls=np.array([{}], object))
-    with pytest.raises(ValueError, match=r"cannot be read: .*allow_pickle"):
-        load_pretrained(vit(), tmp_path / "vit.npz")
 
 
 TASK = """

@@ -1,19 +1,37 @@
 """Published ViTs as plain formulas of the tensors in their checkpoints, in each family's names and layouts."""
 
+import functools
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen, traverse_util
+from flax import linen, nnx, traverse_util
 from scipy.special import erf
+
+from efficient_tx.attention import Softmax
+from efficient_tx.models import ViT
 
 # Sizes at which nothing is equal by chance: 3 × 3 patches of 4 × 4 × 3 = 48 numbers.
 WIDTH, HEADS, LAYERS, HIDDEN, CLASSES, SIDE, PATCH = 12, 2, 2, 20, 5, 12, 4
 
 
-def images(side=SIDE):
-    return (4 * np.random.default_rng(1).random((3, side, side, 3)) - 2).astype(np.float32)
+def images(height=SIDE, width=SIDE):
+    return (4 * np.random.default_rng(1).random((3, height, width, 3)) - 2).astype(np.float32)
+
+
+def vit(mixers=(Softmax,), **options):
+    """Our ViT of these sizes."""
+    sizes = {
+        "num_classes": CLASSES, "image_shape": (SIDE, SIDE, 3), "patch_size": PATCH, "features": WIDTH,
+        "layers": LAYERS, "heads": HEADS, "mlp_features": HIDDEN,
+    }  # fmt: skip
+    return ViT(mixers=list(mixers), rngs=nnx.Rngs(0), **sizes | options)
+
+
+def close(logits, expected):
+    assert np.abs(expected).max() > 0.5  # logits that 1e-4 is small beside
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
 def draw(shapes):
@@ -38,8 +56,8 @@ def attention(q, k, v):
 
 def patches_of(image, weight, bias):
     """A strided convolution by hand: weight `[features, channels, height, width]`."""
-    size, count = weight.shape[-1], len(image) // weight.shape[-1]
-    cells = [(i * size, j * size) for i in range(count) for j in range(count)]
+    size = weight.shape[-1]
+    cells = [(i, j) for i in range(0, image.shape[0], size) for j in range(0, image.shape[1], size)]
     return np.stack([np.einsum("ijc,fcij->f", image[i : i + size, j : j + size], weight) + bias for i, j in cells])
 
 
@@ -117,6 +135,7 @@ class Linen(linen.Module):
 
     pool: str
     representation: bool = False
+    scan: bool = False
 
     @linen.compact
     def __call__(self, x):
@@ -126,7 +145,7 @@ class Linen(linen.Module):
         if self.pool == "tok":
             cls = self.param("cls", linen.initializers.zeros, (1, 1, WIDTH))
             x = jnp.concatenate([jnp.tile(cls, (len(x), 1, 1)), x], axis=1)
-        x = LinenEncoder(name="Transformer")(x)
+        x = LinenEncoder(self.scan, name="Transformer")(x)
         x = x[:, 0] if self.pool == "tok" else x.mean(axis=1)
         if self.representation:
             x = jnp.tanh(linen.Dense(WIDTH, name="pre_logits")(x))
@@ -134,10 +153,16 @@ class Linen(linen.Module):
 
 
 class LinenEncoder(linen.Module):
+    scan: bool
+
     @linen.compact
     def __call__(self, x):
-        for i in range(LAYERS):
-            x = LinenBlock(name=f"encoderblock_{i}")(x)
+        if self.scan:
+            stack = linen.scan(LinenBlock, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)
+            x, _ = stack(name="encoderblock")(x)
+        else:
+            for i in range(LAYERS):
+                x, _ = LinenBlock(name=f"encoderblock_{i}")(x)
         return linen.LayerNorm(name="encoder_norm")(x)
 
 
@@ -146,7 +171,7 @@ class LinenBlock(linen.Module):
     def __call__(self, x):
         y = linen.LayerNorm()(x)
         x = x + linen.MultiHeadDotProductAttention(HEADS)(y, y)
-        return x + LinenMlp(name="MlpBlock_0")(linen.LayerNorm()(x))
+        return x + LinenMlp(name="MlpBlock_0")(linen.LayerNorm()(x)), None
 
 
 class LinenMlp(linen.Module):
@@ -156,13 +181,14 @@ class LinenMlp(linen.Module):
         return linen.Dense(WIDTH)(x)
 
 
-def big_vision(pool, representation=False, side=SIDE):
+@functools.cache
+def big_vision(pool, **options):
     """The tensors of a checkpoint by name, and its logits."""
-    module = Linen(pool, representation)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), images(side))["params"]
+    module = Linen(pool, **options)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), images())["params"]
     tensors = draw({name: x.shape for name, x in traverse_util.flatten_dict(shapes, sep="/").items()})
     params = traverse_util.unflatten_dict(tensors, sep="/")
-    return tensors, np.asarray(module.apply({"params": params}, images(side)))
+    return tensors, np.asarray(module.apply({"params": params}, images()))
 
 
 def as_augreg(tensors):

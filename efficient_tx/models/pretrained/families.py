@@ -7,7 +7,7 @@ under the names that `save_pretrained` writes and those that `state_dict` has si
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -180,17 +180,22 @@ def identify(tensors: Tensors, path: Path) -> tuple[str, str]:
     raise ValueError(f"{path} is no checkpoint of a ViT: of the patches' embeddings it has none of {looked}")
 
 
-def split(tensors: Tensors) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and tensors, one for each of ours: those that hold several, or the same of all blocks, are split."""
+def split(tensors: Tensors, path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and tensors, one for each of ours: those that hold several, or the same of all blocks, are split.
+
+    Raises:
+      ValueError: one line: the first axis of one that holds several does not have so many parts.
+    """
     for name, x in tensors.items():
-        parts = next((parts for joint, parts in JOINT.items() if joint in name), ())
-        if parts and x.ndim and len(x) % len(parts) == 0:
-            joint = next(joint for joint in JOINT if joint in name)
-            for part, piece in zip(parts, np.split(x, len(parts))):
-                yield name.replace(joint, part), piece
-        elif "Transformer/encoderblock/" in name and x.ndim:
-            for i, piece in enumerate(x):
-                yield name.replace("/encoderblock/", f"/encoderblock_{i}/"), piece
+        joint = next((joint for joint in JOINT if joint in name), None)
+        scanned = "Transformer/encoderblock/" in name
+        count = len(JOINT[joint]) if joint else 1
+        if (joint or scanned) and (not x.ndim or len(x) % count):
+            raise ValueError(f"{name} has the shape {x.shape} in {path}: its first axis should have {count} parts")
+        if joint:
+            yield from zip((name.replace(joint, part) for part in JOINT[joint]), np.split(x, count))
+        elif scanned:
+            yield from ((name.replace("/encoderblock/", f"/encoderblock_{i}/"), piece) for i, piece in enumerate(x))
         else:
             yield name, x
 
@@ -206,7 +211,9 @@ def our_name(name: str, family: Family) -> str | None:
     return None
 
 
-def rename(tensors: Tensors, family: Family, prefix: str, path: Path) -> tuple[Tensors, list[str]]:
+def rename(
+    tensors: Iterable[tuple[str, np.ndarray]], family: Family, prefix: str, path: Path
+) -> tuple[Tensors, list[str]]:
     """The tensors in float32 with our names and layout, and the names of those that we have no name for.
 
     Raises:
@@ -214,7 +221,7 @@ def rename(tensors: Tensors, family: Family, prefix: str, path: Path) -> tuple[T
     """
     found: Tensors = {}
     unknown = []
-    for name, x in split(tensors):
+    for name, x in tensors:
         key = our_name(name.removeprefix(prefix), family)
         if key is None:
             unknown.append(name)

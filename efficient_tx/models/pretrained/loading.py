@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from efficient_tx.models.pretrained.description import Description, describe
@@ -58,11 +59,12 @@ def load_pretrained(model: ViT, path: str | Path) -> list[str]:
     name, prefix = identify(tensors, path)
     family, said = FAMILIES[name], describe(path)
     check_tokens(tensors, path)
-    found, unknown = rename(tensors, family, prefix, path)
+    single = list(split(tensors, path))
+    found, unknown = rename(single, family, prefix, path)
     check_parts(unknown, prefix, path)
     wanted = {".".join(map(str, place)): x for place, x in nnx.iter_graph(model) if isinstance(x, nnx.Param)}
     check_blocks(found, wanted, path)
-    check_heads(model, tensors, said, path)
+    check_heads(model, single, said, path)
     check_head(model, found, unknown, family, said, path)
     patch = [tensors[prefix + family.embedding].shape[axis] for axis in family.patch]
     lines = [f"parameters of {path}, a checkpoint of {name}", *differences(model, family, name, found, said)]
@@ -124,17 +126,17 @@ def check_blocks(found: Tensors, wanted: Mapping[str, nnx.Param], path: Path) ->
         raise ValueError(f"{missing[0]} is not in {path}{rest}: a part of the checkpoint is missing")
     for ending, option in [("_scale", "layer_scale=1.0"), (".mlp.gate.kernel", "mlp=swiglu")]:
         if homeless := next((key for key in found if key.endswith(ending) and key not in wanted), None):
-            raise ValueError(f"{path} has {homeless}, which has no place here: the option {option} gives it one")
+            raise ValueError(f"{path} gives {homeless}, which has no place here: the option {option} gives it one")
 
 
-def check_heads(model: ViT, tensors: Tensors, said: Description, path: Path) -> None:
+def check_heads(model: ViT, single: list[tuple[str, np.ndarray]], said: Description, path: Path) -> None:
     """Raises ValueError if the number of heads differs: linen's projections have an axis of heads, config.json says it.
 
     Mixers without heads are left out.
     """
     mixers = [block.mixer for block in model.encoder.blocks]
     for heads in dict.fromkeys(mixer.heads for mixer in mixers if hasattr(mixer, "heads")):
-        for name, x in split(tensors):
+        for name, x in single:
             if name.endswith("/query/kernel") and x.ndim == 3 and x.shape[1] != heads:
                 raise ValueError(f"{name} has {x.shape[1]} heads in {path} and {heads} here")
         if said.heads not in (None, heads):
