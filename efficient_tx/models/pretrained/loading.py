@@ -37,12 +37,12 @@ def load_pretrained(model: ViT, path: str | Path) -> list[str]:
     block must be there.
 
     Torch files do not contain the number of heads, the activation and the grid of positions. A config.json of
-    transformers beside the file says them; if there is none, `model` must have the right ones.
+    transformers beside the file says them, one of timm the grid; if there is none, `model` must have the right ones.
 
     Args:
       model: the model to change; on errors it is unchanged.
-      path: a file with the extension .npz or .safetensors; one of several shards, or their .safetensors.index.json,
-        stands for all.
+      path: a file with the extension .npz or .safetensors. One of several shards stands for all of them, if the
+        .safetensors.index.json that names them is beside it; so does that index.
 
     Returns:
       Lines of a report: the family; options of `model` that differ; one line for each parameter that is missing in the
@@ -65,7 +65,7 @@ def load_pretrained(model: ViT, path: str | Path) -> list[str]:
     wanted = {".".join(map(str, place)): x for place, x in nnx.iter_graph(model) if isinstance(x, nnx.Param)}
     check_blocks(found, wanted, path)
     check_heads(model, single, said, path)
-    check_head(model, found, unknown, family, said, path)
+    check_output(model, found, unknown, family, said, path)
     patch = [tensors[prefix + family.embedding].shape[axis] for axis in family.patch]
     lines = [f"parameters of {path}, a checkpoint of {name}", *differences(model, family, name, found, said)]
     lines += fit_positions(
@@ -143,7 +143,7 @@ def check_heads(model: ViT, single: list[tuple[str, np.ndarray]], said: Descript
             raise ValueError(f"num_attention_heads is {said.heads} in {said.path}, and here are {heads} heads")
 
 
-def check_head(
+def check_output(
     model: ViT, found: Tensors, unknown: Collection[str], family: Family, said: Description, path: Path
 ) -> None:
     """Raises ValueError if the layers after the encoder compute something else than those of the model."""
