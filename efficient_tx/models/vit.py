@@ -54,6 +54,8 @@ class ViT(nnx.Module):
     - Plain ViT-S/16 (Beyer et al. 2022, arXiv 2205.01580): pool="mean", positions="sincos", representation=features.
     - DeiT (Touvron et al. 2020, arXiv 2012.12877) without distillation, and other torch models: mlp="gelu_erf"; those
       of Hugging Face also have norm_epsilon=1e-12.
+    - Dinov2 (Oquab et al. 2023, arXiv 2304.07193) without registers: mlp="gelu_erf" or, the largest, "swiglu", with
+      layer_scale=1.0.
 
     A mixer that treats its tokens as a square grid (`pool`, `soft` with value_conv) needs pool="mean" and a square
     image.

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from efficient_tx.models.pretrained import load_pretrained
+from efficient_tx.models.pretrained import SUFFIXES, load_pretrained
 from tests.support.published_vits import (
     WIDTH,
     as_hugging_face,
@@ -145,6 +145,7 @@ def shards(tensors, folder, name="model"):
 def test_shards_are_read_as_one(tmp_path):
     tensors = draw(timm_shapes())
     index = shards(as_hugging_face(tensors), tmp_path)
+    assert str(index).endswith(SUFFIXES)  # by which train.py knows a file from a run
     save_file(as_hugging_face(tensors), tmp_path / "whole.safetensors")
     model, other = (vit(mlp="gelu_erf", norm_epsilon=1e-12) for _ in range(2))
     load_pretrained(model, tmp_path / "whole.safetensors")
