@@ -48,8 +48,8 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def read_npz(path: Path) -> Tensors:
-    with reading(path):
-        archive = np.load(path, allow_pickle=False)
+    with reading(path), open(path, "rb") as file:  # np.load(path) leaves a file open that is no archive
+        archive = np.load(file, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise ValueError("it is no archive of arrays")
         with archive:
