@@ -232,3 +232,23 @@ def test_files_without_tensors(tmp_path, model):
     with zipfile.ZipFile(tmp_path / "vit.npz", "w") as archive:
         archive.writestr("notes.txt", "no array")
     assert "vit.npz cannot be read: notes.txt is no array" in refused(model, tmp_path / "vit.npz")
+
+
+@pytest.mark.slow
+def test_damage_anywhere_is_one_line(tmp_path):
+    """Bytes changed and files cut at random places: a ValueError, if the damage can be seen at all."""
+    model, rng = vit(**TORCH), np.random.default_rng(0)
+    for i in range(300):
+        path = tmp_path / ("vit.npz" if i % 2 else "vit.safetensors")
+        save(draw(timm_shapes()), path)
+        content = bytearray(path.read_bytes())
+        if i % 3:
+            for place in rng.integers(min(len(content), 4000), size=3) * (-1) ** i:  # headers are at either end
+                content[place] ^= int(rng.integers(1, 256))
+        else:
+            del content[rng.integers(len(content)) :]
+        path.write_bytes(content)
+        try:
+            load_pretrained(model, path)
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
