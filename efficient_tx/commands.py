@@ -40,11 +40,21 @@ def no_flag(argument: str, known: Collection[str], *, of: str = "") -> str:
     return f"{argument!r} is no flag{of}: flags begin with two dashes, as {near}{equals}{value}"
 
 
+_own_process = False
+
+
 def leave_quietly() -> None:
     """Ctrl-C ends the process at once, with 130 and without a word: nothing has begun, or all is done.
 
-    A process that ignores it, as the background of a script does, goes on ignoring it.
+    A process that ignores it, as the background of a script does, goes on ignoring it. Such a process is the command's
+    own: if it fails, it ends at once, whatever its threads and the other processes of a run still wait for.
     """
+    global _own_process
+    _own_process = True
+    _end_at_interrupt()
+
+
+def _end_at_interrupt() -> None:
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
 
@@ -78,6 +88,8 @@ def run(main: Callable[[], Any], *, prints: bool = True, smaller: str = "smaller
         sys.stdout.flush()
         if prints and lost and not status:
             status = 1
+    if _own_process and isinstance(status, int) and status:
+        os._exit(status)
     raise SystemExit(status)
 
 
@@ -136,5 +148,5 @@ def _streams() -> Iterator[list[str]]:
     finally:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        leave_quietly()
+        _end_at_interrupt()
         sys.stdout, sys.stderr = before

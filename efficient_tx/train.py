@@ -2,7 +2,7 @@
 
 NAME is a shipped config or the path of a file. The same command resumes a run that was stopped or killed. Exit status:
 0 finished; 2 refused; 3 the loss, a gradient or a parameter is not finite; 143, 130 or 129 stopped by SIGTERM, Ctrl-C
-or a closed terminal (SIGHUP); 1 a file could not be written.
+or a closed terminal (SIGHUP); 1 a file could not be written, or another process of the run was lost.
 """
 
 import os
@@ -45,12 +45,13 @@ from efficient_tx.data.batching import evaluation_batches, train_batches
 from efficient_tx.linear.replacement import dotted, relative_error, transfer
 from efficient_tx.models.pretrained import SUFFIXES, load_pretrained
 from efficient_tx.task import Task, data_directory
-from efficient_tx.training import summary
+from efficient_tx.training import processes, summary
 from efficient_tx.training.checkpoint import Checkpoints
 from efficient_tx.training.compilation import keep_programs
 from efficient_tx.training.errors import NonFinite, Refused, RunError, place_of_nan, refusing
 from efficient_tx.training.evaluation import make_evaluate, trained_parameters
 from efficient_tx.training.history import History
+from efficient_tx.training.identity import identity
 from efficient_tx.training.loop import Loop, Plan
 from efficient_tx.training.memory import check_memory
 from efficient_tx.training.objective import objective_of
@@ -65,16 +66,10 @@ flags.register_validator("workdir", bool, "--workdir is empty: name a folder")
 flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, for a run over several processes")
 flags.DEFINE_integer("num_processes", None, "how many processes the run has")
 flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
-
-
-def connect() -> None:
-    """Joins the other processes of the run, if there are any."""
-    given = [FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id]
-    if given == [None] * 3:
-        return
-    if None in given:
-        raise Refused("a run over several processes needs all of --coordinator_address, --num_processes, --process_id")
-    jax.distributed.initialize(*given)
+flags.DEFINE_integer("join_timeout", processes.JOIN_WITHIN, "seconds to wait until all have started", lower_bound=1)
+flags.DEFINE_integer(
+    "heartbeat_timeout", processes.LOST_AFTER, "seconds without a sign of life after which one is lost", lower_bound=1
+)
 
 
 def train(asked: command_line.Run, workdir: Workdir) -> None:
@@ -83,6 +78,8 @@ def train(asked: command_line.Run, workdir: Workdir) -> None:
     with refusing():
         check_batch_size(config.batch_size, devices=jax.device_count(), grad_accum=config.grad_accum)
         task = build_task(config)
+        if jax.process_count() > 1:
+            processes.agree(identity(config.to_dict(), task))
         objective = objective_of(task)
         check_memory(
             nnx.eval_shape(lambda: build_model(config, task)),
@@ -230,7 +227,13 @@ def from_file(config: ConfigDict, task: Task) -> tuple[nnx.Module, list[str]]:
 
 def run(asked: command_line.Run) -> None:
     """Does what the flags say, unless the run is finished."""
-    connect()
+    processes.join(
+        FLAGS.coordinator_address,
+        FLAGS.num_processes,
+        FLAGS.process_id,
+        within=FLAGS.join_timeout,
+        lost_after=FLAGS.heartbeat_timeout,
+    )
     config = asked.config
     keep_programs(data_directory(config.task.get("data_dir")) / "compilation")
     jax.config.update("jax_debug_nans", config.debug_nans)
@@ -263,6 +266,11 @@ def main(asked: command_line.Run) -> int:
     except RunError as error:
         print(f"{error.flag}; {again}" if error.resumable else error.flag, file=sys.stderr)
         return error.status
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or commands.out_of_memory(error):
+            raise
+        print(f"{processes.Lost.of(error)}; {again}", file=sys.stderr)
+        return processes.Lost.status
     except FloatingPointError as error:
         # What jax raises under debug_nans.
         print(f"not finite: a NaN came up in {place_of_nan(error)}", file=sys.stderr)
@@ -278,7 +286,7 @@ def main(asked: command_line.Run) -> int:
 def command() -> None:
     """The command line."""
     sys.path.append(os.getcwd())  # for a task or a mixer of the user's own
-    own = ("workdir", "coordinator_address", "num_processes", "process_id")
+    own = ("workdir", "coordinator_address", "num_processes", "process_id", "join_timeout", "heartbeat_timeout")
     parse = functools.partial(command_line.parse, usage=__doc__, own=own)
     smaller = "a smaller --config.batch_size, a larger --config.grad_accum or a smaller model"
     # The results are files: a run whose output nobody reads goes on, and is a run like any other.

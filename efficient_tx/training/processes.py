@@ -26,6 +26,13 @@ LOST_AFTER, JOIN_WITHIN = 60, 300
 class Lost(RunError):
     """Another process of the run is gone, or never came."""
 
+    @classmethod
+    def of(cls, error: jax.errors.JaxRuntimeError) -> "Lost":
+        """The error, in one line, that a collective operation raised when another process was gone."""
+        said = " ".join(str(error).split())
+        # jaxlib repeats itself, once for each operation that waited.
+        return cls(f"process {jax.process_index()} of the run lost another one (...{said[-160:]})")
+
 
 def join(
     address: str | None,
