@@ -41,7 +41,7 @@ from efficient_tx.config.check import check_objective
 from efficient_tx.config.names import task_module
 from efficient_tx.config.schema import with_dense_weights
 from efficient_tx.config.stored import restore
-from efficient_tx.data.batching import evaluation_batches, train_batches
+from efficient_tx.data.batching import check_examples, evaluation_batches, train_batches
 from efficient_tx.linear.replacement import dotted, relative_error, transfer
 from efficient_tx.models.pretrained import SUFFIXES, load_pretrained
 from efficient_tx.task import Task, data_directory
@@ -89,6 +89,7 @@ def train(asked: command_line.Run, workdir: Workdir) -> None:
             grad_accum=config.grad_accum,
         )
         model = build_model(config, task)
+        check_examples(task)
         check_objective(model, task)
         stages, schedule = build_stages(config, model, objective)
         terms = {

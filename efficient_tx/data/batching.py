@@ -6,16 +6,38 @@ compiled, and little of their work is padding.
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import grain
 import numpy as np
 
 from efficient_tx.checks import at_least
+from efficient_tx.data.collation import ExampleError, collate
 from efficient_tx.task import Batch, Example, Source, Task
 
+SPLITS = ("train", "validation", "test")
+ROWS = 256  # examples that are checked together before a run
 SHORTEST_BUCKET = 64  # shorter sequences are in this bucket too
 WINDOW = 64  # batches that are sorted by length together
+
+
+def check_examples(task: Task) -> None:
+    """Reads, before a run, all examples of splits that are lists, and the first one of other splits, as augmented too.
+
+    Raises:
+      ValueError: a split is empty or cannot be indexed, or an example of it is one that the task cannot have.
+    """
+    for split in SPLITS:
+        source = getattr(task, split)
+        if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
+            raise ValueError(f"the {split} split of {task.name} is a {type(source).__name__}: it needs len() and [i]")
+        if not len(source):
+            raise ValueError(f"the {split} split of {task.name} is empty")
+        items = range(len(source) if isinstance(source, list | tuple) else 1)
+        for start in range(0, len(items), ROWS):
+            _read(task, source, items[start : start + ROWS])
+    if task.augment is not None:
+        _read(task, task.train, [0], augment=lambda example, row: task.augment(example, _generator(0, 0, row)))
 
 
 def train_batches(
@@ -58,7 +80,7 @@ def train_batches(
         """Items `[WINDOW, batch_size]` of the batches of a window, and the longest length in each batch."""
         size = WINDOW * batch_size
         chosen = items(index * size, (index + 1) * size)
-        lengths = np.array([_length(task.train[int(item)]) for item in chosen])
+        lengths = np.array([_length(_item(task, task.train, item), task.max_len) for item in chosen])
         generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(index, 1)))
         batches = np.argsort(lengths, kind="stable").reshape(WINDOW, batch_size)
         batches = batches[np.argsort(generator.random(WINDOW), kind="stable")]
@@ -69,10 +91,8 @@ def train_batches(
             chosen, longest = (part[step % WINDOW] for part in window(step // WINDOW))
         else:
             chosen, longest = items(step * batch_size, (step + 1) * batch_size), task.max_len
-        examples = [task.train[int(item)] for item in chosen[rows]]
-        if task.augment is not None:
-            examples = [task.augment(example, _generator(seed, step, int(row))) for example, row in zip(examples, rows)]
-        return collate(examples, task, bucket(longest, task.max_len))
+        augment = task.augment and (lambda example, row: task.augment(example, _generator(seed, step, int(rows[row]))))
+        return _read(task, task.train, chosen[rows], longest, augment)
 
     return grain.MapDataset.source(_Lazy(sys.maxsize // batch_size, batch))
 
@@ -99,7 +119,7 @@ def evaluation_batches(
     @functools.cache
     def by_length() -> tuple[np.ndarray, np.ndarray]:
         """The items, shortest first, and their lengths."""
-        lengths = np.array([_length(source[item]) for item in range(count)])
+        lengths = np.array([_length(_item(task, source, item), task.max_len) for item in range(count)])
         order = np.argsort(lengths, kind="stable")
         return order, lengths[order]
 
@@ -110,7 +130,7 @@ def evaluation_batches(
         if task.bucket:
             order, lengths = by_length()
             places, longest = order[places], lengths[min((index + 1) * batch_size, count) - 1]
-        result = collate([source[int(item)] for item in places], task, bucket(longest, task.max_len))
+        result = _read(task, source, places, longest)
         result["weight"][~real] = 0.0
         return result
 
@@ -122,90 +142,53 @@ def bucket(longest: int, max_len: int) -> int:
     return min(max_len, max(SHORTEST_BUCKET, 1 << int(longest - 1).bit_length()))
 
 
-def collate(examples: Sequence[Example], task: Task, length: int | None = None) -> Batch:
-    """One batch of unpadded examples, padded with zeros on the right to `length`, by default `task.max_len`.
+def _read(
+    task: Task,
+    source: Source,
+    items: Sequence[int],
+    longest: int | None = None,
+    augment: Callable[[Example, int], Example] | None = None,
+) -> Batch:
+    """The batch of these items of a split, padded to the bucket of `longest`, by default of the longest item.
 
-    An example may have its own "weight" (a number, or `[length]` for per-token labels); the default is 1. Under
-    `task.own_masks` its bool "mask" `[length]` marks its real tokens. If the examples have "label2" and "mix"
-    (numbers), these are stacked too.
-
-    Returns:
-      `inputs` `[B, length]` int32 (float32 if the task has no vocabulary; further axes of an example follow).
-      `mask` bool `[B, length]`, True up to the example's length for any token values. With masks of the examples' own,
-      True for their real tokens; then `positions` int32 `[B, length]` are the places of the tokens.
-      `inputs2` and `mask2` for pairs.
-      `label` int32 and `weight` float32, `[B]`, or `[B, length]` for per-token labels, with weight 0 after the
-      example's end. Labels have the dtype of the objective if the task has one.
-      Images are stacked unchanged and have no mask.
-
-    Raises:
-      ValueError: an example is longer than `length`, has a mask without `task.own_masks`, or a label or a token id that
-        the task does not have.
+    `augment` gets an example and its row. Raises ValueError if an item cannot be read, or its task cannot have it.
     """
-    length = task.max_len if length is None else length
-    labels = np.dtype(task.objective.label_dtype if task.objective else "int32")
-    if task.kind == "image":
-        batch = {"inputs": np.stack([example["inputs"] for example in examples])}
-    else:
-        dtype = np.float32 if task.vocab_size is None else np.int32
-        inputs, mask = _pad([example["inputs"] for example in examples], length, task, dtype)
-        batch = {"inputs": inputs, "mask": mask}
-        if task.kind == "token_pairs":
-            batch["inputs2"], batch["mask2"] = _pad([example["inputs2"] for example in examples], length, task, dtype)
-        if task.own_masks:
-            for row, example in zip(mask, examples):
-                row[: len(example["mask"])] &= example["mask"]
-            batch["positions"] = np.tile(np.arange(length, dtype=np.int32), (len(examples), 1))
-        elif "mask" in examples[0]:
-            raise ValueError(f"an example of {task.name} brings a mask: its task must have own_masks=True")
-    if task.kind == "token_labels":
-        ones = np.ones(length, np.float32)
-        weights = [example.get("weight", ones[: len(example["inputs"])]) for example in examples]
-        batch["label"], _ = _pad([example["label"] for example in examples], length, task, labels)
-        batch["weight"], _ = _pad(weights, length, task, np.float32)
-    else:
-        batch["label"] = np.array([example["label"] for example in examples], labels)
-        batch["weight"] = np.array([example.get("weight", 1.0) for example in examples], np.float32)
-    if "mix" in examples[0]:
-        batch["label2"] = np.array([example["label2"] for example in examples], np.int32)
-        batch["mix"] = np.array([example["mix"] for example in examples], np.float32)
-    _check(batch, examples, task)
-    return batch
+    examples = [_item(task, source, item) for item in items]
+    if augment:
+        try:
+            examples = [augment(example, row) for row, example in enumerate(examples)]
+        except Exception as error:  # out of code of the user's own
+            raise ValueError(f"the examples of {task.name} cannot be augmented: {_words(error)}") from error
+    if longest is None:
+        longest = max(_length(example, task.max_len) for example in examples)
+    try:
+        return collate(examples, task, bucket(longest, task.max_len))
+    except ExampleError as error:
+        raise ValueError(f"{error} ({_name(task, source, items[error.row])})") from None
 
 
-def _check(batch: Batch, examples: Sequence[Example], task: Task) -> None:
-    """Raises ValueError for labels that the batch cannot hold, and for labels or token ids out of range."""
-    for example in examples:
-        given = np.asarray(example["label"])
-        if batch["label"].dtype.kind in "iu" and given.dtype.kind not in "iub" and (given != given.astype(int)).any():
-            raise ValueError(f"an example of {task.name} has the label {given}: the task's labels are whole numbers")
-    if task.objective is None:
-        _in_range("label", batch["label"][batch["weight"] > 0], task.num_classes, task)
-    for name in ("inputs", "inputs2"):
-        if task.vocab_size is not None and name in batch:
-            _in_range("token id", batch[name], task.vocab_size, task)
+def _item(task: Task, source: Source, item: int) -> Example:
+    try:
+        return source[int(item)]
+    except Exception as error:  # out of code of the user's own
+        raise ValueError(f"{_name(task, source, item)} of {task.name} cannot be read: {_words(error)}") from error
 
 
-def _in_range(what: str, values: np.ndarray, count: int, task: Task) -> None:
-    """Raises ValueError unless all values are in [0, count)."""
-    if values.size and not (values.min() >= 0 and values.max() < count):
-        wrong = values.min() if values.min() < 0 else values.max()
-        raise ValueError(f"an example of {task.name} has the {what} {wrong}: the task's are in [0, {count})")
+def _length(example: Example, max_len: int) -> int:
+    """Tokens of an example, of a pair those of the longer sequence; `max_len` for one that `collate` refuses."""
+    try:
+        return max(len(example["inputs"]), len(example.get("inputs2", ())), 1)
+    except Exception:
+        return max_len
 
 
-def _length(example: Example) -> int:
-    """Tokens of an example; of a pair, those of the longer sequence."""
-    return max(len(example["inputs"]), len(example.get("inputs2", ())), 1)
+def _name(task: Task, source: Source, item: int) -> str:
+    split = next((f"the {name} split" for name in SPLITS if getattr(task, name) is source), "a split")
+    return f"example {item} of {split}"
 
 
-def _pad(arrays: Sequence[np.ndarray], length: int, task: Task, dtype: type) -> tuple[np.ndarray, np.ndarray]:
-    lengths = np.array([len(array) for array in arrays])
-    if lengths.max() > length:
-        raise ValueError(f"an example of {task.name} has {lengths.max()} tokens, more than task.max_len={task.max_len}")
-    padded = np.zeros((len(arrays), length, *np.shape(arrays[0])[1:]), dtype)
-    for row, array in zip(padded, arrays):
-        row[: len(array)] = array
-    return padded, np.arange(length) < lengths[:, None]
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _generator(seed: int, step: int, row: int) -> np.random.Generator:
