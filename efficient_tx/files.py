@@ -1,4 +1,4 @@
-"""Atomic writes: a file is complete or absent."""
+"""Files: atomic writes, so that a file is complete or absent; and which files of a folder are data."""
 
 import contextlib
 import os
@@ -22,3 +22,12 @@ def write(path: Path, content: bytes | str) -> None:
         with contextlib.suppress(OSError):
             part.unlink()
         raise
+
+
+def visible(folder: Path, pattern: str) -> list[Path]:
+    """The paths in `folder` that match a glob pattern, sorted, without hidden ones.
+
+    A name that begins with a dot is no data: macOS leaves a `._name` beside every file that it copies.
+    """
+    found = sorted(folder.glob(pattern))
+    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]

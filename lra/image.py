@@ -8,12 +8,14 @@ import gzip
 import hashlib
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from efficient_tx.checks import OptionError, at_least
+from efficient_tx.checks import OptionError, at_least, class_labels
 from efficient_tx.data import prepared
+from efficient_tx.files import visible
 from efficient_tx.task import Task, data_directory
 from lra import cifar, fetched, store
 
@@ -67,7 +69,15 @@ def get_task(
     at_least(1, train_size=train_size, val_size=val_size, test_size=test_size)
     place, root = _locate(source, data_dir), data_directory(data_dir) / "image"
     key = _fingerprint(place)
-    arrays = store.stored(root / f"{key}-{_READER}", lambda: _read(source, place))
+    known = sizes(source=source, legacy_mask=legacy_mask)
+    training, testing = COUNTS.get(source, COUNTS["cifar10"])
+    form = store.Form(
+        pixels=store.Array("uint8", (training, known["max_len"]), 0, 255),
+        labels=store.Array("uint8", (training,), 0, 9),
+        test_pixels=store.Array("uint8", (testing, known["max_len"]), 0, 255),
+        test_labels=store.Array("uint8", (testing,), 0, 9),
+    )
+    arrays = store.stored(root / f"{key}-{_READER}", lambda: _read(source, place), form)
     count = len(arrays["labels"])
     if val_size >= count:
         raise OptionError("val_size", val_size, f"of {count} images for training at least one has to be left")
@@ -76,13 +86,15 @@ def get_task(
     splits.append(Images(arrays["test_pixels"][:test_size], arrays["test_labels"][:test_size], legacy_mask))
     counts = "/".join(f"{len(split):,}" for split in splits)
     fitted = root / f"baselines-{key}-{_READER}-{counts.replace('/', '-').replace(',', '')}"
+    accuracies = store.Form(constant=store.ACCURACY, linear=store.ACCURACY)
+    baselines = store.stored(fitted, lambda: _baselines(splits[0], splits[2]), accuracies)
     return Task(
         *splits,
         kind=KIND,
-        **sizes(source=source, legacy_mask=legacy_mask),
+        **known,
         name=("image-fashion_mnist" if source == "fashion_mnist" else "image") + "-legacy-mask" * legacy_mask,
         source=f"{source} in {place}, {counts} images" if source in COUNTS else f"{place}, {counts} images",
-        baselines={k: float(v) for k, v in store.stored(fitted, lambda: _baselines(splits[0], splits[2])).items()},
+        baselines={name: float(accuracy) for name, accuracy in baselines.items()},
     )
 
 
@@ -176,7 +188,7 @@ def _locate(source: str, data_dir: str | None) -> pathlib.Path:
 
 def _fingerprint(place: pathlib.Path) -> str:
     """A digest of the paths, sizes and modification times of a source's files."""
-    files = sorted(path for path in place.iterdir() if path.is_file()) if place.is_dir() else [place]
+    files = [path for path in visible(place, "*") if path.is_file()] if place.is_dir() else [place]
     stats = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.blake2b(repr(stats).encode(), digest_size=8).hexdigest()
 
@@ -211,22 +223,36 @@ def _ordered(pixels: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nda
 
 def _prepared(place: pathlib.Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     pixels, labels = [], []
-    for item in prepared.read(place, split):
-        pixels.append(grey(np.asarray(item["image"]).reshape(-1, 3)))
+    for item in prepared.read(place, split, ("image", "label")):
+        colours = np.asarray(item["image"])
+        if colours.shape != (cifar.SIDE, cifar.SIDE, 3) or colours.dtype != np.uint8:
+            raise ValueError(
+                f"{place}, image {len(pixels)} of {split} is {colours.dtype} {list(colours.shape)}, not uint8 "
+                f"[{cifar.SIDE}, {cifar.SIDE}, 3]"
+            )
+        pixels.append(grey(colours.reshape(-1, 3)))
         labels.append(item["label"])
-    return np.array(pixels, np.uint8), np.array(labels, np.uint8)
+    return np.array(pixels, np.uint8), _labels(labels, len(pixels), f"{place}, {split}")
+
+
+def _labels(labels: Sequence, count: int, where: str) -> np.ndarray:
+    try:
+        return class_labels(labels, count=count, num_classes=10).astype(np.uint8)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _idx(place: pathlib.Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Images and labels of files in MNIST's IDX format: a header of big-endian integers, then bytes."""
+    side = _SIDES["fashion_mnist"]
     try:
         images = gzip.decompress((place / f"{split}-images-idx3-ubyte.gz").read_bytes())
         labels = gzip.decompress((place / f"{split}-labels-idx1-ubyte.gz").read_bytes())
-        magic, count, height, width = np.frombuffer(images, ">i4", 4).tolist()
-        pixels = np.frombuffer(images, np.uint8, offset=16).reshape(count, height * width)
-        labels = np.frombuffer(labels, np.uint8, offset=8)
-        if magic != 2051 or len(labels) != count:
+        magic, count, *shape = np.frombuffer(images, ">i4", 4).tolist()
+        if (magic, shape) != (2051, [side, side]) or np.frombuffer(labels, ">i4", 2).tolist() != [2049, count]:
             raise ValueError("another header expected")
+        pixels = np.frombuffer(images, np.uint8, offset=16).reshape(count, side**2)
+        labels = class_labels(np.frombuffer(labels, np.uint8, offset=8), count=count, num_classes=10)
     except Exception as error:  # a flipped bit makes the reader of gzip raise almost any error
         raise ValueError(
             f"{place} is damaged ({error}): python -m efficient_tx.data.fetch {place.name} gets it again"

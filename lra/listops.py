@@ -8,18 +8,18 @@ The original code numbered the tokens anew in every process, so its reloaded che
 import contextlib
 import hashlib
 import pathlib
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from efficient_tx.checks import at_least
 from efficient_tx.task import Task, data_directory
+from lra import listops_files as files
 from lra import parallel, store
+from lra.expressions import CLOSER, DIGIT, OPERATOR, VOCABULARY, Expressions, Level, measure, offsets_of
 
 KIND = "tokens"
-VOCABULARY = ("<pad>", *"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]")  # a token's id is its index
-_DIGIT, _OPERATOR, _CLOSER = VOCABULARY.index("0"), VOCABULARY.index("[MIN"), VOCABULARY.index("]")
 
 _MAX_DEPTH = 10  # the root has depth 1; at depth 10 there are only digits
 _MAX_ARGS = 10
@@ -85,14 +85,18 @@ def get_task(
     if source == "generated":
         folder = f"{train_size}-{val_size}-{test_size}_len{min_len}-{max_len}_seed{seed}_{_GENERATOR}"
         directory = data_directory(data_dir) / "listops" / folder
-        arrays = store.stored(directory, lambda: _generate(sum(counts.values()), min_len, max_len, seed))
+        total = sum(counts.values())
+        form = _form(total, min_len, max_len)
+        arrays = store.stored(directory, lambda: _generate(total, min_len, max_len, seed), form)
         everything = Expressions(**arrays)
         ends = np.cumsum(list(counts.values()))
         splits = [everything.part(end - size, end) for size, end in zip(counts.values(), ends)]
         name, described = "listops", f"generated, seed {seed}"
     else:
-        directory = _release(source)
-        splits = [_read(directory / f"basic_{split}.tsv", size, min_len, max_len) for split, size in counts.items()]
+        directory = files.find(source)
+        splits = [
+            files.read(directory / f"basic_{split}.tsv", size, min_len, max_len) for split, size in counts.items()
+        ]
         found = [len(split) for split in splits]
         described = f"{directory}, the first {'/'.join(map(str, found))} expressions"
         name = "listops" if found == list(counts.values()) else f"listops-{pathlib.Path(source).resolve().name}"
@@ -115,50 +119,9 @@ def state(data_dir: str | None = None, source: str = "generated", **_: Any) -> t
     if source == "generated":
         return True, f"generated on first use, {data_directory(data_dir) / 'listops'}"
     try:
-        return True, str(_release(source))
+        return True, str(files.find(source))
     except FileNotFoundError as error:
         return False, str(error)
-
-
-class Expressions:
-    """Ragged token sequences with labels, a random-access source. Item i is a view without a copy.
-
-    Attributes:
-      tokens: uint8, all sequences one after the other.
-      offsets: int64 `[n + 1]`; sequence i is tokens[offsets[i]:offsets[i + 1]].
-      labels: uint8 `[n]`, values 0 to 9.
-    """
-
-    def __init__(self, tokens: np.ndarray, offsets: np.ndarray, labels: np.ndarray):
-        self.tokens, self.offsets, self.labels = tokens, offsets, labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray | int]:
-        """{"inputs": uint8 `[length]`, "label": int}. Raises IndexError outside [0, len)."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"expression {index} of {len(self)}")
-        return {"inputs": self.tokens[self.offsets[index] : self.offsets[index + 1]], "label": int(self.labels[index])}
-
-    def part(self, start: int, stop: int) -> "Expressions":
-        """Expressions start to stop (excluded)."""
-        return Expressions(self.tokens, self.offsets[start : stop + 1], self.labels[start:stop])
-
-    def without_closers(self) -> "Expressions":
-        """The same expressions without their closing brackets."""
-        tokens = self.tokens[self.offsets[0] : self.offsets[-1]]
-        offsets = self.offsets - self.offsets[0]
-        closers = np.flatnonzero(tokens == _CLOSER)
-        return Expressions(tokens[tokens != _CLOSER], offsets - np.searchsorted(closers, offsets), self.labels)
-
-    def roots(self) -> np.ndarray:
-        """The first token of each expression, `[n]`: its root operator (or the only digit)."""
-        return self.tokens[self.offsets[:-1]]
-
-
-def _offsets(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
 def _check_lengths(min_len: int, max_len: int) -> None:
@@ -167,6 +130,25 @@ def _check_lengths(min_len: int, max_len: int) -> None:
             f"min_len is {min_len} and max_len {max_len}: no length lies between them (both are excluded); "
             "set 0 <= min_len and max_len >= min_len + 2"
         )
+
+
+def _form(total: int, min_len: int, max_len: int) -> Callable[[store.Arrays], None]:
+    """The check of stored expressions."""
+    form = store.Form(
+        tokens=store.Array("uint8", (None,), 1, CLOSER),
+        offsets=store.Array("int64", (total + 1,), 0, total * max_len),
+        labels=store.Array("uint8", (total,), 0, 9),
+    )
+
+    def check(arrays: store.Arrays) -> None:
+        form(arrays)
+        offsets, lengths = arrays["offsets"], np.diff(arrays["offsets"])
+        if offsets[0] != 0 or offsets[-1] != len(arrays["tokens"]):
+            raise ValueError(f"offsets are from {offsets[0]} to {offsets[-1]}, tokens {len(arrays['tokens'])}")
+        if lengths.min() <= min_len or lengths.max() >= max_len:
+            raise ValueError(f"offsets give lengths from {lengths.min()} to {lengths.max()}")
+
+    return check
 
 
 def _baselines(train: Expressions, test: Expressions) -> dict[str, float]:
@@ -213,7 +195,7 @@ def _generate(total: int, min_len: int, max_len: int, seed: int) -> dict[str, np
                         f"expressions wanted turned up in {draws} draws; widen the bounds or lower the sizes"
                     )
                 trial = (draws, len(seen))
-    return {"tokens": np.concatenate(tokens), "offsets": _offsets(lengths), "labels": np.array(labels, np.uint8)}
+    return {"tokens": np.concatenate(tokens), "offsets": offsets_of(lengths), "labels": np.array(labels, np.uint8)}
 
 
 def sample(index: int, *, min_len: int, max_len: int, seed: int) -> dict[str, np.ndarray | int]:
@@ -231,24 +213,13 @@ def sample(index: int, *, min_len: int, max_len: int, seed: int) -> dict[str, np
     draws = int(np.clip(_MOST_TOKENS_PER_CHUNK // max_len, 2**8, 2**17))
     levels, lengths = _grow(rng, draws, max_len)
     kept = (min_len < lengths) & (lengths < max_len)
-    levels = [_Level(*(column[kept[level.tree]] for column in level)) for level in levels]
-    lengths, labels = _measure(levels)
+    levels = [Level(*(column[kept[level.tree]] for column in level)) for level in levels]
+    lengths, labels = measure(levels)
     tokens = _write(levels, lengths)
     return {"draws": draws, "lengths": lengths[0], "labels": labels, "tokens": tokens}
 
 
-class _Level(NamedTuple):
-    """The nodes of one depth, all trees side by side, in reading order; columns `[nodes]`.
-
-    The arguments of a level's operators, in order, are the nodes of the next level.
-    """
-
-    tree: np.ndarray  # int32, the tree of each node
-    token: np.ndarray  # uint8, its id
-    args: np.ndarray  # uint8, its number of arguments, 0 for a digit
-
-
-def _grow(rng: np.random.Generator, draws: int, max_len: int) -> tuple[list[_Level], np.ndarray]:
+def _grow(rng: np.random.Generator, draws: int, max_len: int) -> tuple[list[Level], np.ndarray]:
     """Levels of `draws` trees and their lengths `[draws]`; those of `max_len` or more may be unfinished."""
     levels = []
     tree = np.arange(draws, dtype=np.int32)
@@ -259,16 +230,14 @@ def _grow(rng: np.random.Generator, draws: int, max_len: int) -> tuple[list[_Lev
         # Only `random` is drawn: its stream is as stable over NumPy versions as the bit generator's.
         is_operator = rng.random(len(tree)) <= (_P_OPERATOR if depth < _MAX_DEPTH else -1.0)
         choice = rng.random(len(tree))
-        token = np.where(
-            is_operator, (4 * choice).astype(np.uint8) + _OPERATOR, (10 * choice).astype(np.uint8) + _DIGIT
-        )
+        token = np.where(is_operator, (4 * choice).astype(np.uint8) + OPERATOR, (10 * choice).astype(np.uint8) + DIGIT)
         args = np.zeros(len(tree), np.uint8)
         args[is_operator] = 2 + (_MAX_ARGS - 1) * rng.random(np.count_nonzero(is_operator))
         lengths += _sum(np.where(is_operator, 2, 1), tree, draws)
         hopeless = lengths + _sum(args, tree, draws) >= max_len
         lengths[hopeless] = max_len
         args[hopeless[tree]] = 0
-        levels.append(_Level(tree, token.astype(np.uint8), args))
+        levels.append(Level(tree, token.astype(np.uint8), args))
         tree = np.repeat(tree, args)
     return levels, lengths
 
@@ -277,32 +246,7 @@ def _sum(values: np.ndarray, groups: np.ndarray, count: int) -> np.ndarray:
     return np.bincount(groups, values, count).astype(np.int64)
 
 
-def _measure(levels: list[_Level]) -> tuple[list[np.ndarray], np.ndarray]:
-    """Number of tokens of each node's subtree, level by level, and the values `[trees]` of the roots."""
-    lengths, values = [], np.zeros(0, np.int64)
-    for level in reversed(levels):
-        length, value = np.ones(len(level.token), np.int64), level.token.astype(np.int64) - _DIGIT
-        is_operator = level.args > 0
-        if is_operator.any():
-            args = level.args[is_operator].astype(np.int64)
-            starts = np.cumsum(args) - args
-            length[is_operator] = 2 + np.add.reduceat(lengths[-1], starts)
-            # Sorted within each operator: digits are below 10, so 10 x (rank of the operator) keeps the groups apart.
-            ordered = np.sort(10 * np.repeat(np.arange(len(args)), args) + values) % 10
-            results = {
-                "[MIN": ordered[starts],
-                "[MAX": ordered[starts + args - 1],
-                "[MED": (ordered[starts + (args - 1) // 2] + ordered[starts + args // 2]) // 2,
-                "[SM": np.add.reduceat(values, starts) % 10,
-            }
-            which = level.token[is_operator]
-            value[is_operator] = np.select([which == VOCABULARY.index(name) for name in results], results.values())
-        lengths.append(length)
-        values = value
-    return lengths[::-1], values.astype(np.uint8)
-
-
-def _write(levels: list[_Level], lengths: list[np.ndarray]) -> np.ndarray:
+def _write(levels: list[Level], lengths: list[np.ndarray]) -> np.ndarray:
     """The tokens of all trees, one after the other, uint8."""
     tokens = np.zeros(lengths[0].sum() if lengths else 0, np.uint8)
     positions = np.cumsum(lengths[0]) - lengths[0]
@@ -311,65 +255,9 @@ def _write(levels: list[_Level], lengths: list[np.ndarray]) -> np.ndarray:
         is_operator = level.args > 0
         if not is_operator.any():
             break
-        tokens[(positions + length - 1)[is_operator]] = _CLOSER
+        tokens[(positions + length - 1)[is_operator]] = CLOSER
         args = level.args[is_operator].astype(np.int64)
         starts = np.cumsum(args) - args
         before = np.cumsum(below) - below  # tokens of the level's earlier nodes, to be counted from the first sibling
         positions = before + np.repeat(positions[is_operator] + 1 - before[starts], args)
     return tokens
-
-
-def _release(source: str) -> pathlib.Path:
-    """The directory of the three files in an unpacked archive, which holds them once or twice."""
-    root = pathlib.Path(source).expanduser()
-    if not root.is_dir():
-        raise FileNotFoundError(
-            f'task.source={source!r}: neither "generated" nor a directory; pass the path of an unpacked lra_release, '
-            "which holds listops-1000/basic_train.tsv, basic_val.tsv and basic_test.tsv"
-        )
-    places = [root / "listops-1000", root / "lra_release" / "listops-1000", root]
-    for place in places:
-        if (place / "basic_train.tsv").is_file():
-            return place
-    raise FileNotFoundError(
-        f"task.source={source!r}: basic_train.tsv (beside basic_val.tsv and basic_test.tsv, first line "
-        f"Source<tab>Target) is in none of {', '.join(map(str, places))}"
-    )
-
-
-# In "( ( ( [MAX 4 ) 3 ) ] )" one letter identifies an operator: I, A, E or S. Else only digits and ] carry information.
-_LETTERS = {"I": "[MIN", "A": "[MAX", "E": "[MED", "S": "[SM"}
-_TABLE = bytearray(256)
-for _character in "0123456789]IAES":
-    _TABLE[ord(_character)] = VOCABULARY.index(_LETTERS.get(_character, _character))
-_IGNORED = b"()[MNXD "
-
-
-def _read(path: pathlib.Path, size: int, min_len: int, max_len: int) -> Expressions:
-    """The first `size` expressions of a file that are within the length bounds, or as many as there are."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file (ListOps needs it beside basic_train.tsv)")
-    tokens, labels, lines = [], bytearray(), []
-    with open(path, "rb") as file:
-        if file.readline().split() != [b"Source", b"Target"]:
-            raise ValueError(f"{path}, line 1: the header must be Source<tab>Target")
-        for number, line in enumerate(file, 2):
-            text, _, label = line.rstrip().rpartition(b"\t")
-            expression = text.translate(_TABLE, _IGNORED)
-            if not expression or 0 in expression or len(label) != 1 or not label.isdigit():
-                raise ValueError(f"{path}, line {number}: expected an expression, a tab and its value from 0 to 9")
-            if min_len < len(expression) < max_len:
-                tokens.append(expression)
-                labels += label
-                lines.append(number)
-                if len(lines) == size:
-                    break
-    if not lines:
-        raise ValueError(f"{path}: no expression longer than {min_len=} and shorter than {max_len=}")
-    offsets = _offsets([len(expression) for expression in tokens])
-    flat = np.frombuffer(b"".join(tokens), np.uint8)
-    step = (flat == _CLOSER).astype(np.int8) - ((flat >= _OPERATOR) & (flat < _CLOSER))
-    unbalanced = np.flatnonzero(np.add.reduceat(step, offsets[:-1], dtype=np.int64))
-    if len(unbalanced):
-        raise ValueError(f"{path}, line {lines[unbalanced[0]]}: as many operators as closing brackets expected")
-    return Expressions(flat, offsets, np.frombuffer(labels, np.uint8) - ord("0"))

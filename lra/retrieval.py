@@ -260,7 +260,8 @@ def _baselines(
         answers = np.array([known(*test.texts(index)) for index in range(len(test))]) > threshold
         return {"similarity": np.array(np.mean(answers == test_labels))}
 
-    stored = store.stored(directory / f"baselines-{digest.hexdigest()}-{_BASELINES}", compute)
+    place = directory / f"baselines-{digest.hexdigest()}-{_BASELINES}"
+    stored = store.stored(place, compute, store.Form(similarity=store.ACCURACY))
     constant = np.bincount(train_labels, minlength=2).argmax()
     return {"constant": float(np.mean(test_labels == constant)), "n-gram similarity": float(stored["similarity"])}
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from efficient_tx.checks import OptionError, at_least
+from efficient_tx.checks import OptionError, at_least, class_labels
 from efficient_tx.data import prepared
+from efficient_tx.files import visible
 from efficient_tx.task import Task, data_directory
 from lra import fetched, ngrams, store
 
@@ -172,7 +173,8 @@ def _baselines(train: Texts, test: Texts, directory: pathlib.Path) -> dict[str, 
     constant = np.bincount(train.labels, minlength=2).argmax()
     result = {"constant": float(np.mean(test.labels == constant))}
     if 0 < train.labels.mean() < 1:
-        stored = store.stored(directory / f"baselines-{digest.hexdigest()}-{_BASELINES}", compute)
+        place = directory / f"baselines-{digest.hexdigest()}-{_BASELINES}"
+        stored = store.stored(place, compute, store.Form(ngrams=store.ACCURACY))
         result["byte n-grams"] = float(stored["ngrams"])
     return result
 
@@ -210,7 +212,7 @@ def _locate(source: str, data_dir: str | None) -> pathlib.Path:
 
 def _with_all_folders(place: pathlib.Path) -> pathlib.Path:
     for folder in (place / split / name for split in ("train", "test") for name in _CLASSES):
-        if next(folder.glob("*.txt"), None) is None:
+        if not visible(folder, "*.txt"):
             raise FileNotFoundError(f"{folder}: no *.txt there, as the unpacked aclImdb_v1.tar.gz has")
     return place
 
@@ -218,10 +220,17 @@ def _with_all_folders(place: pathlib.Path) -> pathlib.Path:
 def _reviews(place: pathlib.Path, split: str) -> Labelled:
     """The reviews of "train" or "test", from a prepared data set or from files."""
     if (place / "dataset_info.json").is_file():
-        return [(bytes(item["text"]), int(item["label"])) for item in prepared.read(place, split)]
+        items = list(prepared.read(place, split, ("text", "label")))
+        try:
+            labels = class_labels([item["label"] for item in items], count=len(items), num_classes=2).tolist()
+        except ValueError as error:
+            raise ValueError(f"{place}, {split}: {error}") from None
+        if other := {type(item["text"]).__name__ for item in items} - {"bytes"}:
+            raise ValueError(f"{place}, {split}: its texts are {min(other)}, not bytes")
+        return [(item["text"], label) for item, label in zip(items, labels)]
     texts: Labelled = []
     for label, name in enumerate(_CLASSES):
-        texts += [(path.read_bytes(), label) for path in sorted((place / split / name).glob("*.txt"))]
+        texts += [(path.read_bytes(), label) for path in visible(place / split / name, "*.txt")]
     return texts
 
 

@@ -24,7 +24,7 @@ ALLOWED = {
     "efficient_tx.linear": {*BOTTOM, "efficient_tx.numerics", "efficient_tx.tokens", "efficient_tx.kernels"},
     "efficient_tx.attention": {*MODULES, "efficient_tx.linear"},
     "efficient_tx.models": {*MODULES, "efficient_tx.linear", "efficient_tx.attention"},
-    "efficient_tx.data": {"efficient_tx.checks", "efficient_tx.commands", "efficient_tx.task"},
+    "efficient_tx.data": {"efficient_tx.checks", "efficient_tx.commands", "efficient_tx.files", "efficient_tx.task"},
     "efficient_tx.training": {
         "efficient_tx.checks",
         "efficient_tx.files",
@@ -48,7 +48,13 @@ ALLOWED = {
         "efficient_tx.attention",
         "efficient_tx.training",
     },
-    "lra": {"efficient_tx.checks", "efficient_tx.commands", "efficient_tx.data", "efficient_tx.task"},
+    "lra": {
+        "efficient_tx.checks",
+        "efficient_tx.commands",
+        "efficient_tx.data",
+        "efficient_tx.files",
+        "efficient_tx.task",
+    },
 }
 # Commands, which may know everything but lra: tasks are loaded by the name of their module.
 COMMANDS = ("efficient_tx.train", "efficient_tx.eval")

@@ -4,9 +4,10 @@ import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from efficient_tx.files import visible
 from efficient_tx.task import data_directory
 
 
@@ -25,7 +26,7 @@ def find(name: str, data_dir: str | os.PathLike | None) -> pathlib.Path | None:
     """
     unreadable = None
     for place in places(data_dir):
-        versions = [path.parent for path in (place / name).glob("*/dataset_info.json")]
+        versions = [path.parent for path in visible(place / name, "*/dataset_info.json")]
         for folder in sorted(versions, key=lambda path: [int(n) for n in path.name.split(".") if n.isdigit()])[::-1]:
             try:
                 form = json.loads((folder / "dataset_info.json").read_text()).get("fileFormat")
@@ -47,29 +48,37 @@ def command(name: str) -> str:
     return f'tensorflow_datasets.builder("{name}", file_format="array_record").download_and_prepare()'
 
 
-def records(folder: pathlib.Path, split: str, decoders: Mapping[str, Any] | None = None) -> Sequence[dict[str, Any]]:
+def records(
+    folder: pathlib.Path, split: str, features: Collection[str], decoders: Mapping[str, Any] | None = None
+) -> Sequence[dict[str, Any]]:
     """The examples of one split, read by index, in stored order.
 
     Args:
+      features: names that each example must have.
       decoders: of tensorflow_datasets, by feature; other features are decoded as usual.
 
     Raises:
-      ValueError: the folder has no such split, or its files are missing or damaged.
+      ValueError: the folder has no such split or feature, or its files are missing or damaged.
     """
     with _naming(folder, split):
-        return _open(folder, split, decoders)
+        return _open(folder, split, features, decoders)
 
 
-def read(folder: pathlib.Path, split: str) -> Iterator[dict[str, Any]]:
+def read(folder: pathlib.Path, split: str, features: Collection[str]) -> Iterator[dict[str, Any]]:
     """Yields the same examples in order; damage found later raises ValueError too."""
     with _naming(folder, split):
-        yield from _open(folder, split)
+        yield from _open(folder, split, features)
 
 
-def _open(folder: pathlib.Path, split: str, decoders: Mapping[str, Any] | None = None) -> Sequence[dict[str, Any]]:
+def _open(
+    folder: pathlib.Path, split: str, features: Collection[str], decoders: Mapping[str, Any] | None = None
+) -> Sequence[dict[str, Any]]:
     import tensorflow_datasets as tfds
 
-    return tfds.builder_from_directory(folder).as_data_source(split, decoders=decoders)
+    builder = tfds.builder_from_directory(folder)
+    if missing := [name for name in features if name not in builder.info.features]:
+        raise ValueError(f"it has {', '.join(builder.info.features)}, but no {missing[0]}")
+    return builder.as_data_source(split, decoders=decoders)
 
 
 @contextlib.contextmanager

@@ -9,10 +9,11 @@ import os
 import pathlib
 import zlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-from efficient_tx.checks import OptionError, at_least
+from efficient_tx.checks import OptionError, at_least, class_labels
 from efficient_tx.data import prepared
 from efficient_tx.data.pictures import AUGMENTATIONS, Picture, normalise
 from efficient_tx.task import Example, Source, Task, data_directory
@@ -169,7 +170,7 @@ class Images:
         place = int(self.order[index])
         record = self.stored[place]
         picture = Picture(record["image"], self.shape, self.margin, f"{self.name}, stored image {place},")
-        return {"inputs": picture, "label": int(record["label"])}
+        return {"inputs": picture, "label": record["label"]}
 
 
 class Augment:
@@ -190,9 +191,20 @@ class Augment:
 
 
 class Arrays:
-    """Images in memory, uint8 `[n, height, width, channels]`, and their labels `[n]`, as a sequence of records."""
+    """Images in memory, uint8 `[n, side, side, channels]`, and their labels `[n]`, as a sequence of records.
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray):
+    Raises:
+      ValueError: their shapes or labels are not those of the collection; the line begins with `where`.
+    """
+
+    def __init__(self, images: np.ndarray, labels: Any, collection: "Collection", where: str):
+        shape = (len(images), collection.side, collection.side, collection.channels)
+        if images.shape != shape:
+            raise ValueError(f"{where}: images of shape {list(images.shape)}, not {list(shape)}")
+        try:
+            labels = class_labels(labels, count=len(images), num_classes=collection.num_classes)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
         self.images, self.labels = images, labels
 
     def __len__(self) -> int:
@@ -227,7 +239,7 @@ def _read_fashion(name: str, root: pathlib.Path) -> tuple[Arrays, Arrays]:
     for split in ("train", "t10k"):
         images = _read_idx(folder / f"{split}-images-idx3-ubyte.gz", axes=3)
         labels = _read_idx(folder / f"{split}-labels-idx1-ubyte.gz", axes=1)
-        splits.append(Arrays(images[..., None], labels))
+        splits.append(Arrays(images[..., None], labels, COLLECTIONS[name], f"{folder}, {split}"))
     return tuple(splits)
 
 
@@ -242,7 +254,7 @@ def _read_idx(path: pathlib.Path, axes: int) -> np.ndarray:
         raise ValueError(f"{path} is damaged ({error}): {fetch} makes it whole") from None
     header = np.frombuffer(content[: 4 + 4 * axes].ljust(4 + 4 * axes, b"\0"), ">i4")
     values, shape = np.frombuffer(content[4 + 4 * axes :], np.uint8), header[1:]
-    if header[0] != 2048 + axes or values.size != np.prod(shape):
+    if header[0] != 2048 + axes or (shape < 0).any() or values.size != np.prod(shape):
         raise ValueError(f"{path} is damaged (no idx file of {axes} axes): {fetch} makes it whole")
     return values.reshape(shape)
 
@@ -260,20 +272,23 @@ def _read_prepared(name: str, root: pathlib.Path) -> tuple[Sequence, Sequence]:
         )
     test = "validation" if name == "imagenet2012" else "test"
     decoders = {"image": tfds.decode.SkipDecoding()}
-    return tuple(prepared.records(folder, split, decoders) for split in ("train", test))
+    return tuple(prepared.records(folder, split, ("image", "label"), decoders) for split in ("train", test))
 
 
 def _read_into_memory(name: str, root: pathlib.Path) -> tuple[Arrays, Arrays]:
     """The same, with all images decoded into memory once."""
     collection = COLLECTIONS[name]
+    shape = (collection.side, collection.side, collection.channels)
     splits = []
-    for records in _read_prepared(name, root):
-        shape = (collection.side, collection.side, collection.channels)
-        pictures = (
-            Picture(record["image"], shape, name=f"{name}, stored image {i},") for i, record in enumerate(records)
-        )
-        images = np.stack([np.asarray(picture.image()) for picture in pictures])
-        splits.append(Arrays(images, np.array([record["label"] for record in records])))
+    for split, records in zip(("train", "test"), _read_prepared(name, root)):
+        images = []
+        for i, record in enumerate(records):
+            where = f"{name}, stored image {i},"
+            images.append(np.asarray(Picture(record["image"], shape, name=where).image()))
+            if images[-1].shape != shape:
+                raise ValueError(f"{where} has the shape {list(images[-1].shape)}, not {list(shape)}")
+        labels = [record["label"] for record in records]
+        splits.append(Arrays(np.stack(images), labels, collection, f"{name}, {split}"))
     return tuple(splits)
 
 

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 
+from efficient_tx.files import visible
 from lra import parallel, store
 
 LEVELS = {6: "curv_baseline", 9: "curv_contour_length_9", 14: "curv_contour_length_14"}
@@ -54,8 +55,15 @@ def read(
         title = f"Pathfinder, files {first} to {first + len(mine)} of {len(names)}"
         make = functools.partial(parallel.collect, "lra.pathfinder.files:decode", settings, len(mine), title)
         folder = directory / f"{resolution}px_length{contour_length}_files_{digest}" / f"{first}-{first + len(mine)}"
-        parts.append(store.stored(folder, make))
+        parts.append(store.stored(folder, make, form(len(mine), resolution)))
     return level, parts
+
+
+def form(count: int, resolution: int) -> store.Form:
+    """What a part of `count` images is: "pixels" and "labels"."""
+    return store.Form(
+        pixels=store.Array("uint8", (count, resolution**2), 0, 255), labels=store.Array("uint8", (count,), 0, 1)
+    )
 
 
 def split(count: int, seed: int) -> list[np.ndarray]:
@@ -89,7 +97,7 @@ def _labels(level: pathlib.Path) -> tuple[dict[str, int], str]:
     labels = {}
     # The lines also describe how each image was drawn, so they differ for other images with the same names.
     digest = hashlib.blake2b(str(level.resolve()).encode(), digest_size=8)
-    for path in sorted((level / "metadata").glob("*.npy")):
+    for path in visible(level / "metadata", "*.npy"):
         content = path.read_bytes()
         digest.update(content)
         for number, line in enumerate(content.decode(errors="replace").splitlines(), 1):
@@ -98,7 +106,9 @@ def _labels(level: pathlib.Path) -> tuple[dict[str, int], str]:
                 raise ValueError(
                     f"{path}, line {number}: expected text as 'imgs/0 sample_0.png 0 1 ...', the fourth field the label"
                 )
-            labels[f"{fields[0]}/{fields[1]}"] = int(fields[3])
+            name, label = f"{fields[0]}/{fields[1]}", int(fields[3])
+            if labels.setdefault(name, label) != label:
+                raise ValueError(f"{path}, line {number}: {name} has the label {label}, and another one before")
     if not labels:
         raise FileNotFoundError(f"{level / 'metadata'}: no line of metadata in any .npy file there")
     return labels, digest.hexdigest()

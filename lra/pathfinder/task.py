@@ -177,7 +177,7 @@ def _generated(folder: pathlib.Path, split: str, total: int, settings: dict[str,
         drawn = settings | {"first": _FIRST[split] + first, "count": chunk}
         title = f"Pathfinder {resolution} x {resolution}, {split} images {first} to {first + count} of {total}"
         make = functools.partial(parallel.collect, "lra.pathfinder.drawing:draw_many", drawn, count, title)
-        parts.append(store.stored(folder / f"{split}-{first}-{first + count}", make))
+        parts.append(store.stored(folder / f"{split}-{first}-{first + count}", make, files.form(count, resolution)))
     return parts
 
 
@@ -234,5 +234,6 @@ def _baselines(train: Images, test: Images, directory: pathlib.Path) -> dict[str
             "brightness": np.mean(test_labels == answers),
         }
 
-    stored = store.stored(directory / f"baselines-{digest.hexdigest()}-{_BASELINES}", compute)
+    place = directory / f"baselines-{digest.hexdigest()}-{_BASELINES}"
+    stored = store.stored(place, compute, store.Form(constant=store.ACCURACY, brightness=store.ACCURACY))
     return {name: float(accuracy) for name, accuracy in stored.items()}

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import re
 import shutil
 from functools import cache
 
@@ -141,6 +142,50 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     write_idx(path, np.zeros(9))
     with pytest.raises(ValueError, match="no idx file of 3 axes"):
         get_task(data_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "says"),
+    [
+        ((9, 28, 28), np.zeros(8), "fashion_mnist, train: labels of shape [8] for 9 examples"),
+        ((9, 28, 28), np.full(9, 10), "fashion_mnist, train: the label 10: it must be a whole number in [0, 10)"),
+        ((9, 14, 56), np.zeros(9), "fashion_mnist, train: images of shape [9, 14, 56, 1], not [9, 28, 28, 1]"),
+    ],
+)
+def test_labels_that_do_not_fit_the_images_are_refused(tmp_path, images, labels, says):
+    folder = tmp_path / "fashion_mnist"
+    folder.mkdir()
+    write_idx(folder / "train-images-idx3-ubyte.gz", np.zeros(images))
+    write_idx(folder / "train-labels-idx1-ubyte.gz", labels)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}/{re.escape(says)}$"):
+        get_task(data_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("side", "label", "says"),
+    [
+        (32, 12, "cifar10, train: the label 12: it must be a whole number in [0, 10)"),
+        (32, -1, "cifar10, train: the label -1: it must be a whole number in [0, 10)"),
+        (16, 1, "cifar10, stored image 0, has the shape [16, 16, 3], not [32, 32, 3]"),
+        (32, None, "it has image, but no label"),
+    ],
+)
+def test_foreign_prepared_data_are_refused(tmp_path, side, label, says):
+    png = encoded(np.zeros((side, side, 3), np.uint8), "PNG")
+    features = {
+        "image": tfds.features.Image(shape=(side, side, 3), encoding_format="png"),
+        "label": tfds.features.Scalar(np.int64),
+    }
+    if label is None:
+        del features["label"]
+    splits = {
+        split: [{name: {"image": io.BytesIO(png), "label": label}[name] for name in features} for _ in range(3)]
+        for split in ("train", "test")
+    }
+    version = str(tfds.builder("cifar10").version)
+    tfds_folder.write(tmp_path, "cifar10", features, splits, version=version)
+    with pytest.raises(ValueError, match=re.escape(says)):
+        vision.get_task(source="cifar10", data_dir=tmp_path, val_size=1)
 
 
 def test_mixup_is_a_mixture_of_two_images_of_the_split():

@@ -5,7 +5,10 @@ import gzip
 import io
 import os
 import pickle
+import re
+import struct
 import tarfile
+import typing
 
 import numpy as np
 import PIL.Image
@@ -47,14 +50,29 @@ def planes(colours):
     return colours.transpose(0, 3, 1, 2).reshape(len(colours), -1).astype(np.uint8)
 
 
+class Python2(pickle._Pickler):
+    """Writes bytes as Python 2 wrote its strings."""
+
+    def save_bytes(self, value):
+        self.write(pickle.BINSTRING + struct.pack("<i", len(value)) + value)
+        self.memoize(value)
+
+    dispatch: typing.ClassVar = pickle._Pickler.dispatch | {bytes: save_bytes}
+
+
+def pickled(**content):
+    """A pickle as CIFAR-10's: of Python 2, when numpy's module had another name."""
+    file = io.BytesIO()
+    Python2(file, protocol=2).dump({key.encode(): value for key, value in content.items()})
+    return file.getvalue().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+
+
 def write_python(folder):
     folder.mkdir(parents=True)
     for name, colours, labels in batches():
-        content = {b"batch_label": name.encode(), b"labels": labels.tolist(), b"data": planes(colours)}
-        # As numpy of that time wrote it: the module has another name by now.
-        pickled = pickle.dumps(content, protocol=2).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
-        (folder / name).write_bytes(pickled)
-    (folder / "batches.meta").write_bytes(pickle.dumps({b"label_names": [b"airplane"]}, protocol=2))
+        content = pickled(batch_label=name.encode(), labels=labels.tolist(), data=planes(colours))
+        (folder / name).write_bytes(content)
+    (folder / "batches.meta").write_bytes(pickled(label_names=[b"airplane"]))
 
 
 def write_binary(folder):
@@ -238,12 +256,22 @@ def test_missing_and_damaged_data_are_one_line(tmp_path, monkeypatch):
     write_python(folder)
     assert image.state(str(tmp_path)) == (True, f"cifar10: {folder}")
     good = (folder / "data_batch_3").read_bytes()
+    rows = np.zeros((10, 3072), np.uint8)
     for content, says in [
         (good[:2000], "data_batch_3 is damaged"),
-        (pickle.dumps({b"data": Evil(), b"labels": []}, protocol=2), "asks for posix.mkdir"),
-        (pickle.dumps({b"data": np.zeros((10, 3071), np.uint8), b"labels": [0] * 10}, protocol=2), "data_batch_3 is"),
-        (pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": [11]}, protocol=2), "labels are 0 to 9"),
-        (pickle.dumps({b"data": np.zeros((9, 3072), np.uint8), b"labels": [0] * 9}, protocol=2), "5 images of each"),
+        (pickled(data=Evil(), labels=[]), "asks for posix.mkdir"),
+        # Modules of numpy that no file of CIFAR-10 names: to import one runs it.
+        (good.replace(b"cnumpy\ndtype", b"cnumpy.f2py\ndtype"), "asks for numpy.f2py.dtype"),
+        (good.replace(b"numpy.core.multiarray", b"numpy.core.numeric"), "asks for numpy.core.numeric._reconstruct"),
+        (pickle.dumps({b"data": b""}, protocol=2), "asks for _codecs.encode"),
+        (pickled(data=rows[:, 1:], labels=[0] * 10), r"uint8 [10, 3071], not uint8 [images, 3072]"),
+        (pickled(data=rows.reshape(5, -1), labels=[0] * 10), r"uint8 [5, 6144], not"),
+        (pickled(data=rows.astype(np.int64), labels=[0] * 10), "int64 [10, 3072], not uint8"),
+        (pickled(data=rows, labels=[0] * 9), "labels of shape [9] for 10 examples"),
+        (pickled(data=rows, labels=[0] * 9 + [11]), "the label 11: it must be a whole number in [0, 10)"),
+        (pickled(data=rows, labels=np.array([0] * 9 + [259])), "the label 259: it"),
+        (pickled(data=rows, labels=[0] * 9 + [0.7]), "the label 0.7: it"),
+        (pickled(data=rows[:9], labels=[0] * 9), "5 images of each"),
     ]:
         (folder / "data_batch_3").write_bytes(content)
         assert says in said(ValueError, **SIZES)
@@ -253,7 +281,16 @@ def test_missing_and_damaged_data_are_one_line(tmp_path, monkeypatch):
     assert "is not whole: it has no data_batch_3" in said(ValueError, **SIZES)
     (folder / "data_batch_3").rmdir()
     assert not image.state(str(tmp_path))[0]
-    images = write_fashion(tmp_path) / "train-images-idx3-ubyte.gz"
+    labels = write_fashion(tmp_path) / "train-labels-idx1-ubyte.gz"
+    good = gzip.decompress(labels.read_bytes())
+    for content, says in [
+        (good[:-1], "labels of shape [49] for 50 examples"),
+        (good[:4] + (49).to_bytes(4, "big") + good[8:-1], "another header expected"),
+        (good[:-1] + b"\x0a", "the label 10: it must be a whole number in [0, 10)"),
+    ]:
+        labels.write_bytes(gzip.compress(content))
+        assert says in said(ValueError, source="fashion_mnist")
+    images = labels.with_name("train-images-idx3-ubyte.gz")
     images.write_bytes(images.read_bytes()[:-9])
     assert "fetch fashion_mnist gets it again" in said(ValueError, source="fashion_mnist")
     tfds_folder.as_tfrecord(write_tfds(tmp_path / "theirs"))
@@ -261,6 +298,54 @@ def test_missing_and_damaged_data_are_one_line(tmp_path, monkeypatch):
         path.unlink()
     folder.rmdir()
     assert 'file_format="array_record"' in said(ValueError)
+
+
+@pytest.mark.parametrize(
+    ("shape", "label", "says"),
+    [
+        ((32, 32, 3), 12, "train: the label 12: it must be a whole number in [0, 10)"),
+        ((32, 32, 3), 259, "train: the label 259: it must be"),
+        ((64, 16, 3), 1, "image 0 of train is uint8 [64, 16, 3], not uint8 [32, 32, 3]"),
+        ((32, 32, 1), 1, "image 0 of train is uint8 [32, 32, 1], not uint8 [32, 32, 3]"),
+    ],
+)
+def test_a_foreign_prepared_data_set_is_one_line(tmp_path, shape, label, says):
+    import tensorflow_datasets as tfds
+
+    png = io.BytesIO()
+    PIL.Image.fromarray(np.zeros(shape, np.uint8).squeeze()).save(png, "PNG")
+    feature = tfds.features.Image(shape=shape, encoding_format="png")
+    features = {"image": feature, "label": tfds.features.Scalar(np.int64)}
+    splits = {
+        split: [{"image": io.BytesIO(png.getvalue()), "label": label} for _ in range(3)] for split in ("train", "test")
+    }
+    folder = tfds_folder.write(tmp_path, "cifar10", features, splits)
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{folder}, {says}')}"):
+        image.get_task(data_dir=str(tmp_path))
+
+
+def test_stored_images_of_others_are_refused(tmp_path):
+    write_binary(tmp_path / "cifar-10-batches-bin")
+    image.get_task(data_dir=str(tmp_path), **SIZES)
+    (path,) = (path for path in tmp_path.glob("image/*/data.npz") if "baselines" not in str(path))
+    arrays = dict(np.load(path))
+    for name, array, says in [
+        ("test_labels", np.full(20, 10, np.uint8), "test_labels holds 10, which is not in [0, 9]"),
+        ("labels", arrays["labels"][:-1], "labels is uint8 [49], not uint8 [50]"),
+        ("pixels", arrays["pixels"][:, :784], "pixels is uint8 [50, 784], not uint8 [50, 1024]"),
+    ]:
+        np.savez(path, **arrays | {name: array})
+        with pytest.raises(ValueError, match=re.escape(says)):
+            image.get_task(data_dir=str(tmp_path), **SIZES)
+
+
+def test_hidden_files_change_nothing(tmp_path, monkeypatch):
+    folder = tmp_path / "cifar-10-batches-bin"
+    write_binary(folder)
+    before = image.get_task(data_dir=str(tmp_path), **SIZES)
+    (folder / "._test_batch.bin").write_bytes(b"\0\5\26\7")
+    monkeypatch.setattr(cifar, "read", lambda place: pytest.fail("read again"))
+    assert contents(image.get_task(data_dir=str(tmp_path), **SIZES).test) == contents(before.test)
 
 
 def test_impossible_sizes_are_one_line(tmp_path):

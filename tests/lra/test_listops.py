@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from efficient_tx.task import data_directory
-from lra import listops
+from lra import listops, listops_files
 
 SHORT = {"train_size": 400, "val_size": 50, "test_size": 60, "min_len": 10, "max_len": 60}
 OPERATORS = {
@@ -292,9 +292,27 @@ def test_release_files_are_read(tmp_path, folder):
     ("line", "says"),
     [
         ("Source,Target", "line 1: the header"),
-        ("( ( ( [MAX 1 ) 2 ) ] )\t2\n( ( [MAX 1 ) 2 )\t2", "line 3: as many operators"),
-        ("( ( ( [AVG 1 ) 2 ) ] )\t2", "line 2: expected"),
-        ("( ( ( [MAX 1 ) 2 ) ] )\t12", "line 2: expected"),
+        ("( ( ( [MAX 1 ) 2 ) ] )\t2\n( ( [MAX 1 ) 2 )\t2", "line 3: a closing bracket for every operator"),
+        ("( ( ( [MAX 1 ) 2 ) ] )\t2\n( ] ( [MAX 1 ) 2 )\t2", "line 3: a closing bracket for every operator"),
+        ("( ( [MAX 1 ) 2 )\t2\n( ( ( ( [MAX 1 ) 2 ) ] ) ] )\t2", "line 2: a closing bracket for every operator"),
+        ("( ( ( [MAX 1 ) 2 ) ] )\t2\n3 4\t3", "line 3: one expression expected, not several"),
+        ("[MAX 1 2 ] [MAX 1 2 ]\t2", "line 2: one expression expected, not several"),
+        ("[MAX 1 [MIN ] 2 ]\t2", "line 2: an operator has no arguments"),
+        ("[MAX ]\t2", "line 2: an operator has no arguments"),
+        ("( ( ( [MAX 1 ) 2 ) ]\t2", "line 2: expected an expression, with as many ( as )"),
+        ("( )\t2", "line 2: expected an expression, with as many ( as )"),
+        ("( ( ( [AVG 1 ) 2 ) ] )\t2", "line 2: '[AVG' is none of ( ) 0 1 2"),
+        ("( ( ( [MAN 1 ) 2 ) ] )\t2", "line 2: '[MAN' is none of"),
+        ("( ( ( [MAXE 1 ) 2 ) ] )\t2", "line 2: '[MAXE' is none of"),
+        ("( ( ( a 1 ) 2 ) ] )\t2", "line 2: 'a' is none of"),
+        ("( ( ( MAX 1 ) 2 ) ] )\t2", "line 2: 'MAX' is none of"),
+        ("( ( ( [MAX 12 ) 2 ) ] )\t2", "line 2: '12' is none of"),
+        ("( ( ( [MA( 1 ) 2 ) ] )\t2", "line 2: '[MA' is none of"),
+        ("( ( ( [MAX 1 ) 2 ) ] )\t2\n( ( ( [MAX 1 ) 2 ) ] )\t3", "line 3: the expression has the value 2, not 3"),
+        # The first mistake is named, whichever it is; a line outside the bounds too.
+        ("7\t7\n( ( ( [SM 9 ) 2 ) ] )\t2\n[MAX ]\t0", "line 3: the expression has the value 1, not 2"),
+        (f"7\t7\n[MAX {'1 ' * 30}]\t2\n7\t7", "line 3: the expression has the value 1, not 2"),
+        ("( ( ( [MAX 1 ) 2 ) ] )\t12", "line 2: expected an expression, a tab and its value from 0 to 9"),
         ("( ( ( [MAX 1 ) 2 ) ] ) 2", "line 2: expected"),
         ("( ( ( [MAX 1 ) 2 ) ] )\t2", "no expression longer than min_len=5"),
     ],
@@ -307,6 +325,30 @@ def test_damaged_release_files_are_named(tmp_path, line, says):
         listops.get_task(source=str(tmp_path), min_len=5 if "no expression" in says else 0, max_len=20)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("block", [100, listops_files._CHECKED])
+def test_right_lines_are_right_wherever_blocks_end(tmp_path, monkeypatch, block):
+    """Trees of any shape, deep and wide ones too, among them operators of one argument, against the recursive value."""
+    monkeypatch.setattr(listops_files, "_CHECKED", block)
+    rng = random.Random(0)
+    deep = 3
+    for _ in range(100):
+        deep = (rng.choice(list(OPERATORS)), *(rng.randrange(10) for _ in range(rng.randrange(3))), deep)
+    trees = [deep, ("[SM", *(rng.randrange(10) for _ in range(400))), 5, *(plain_tree(rng) for _ in range(100))]
+    path = write_release(tmp_path, trees) / "basic_val.tsv"
+    found = listops_files.read(path, 1000, 0, 10**5)
+    assert [(words(item["inputs"]), item["label"]) for item in found] == [
+        (plain_words(tree), value(tree)) for tree in trees
+    ]
+    # And each wrong value is found, in the line where it is.
+    lines = path.read_text().splitlines()
+    for number in (2, 3, 50, len(lines)):
+        line = lines[number - 1]
+        wrong = line[:-1] + str((int(line[-1]) + 1) % 10)
+        path.write_text("\n".join([*lines[: number - 1], wrong, *lines[number:]]))
+        with pytest.raises(ValueError, match=rf"basic_val.tsv, line {number}: the expression has the value"):
+            listops_files.read(path, 1000, 0, 10**5)
 
 
 @pytest.mark.quick

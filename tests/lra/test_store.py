@@ -1,10 +1,12 @@
 """Data made on first use are stored once, whatever is killed, damaged or run at the same time."""
 
+import io
 import random
 import re
 import signal
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -30,7 +32,7 @@ def python(script, tmp_path, **options):
 
 def test_what_cannot_be_read_is_no_matter_of_the_data_directory(tmp_path):
     with pytest.raises(ValueError, match=rf"^\[Errno 21\] Is a directory: '{tmp_path}'$"):
-        store.stored(tmp_path / "data", lambda: {"a": np.frombuffer(tmp_path.read_bytes())})
+        store.stored(tmp_path / "data", lambda: {"a": np.frombuffer(tmp_path.read_bytes())}, store.Form())
 
 
 KILL_WHILE_GENERATING = """
@@ -103,10 +105,87 @@ def test_damage_is_noticed_wherever_it_is(tmp_path, capsys, count):
         assert f"{path} is damaged" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """Path and arrays of a store."""
+    root = tmp_path_factory.mktemp("good")
+    listops.get_task(data_dir=str(root), **SHORT)
+    (path,) = root.glob("listops/*/data.npz")
+    return path, dict(np.load(path))
+
+
+def other(array, place, value):
+    array = array.copy()
+    array[place] = value
+    return array
+
+
+FOREIGN = {
+    "keys": (lambda a: {"a": a["tokens"], "b": a["labels"]}, "it holds a, b, not tokens, offsets, labels"),
+    "one more": (lambda a: a | {"more": a["labels"]}, "it holds tokens, offsets, labels, more, not"),
+    "nothing": (lambda a: {}, "it holds nothing, not tokens"),
+    "label": (lambda a: a | {"labels": other(a["labels"], 70, 10)}, "labels holds 10, which is not in [0, 9]"),
+    "token": (lambda a: a | {"tokens": other(a["tokens"], 5, 16)}, "tokens holds 16, which is not in [1, 15]"),
+    "padding": (lambda a: a | {"tokens": other(a["tokens"], 5, 0)}, "tokens holds 0, which is not in [1, 15]"),
+    "fewer labels": (lambda a: a | {"labels": a["labels"][1:]}, "labels is uint8 [509], not uint8 [510]"),
+    "dtype": (lambda a: a | {"labels": a["labels"].astype(float)}, "labels is float64 [510], not uint8 [510]"),
+    "axes": (lambda a: a | {"tokens": a["tokens"][None]}, "not uint8 [any]"),
+    "first offset": (lambda a: a | {"offsets": other(a["offsets"], 0, 1)}, "offsets are from 1 to"),
+    "last offset": (lambda a: a | {"tokens": a["tokens"][:-1]}, "offsets are from 0 to"),
+    "an offset": (lambda a: a | {"offsets": other(a["offsets"], 9, a["offsets"][5])}, "offsets give lengths from -"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_whole_file_of_other_data_is_refused_and_kept(tmp_path, good, name):
+    change, says = FOREIGN[name]
+    path = tmp_path / good[0].relative_to(good[0].parents[2])
+    path.parent.mkdir(parents=True)
+    np.savez(path, **change(good[1]))
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} is whole, but not what is kept there") as error:
+        listops.get_task(data_dir=str(tmp_path), **SHORT)
+    assert says in str(error.value) and "\n" not in str(error.value)
+    assert path.read_bytes() == before
+
+
+def test_a_header_is_not_believed(tmp_path):
+    """Bytes that are said to be Python objects would be taken for addresses; numpy's `memmap` does so."""
+    values = np.arange(8, dtype=np.int64)
+    form = store.Form(a=store.Array("int64", (8,), 0, 7))
+
+    def refused(header, says, **options):
+        file = io.BytesIO()
+        np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": (8,)} | header)
+        with zipfile.ZipFile(tmp_path / "data.npz", "w", **options) as archive:
+            archive.writestr("a.npy", file.getvalue() + values.tobytes())
+        with pytest.raises(ValueError, match=f"data.npz is whole, but not what is kept there.*{says}"):
+            store.stored(tmp_path, lambda: {"a": values}, form)
+
+    refused({"descr": "|O"}, "a holds Python objects")
+    refused({"descr": [("x", "|O")]}, "a holds Python objects")
+    refused({"shape": (7,)}, "a has more or fewer values than its shape")
+    refused({"shape": (9,)}, "a has more or fewer values than its shape")
+    refused({"descr": "<f8"}, "a is float64")
+    refused({}, "a is compressed", compression=zipfile.ZIP_DEFLATED)
+
+
+def test_what_is_made_is_checked_before_it_is_written(tmp_path):
+    for made in (np.nan, 1.5, -0.5):
+        with pytest.raises(ValueError, match=r"a holds (nan|1.5|-0.5), which is not in \[0, 1\]"):
+            store.stored(tmp_path, lambda: {"a": np.float64(made)}, store.Form(a=store.ACCURACY))  # noqa: B023
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_arrays_stay_on_disk_until_they_are_used(tmp_path):
     made = {"a": np.arange(60, dtype=np.int16).reshape(3, 4, 5), "b": np.asfortranarray(np.eye(3)), "c": np.array(2.5)}
+    form = store.Form(
+        a=store.Array("int16", (3, None, 5), 0, 59),
+        b=store.Array("float64", (3, 3), 0, 1),
+        c=store.Array("float64", (), 0, np.inf),
+    )
     for _ in range(2):
-        arrays = store.stored(tmp_path, lambda: made)
+        arrays = store.stored(tmp_path, lambda: made, form)
         assert arrays.keys() == made.keys()
         for name, array in arrays.items():
             np.testing.assert_array_equal(array, made[name])
@@ -116,7 +195,8 @@ import resource
 from lra import store
 import numpy as np, pathlib
 place = pathlib.Path({str(tmp_path / "large")!r})
-store.stored(place, lambda: dict(a=np.zeros((200, 2**20), np.uint8)))
+form = store.Form(a=store.Array("uint8", (200, 2**20), 0, 255))
+store.stored(place, lambda: dict(a=np.zeros((200, 2**20), np.uint8)), form)
 """
     assert python(script, tmp_path).wait(timeout=60) == 0
     limited = "import resource; resource.setrlimit(resource.RLIMIT_DATA, (100 * 2**20,) * 2)\n"

@@ -202,10 +202,52 @@ def test_missing_data_are_one_line(tmp_path, monkeypatch, small):
     assert not text.state(str(tmp_path))[0]
 
 
+def test_hidden_files_are_no_reviews(tmp_path, small, monkeypatch):
+    """macOS leaves ._NAME beside a file that it copies to another file system, with bytes of its own."""
+    monkeypatch.setattr(ngrams, "accuracy", lambda *_: 0.5)  # takes seconds
+    folder = write_acl(tmp_path / "aclImdb", small)
+    before = text.get_task(data_dir=str(tmp_path))
+    for path in [*folder.glob("t*/*/*.txt")]:
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\26\7\0\2Mac OS X")
+    after = text.get_task(data_dir=str(tmp_path))
+    for split in ("train", "validation", "test"):
+        assert contents(getattr(after, split)) == contents(getattr(before, split))
+    for path in folder.glob("test/pos/[!.]*"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"aclImdb/test/pos: no \*.txt there"):
+        text.get_task(data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("features", "item", "says"),
+    [
+        (
+            {"text": "text", "label": "number"},
+            {"text": "a", "label": 2},
+            "train: the label 2: it must be a whole number",
+        ),
+        ({"text": "text", "label": "number"}, {"text": "a", "label": -1}, "train: the label -1: it must be a whole"),
+        ({"text": "text", "label": "number"}, {"text": "a", "label": 259}, "train: the label 259: it must be a whole"),
+        ({"text": "number", "label": "number"}, {"text": 5, "label": 1}, "train: its texts are int, not bytes"),
+        ({"text": "text"}, {"text": "a"}, r"the split train cannot be read .*it has text, but no label"),
+    ],
+)
+def test_a_foreign_prepared_data_set_is_one_line(tmp_path, small, features, item, says):
+    import tensorflow_datasets as tfds
+
+    kinds = {"text": tfds.features.Text(), "number": tfds.features.Scalar(np.int64)}
+    splits = {split: [item] * 3 for split in ("train", "test")}
+    features = {name: kinds[kind] for name, kind in features.items()}
+    folder = tfds_folder.write(tmp_path, "imdb_reviews", features, splits, config="plain_text")
+    with pytest.raises(ValueError, match=rf"^{folder}.*{says}") as error:
+        text.get_task(data_dir=str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
 def test_a_damaged_prepared_data_set_is_one_line(tmp_path, small):
     folder = write_tfds(tmp_path, small)
     with pytest.raises(ValueError, match="the split unsupervised cannot be read"):
-        list(prepared.read(folder, "unsupervised"))
+        list(prepared.read(folder, "unsupervised", ("text", "label")))
     next(folder.glob("*test.array_record*")).unlink()
     with pytest.raises(ValueError, match=r"plain_text/1\.0\.0: the split test cannot be read") as error:
         text.get_task(data_dir=str(tmp_path))

@@ -196,6 +196,32 @@ def test_the_arenas_files(tmp_path, capsys):
     assert "to make" in capsys.readouterr().err
 
 
+def test_hidden_files_are_no_metadata(tmp_path):
+    """macOS leaves ._NAME beside a file that it copies to another file system, with bytes of its own."""
+    level, _ = release(tmp_path / "lra_release", {"0": 20}, lambda batch, i: i % 2)
+    settings = {"source": str(tmp_path / "lra_release"), "contour_length": 14}
+    before = contents(get_task(tmp_path, **settings).train)
+    (level / "metadata" / "._0.npy").write_bytes(b"\0\5\26\7\0\2Mac OS X")
+    assert contents(get_task(tmp_path, **settings).train) == before
+
+
+def test_stored_images_of_others_are_refused(tmp_path):
+    release(tmp_path / "lra_release", {"0": 20}, lambda batch, i: i % 2)
+    settings = {"source": str(tmp_path / "lra_release"), "contour_length": 14}
+    get_task(tmp_path, **settings)
+    images, baselines = tmp_path.glob("pathfinder/*files*/*/data.npz"), tmp_path.glob("pathfinder/base*/data.npz")
+    for (path,), name, value, says in [
+        (images, "labels", 2, r"labels holds 2, which is not in \[0, 1\]"),
+        (baselines, "brightness", np.nan, r"brightness holds nan, which is not in \[0, 1\]"),
+    ]:
+        good = path.read_bytes()
+        arrays = dict(np.load(path))
+        np.savez(path, **arrays | {name: np.full_like(arrays[name], value)})
+        with pytest.raises(ValueError, match=rf"^{path} is whole, but not what is kept there \({says}\)"):
+            get_task(tmp_path, **settings)
+        path.write_bytes(good)
+
+
 def test_files_too_few_to_be_split_are_refused(tmp_path):
     level, _ = release(tmp_path, {"0": 9}, lambda batch, i: 0)
     with pytest.raises(ValueError, match=rf"{level} has 9 images: fewer than 10 cannot be split"):
@@ -234,6 +260,9 @@ def test_damaged_and_missing_files_are_named(tmp_path, capsys):
     lines = metadata.read_text().splitlines()
     metadata.write_text("\n".join([*lines[:5], "imgs/0 sample_5.png 5", *lines[6:]]))
     with pytest.raises(ValueError, match=rf"{metadata}, line 6: expected text"):
+        get_task(tmp_path, source=str(source), contour_length=14)
+    metadata.write_text("\n".join([*lines, lines[3].replace("sample_3.png 3 0", "sample_3.png 3 1")]))
+    with pytest.raises(ValueError, match=rf"{metadata}, line 21: imgs/0/sample_3.png has the label 1, and another"):
         get_task(tmp_path, source=str(source), contour_length=14)
     np.save(metadata, np.array(lines))
     with pytest.raises(ValueError, match=rf"{metadata}, line 1: expected text"):
