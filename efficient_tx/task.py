@@ -4,7 +4,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
@@ -56,6 +56,12 @@ class Objective:
 
     def __post_init__(self):
         one_of(self.names, best=self.best)
+        try:
+            kind = np.dtype(self.label_dtype).kind
+        except TypeError:
+            kind = None
+        if kind not in ("i", "u", "f"):
+            raise ValueError(f"label_dtype is {self.label_dtype!r}: labels are numbers, as int32 or float32")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -85,6 +91,9 @@ class Task:
         test split.
       augment: random augmentation of the training examples, drawn anew each time; its only source of randomness is the
         given generator. None means no augmentation. Evaluation, also on `train`, uses the examples unchanged.
+
+    Raises:
+      ValueError: a size is no whole number above 0, or another attribute is not what is said of it here.
     """
 
     train: Source
@@ -102,6 +111,41 @@ class Task:
     objective: Objective | None = None
     baselines: Mapping[str, float] = dataclasses.field(default_factory=dict)
     augment: Callable[[Example, np.random.Generator], Example] | None = None
+
+    def __post_init__(self):
+        one_of(get_args(Kind), kind=self.kind)
+        sizes = {"num_classes": self.num_classes, "max_len": self.max_len}
+        if self.vocab_size is not None:
+            sizes["vocab_size"] = self.vocab_size
+        if self.image_shape is not None:
+            if not isinstance(self.image_shape, tuple) or len(self.image_shape) != 3:
+                raise ValueError(f"image_shape is {self.image_shape!r}: it must be (height, width, channels)")
+            sizes |= zip(("image height", "image width", "image channels"), self.image_shape)
+        for name, value in sizes.items():
+            if not isinstance(value, int | np.integer) or not 0 < value < 2**31:
+                raise ValueError(f"{name} is {value!r}: it must be a whole number above 0 and below 2^31")
+        for name, text in {"name": self.name, "source": self.source}.items():
+            if not isinstance(text, str):
+                raise ValueError(f"{name} is {text!r}: it must be a string")
+        if not isinstance(self.objective, Objective | None):
+            raise ValueError(f"objective is {self.objective!r}: it must be an efficient_tx.task.Objective")
+        if not isinstance(self.baselines, Mapping):
+            raise ValueError(f"baselines is {self.baselines!r}: it must be a dict of scores by name")
+        for name, score in self.baselines.items():
+            if not isinstance(score, int | float | np.number) or not np.isfinite(score):
+                raise ValueError(f"the baseline {name!r} is {score!r}: it must be a finite number")
+
+
+def check_sizes(kind: str, sizes: Any) -> None:
+    """Raises ValueError unless `sizes`, of a module whose KIND is `kind`, has what a model needs and a Task knows."""
+    needed = ["num_classes", "vocab_size", "max_len", *["image_shape"] * (kind == "image")]
+    if not isinstance(sizes, Mapping):
+        raise ValueError(f"sizes() gives {sizes!r}, not a dict of {', '.join(needed)}")
+    for name in needed:
+        if sizes.get(name) is None and (name, kind) != ("vocab_size", "image"):
+            raise ValueError(f"sizes() gives no {name}, which a model for the kind {kind!r} needs")
+    if unknown := sizes.keys() - {field.name for field in dataclasses.fields(Task)}:
+        raise ValueError(f"sizes() gives {min(unknown)!r}, which no task has: it gives {', '.join(needed)}")
 
 
 def data_directory(path: str | os.PathLike | None = None) -> pathlib.Path:

@@ -174,12 +174,13 @@ def test_two_classes_of_one_name_are_refused(folder):
         ),
         ("def split(", "def split((", "shares.py"),
         ("outputs[:, 0] - batch", "outputs - batch", "the objective of the task cannot be used"),
+        ('"num_classes": 1, ', "", "config.task cannot be used: sizes() gives no num_classes, which a model"),
         ("float((row", "1e300 * 1e300 * float((row", "the label inf: labels are finite (example 0 of the train split)"),
         ("astype(np.int32)", "astype(np.float32)", "has 'inputs' of float32 [6]: token ids are whole numbers [length]"),
     ],
     ids=[
         *("get_task", "KIND", "sizes", "wrong KIND", "exception", "no Task", "other sizes", "syntax", "objective"),
-        *("label", "dtype"),
+        *("sizes", "label", "dtype"),
     ],
 )
 def test_a_mistake_in_a_tasks_file_is_one_line(folder, old, new, words):

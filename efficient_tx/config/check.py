@@ -60,7 +60,8 @@ def check(config: ConfigDict) -> None:
         )
         own = f"a config file calls make_config({config.task.name!r})"
         raise ConfigError("task.name", f"{fault}; {own}")
-    shape = Task(*((),) * 3, kind=task_module(config.task.name).KIND, name="", source="", **task_sizes(config.task))
+    with at("task"):
+        shape = Task(*((),) * 3, kind=task_module(config.task.name).KIND, name="", source="", **task_sizes(config.task))
 
     def forward(model):
         return model(**empty_inputs(shape), key=jax.random.key(0))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from efficient_tx.checks import OptionError
 
-# Files that a user did not write: this package, what starts it, and Python's own.
-OURS = (str(Path(__file__).parents[1]), "<frozen", str(Path(traceback.__file__).parent))
+# Files that a user did not write: this package, what starts it, what Python generates, and Python's own.
+OURS = (str(Path(__file__).parents[1]), "<frozen", "<string>", str(Path(traceback.__file__).parent))
 
 
 class ConfigError(ValueError):

@@ -19,6 +19,7 @@ from efficient_tx.config.errors import ConfigError, at, blame
 from efficient_tx.linear import LINEAR
 from efficient_tx.linear.structured import Weight
 from efficient_tx.models import Classifier, DualEncoder, Pyramid, TokenClassifier, ViT
+from efficient_tx.task import check_sizes
 
 # The models for each kind of examples, by name; the first one is the default.
 MODELS: dict[str, dict[str, type[nnx.Module]]] = {
@@ -153,7 +154,10 @@ def task_sizes(task: Mapping[str, Any]) -> dict[str, Any]:
     """The sizes that a model needs to know of the task in the section `task`, without reading data."""
     options = {key: value for key, value in task.items() if key != "name"}
     with at("task"):
+        module = task_module(task["name"])
         try:
-            return task_module(task["name"]).sizes(**options)
+            sizes = module.sizes(**options)
         except TypeError as error:  # a mistake in a module of the user's own
             raise ValueError(f"its module's sizes() does not take its options: {error}") from None
+        check_sizes(module.KIND, sizes)
+        return sizes

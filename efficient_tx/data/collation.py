@@ -87,7 +87,7 @@ def _check_parts(examples: Sequence[Example], task: Task) -> None:
 
 def _sequences(examples: Sequence[Example], name: str, task: Task, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Token ids, or numbers if there is no vocabulary, `[B, length, ...]`, and bool `[B, length]`: what they fill."""
-    arrays = [np.asarray(example[name]) for example in examples]
+    arrays = _arrays([example[name] for example in examples], name, task)
     ids = task.vocab_size is not None
     kinds, rest = ("biu", ()) if ids else ("biuf", arrays[0].shape[1:])
     for row, array in enumerate(arrays):
@@ -135,13 +135,23 @@ def _stacked(
     parts: Sequence, name: str, shapes: Sequence[tuple[int, ...]], task: Task, length: int, kinds: str = "biuf"
 ) -> np.ndarray:
     """Numbers of examples `[B]`, or of their tokens `[B, length]`. Raises ExampleError unless each has its shape."""
-    arrays = [np.asarray(part) for part in parts]
+    arrays = _arrays(parts, name, task)
     for row, (array, shape) in enumerate(zip(arrays, shapes)):
         if array.shape != shape or (array.size and array.dtype.kind not in kinds):
-            expected = f"one for each of the {shape[0]} tokens" if shape else "one number"
-            kind = "True or False, " if kinds == "b" else ""
-            raise ExampleError(task, row, f"has {name!r} of {_form(array)}: {kind}{expected}, is expected")
+            kind = "True or False" if kinds == "b" else "one number"
+            expected = f"{kind} for each of the {shape[0]} tokens" if shape else kind
+            raise ExampleError(task, row, f"has {name!r} of {_form(array)}: {expected} is expected")
     return _padded(arrays, length) if shapes[0] else np.array(arrays)
+
+
+def _arrays(parts: Sequence, name: str, task: Task) -> list[np.ndarray]:
+    arrays = []
+    for row, part in enumerate(parts):
+        try:
+            arrays.append(np.asarray(part))
+        except ValueError:
+            raise ExampleError(task, row, f"has {name!r} of lists that differ in length") from None
+    return arrays
 
 
 def _padded(arrays: Sequence[np.ndarray], length: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import pytest
 from efficient_tx.config.build import build_task
 from efficient_tx.config.keys import section_of
 from efficient_tx.config.load import ConfigFile
-from efficient_tx.config.names import mixer_class, parse_mixers
+from efficient_tx.config.names import mixer_class, parse_mixers, task_sizes
 from efficient_tx.data.batching import check_examples, collate
 from tests.docs.pages import write_files
 from tests.support import ROOT
@@ -102,6 +102,7 @@ def test_mistakes_in_a_mixer_print_what_the_page_says(folder, config, typed):
         ("max_len: int = 64):", "max_len: int = 64, seed):"),
         ("max_len, **_", "max_len"),
         ('LABELS = ("negative"', 'LABELS = ("neutral"'),
+        (', "max_len": max_len}', "}"),
         ("LABELS.index(", "2 * LABELS.index("),
         ('index(row["label"])', 'index(row["label"]) / 2'),
         ("np.int32(1)", "np.float64(1)"),
@@ -114,6 +115,8 @@ def test_mistakes_in_a_task_print_what_the_page_says(folder, old, new):
     text = path.read_text(encoding="utf-8").replace("__file__", '"my_task.py"')
     path.write_text(text.replace(old, new), encoding="utf-8")
     with pytest.raises((ValueError, OSError)) as error:
-        check_examples(build_task(ConfigFile("my_task.py").resolve({})))
+        config = ConfigFile("my_task.py").resolve({})
+        task_sizes(config.task)
+        check_examples(build_task(config))
     message = getattr(error.value, "rule", error.value)
     assert_documented("docs/your_own_task.md", re.sub(r"'[^']*/my_task.py'", "'my_task.py'", str(message)))
