@@ -31,10 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true", required=True, help="list every task's data")
     parser.add_argument("--data_dir", help="default $EFFICIENT_TX_DATA or ~/.cache/efficient_tx")
     options = parser.parse_args(arguments)
-    print(f"Data in {data_directory(options.data_dir)}; other places: task.source (lra/README.md)")
     width = max(map(len, TASKS))
     # One line each, never cut: it holds commands and paths to copy.
-    for name, there, where in check(options.data_dir):
+    try:
+        found = check(options.data_dir)
+    except OSError as error:  # a name that is too long
+        parser.error(f"--data_dir={options.data_dir:.200}: {error.strerror}")
+    print(f"Data in {data_directory(options.data_dir)}; other places: task.source (lra/README.md)")
+    for name, there, where in found:
         print(f"{name:{width}}  {'ready  ' if there else 'missing'}  {where}")
 
 

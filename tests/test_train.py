@@ -183,3 +183,15 @@ def test_more_cpu_devices_than_cores(tmp_path):
     # The gradient is summed in another order: roundings of float32, carried through six updates.
     np.testing.assert_allclose([line["loss"] for line in two], [line["loss"] for line in four], rtol=1e-4)
     assert len(two) == 7
+
+
+@pytest.mark.slow
+def test_a_run_whose_output_nobody_reads_goes_on(tmp_path):
+    """As after `| head`; it is the run that it would have been."""
+    same, _ = process_run()
+    run = start("train.py", *SAMPLED, f"--workdir={tmp_path / 'run'}")
+    run.stdout.close()
+    error = run.stderr.read()
+    assert (run.wait(), error) == (0, "standard output: Broken pipe; what follows is not shown\n")
+    assert toy.lines(tmp_path / "run") == toy.lines(same)
+    assert (tmp_path / "run" / "summary.json").exists()

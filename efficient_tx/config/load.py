@@ -91,7 +91,7 @@ def shipped() -> list[str]:
 
 def find(path: str, name: str) -> Path:
     """The config file: `name` as a path, else as a shipped name."""
-    if name.endswith(".py") and Path(name).expanduser().is_file():
+    if name.endswith(".py") and os.path.isfile(Path(name).expanduser()):  # False for a name that is too long
         return Path(name).expanduser()
     if name in shipped():
         return folder() / f"{name}.py"

@@ -61,6 +61,8 @@ def test_quickstart_is_a_run_of_its_own():
         ("quickstrat", "there is no such config file; the nearest is quickstart"),
         ("configs/lra_listop.py", "there is no such config file; the nearest is configs/lra_listops.py"),
         ("README.md", "there is no such config file"),
+        ("a" * 5000 + ".py", "there is no such config file"),
+        ("a\0.py", "there is no such config file"),
         ("configs/__init__", "there is no such config file"),
         ("", "there is no such config file"),
         ("efficient_tx/files.py", "efficient_tx/files.py has no get_config"),

@@ -144,6 +144,10 @@ def test_the_list_names_every_task_and_what_is_missing(capsys):
     assert {"text-spam", "retrieval-sotu", "image-fashion_mnist", "retrieval"} <= set(missing)
     for name in missing:
         assert "\n" not in states[name][1]
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["--check", f"--data_dir={'a' * 5000}"])
+    out, error = capsys.readouterr()
+    assert (stopped.value.code, out, error.count("\n")) == (2, "", 1) and "File name too long" in error
     command.main(["--check"])
     out = capsys.readouterr().out
     assert all(name in out for name in TASKS) and "missing" in out
