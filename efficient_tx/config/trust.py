@@ -29,6 +29,12 @@ def allow(*names: str, remedy: str = REMEDY) -> None:
     _remedy = remedy
 
 
+def allow_file(path: str | os.PathLike) -> None:
+    """Lets configs name a file that the user has named, wherever it is."""
+    if refusal(name := str(Path(path).absolute())):
+        _trusted.append(name)
+
+
 def allowed() -> tuple[str, ...]:
     """The names of the last call of `allow`."""
     return tuple(_trusted)

@@ -8,10 +8,18 @@ import sys
 import pytest
 
 from efficient_tx.config import ConfigError, make_config, stored, trust
+from efficient_tx.config.load import ConfigFile
 from efficient_tx.config.names import mixer_class, structure_class, task_module
 
 pytestmark = pytest.mark.quick
 
+BOTH = """
+from efficient_tx.config import make_config
+KIND = "tokens"
+def sizes(): return {"num_classes": 2, "vocab_size": 5, "max_len": 6}
+def get_task(): return None
+def get_config(argument=""): return make_config(__file__, argument)
+"""
 MARK = "import pathlib\npathlib.Path({!r}).touch()\n"
 
 
@@ -133,6 +141,21 @@ def test_files_are_in_the_working_directory_or_on_pythonpath(place, tmp_path):
     sys.path.insert(0, str(tmp_path / "else"))
     assert trust.refusal(str(beside)) is None
     assert not seen(tmp_path)
+
+
+def test_a_config_file_may_be_its_own_task_wherever_it_is(tmp_path, monkeypatch):
+    """The user has named it; the command that is printed for its evaluation then says so."""
+    for folder in ("else", "work"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "both.py").write_text(BOTH)
+    monkeypatch.chdir(tmp_path / "work")
+    assert ConfigFile("both.py").config().task.name == str(tmp_path / "work" / "both.py") and trust.allowed() == ()
+    path = str(tmp_path / "else" / "both.py")
+    assert ConfigFile(f"{path}:gla").config().task.name == path
+    assert trust.allowed() == (path,)
+    trust.allow()
+    with pytest.raises(ConfigError, match=r"it is in .*/else, and a config names"):
+        task_module(path)
 
 
 def test_a_process_with_pythonpath(place, tmp_path):

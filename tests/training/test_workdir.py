@@ -194,7 +194,7 @@ def test_a_full_disk_names_the_file_and_keeps_its_lines(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "fault"),
-    [("file/run", "Not a directory"), ("a" * 300, "File name too long"), ("a\0b", "embedded null")],
+    [("file/run", "Not a directory"), ("a" * 300, "File name too long"), ("a\0b", ".*embedded null")],
 )
 def test_a_path_that_cannot_be_a_folder_is_refused_before_any_work(tmp_path, name, fault):
     (tmp_path / "file").touch()
