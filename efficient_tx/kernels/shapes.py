@@ -3,10 +3,17 @@
 import jax
 
 
+def check_rank(axes: str = "batch, length, heads, dim", /, **arrays: jax.Array) -> None:
+    """Raises ValueError, one line, unless every array has these axes; the names of the arguments are the arrays'."""
+    if any(x.ndim != axes.count(",") + 1 for x in arrays.values()):
+        names, shapes = ", ".join(arrays), ", ".join(str(x.shape) for x in arrays.values())
+        have, each = ("have shapes", " each") if len(arrays) > 1 else ("has shape", "")
+        raise ValueError(f"{names} {have} {shapes}: pass [{axes}]{each}")
+
+
 def check_shapes(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
     """Raises ValueError, one line, unless q, k and v are `[batch, length, heads, dim]` with fitting sizes."""
-    if any(x.ndim != 4 for x in (q, k, v)):
-        raise ValueError(f"q, k, v have shapes {q.shape}, {k.shape}, {v.shape}: pass [batch, length, heads, dim] each")
+    check_rank(q=q, k=k, v=v)
     batch, keys, groups, head_dim = k.shape
     if q.shape[0] != batch or q.shape[3] != head_dim or q.shape[2] % groups:
         raise ValueError(f"q has shape {q.shape}, k {k.shape}: batch and head_dim must agree, heads be a multiple")

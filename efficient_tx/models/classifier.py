@@ -12,6 +12,7 @@ from efficient_tx.checks import OptionError
 from efficient_tx.models.embedding import TokenEmbedding
 from efficient_tx.models.transformer import Encoder
 from efficient_tx.numerics.random import dropout, example_keys, fold
+from efficient_tx.tokens.mask import bool_mask
 
 POOLS = ("mean", "cls", "last")
 
@@ -117,6 +118,7 @@ class TokenEncoder(nnx.Module):
         self, inputs: jax.Array, mask: jax.Array | None, key: jax.Array | None, positions: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array | None]:
         """int `[batch, length]` -> `[batch, prefix + length, features]`, and the mask of that length (or None)."""
+        mask = bool_mask(mask)
         x = self.embedding(inputs, mask=mask, positions=positions)
         if self.prefix is not None:
             count = self.prefix.shape[0]

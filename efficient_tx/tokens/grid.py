@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from efficient_tx.checks import OptionError
-from efficient_tx.tokens.mask import compact, over, token_ranks
+from efficient_tx.tokens.mask import bool_mask, compact, over, token_ranks
 from efficient_tx.tokens.segments import grid_sides
 
 
@@ -24,6 +24,7 @@ def lay_out(x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]
     if mask is None:
         check_square(length, mask)
         return x.reshape(batch, side, side, *rest), jnp.ones((batch, side, side), bool)
+    mask = bool_mask(mask)
     n = mask.sum(axis=1)[:, None]
     own = grid_sides(n, length)
     row, column = jnp.divmod(jnp.arange(side * side), side)
@@ -40,6 +41,7 @@ def take_up(cells: jax.Array, mask: jax.Array | None, length: int) -> jax.Array:
     cells = cells.reshape(batch, side * side, *rest)
     if mask is None:
         return cells
+    mask = bool_mask(mask)
     row, column = jnp.divmod(token_ranks(mask, batch, length), grid_sides(mask.sum(axis=1)[:, None], length))
     out = jnp.take_along_axis(cells, over(row * side + column, cells), axis=1)
     return jnp.where(over(mask, cells), out, 0)

@@ -2,16 +2,48 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from efficient_tx.numerics.random import take_tokens
+
+WANTED = "pass dtype=bool, True for real tokens"
+
+
+def bool_mask(mask: jax.Array | None) -> jax.Array | None:
+    """A mask of any shape, True for real tokens, as a bool array; None stays None.
+
+    Bools and the integers 0 and 1 say the same in all libraries. Floats do not: added to the logits, 0 marks a real
+    token and −1e9 padding, which is the opposite.
+
+    Raises:
+      ValueError: the mask is of floats; or of integers, one of which is neither 0 nor 1 (seen unless traced).
+    """
+    if mask is None:
+        return None
+    if not isinstance(mask, jax.Array):
+        mask = np.asarray(mask)
+    if mask.dtype == bool:
+        return jnp.asarray(mask)
+    if not jnp.issubdtype(mask.dtype, jnp.integer):
+        raise ValueError(f"mask has dtype {mask.dtype}, as one that is added to logits: {WANTED}")
+    if not zeros_and_ones(mask):
+        raise ValueError(f"mask has dtype {mask.dtype} and values besides 0 and 1: {WANTED}")
+    return jnp.asarray(mask) != 0
+
+
+def zeros_and_ones(mask: jax.Array) -> bool:
+    """Whether all values are 0 or 1; True for a traced array, whose values are not known."""
+    return isinstance(mask, jax.core.Tracer) or bool(((mask == 0) | (mask == 1)).all())
 
 
 def key_mask(mask: jax.Array | None, batch: int, length: int) -> jax.Array | None:
     """The key mask as bool `[batch, length]`, from `[batch, length]` or `[batch, 1, 1, length]`; None stays None.
 
     Raises:
-      ValueError: the mask has another shape, for example a full `[batch, heads, length, length]` mask.
+      ValueError: the mask has another shape, for example a full `[batch, heads, length, length]` mask, or another dtype
+        than `bool_mask` takes.
     """
+    mask = bool_mask(mask)
     if mask is None:
         return None
     if mask.ndim == 4 and mask.shape[1:3] == (1, 1):
@@ -21,7 +53,7 @@ def key_mask(mask: jax.Array | None, batch: int, length: int) -> jax.Array | Non
             f"mask has shape {mask.shape}: pass the key mask [B, 1, 1, L] instead of make_attention_mask(m, m)"
             f" (here ({batch}, 1, 1, {length}) or ({batch}, {length}))"
         )
-    return jnp.broadcast_to(mask.astype(bool), (batch, length))
+    return jnp.broadcast_to(mask, (batch, length))
 
 
 def key_mask_or_pairs(mask: jax.Array | None, q: jax.Array, k: jax.Array) -> jax.Array | None:
@@ -30,16 +62,18 @@ def key_mask_or_pairs(mask: jax.Array | None, q: jax.Array, k: jax.Array) -> jax
     The latter is bool `[batch or 1, heads or 1, queries, keys]`, as from `flax.nnx.make_attention_mask`. Its memory is
     quadratic in the length.
     """
+    mask = bool_mask(mask)
     full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
     if mask is not None and mask.ndim == 4 and mask.shape[1:3] != (1, 1):
         if all(size in (1, whole) for size, whole in zip(mask.shape, full)):
-            return mask.astype(bool)
+            return mask
         raise ValueError(f"mask has shape {mask.shape}: pass [batch or 1, heads or 1, queries, keys], here {full}")
     return key_mask(mask, k.shape[0], k.shape[1])
 
 
 def token_ranks(mask: jax.Array | None, batch: int, length: int) -> jax.Array:
     """Each token's rank among the real tokens of its example, int32 `[batch, length]`; 0 before the first of them."""
+    mask = bool_mask(mask)
     if mask is None:
         return jnp.broadcast_to(jnp.arange(length), (batch, length))
     return jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
@@ -62,6 +96,7 @@ def compact(x: jax.Array, mask: jax.Array | None) -> jax.Array:
 
     Methods that weight a token by its position compute on this, so padding at any place has no effect.
     """
+    mask = bool_mask(mask)
     if mask is None:
         return x
     place = places(mask)
@@ -71,6 +106,7 @@ def compact(x: jax.Array, mask: jax.Array | None) -> jax.Array:
 
 def spread(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     """The inverse of `compact`: each real token gets the entry at its rank; padding gets zero."""
+    mask = bool_mask(mask)
     return x if mask is None else jnp.where(over(mask, x), take_tokens(x, places(mask)), 0)
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from efficient_tx.checks import OptionError
-from efficient_tx.tokens.mask import token_ranks
+from efficient_tx.tokens.mask import bool_mask, token_ranks
 from efficient_tx.tokens.segments import grid_sides
 
 
@@ -34,6 +34,7 @@ def rotate(x: jax.Array, mask: jax.Array | None, *, layout: str = "rope", base: 
     ways = {"rope": 1, "rope2d": 2}[layout]
     if dim % (2 * ways):
         raise OptionError("head_dim", dim, f"{layout} needs a multiple of {2 * ways}")
+    mask = bool_mask(mask)
     positions = token_ranks(mask, batch, length)
     if layout == "rope2d":
         if mask is None and math.isqrt(length) ** 2 != length:

@@ -5,6 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from efficient_tx.tokens.mask import bool_mask
+
 
 def segment_means(x: jax.Array, mask: jax.Array | None, count: int) -> tuple[jax.Array, jax.Array]:
     """Splits the n real tokens of each example into `count` segments of almost equal size and averages each segment.
@@ -23,8 +25,7 @@ def segment_means(x: jax.Array, mask: jax.Array | None, count: int) -> tuple[jax
     """
     batch, length = x.shape[:2]
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    if mask is None:
-        mask = jnp.ones((batch, length), bool)
+    mask = jnp.ones((batch, length), bool) if mask is None else bool_mask(mask)
 
     def one(x, mask):
         starts = segment_starts(mask.sum(), count)
@@ -65,7 +66,7 @@ def grid_means(x: jax.Array, mask: jax.Array | None, count: int) -> tuple[jax.Ar
     """
     batch, length, *rest = x.shape
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32)).reshape(batch, length, -1)
-    mask = jnp.ones((batch, length), bool) if mask is None else mask
+    mask = jnp.ones((batch, length), bool) if mask is None else bool_mask(mask)
 
     def one(x, mask):
         side = grid_sides(mask.sum(), length)

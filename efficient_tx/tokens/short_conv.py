@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from efficient_tx.tokens.mask import bool_mask
+
 
 def short_conv(x: jax.Array, weight: jax.Array, mask: jax.Array | None = None, *, causal: bool = False) -> jax.Array:
     """Convolves each channel along the tokens, with zeros before the first and after the last real token.
@@ -35,6 +37,7 @@ def short_conv(x: jax.Array, weight: jax.Array, mask: jax.Array | None = None, *
     size, length = weight.shape[0], x.shape[1]
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     before = size - 1 if causal else size // 2
+    mask = bool_mask(mask)
     tokens = x if mask is None else jnp.where(mask[..., None], x, 0)
     padded = jnp.pad(tokens.astype(dtype), ((0, 0), (before, size - 1 - before), (0, 0)))
     taps = zip(range(size), weight.astype(dtype))

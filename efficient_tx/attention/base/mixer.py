@@ -14,7 +14,7 @@ from efficient_tx.attention.base.options import check_options, options
 from efficient_tx.checks import OptionError
 from efficient_tx.numerics.random import check_rate, dropout, example_keys, fold
 from efficient_tx.signatures import constructor
-from efficient_tx.tokens.mask import compact, spread
+from efficient_tx.tokens.mask import bool_mask, compact, spread
 
 
 class Mixer(nnx.Module):
@@ -184,8 +184,13 @@ class Mixer(nnx.Module):
           `[batch, length, features]`, zero at masked positions.
 
         Raises:
-          ValueError: the mask has another shape, or the sequence is longer than `max_len` in a variant that needs it.
+          ValueError: x or the mask has another shape, the mask is none (see `bool_mask`), or the sequence is longer
+            than `max_len` in a variant that needs it.
         """
+        if x.ndim != 3 or x.shape[2] != self.features:
+            wanted = f"{type(self).__name__} takes [batch, length, features] with {self.features} features"
+            raise ValueError(f"x has shape {x.shape}: {wanted}")
+        mask = bool_mask(mask)
         if mask is not None and mask.shape != x.shape[:2]:
             raise ValueError(f"mask has shape {mask.shape}: a mixer takes [batch, length], here {x.shape[:2]}")
         if self.needs_max_len and x.shape[1] > self.max_len:

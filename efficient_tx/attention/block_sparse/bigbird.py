@@ -21,6 +21,7 @@ from efficient_tx.attention.block_sparse.patterns import (
 )
 from efficient_tx.checks import at_least
 from efficient_tx.kernels import block_attention
+from efficient_tx.kernels.shapes import check_shapes
 from efficient_tx.numerics.random import evaluation_keys, example_keys
 from efficient_tx.tokens.mask import key_mask, spread
 
@@ -61,6 +62,7 @@ def bigbird(
     Raises:
       ValueError: an option out of its range, or shapes that do not fit.
     """
+    check_shapes(q, k, v)
     batch, keys = k.shape[:2]
     mask = key_mask(mask, batch, keys)
     draws = evaluation_keys(batch) if key is None else example_keys(key, batch)

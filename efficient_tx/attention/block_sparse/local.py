@@ -12,6 +12,7 @@ from efficient_tx.attention.base.options import checked_by
 from efficient_tx.attention.block_sparse.mixer import BlockSparse
 from efficient_tx.attention.block_sparse.patterns import Window, last_queries, side_by_side
 from efficient_tx.checks import at_least
+from efficient_tx.kernels.shapes import check_shapes
 from efficient_tx.tokens.mask import key_mask, spread
 
 
@@ -44,6 +45,7 @@ def local(
     Raises:
       ValueError: an option out of its range, or shapes that do not fit.
     """
+    check_shapes(q, k, v)
     near = Window.of(window, causal)
     mask = key_mask(mask, *k.shape[:2])
     if q.shape[1] != k.shape[1]:

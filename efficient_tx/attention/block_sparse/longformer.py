@@ -17,6 +17,7 @@ from efficient_tx.attention.block_sparse.patterns import (
     with_global_rows,
 )
 from efficient_tx.checks import at_least
+from efficient_tx.kernels.shapes import check_shapes
 from efficient_tx.tokens.mask import key_mask, spread
 
 
@@ -56,6 +57,7 @@ def longformer(
       ValueError: an option out of its range, shapes that do not fit, one or two of the separate projections, or
         different numbers of queries and keys with them.
     """
+    check_shapes(q, k, v)
     near = Window.of(window, causal, global_tokens)
     mask = key_mask(mask, *k.shape[:2])
     given = [x for x in (q_global, k_global, v_global) if x is not None]

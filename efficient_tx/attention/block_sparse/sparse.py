@@ -21,6 +21,7 @@ from efficient_tx.attention.block_sparse.patterns import (
     side_by_side,
 )
 from efficient_tx.checks import OptionError, at_least, one_of
+from efficient_tx.kernels.shapes import check_shapes
 from efficient_tx.tokens.mask import key_mask, spread
 
 PATTERNS = ("strided", "fixed")
@@ -63,6 +64,7 @@ def sparse(
     Raises:
       ValueError: an option out of its range, or shapes that do not fit.
     """
+    check_shapes(q, k, v)
     mask = key_mask(mask, *k.shape[:2])
     chosen = Strided(stride, Window.of(stride, causal)) if pattern == "strided" else Fixed(stride, summary)
     if q.shape[1] != k.shape[1]:

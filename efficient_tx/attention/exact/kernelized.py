@@ -7,6 +7,7 @@ import jax
 
 from efficient_tx.attention.base.multihead import MultiHead
 from efficient_tx.kernels import flash_attention
+from efficient_tx.kernels.shapes import check_shapes
 from efficient_tx.tokens.mask import key_mask_or_pairs
 
 
@@ -28,6 +29,7 @@ def kernelized(
     Returns:
       `[batch, queries, heads, v_dim]` in the dtype of q; zero for a query without keys.
     """
+    check_shapes(q, k, v)
     return flash_attention(q, k, v, score="gaussian", mask=key_mask_or_pairs(mask, q, k), causal=causal)
 
 

@@ -19,6 +19,7 @@ from flax import nnx
 from efficient_tx.attention.base.multihead import MultiHead
 from efficient_tx.checks import OptionError
 from efficient_tx.kernels import flash_attention
+from efficient_tx.kernels.shapes import check_shapes
 from efficient_tx.tokens.mask import key_mask_or_pairs
 
 
@@ -42,6 +43,7 @@ def sigmoid(
       `[batch, queries, heads, v_dim]` in the dtype of q; zero for a query without keys. The arithmetic is float32 at
       least.
     """
+    check_shapes(q, k, v)
     return flash_attention(q, k, v, score="sigmoid", bias=bias, mask=key_mask_or_pairs(mask, q, k), causal=causal)
 
 

@@ -4,6 +4,7 @@ import jax
 
 from efficient_tx.attention.base.multihead import MultiHead
 from efficient_tx.kernels import flash_attention
+from efficient_tx.kernels.shapes import check_shapes
 from efficient_tx.tokens.mask import key_mask_or_pairs
 
 
@@ -26,6 +27,7 @@ def softmax(
       `[batch, queries, heads, v_dim]` in the dtype of q; zero for a query without keys. Statistics are float32 at
       least.
     """
+    check_shapes(q, k, v)
     return flash_attention(q, k, v, mask=key_mask_or_pairs(mask, q, k), causal=causal)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from efficient_tx.attention.base.multihead import MultiHead
 from efficient_tx.attention.feature.linear import feature_attention
+from efficient_tx.kernels.shapes import check_shapes
 from efficient_tx.tokens.mask import key_mask, query_positions, take, token_ranks
 
 
@@ -43,6 +44,7 @@ def cosformer(
     Raises:
       ValueError: more keys than max_len, or different numbers of queries and keys without `causal`.
     """
+    check_shapes(q, k, v)
     (batch, keys), queries = k.shape[:2], q.shape[1]
     if keys > max_len:
         raise ValueError(f"length is {keys}, but cosformer was built for max_len={max_len}")

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from efficient_tx.attention.base.multihead import MultiHead
 from efficient_tx.kernels import gated_linear_attention
+from efficient_tx.kernels.shapes import check_shapes
 from efficient_tx.tokens.mask import key_mask, over, place, query_positions, take
 
 # Entries of the features of a piece of the sequence: 1 MB of float32, which fits in the cache of a core.
@@ -40,6 +41,7 @@ def linear(
       `[batch, queries, heads, v_dim]` in the dtype of q; zero for a query without keys. The arithmetic is float32 at
       least; a sum of weights below 1e-6 counts as 1e-6.
     """
+    check_shapes(q, k, v)
     return feature_attention(
         q, k, v, mask=mask, causal=causal, features=q.shape[-1], floor=1e-6,
         query_features=positive, key_features=lambda k, real, memory: (positive(k), None, memory),

@@ -19,6 +19,7 @@ from efficient_tx.attention.base.options import checked_by
 from efficient_tx.attention.exact.softmax import softmax
 from efficient_tx.attention.feature.linear import feature_attention
 from efficient_tx.checks import OptionError
+from efficient_tx.kernels.shapes import check_shapes
 from efficient_tx.numerics.features import orthogonal_gaussian
 from efficient_tx.numerics.random import evaluation_keys, example_keys
 
@@ -60,6 +61,7 @@ def performer(
     Raises:
       ValueError: random_features is below 1, or shapes that do not fit.
     """
+    check_shapes(q, k, v)
     batch, _, groups, dim = k.shape
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     if key is None:

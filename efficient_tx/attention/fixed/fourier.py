@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from efficient_tx.attention.base.mixer import Mixer
+from efficient_tx.kernels.shapes import check_rank
 from efficient_tx.tokens.mask import compact, key_mask, spread
 
 
@@ -54,6 +55,7 @@ def fourier(x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
     Returns:
       `[batch, length, features]` in the dtype of x, zero at masked positions; computed in float32 at least.
     """
+    check_rank("batch, length, features", x=x)
     batch, length, _ = x.shape
     mask = key_mask(mask, batch, length)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))

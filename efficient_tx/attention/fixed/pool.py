@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from efficient_tx.attention.base.mixer import Mixer
 from efficient_tx.attention.base.options import checked_by
 from efficient_tx.checks import OptionError, at_least, one_of
+from efficient_tx.kernels.shapes import check_rank
 from efficient_tx.tokens.grid import lay_out, take_up
 from efficient_tx.tokens.mask import compact, key_mask, spread
 
@@ -57,6 +58,7 @@ def pool(
     Raises:
       ValueError: an option out of its range, or a grid without mask if the length is no square.
     """
+    check_rank("batch, length, features", x=x)
     batch, length, _ = x.shape
     mask = key_mask(mask, batch, length)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))

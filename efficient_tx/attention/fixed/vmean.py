@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from efficient_tx.attention.base.multihead import MultiHead
 from efficient_tx.attention.exact.softmax import softmax
+from efficient_tx.kernels.shapes import check_shapes
 from efficient_tx.tokens.mask import key_mask, query_positions, repeat_heads, take
 
 
@@ -35,6 +36,7 @@ def vmean(
     Raises:
       ValueError: heads is no multiple of groups, or the mask has another shape.
     """
+    check_shapes(q, k, v)
     del k, key
     batch, queries, heads, _ = q.shape
     keys = v.shape[1]

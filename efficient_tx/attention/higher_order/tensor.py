@@ -20,6 +20,7 @@ from efficient_tx.attention.base.multihead import MultiHead
 from efficient_tx.attention.base.options import checked_by
 from efficient_tx.checks import at_least
 from efficient_tx.kernels import pair_attention
+from efficient_tx.kernels.shapes import check_rank
 
 
 def check_options(*, window, window2):
@@ -57,6 +58,7 @@ def tensor(
       ValueError: a window below 1, or shapes that do not fit. Without `causal`, also different numbers of queries and
         keys with a window below the number of keys.
     """
+    check_rank(q=q, k=k, v=v, k2=k2, v2=v2)
     del key
     queries, keys = q.shape[1], k.shape[1]
     if queries != keys and not causal and min(window, window2) < keys:

@@ -15,6 +15,7 @@ from flax import nnx
 from efficient_tx.attention.base.multihead import MultiHead
 from efficient_tx.checks import at_least
 from efficient_tx.kernels import flash_attention
+from efficient_tx.kernels.shapes import check_shapes
 from efficient_tx.tokens.mask import compact, key_mask
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -48,6 +49,7 @@ def linformer(
     Raises:
       ValueError: more tokens than max_len, or heads is no multiple of groups.
     """
+    check_shapes(q, k, v)
     del key
     batch, length = k.shape[:2]
     if length > e.shape[1] or length > f.shape[1]:

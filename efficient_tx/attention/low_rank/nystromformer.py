@@ -23,6 +23,7 @@ from efficient_tx.attention.base.options import checked_by
 from efficient_tx.attention.exact.softmax import softmax
 from efficient_tx.checks import OptionError, at_least
 from efficient_tx.kernels import flash_attention
+from efficient_tx.kernels.shapes import check_shapes
 from efficient_tx.numerics.spd import newton_inverse
 from efficient_tx.tokens.depthwise import depthwise, initial_weights
 from efficient_tx.tokens.mask import key_mask, repeat_heads
@@ -64,6 +65,7 @@ def nystromformer(
     Raises:
       ValueError: an option out of its range, or shapes that do not fit.
     """
+    check_shapes(q, k, v)
     del key
     batch, queries, heads, head_dim = q.shape
     keys = k.shape[1]

@@ -25,6 +25,7 @@ from efficient_tx.attention.base.multihead import MultiHead
 from efficient_tx.attention.base.options import checked_by
 from efficient_tx.checks import at_least
 from efficient_tx.kernels import flash_attention
+from efficient_tx.kernels.shapes import check_shapes
 from efficient_tx.numerics.random import evaluation_keys, sample_tokens, take_tokens
 from efficient_tx.tokens.mask import key_mask, repeat_heads
 
@@ -62,6 +63,7 @@ def s3(
     Raises:
       ValueError: an option below 1, or shapes that do not fit.
     """
+    check_shapes(q, k, v)
     del key
     if q.shape[1] != k.shape[1] or k.shape != v.shape:
         raise ValueError(f"q, k, v have shapes {q.shape}, {k.shape}, {v.shape}: rows need equal lengths and widths")

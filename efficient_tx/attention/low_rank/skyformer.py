@@ -21,6 +21,7 @@ from efficient_tx.attention.base.options import checked_by
 from efficient_tx.attention.exact.kernelized import kernelized
 from efficient_tx.checks import OptionError, at_least, one_of
 from efficient_tx.kernels import flash_attention
+from efficient_tx.kernels.shapes import check_shapes
 from efficient_tx.numerics.landmarks import draw_by_weight, kernel_leverage, lloyd, tokens_at
 from efficient_tx.numerics.random import evaluation_keys, example_keys, fold, sample_tokens, take_tokens
 from efficient_tx.numerics.spd import newton_inverse, spd_solve
@@ -86,6 +87,7 @@ def skyformer(
     Raises:
       ValueError: an option out of its range, or shapes that do not fit.
     """
+    check_shapes(q, k, v)
     batch, queries, heads, _ = q.shape
     keys = k.shape[1]
     dtype = jnp.promote_types(q.dtype, jnp.float32)

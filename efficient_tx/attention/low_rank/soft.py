@@ -25,6 +25,7 @@ from efficient_tx.attention.exact.kernelized import kernelized
 from efficient_tx.attention.low_rank.skyformer import check_inverse, gaussian_gram
 from efficient_tx.checks import OptionError, one_of
 from efficient_tx.kernels import flash_attention
+from efficient_tx.kernels.shapes import check_rank
 from efficient_tx.numerics.spd import newton_raphson_inverse, spd_solve
 from efficient_tx.tokens.depthwise import depthwise, depthwise_grid, initial_weights
 from efficient_tx.tokens.grid import check_square, lay_out
@@ -79,6 +80,7 @@ def soft(
     Raises:
       ValueError: an option out of its range, or shapes that do not fit.
     """
+    check_rank(q=q, v=v)
     del key
     batch, length, heads, _ = q.shape
     if v.shape[:2] != (batch, length):
@@ -117,6 +119,7 @@ def gaussian_self_attention(
     q: jax.Array, v: jax.Array, *, mask: jax.Array | None = None, key: jax.Array | None = None
 ) -> jax.Array:
     """The exact form of `soft`: `kernelized` attention with q as queries and keys; arguments as in `soft`."""
+    check_rank(q=q, v=v)
     return kernelized(q, q, repeat_heads(v, q.shape[2], "v"), mask=mask, key=key)
 
 

@@ -20,6 +20,7 @@ from flax import nnx
 from efficient_tx.attention.base.multihead import MultiHead
 from efficient_tx.checks import OptionError, at_least
 from efficient_tx.kernels import gated_linear_attention
+from efficient_tx.kernels.shapes import check_rank, check_shapes
 from efficient_tx.tokens.mask import key_mask, place, query_positions, take
 from efficient_tx.tokens.rotary import rotate
 
@@ -49,6 +50,7 @@ def gla(
     Raises:
       ValueError: different numbers of queries and keys without `causal`, or shapes that do not fit.
     """
+    check_shapes(q, k, v)
     (batch, keys), queries = k.shape[:2], q.shape[1]
     mask = key_mask(mask, batch, keys)
     if queries != keys:
@@ -78,6 +80,7 @@ def gla_step(
     Returns:
       `[batch, heads, v_dim]` in the dtype of q, and the state in promote_types(dtype, float32).
     """
+    check_rank("batch, heads, dim", q=q, k=k, v=v)
     q, k, v = (x[:, None] for x in (q, k, v))
     if log_decay is not None and log_decay.ndim > 1:
         log_decay = log_decay[:, None]

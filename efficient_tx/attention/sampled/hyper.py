@@ -30,6 +30,7 @@ from efficient_tx.attention.exact.softmax import softmax
 from efficient_tx.checks import OptionError, at_least
 from efficient_tx.kernels import flash_attention, sampled_block_attention
 from efficient_tx.kernels.sampled_block_attention.options import Choice, Sizes, rows_of
+from efficient_tx.kernels.shapes import check_shapes
 from efficient_tx.numerics.lsh import hamming_buckets, hash_directions, sort_by_bucket
 from efficient_tx.numerics.random import evaluation_keys, example_keys
 from efficient_tx.tokens.mask import key_mask, repeat_heads
@@ -77,6 +78,7 @@ def hyper(
       ValueError: an option out of its range, shapes that do not fit, or `causal` with several queries whose number is
         not that of the keys.
     """
+    check_shapes(q, k, v)
     batch, queries, heads, dim = q.shape
     keys = k.shape[1]
     mask = key_mask(mask, batch, keys)

@@ -22,6 +22,7 @@ from efficient_tx.attention.base.options import checked_by
 from efficient_tx.attention.exact.softmax import softmax
 from efficient_tx.attention.sampled.lev_stream import lev_causal
 from efficient_tx.attention.sampled.lev_weights import attend_to, check_options, gram_matrix, newest
+from efficient_tx.kernels.shapes import check_shapes
 from efficient_tx.numerics.leverage import leverage_scores
 from efficient_tx.numerics.lewis import lewis_weights
 from efficient_tx.tokens.mask import key_mask, place, query_positions, take
@@ -64,6 +65,7 @@ def lev(
     Raises:
       ValueError: an option out of its range, or p ≠ 2 and causal.
     """
+    check_shapes(q, k, v)
     del key
     recent = newest(budget, recent)
     batch, queries, keys = *q.shape[:2], k.shape[1]

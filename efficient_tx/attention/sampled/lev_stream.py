@@ -26,9 +26,10 @@ import jax
 import jax.numpy as jnp
 
 from efficient_tx.attention.sampled.lev_weights import attend_to, check_options, gram_matrix, newest
+from efficient_tx.kernels.shapes import check_rank
 from efficient_tx.numerics.factorisations import solve_lower
 from efficient_tx.numerics.leverage import online_ridge_scores, ridge_factor
-from efficient_tx.tokens.mask import compact, spread
+from efficient_tx.tokens.mask import bool_mask, compact, spread
 
 
 class Slots(NamedTuple):
@@ -105,10 +106,11 @@ def lev_step(
     Raises:
       ValueError: an option out of its range.
     """
+    check_rank("batch, heads, dim", q=q, k=k, v=v)
     budget, dtype = state.values.shape[2], state.gram.dtype
     check_options(budget=budget, p=2.0, attention=attention, recent=recent, ridge=ridge, causal=True)
     recent = newest(budget, recent)
-    real = jnp.ones(q.shape[0], bool) if mask is None else mask
+    real = jnp.ones(q.shape[0], bool) if mask is None else bool_mask(mask)
     query, row, value = (jnp.where(real[:, None, None], x, 0).astype(dtype) for x in (q, k, v))
 
     fill = state.length % recent

@@ -22,6 +22,7 @@ from efficient_tx.attention.base.options import checked_by
 from efficient_tx.attention.exact.softmax import softmax
 from efficient_tx.checks import OptionError
 from efficient_tx.kernels import flash_attention
+from efficient_tx.kernels.shapes import check_shapes
 from efficient_tx.numerics.landmarks import draw_by_weight, tokens_at
 from efficient_tx.numerics.random import evaluation_keys, example_keys, fold, sample_tokens, take_tokens
 from efficient_tx.tokens.mask import key_mask, repeat_heads
@@ -60,6 +61,7 @@ def skeinformer(
     Raises:
       ValueError: an option out of its range, or shapes that do not fit.
     """
+    check_shapes(q, k, v)
     batch, queries, heads, head_dim = q.shape
     keys = k.shape[1]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
