@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from efficient_tx.attention.base.adapter import adapt
+from efficient_tx.attention.base.adapter import KeySource, adapt
 from efficient_tx.attention.base.mixer import Mixer
 from efficient_tx.attention.base.multihead import MultiHead
 from efficient_tx.attention.block_sparse.bigbird import BigBird, bigbird
@@ -62,26 +62,34 @@ ATTENTION: dict[str, type[Mixer]] = {
 }
 
 
-def as_attention_fn(name: str, **options: Any) -> Callable[..., jax.Array]:
+def as_attention_fn(name: str, *, key: KeySource | None = None, **options: Any) -> Callable[..., jax.Array]:
     """The variant `name` with the signature that flax's attention modules call.
 
     For `flax.linen.MultiHeadDotProductAttention(attention_fn=...)` and `flax.nnx.MultiHeadAttention(attention_fn=...)`.
     The shapes are: query `[batch, q_length, heads, head_dim]`, key and value `[batch, length, groups, head_dim]`, mask
-    `[batch, 1, 1, length]`. Dense variants also take a full mask `[batch, heads or 1, q_length, length]`.
+    `[batch, 1, 1, length]`. Dense variants also take a full mask `[batch, heads or 1, q_length, length]`. A mask is
+    True, or 1, for real tokens. Flax makes masks of float32: other values than 0 and 1 raise, and where they are traced
+    the output is NaN.
 
-    Sampling methods use the module's `dropout_rng` if it passes one, else the fixed evaluation key. (Flax's modules
-    pass it only if their dropout_rate is above 0, which raises here.)
+    With `is_causal=True`, one query (decoding) is the last token. Several queries, but not as many as keys, are
+    refused: our functions align the last query with the last key, `jax.nn.dot_product_attention` and flax's function
+    the first query with the first key.
 
     Args:
       name: a key of `ATTENTION`.
+      key: where sampling methods (those whose class `draws`) get a key for each call. An `nnx.Rngs` or one of its
+        streams: then the result is an nnx module with a stream of its own, which draws unless it is `deterministic`, as
+        `nnx.Dropout` does. Or a function that returns a key, or None for the fixed evaluation key; in a method of a
+        Linen module, `lambda: self.make_rng("landmarks")`. None: always the evaluation key, with a warning if that is
+        differentiated, for flax's modules do not pass their `dropout_rng` without dropout.
       **options: options of the variant's function (`landmarks=64`) and its parameter arrays (linformer's `e` and `f`).
 
     Raises:
       ValueError: an unknown name or option; a variant that needs more than queries, keys and values. When called: a
-        bias, attention dropout, several batch axes, a causal call of a variant without causal form, a full mask in a
-        variant that takes key masks only.
+        bias, attention dropout, several batch axes, a causal call of a variant without causal form or of several
+        queries for another number of keys, a full mask in a variant that takes key masks only, a mask that is none.
     """
-    return adapt(ATTENTION, name, **options)
+    return adapt(ATTENTION, name, key, options)
 
 
 __all__ = [

@@ -12,6 +12,7 @@ from efficient_tx.kernels.block_attention.options import Options
 from efficient_tx.kernels.forward_mode import reverse_only
 from efficient_tx.kernels.implementations import choose
 from efficient_tx.kernels.shapes import check_shapes
+from efficient_tx.tokens.mask import bool_mask
 
 # Best first. Each module has `unsupported` and `forward`; all except the reference have `backward`.
 IMPLEMENTATIONS = {"xla": xla, "reference": reference}
@@ -68,10 +69,11 @@ def block_attention(
       `[batch, queries, heads]`, −inf for a query without keys. All arithmetic is in promote_types(dtype, float32).
 
     Raises:
-      ValueError: shapes that do not fit, or an implementation that does not support the arguments.
+      ValueError: shapes that do not fit, a float mask, or an implementation that does not support the arguments.
       NotImplementedError: forward-mode differentiation, with an implementation other than "reference".
     """
     check_shapes(q, k, v)
+    mask = bool_mask(mask)
     check_blocks(q, k, mask, blocks, block_size)
     implementation = choose("block_attention", IMPLEMENTATIONS, implementation, interpret=interpret)
     batch, queries, heads, head_dim = q.shape

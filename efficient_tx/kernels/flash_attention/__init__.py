@@ -11,6 +11,7 @@ from efficient_tx.kernels.flash_attention.options import SCORES, Options
 from efficient_tx.kernels.forward_mode import reverse_only
 from efficient_tx.kernels.implementations import choose
 from efficient_tx.kernels.shapes import check_shapes
+from efficient_tx.tokens.mask import bool_mask
 
 # Best first. Each module has `unsupported` and `forward`; all except the reference have `backward`.
 IMPLEMENTATIONS = {"xla": xla, "reference": reference}
@@ -59,10 +60,11 @@ def flash_attention(
       `[batch, queries, heads]`, −inf for a query without keys. All arithmetic is in promote_types(dtype, float32).
 
     Raises:
-      ValueError: shapes that do not fit, or an implementation that does not support the arguments.
+      ValueError: shapes that do not fit, a float mask, or an implementation that does not support the arguments.
       NotImplementedError: forward-mode differentiation, with an implementation other than "reference".
     """
     check_shapes(q, k, v)
+    mask = bool_mask(mask)
     check_mask(mask, q, k)
     if score not in SCORES:
         raise OptionError("score", score, f"choose one of {', '.join(SCORES)}")

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from efficient_tx.kernels.forward_mode import reverse_only
 from efficient_tx.kernels.gated_linear_attention import reference, xla
 from efficient_tx.kernels.implementations import choose
+from efficient_tx.kernels.shapes import check_rank
+from efficient_tx.tokens.mask import bool_mask
 
 # Best first. Each module has `unsupported` and `forward`; all except the reference have `backward`.
 IMPLEMENTATIONS = {"xla": xla, "reference": reference}
@@ -57,9 +59,10 @@ def gated_linear_attention(
       `[batch, heads, head_dim, v_dim]` in promote_types(dtype, float32). All arithmetic has this dtype.
 
     Raises:
-      ValueError: shapes that do not fit, or an implementation that does not support the arguments.
+      ValueError: shapes that do not fit, a float mask, or an implementation that does not support the arguments.
       NotImplementedError: forward-mode differentiation, with an implementation other than "reference".
     """
+    mask = bool_mask(mask)
     check_shapes(q, k, v, log_decay, initial_state, mask)
     implementation = choose("gated_linear_attention", IMPLEMENTATIONS, implementation, interpret=interpret)
     batch, length, heads, head_dim = q.shape
@@ -90,8 +93,7 @@ def check_shapes(
     mask: jax.Array | None,
 ) -> None:  # fmt: skip
     """Raises ValueError, one line, for the first shape that does not fit."""
-    if any(x.ndim != 4 for x in (q, k, v)):
-        raise ValueError(f"q, k, v have shapes {q.shape}, {k.shape}, {v.shape}: pass [batch, length, heads, dim] each")
+    check_rank(q=q, k=k, v=v)
     batch, length, heads, head_dim = q.shape
     groups, v_dim = v.shape[2:]
     if k.shape != (batch, length, groups, head_dim) or heads % groups:

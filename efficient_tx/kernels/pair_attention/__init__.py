@@ -9,6 +9,7 @@ from efficient_tx.kernels.forward_mode import reverse_only
 from efficient_tx.kernels.implementations import choose
 from efficient_tx.kernels.pair_attention import reference, xla
 from efficient_tx.kernels.pair_attention.options import Options, Pair
+from efficient_tx.kernels.shapes import check_rank
 from efficient_tx.tokens.mask import compact, key_mask, repeat_heads, spread
 
 # Best first. Each module has `unsupported` and `forward`; all except the reference have `backward`.
@@ -44,7 +45,7 @@ def pair_attention(
       Arithmetic is float32 at least.
 
     Raises:
-      ValueError: shapes that do not fit, or an implementation that does not support the arguments.
+      ValueError: shapes that do not fit, a float mask, or an implementation that does not support the arguments.
       NotImplementedError: forward-mode differentiation, with an implementation other than "reference".
     """
     check_shapes(q, k, v, k2, v2)
@@ -74,6 +75,7 @@ def pair_attention(
 
 def check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, k2: jax.Array, v2: jax.Array) -> None:
     """Raises ValueError, one line, for the first shape that does not fit."""
+    check_rank(q=q, k=k, v=v, k2=k2, v2=v2)
     for name, x, like, of in (("k2", k2, k, "k"), ("v2", v2, v, "v")):
         if x.shape[:2] != like.shape[:2] or x.shape[3] != like.shape[3]:
             raise ValueError(f"{name} has shape {x.shape}, {of} {like.shape}: batch, length and dim must agree")

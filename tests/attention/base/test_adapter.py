@@ -1,6 +1,7 @@
 """The variants inside flax's own attention modules: padding, grouped heads, cross-attention, decoding, refusals."""
 
 import inspect
+import warnings
 from functools import cache
 
 import jax
@@ -208,6 +209,15 @@ def test_causal_reaches_the_variant():
     np.testing.assert_allclose(ours, jax.nn.dot_product_attention(q, k, v, is_causal=True), atol=1e-6)
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("name", [name for name in HELD if ATTENTION[name].can_be_causal])
+def test_a_causal_call_of_several_queries_for_other_keys_is_refused(name):
+    """jax's and flax's functions align the first query with the first key, ours the last with the last."""
+    k = jnp.ones((1, 6, 2, 4))
+    with pytest.raises(ValueError, match=r"3 queries and 6 keys: our functions align the last query .* the first"):
+        as_attention_fn(name, **options(name))(k[:, :3], k, k, is_causal=True)
+
+
 Q = np.ones((1, 4, 2, 8), np.float32)
 FULL = np.ones((1, 1, 4, 4), bool)
 
@@ -251,3 +261,125 @@ def test_sampling_follows_flaxs_key():
     first, second = (np.asarray(sample(x, x, x, dropout_rng=jax.random.key(seed))) for seed in (1, 2))
     assert np.abs(first - second).max() > 1e-4
     np.testing.assert_array_equal(sample(x, x, x, dropout_rng=jax.random.PRNGKey(1)), first)
+
+
+def test_flaxs_masks_of_zeros_and_ones_are_read_and_additive_ones_are_not():
+    """make_attention_mask makes floats. One that is added to logits raises; traced, it makes the output NaN."""
+    attend, x = as_attention_fn("softmax"), normal(0, BATCH, LENGTH, HEADS, 4)
+    mask = nnx.make_attention_mask(MASK, MASK)
+    assert mask.dtype == jnp.float32
+    expected = np.asarray(attend(x, x, x, mask=mask.astype(bool)))
+    traced = jax.jit(lambda mask: attend(x, x, x, mask=mask))
+    for call in (lambda mask: attend(x, x, x, mask=mask), traced):
+        np.testing.assert_allclose(call(mask), expected, atol=1e-6)  # float32 rounding
+    for lowest in (-1e9, -np.inf):
+        additive = jnp.where(MASK, 0.0, lowest)[:, None, None]
+        with pytest.raises(ValueError, match=r"mask has values besides 0\.0 and 1\.0: softmax adds no mask to logits"):
+            attend(x, x, x, mask=additive)
+        assert np.isnan(traced(additive)).all()
+
+
+DRAWN = "skyformer", {"landmarks": 2}
+
+
+def test_nnx_draws_anew_at_every_step():
+    """The stream is a part of the model: two jitted steps differ, two evaluations do not."""
+    name, chosen = DRAWN
+    rngs = nnx.Rngs(0, landmarks=1)
+    attend = as_attention_fn(name, key=rngs.landmarks, **chosen)
+    layer = nnx.MultiHeadAttention(HEADS, FEATURES, decode=False, attention_fn=attend, rngs=rngs)
+    x = normal(0, 1, LENGTH, FEATURES)
+
+    @nnx.jit
+    def step(layer):
+        return layer(x)
+
+    assert np.abs(step(layer) - step(layer)).max() > 1e-4
+    layer.eval()
+    np.testing.assert_array_equal(step(layer), step(layer))
+
+
+@pytest.mark.slow
+def test_nnx_trains_on_other_draws_at_every_step():
+    name, chosen = DRAWN
+    rngs = nnx.Rngs(0)
+    attend = as_attention_fn(name, key=rngs, **chosen)
+    layer = nnx.MultiHeadAttention(HEADS, FEATURES, decode=False, attention_fn=attend, rngs=rngs)
+    x = normal(0, 1, LENGTH, FEATURES)
+
+    @nnx.jit
+    def loss_and_gradient(layer):
+        return nnx.value_and_grad(lambda layer: jnp.square(layer(x)).sum())(layer)
+
+    first, second = (float(loss_and_gradient(layer)[0]) for _ in range(2))
+    assert abs(first - second) > 1e-4
+
+
+@pytest.mark.slow
+def test_streams_of_two_layers_draw_apart():
+    streams = nnx.Rngs(0)
+    one, other = (as_attention_fn(DRAWN[0], key=streams, **DRAWN[1]) for _ in range(2))
+    x = normal(0, 1, LENGTH, 2, 8)
+    assert np.abs(one(x, x, x) - other(x, x, x)).max() > 1e-4
+    viewed = nnx.view(one, deterministic=True)
+    plain = as_attention_fn(DRAWN[0], **DRAWN[1])
+    np.testing.assert_allclose(viewed(x, x, x), plain(x, x, x), atol=1e-6)  # float32 rounding
+
+
+class Block(linen.Module):
+    """`make_rng` belongs to the module around; without its stream the function gives no key: evaluation."""
+
+    @linen.compact
+    def __call__(self, x):
+        name, chosen = DRAWN
+        attend = as_attention_fn(
+            name, key=lambda: self.make_rng("landmarks") if self.has_rng("landmarks") else None, **chosen
+        )
+        return linen.MultiHeadDotProductAttention(num_heads=HEADS, attention_fn=attend)(x)
+
+
+def linen_block(x):
+    """Parameters, and (key or None) -> out, compiled."""
+    shapes = jax.eval_shape(Block().init, jax.random.key(0), x)
+    params = jax.tree.map(lambda leaf: normal(0, *leaf.shape), shapes)
+    return params, jax.jit(lambda key: Block().apply(params, x, rngs={} if key is None else {"landmarks": key}))
+
+
+def test_linen_draws_anew_at_every_step():
+    _, step = linen_block(normal(0, 1, LENGTH, FEATURES))
+    first, second, again = (np.asarray(step(jax.random.key(seed))) for seed in (1, 2, 1))
+    assert np.abs(first - second).max() > 1e-4
+    np.testing.assert_array_equal(first, again)
+
+
+@pytest.mark.slow
+def test_linen_evaluates_without_a_stream():
+    x = normal(0, 1, LENGTH, FEATURES)
+    params, step = linen_block(x)
+    plain = linen.MultiHeadDotProductAttention(num_heads=HEADS, attention_fn=as_attention_fn(DRAWN[0], **DRAWN[1]))
+    inner = {"params": params["params"]["MultiHeadDotProductAttention_0"]}
+    np.testing.assert_allclose(step(None), jax.jit(plain.apply)(inner, x), atol=1e-5)  # float32 rounding
+
+
+@pytest.mark.parametrize("name", sorted(HELD, key=lambda name: not ATTENTION[name].draws))
+@pytest.mark.first(1)
+def test_training_on_one_draw_for_ever_is_warned_of(name):
+    """Where gradients flow and nothing gives keys; not at evaluation, and not where nothing is drawn."""
+    x = QUERIES
+    attend = as_attention_fn(name, **options(name))
+
+    def differentiated(attend):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            jax.eval_shape(jax.grad(lambda x: attend(x, x, x).sum()), x)
+        return [str(one.message) for one in seen]
+
+    said = differentiated(attend)
+    assert len(said) == ATTENTION[name].draws
+    if said:
+        assert f"{name} is trained on what one fixed key draws" in said[0] and "key=..." in said[0]
+        assert not differentiated(as_attention_fn(name, key=lambda: jax.random.key(0), **options(name)))
+        assert not differentiated(lambda *x: attend(*x, dropout_rng=jax.random.key(0)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            jax.eval_shape(attend, x, x, x)
