@@ -40,7 +40,7 @@ from efficient_tx.config.build import build_model, build_stages, build_task
 from efficient_tx.config.check import check_objective
 from efficient_tx.config.names import task_module
 from efficient_tx.config.schema import with_dense_weights
-from efficient_tx.config.stored import restore
+from efficient_tx.config.stored import restore, take_former
 from efficient_tx.data.batching import check_examples, evaluation_batches, train_batches
 from efficient_tx.linear.replacement import dotted, relative_error, transfer
 from efficient_tx.models.pretrained import SUFFIXES, load_pretrained
@@ -236,6 +236,8 @@ def run(asked: command_line.Run) -> None:
         lost_after=FLAGS.heartbeat_timeout,
     )
     config = asked.config
+    if (Path(FLAGS.workdir) / "config.json").exists():
+        take_former(config, read_config(FLAGS.workdir))  # the same command goes on with what the run began with
     keep_programs(data_directory(config.task.get("data_dir")) / "compilation")
     jax.config.update("jax_debug_nans", config.debug_nans)
     workdir = Workdir(

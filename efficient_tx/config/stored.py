@@ -7,13 +7,13 @@ from ml_collections import ConfigDict
 
 from efficient_tx.config.keys import assign, flatten
 from efficient_tx.config.resolve import NAMES
-from efficient_tx.config.schema import make_config
+from efficient_tx.config.schema import make_config, owners
 
 
 def restore(stored: Mapping[str, Any]) -> ConfigDict:
     """The config of a run from its config.json, with the types that JSON loses (tuples, and values that may be None).
 
-    New keys get their defaults.
+    New keys get their defaults, and those that change what older runs computed the values of that time.
 
     Raises:
       ValueError: a required key is missing, or this version does not have a key.
@@ -28,6 +28,19 @@ def restore(stored: Mapping[str, Any]) -> ConfigDict:
         for key, value in flat.items():
             if value is not None:
                 assign(config, key, tuple(value) if isinstance(value, list) else value)
+        take_former(config, stored)
     except ValueError as error:
         raise ValueError(f"config.json: {error}") from None
     return config
+
+
+def take_former(config: ConfigDict, stored: Mapping[str, Any]) -> None:
+    """Sets options in `config`, in place, that a stored config does not have, to what they were before they existed.
+
+    A class of a mixer or a weight structure says so in `formerly`, if the default of such an option is another.
+    """
+    flat = flatten(ConfigDict(stored))
+    for section, owner in owners(config).items():
+        for option, value in getattr(owner, "formerly", {}).items():
+            if f"{section}.{option}" not in flat:
+                assign(config, f"{section}.{option}", value)

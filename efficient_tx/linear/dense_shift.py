@@ -7,6 +7,8 @@ A product with ±2^s is a change of sign and an addition to the exponent. Sign a
 
 The fixed `unit` gives the output the variance of a dense layer's output at initialisation, where γ is 1. Unlike in the
 paper, which builds s from one latent parameter per step, one latent parameter is rounded, which needs less memory.
+Unlike in the authors' code, whose backward pass is that of sign · √(s + 1) in place of sign · 2^s, the gradients here
+are those of the forward pass: larger for large shifts.
 """
 
 import math

@@ -71,6 +71,7 @@ class Weight:
       input_step: the inputs of a token are rounded to multiples of input_step times the largest of them; 0 means no
         rounding. So the output may differ from x · to_dense() by half a step in every input.
       latent: whether the parameters are rounded for use, so that they are not the weight itself.
+      formerly: option -> its value in a run that was stored before this was an option (`config.stored`).
     """
 
     paper: ClassVar[str] = ""
@@ -79,6 +80,7 @@ class Weight:
     nearest: ClassVar[str] = ""
     input_step: ClassVar[float] = 0.0
     latent: ClassVar[bool] = False
+    formerly: ClassVar[Mapping[str, Any]] = {}
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)

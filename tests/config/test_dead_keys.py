@@ -52,6 +52,8 @@ OTHER = {
     "attention.hyper.chunk": 8,
     "attention.tensor.window": 4,
     "attention.tensor.window2": 4,
+    "attention.tensor.k2_bias": 0.5,
+    "attention.soft.norm_epsilon": 0.1,
     "attention.sigmoid.layer_scale": 0.1,
     "attention.pool.kind": "max",
     "attention.nystromformer.landmarks": 4,
@@ -77,6 +79,7 @@ OTHER = {
 # Keys that act together with others only.
 CONTEXT = {
     "attention.soft.iterations": {"attention.soft.inverse": "iteration"},
+    "attention.soft.norm_epsilon": {"attention.soft.bottleneck": "convolution"},
     "attention.skyformer.iterations": {"attention.skyformer.inverse": "iteration"},
     "attention.lev.recent": {"model.causal": True},
     "attention.lev.ridge": {"model.causal": True},
@@ -93,6 +96,7 @@ CONTEXT = {
 STRUCTURE_OTHER = {
     "low_rank.rank": 1,
     "monarch.init": "published",
+    "block_diagonal.order": "inverse",
     "block_tensor_train.rank": 3,
     "blast.rank": 3,
     "low_rank_plus_sparse.rank": 2,

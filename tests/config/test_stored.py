@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+from efficient_tx.attention import ATTENTION
 from efficient_tx.config import check, evaluation, keys, load, make_config, stored
+from efficient_tx.linear import LINEAR
 
 pytestmark = pytest.mark.quick
 
@@ -58,6 +60,35 @@ def test_keys_that_have_come_since_get_their_defaults():
     back = stored.restore(config)
     assert (back.steps, back.model.name, back.densify_at, back.densify_warmup) == (7, "transformer", None, 100)
     assert back.attention.skyformer.conv == 0
+
+
+# Section, argument of the config, and the option with its former value.
+FORMER = [(f"attention.{name}", name, *item) for name, cls in ATTENTION.items() for item in cls.formerly.items()]
+FORMER += [
+    (f"linear.{place}", f"softmax+{name}+{name}", *item)
+    for place in ("mlp", "projections")
+    for name, cls in LINEAR.items()
+    for item in cls.formerly.items()
+]
+
+
+@pytest.mark.parametrize(("section", "argument", "option", "value"), FORMER)
+def test_options_that_have_come_since_keep_what_an_old_run_computed(section, argument, option, value):
+    """A new run gets the default, which is another; and the same command goes on in an old folder."""
+    new = make_config("lra.listops", argument)
+    old = json.loads(new.to_json())
+    del old[section.split(".")[0]][section.split(".")[1]][option]
+    key = f"{section}.{option}"
+    assert keys.flatten(new)[key] != value
+    assert keys.flatten(stored.restore(old))[key] == value
+    assert keys.flatten(stored.restore(json.loads(new.to_json())))[key] == keys.flatten(new)[key]
+    stored.take_former(new, old)
+    assert new.to_json() == stored.restore(old).to_json()
+    # What an evaluation chooses anew is new.
+    name = argument.split("+")[0]
+    plain = json.loads(make_config("lra.listops", "vmean").to_json())
+    if section.startswith("attention"):
+        assert keys.flatten(evaluation.apply_settings(plain, {"mixers": name}))[key] != value
 
 
 @pytest.mark.parametrize(

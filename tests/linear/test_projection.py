@@ -96,22 +96,51 @@ def test_kronecker_without_divisors_is_dense():
     np.testing.assert_allclose(Kronecker.from_dense(kernel).to_dense(), kernel, rtol=1e-6)
 
 
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_block_diagonal_keeps_the_entries_of_its_blocks(shuffle):
+# Of 12 channels in 3 groups of 4: the order in which ShuffleNet's transposition leaves them.
+SHUFFLED = [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]
+
+
+@pytest.mark.parametrize(
+    ("options", "block_of"),
+    [
+        ({}, np.argsort(SHUFFLED) // 4),
+        ({"order": "inverse"}, np.arange(12) % 3),
+        ({"shuffle": False}, np.arange(12) // 4),
+    ],
+    ids=["shufflenet", "inverse", "none"],
+)
+def test_block_diagonal_keeps_the_entries_of_its_blocks(options, block_of):
     """Also where the last block is cut: 11 inputs and 7 outputs in 3 blocks."""
     kernel = np.random.default_rng(0).normal(size=(11, 7)).astype(np.float32)
-    read = np.arange(11) % 3 if shuffle else np.arange(11) // 4
-    kept = np.where(read[:, None] == np.arange(7) // 3, kernel, 0)
-    made = BlockDiagonal.from_dense(jnp.asarray(kernel), blocks=3, shuffle=shuffle)
+    kept = np.where(block_of[:11, None] == np.arange(7) // 3, kernel, 0)
+    made = BlockDiagonal.from_dense(jnp.asarray(kernel), blocks=3, **options)
     np.testing.assert_array_equal(made.to_dense(), kept)
 
 
 @pytest.mark.quick
 def test_stacked_block_diagonals_mix_their_blocks_only_with_the_shuffle():
     with jax.enable_x64(True):
-        for shuffle in (True, False):
-            weight = member(BlockDiagonal, 16, 16, shuffle=shuffle)
-            assert bool((weight @ weight == 0).any()) is not shuffle
+        for options in ({}, {"order": "inverse"}, {"shuffle": False}):
+            weight = member(BlockDiagonal, 16, 16, **options)
+            assert bool((weight @ weight == 0).any()) is ("shuffle" in options)
+
+
+@pytest.mark.quick
+def test_orders_that_do_not_exist_are_refused():
+    with pytest.raises(ValueError, match="order is 'shuffle': choose one of shufflenet, inverse"):
+        BlockDiagonal(12, 8, order="shuffle", rngs=nnx.Rngs(0))
+
+
+@pytest.mark.slow
+def test_block_diagonal_is_torchs_channel_shuffle_and_grouped_linear():
+    """As in the authors' code: rearrange "(group c) -> (c group)", then one product for each block."""
+    torch = pytest.importorskip("torch")
+    made = BlockDiagonal(12, 8, blocks=4, use_bias=False, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(size=(5, 12)).astype(np.float32)
+    shuffled = torch.nn.functional.channel_shuffle(torch.tensor(x)[:, :, None, None], 4)[:, :, 0]
+    weight = torch.tensor(np.asarray(made.weight[...]).reshape(8, 3, 1))
+    expected = torch.nn.functional.conv1d(shuffled, weight, groups=4)[:, :, 0]
+    np.testing.assert_allclose(made(x), expected, rtol=1e-5, atol=1e-6)  # float32 rounding
 
 
 def test_blast_blocks_are_its_definition():

@@ -56,6 +56,7 @@ class Mixer(nnx.Module):
       has_positions: whether the mixer has queries and keys that can be rotated by their positions.
       needs_max_len: whether parameters or constants are tied to the length.
       draws: whether `function` samples with its `key`.
+      formerly: option -> its value in a run that was stored before this was an option (`config.stored`).
       side_by_side: whether `mix` gets the real tokens first, without gaps, and then zeros.
     """
 
@@ -73,6 +74,7 @@ class Mixer(nnx.Module):
     has_positions: ClassVar[bool] = True
     needs_max_len: ClassVar[bool] = False
     draws: ClassVar[bool] = False
+    formerly: ClassVar[Mapping[str, Any]] = {}
     side_by_side: bool = False
 
     if TYPE_CHECKING:

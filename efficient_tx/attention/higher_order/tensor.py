@@ -4,6 +4,10 @@ Over all pairs (Alman and Song 2023, arXiv 2310.04064, as attention with Kroneck
 
     out_i = Σ_jk softmax_jk(s_ijk) v_j ⊙ v2_k,        s_ijk = Σ_c q_ic k_jc k2_kc / √K
 
+with k2 + 1/K and v2 + 1 in place of the projections k2 and v2, as in the published kernels (Roy et al., listing 1, with
+the constants of pytorch/FBGEMM). So with small projections, as at the start of training, it is nearly attention to the
+first token alone, out_i = Σ_j softmax_j(q_i·k_j / K^1.5) v_j; with `k2_bias=0, v2_bias=0` it is nearly 0.
+
 Over pairs within windows (Roy et al. 2025, 2-simplicial attention, arXiv 2507.02754): i − j < window and
 i − k < window2 if causal. `tensor` has windows; `tensor_exact` sees all pairs. Exact sums over n³ triples cannot be
 computed in truly sub-cubic time unless the entries are small (Alman and Song), so long sequences need windows.
@@ -11,7 +15,7 @@ computed in truly sub-cubic time unless the entries are small (Alman and Song), 
 A trilinear score of three rotated factors does not depend on relative positions only, so "rope" is not supported.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +36,7 @@ def check_options(*, window, window2):
 def tensor(
     q: jax.Array, k: jax.Array, v: jax.Array, *,
     k2: jax.Array, v2: jax.Array, mask: jax.Array | None = None, key: jax.Array | None = None, causal: bool = False,
-    window: int = 512, window2: int = 32,
+    window: int = 512, window2: int = 32, k2_bias: float | None = None, v2_bias: float = 1.0,
 ) -> jax.Array:  # fmt: skip
     """Exact attention to the pairs within two windows; memory is linear in the length.
 
@@ -49,6 +53,8 @@ def tensor(
       window: number of first tokens that a query sees: the latest ones if causal, else those around its own position,
         shifted inwards at the ends. If it is at least the number of real tokens, a query sees all.
       window2: number of second tokens that a query sees, selected in the same way.
+      k2_bias: number added to the keys of the second token; None means 1 / head_dim.
+      v2_bias: number added to the values of the second token.
 
     Returns:
       `[batch, queries, heads, v_dim]` in the dtype of q; zero at masked queries and for a query without keys.
@@ -65,16 +71,30 @@ def tensor(
         raise ValueError(
             f"there are {queries} queries for {keys} keys, without common positions: tensor needs windows of {keys}"
         )
+    k2, v2 = shifted(k2, k2_bias, v2, v2_bias)
     return pair_attention(q, k, v, k2, v2, pair=trilinear, mask=mask, causal=causal, windows=(window, window2))
 
 
 def tensor_exact(
     q: jax.Array, k: jax.Array, v: jax.Array, *,
     k2: jax.Array, v2: jax.Array, mask: jax.Array | None = None, key: jax.Array | None = None, causal: bool = False,
+    k2_bias: float | None = None, v2_bias: float = 1.0,
 ) -> jax.Array:  # fmt: skip
     """`tensor` over all pairs: time is cubic in the length, memory linear. Arguments and errors as in `tensor`."""
+    check_rank(q=q, k=k, v=v, k2=k2, v2=v2)
     del key
+    k2, v2 = shifted(k2, k2_bias, v2, v2_bias)
     return pair_attention(q, k, v, k2, v2, pair=trilinear, mask=mask, causal=causal)
+
+
+def shifted(
+    k2: jax.Array, k2_bias: float | None, v2: jax.Array, v2_bias: float
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """Keys and values of the second token with their constants added, float32 at least; 0 leaves them as they are."""
+    biases = 1 / k2.shape[-1] if k2_bias is None else k2_bias, v2_bias
+    return tuple(
+        x.astype(jnp.promote_types(x.dtype, jnp.float32)) + bias if bias else x for x, bias in zip((k2, v2), biases)
+    )
 
 
 def trilinear(q, k2):
@@ -97,6 +117,7 @@ class Tensor(MultiHead):
     projections = ("q", "k", "v", "k2", "v2")
     windowed = True
     has_positions = False
+    formerly: ClassVar = {"k2_bias": 0.0, "v2_bias": 0.0}
 
     @staticmethod
     def within(budget: int) -> dict[str, int]:

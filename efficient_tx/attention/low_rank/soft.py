@@ -13,7 +13,7 @@ its iteration depend on the whole batch (and the released class cannot be constr
 """
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from efficient_tx.attention.base.multihead import MultiHead
 from efficient_tx.attention.base.options import checked_by
 from efficient_tx.attention.exact.kernelized import kernelized
 from efficient_tx.attention.low_rank.skyformer import check_inverse, gaussian_gram
-from efficient_tx.checks import OptionError, one_of
+from efficient_tx.checks import OptionError, above_zero, one_of
 from efficient_tx.kernels import flash_attention
 from efficient_tx.kernels.shapes import check_rank
 from efficient_tx.numerics.spd import newton_raphson_inverse, spd_solve
@@ -139,6 +139,8 @@ class Soft(MultiHead):
       value_conv: size of the depthwise convolution of the values, odd; 0 means none, −1 means 2 ⌊s/2⌋ + 1 with s the
         stride of the convolution bottleneck. On a grid it is the size in both directions. The stages of the paper's
         image models have 9, 5 and 3, which −1 gives.
+      norm_epsilon: number added to the variance in the LayerNorm of the convolution bottleneck; None means
+        1e-5 √head_dim. The paper's code adds 1e-5 to the variance of queries that it has scaled by head_dim^-¼.
       conv: size of the depthwise convolution of each projection, see `MultiHead`; 0 means none.
 
     Raises:
@@ -154,21 +156,28 @@ class Soft(MultiHead):
     near_on = ("imbalanced",)
     projections = ("q", "v")
     rotated = ("q",)
+    formerly: ClassVar = {"norm_epsilon": 1e-6}
 
     @staticmethod
     def within(budget: int) -> dict[str, int]:
         return {"landmarks": budget}
 
     def __init__(
-        self, features: int, *, bottleneck: str = "mean", value_conv: int = 0, rngs: nnx.Rngs, **common: Any
+        self, features: int, *,
+        bottleneck: str = "mean", value_conv: int = 0, norm_epsilon: float | None = None, rngs: nnx.Rngs, **common: Any,
     ):  # fmt: skip
         one_of(BOTTLENECKS, bottleneck=bottleneck)
+        above_zero(norm_epsilon=norm_epsilon)
         super().__init__(features, rngs=rngs, **common)
         convolved = bottleneck == "convolution"
         if convolved and self.max_len is None:
             raise ValueError("bottleneck is 'convolution', whose stride comes from the length: give max_len")
         self.bottleneck = (
-            Bottleneck(self.head_dim, self.landmarks, self.max_len, grid=self.grid, rngs=rngs) if convolved else None
+            Bottleneck(
+                self.head_dim, self.landmarks, self.max_len, grid=self.grid, norm_epsilon=norm_epsilon, rngs=rngs
+            )
+            if convolved
+            else None
         )
         if value_conv == -1:
             if not convolved:
@@ -196,7 +205,10 @@ class Bottleneck(nnx.Module):
     windows are filled with zeros.
     """
 
-    def __init__(self, head_dim: int, landmarks: int, max_len: int, *, grid: bool, rngs: nnx.Rngs):
+    def __init__(
+        self, head_dim: int, landmarks: int, max_len: int, *,
+        grid: bool, norm_epsilon: float | None = None, rngs: nnx.Rngs,
+    ):  # fmt: skip
         if grid:
             self.stride = -(-math.ceil(max_len**0.5) // math.isqrt(landmarks))
         else:
@@ -205,7 +217,9 @@ class Bottleneck(nnx.Module):
         window = self.stride**2 if grid else self.stride
         init = nnx.initializers.lecun_normal(in_axis=(0, 1))
         self.kernel = nnx.Param(init(rngs.params(), (window, head_dim, head_dim), jnp.float32))
-        self.norm = nnx.LayerNorm(head_dim, rngs=rngs)
+        # The tokens here are not yet scaled by K^-¼, so their variance is √K times that of the published ones.
+        epsilon = 1e-5 * head_dim**0.5 if norm_epsilon is None else norm_epsilon
+        self.norm = nnx.LayerNorm(head_dim, epsilon=epsilon, rngs=rngs)
 
     def __call__(self, q: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """`[batch, length, heads, head_dim]` -> tokens `[batch, m, heads, head_dim]` and their mask `[batch, m]`.

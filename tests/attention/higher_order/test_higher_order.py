@@ -29,8 +29,9 @@ def inputs(seed, queries, keys, *, heads=2, groups=(1, 2), dim=4, v_dim=3, batch
     return [r.normal(size=(batch, *shape)) for shape in shapes]
 
 
+# The constants of tensor are those of Meta's kernels.
 SCORES = {
-    "tensor": lambda q, k, k2: jnp.einsum("ic,jc,kc->ijk", q, k, k2),
+    "tensor": lambda q, k, k2: jnp.einsum("ic,jc,kc->ijk", q, k, k2 + 1 / q.shape[-1]),
     "strassen": lambda q, k, k2: (q @ k.T)[:, :, None] + (k @ k2.T)[None] + (q @ k2.T)[:, None],
 }
 
@@ -41,7 +42,7 @@ def all_triples(name, q, k, v, k2, v2, seen=None):
     if seen is not None:
         scores = jnp.where(seen, scores, -jnp.inf)
     weights = jax.nn.softmax(scores.reshape(len(q), -1)).reshape(scores.shape)
-    return jnp.einsum("ijk,jc,kc->ic", weights, v, v2)
+    return jnp.einsum("ijk,jc,kc->ic", weights, v, v2 + (name == "tensor"))
 
 
 def window_of(i, n, width, causal):
@@ -164,9 +165,22 @@ def test_a_constant_second_token_leaves_softmax():
     weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     expected = np.einsum("bhij,bjhc->bihc", weights, v)
     with jax.enable_x64(True):
-        for name, constant in (("tensor", 1.0), ("strassen", 0.0)):
-            out = run(name)(q, k, v, np.full_like(k, constant), np.ones_like(v))
+        none = {"k2_bias": 0.0, "v2_bias": 0.0}
+        for name, constant, options in (("tensor", 1.0, none), ("strassen", 0.0, {})):
+            out = run(name, **options)(q, k, v, np.full_like(k, constant), np.ones_like(v))
             np.testing.assert_allclose(out, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("windows", [None, (40, 40)], ids=["exact", "windows"])
+@pytest.mark.first(1)
+def test_tensor_starts_as_attention_to_the_first_token(windows):
+    """k2 = v2 = 0 leaves Meta's constants, 1/d and 1: one softmax, whose logits are q·k / d^1.5."""
+    q, k, v, k2, v2 = inputs(0, 9, 9, groups=(2, 2))
+    logits = np.einsum("bihc,bjhc->bhij", q, k) / 4**1.5
+    weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    with jax.enable_x64(True):
+        out = run("tensor", windows)(q, k, v, 0 * k2, 0 * v2)
+    np.testing.assert_allclose(out, np.einsum("bhij,bjhc->bihc", weights, v), rtol=0, atol=1e-12)
 
 
 @pytest.mark.slow
@@ -174,8 +188,9 @@ def test_the_two_tokens_of_a_pair_may_change_places():
     q, k, v, k2, v2 = inputs(0, 9, 9)
     with jax.enable_x64(True):
         for name, windows in (("tensor", (5, 2)), ("strassen", None)):
-            one = run(name, windows, causal=True)(q, k, v, k2, v2)
-            two = run(name, windows and windows[::-1], causal=True)(q, k2, v2, k, v)
+            options = {"causal": True} | ({"k2_bias": 0.0, "v2_bias": 0.0} if name == "tensor" else {})
+            one = run(name, windows, **options)(q, k, v, k2, v2)
+            two = run(name, windows and windows[::-1], **options)(q, k2, v2, k, v)
             np.testing.assert_allclose(one, two, rtol=0, atol=1e-12)
 
 

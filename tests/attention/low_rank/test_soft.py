@@ -174,6 +174,7 @@ def test_convolved_bottleneck_tokens(grid):
     """Windows of the real tokens of a sequence, or of their image, against loops over windows."""
     q, mask = normal(0, 2, 25, 2, 4), np.random.default_rng(1).random((2, 25)) < 0.5
     mask[0] = True
+    q[0] *= 3e-3  # so that the epsilon of the norm matters
     with jax.enable_x64(True):
         bottleneck = Bottleneck(4, landmarks=9, max_len=25, grid=grid, rngs=nnx.Rngs(0))
         z, real = jax.jit(bottleneck)(jnp.asarray(q), jnp.asarray(mask))
@@ -192,8 +193,8 @@ def test_convolved_bottleneck_tokens(grid):
             x = np.pad(x, ((0, 27 - n), (0, 0), (0, 0)))
             windows, exist = list(x.reshape(9, 3, 2, 4)), np.arange(9) * 3 < n
         np.testing.assert_array_equal(real[b], exist)
-        out = np.array([np.einsum("whk,wkl->hl", w, kernel) for w in windows])
-        out = (out - out.mean(-1, keepdims=True)) / np.sqrt(out.var(-1, keepdims=True) + bottleneck.norm.epsilon)
+        out = np.array([np.einsum("whk,wkl->hl", w, kernel) for w in windows]) * 4**-0.25  # the published scale
+        out = (out - out.mean(-1, keepdims=True)) / np.sqrt(out.var(-1, keepdims=True) + 1e-5)
         np.testing.assert_allclose(z[b][real[b]], 4**0.25 * gelu(out)[exist], rtol=0, atol=1e-6)  # erf in float32
         assert (np.asarray(z[b])[~real[b]] == 0).all()
 
@@ -245,6 +246,7 @@ def test_the_module_is_its_function():
         ({"bottleneck": "max"}, "bottleneck is 'max'"),
         ({"bottleneck": "convolution"}, "give max_len"),
         ({"value_conv": 4}, "size is 4: it must be odd"),
+        ({"norm_epsilon": 0.0}, "norm_epsilon is 0.0: it must be a number above 0"),
     ],
 )
 def test_what_cannot_be_is_refused_at_construction(options, message):
