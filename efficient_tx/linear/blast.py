@@ -70,7 +70,7 @@ class Blast(Structured):
             hidden = jnp.einsum("j...p,jpr->j...r", jnp.moveaxis(blocks, -2, 0), v)
             mixed = jnp.einsum("j...r,ijr->i...r", hidden, s)
             out = jnp.moveaxis(jnp.einsum("i...r,iqr->i...q", mixed, u), 0, -2)
-            return out.reshape(*x.shape[:-1], -1)[..., : self.out_features]
+            return out.reshape(*x.shape[:-1], self.blocks * self.out_block)[..., : self.out_features]
 
         return in_chunks(product, x, v, s, u)
 

@@ -70,7 +70,7 @@ class BlockDiagonal(Structured):
         def product(x, weight):
             # Block axis first: plain products per block, with all permutations outside of them.
             out = jnp.moveaxis(jnp.einsum("k...p,kqp->k...q", self.read(x), weight), 0, -2)
-            return out.reshape(*x.shape[:-1], -1)[..., : self.out_features]
+            return out.reshape(*x.shape[:-1], self.blocks * self.out_block)[..., : self.out_features]
 
         return in_chunks(product, x, weight)
 

@@ -13,6 +13,11 @@ class Dense(Weight, nnx.Linear):
     size = "n²"
     nearest = "itself"
 
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., in_features]` -> `[..., out_features]`; raises ValueError for an input of another width."""
+        self.check_width(x)
+        return super().__call__(x)
+
     @property
     def multiplies(self) -> int:
         return self.in_features * self.out_features

@@ -48,7 +48,7 @@ def in_chunks(multiply: Callable[..., jax.Array], x: jax.Array, *weights: jax.Ar
       *weights: further arguments of `multiply`, the same for all chunks.
     """
     tokens = math.prod(x.shape[:-1])
-    counts = range(-(-x.size // CHUNK), tokens // 128 + 1)
+    counts = range(max(1, -(-x.size // CHUNK)), tokens // 128 + 1)
     count = next((count for count in counts if tokens % count == 0), 1)
     if count == 1:
         return multiply(x, *weights)
@@ -64,6 +64,8 @@ class Weight:
     """The interface of every row of `LINEAR` in addition to `nnx.Linear`: sizes, conversion to and from dense.
 
     Attributes:
+      in_features, out_features: widths of input and output.
+      bias: what is added to the product, `[out_features]`, an `nnx.Param`; None without.
       paper: authors, year and arXiv id, or another place of publication; empty for the dense layer.
       computes: the formula of the weight W in y = x W.
       size: number of parameters of an n × n weight.
@@ -118,8 +120,17 @@ class Weight:
         """
         raise NotImplementedError
 
+    def check_width(self, x: jax.Array) -> None:
+        """Raises ValueError, one line, unless the last axis of `x` has `in_features` entries."""
+        if not x.ndim or x.shape[-1] != self.in_features:
+            name = type(self).__name__
+            raise ValueError(f"x has shape {x.shape}: this {name} takes [..., in_features], here {self.in_features}")
+
     def to_dense(self) -> jax.Array:
-        """The weight as one matrix, `[in_features, out_features]`, in the dtype of the parameters."""
+        """The weight as one matrix, `[in_features, out_features]`, in the dtype of the parameters.
+
+        The bias is not in it: the layer's output is x · to_dense() + `bias`.
+        """
         raise NotImplementedError
 
     def project(self, kernel: jax.Array, bias: jax.Array | None = None) -> None:
@@ -152,7 +163,8 @@ class Weight:
         Args:
           kernel: `[in_features, out_features]`, floating. The parameters get its dtype unless `param_dtype` is given;
             the fit is float32 at least.
-          bias: `[out_features]`, copied; None makes a layer without bias.
+          bias: `[out_features]`, copied; it becomes the layer's `bias`, which `to_dense` does not hold. None makes a
+            layer without bias.
           **options: options of the structure, as in its constructor.
 
         Raises:
@@ -200,7 +212,12 @@ class Structured(Weight, nnx.Module):
             setattr(self, name, nnx.Param(self.draw(rngs.params(), name, factor)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., in_features]` -> `[..., out_features]`."""
+        """`[..., in_features]` -> `[..., out_features]`.
+
+        Raises:
+          ValueError: the input has another width.
+        """
+        self.check_width(x)
         names = [*self.factors(), *([] if self.bias is None else ["bias"])]
         dtype = self.dtype or jnp.result_type(x, *(getattr(self, name)[...] for name in names))
         out = self.multiply(x.astype(dtype), **self.weights(dtype))

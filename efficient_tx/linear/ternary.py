@@ -159,7 +159,8 @@ class PackedTernary(nnx.Module):
         return planes.reshape(-1, self.out_features)[: self.in_features].astype(jnp.int8) - 1
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., in_features]` -> `[..., out_features]`."""
+        """`[..., in_features]` -> `[..., out_features]`; raises ValueError for an input of another width."""
+        self.check_width(x)
         dtype = self.dtype or jnp.result_type(x, self.param_dtype)
         steps, unit = eight_bits(x.astype(dtype))
         product = jnp.matmul(steps.astype(jnp.int8), self.levels(), preferred_element_type=jnp.int32)
@@ -171,3 +172,4 @@ class PackedTernary(nnx.Module):
         return (self.levels() * self.scale[...]).astype(self.param_dtype)
 
     bytes_stored = Weight.bytes_stored
+    check_width = Weight.check_width

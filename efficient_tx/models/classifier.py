@@ -91,7 +91,7 @@ class TokenEncoder(nnx.Module):
         self.embedding = TokenEmbedding(
             vocab_size, features, max_len=max_len, positions=positions, dtype=dtype, rngs=rngs
         )
-        self.prefix = nnx.Param(jax.random.normal(rngs.params(), (prefix, features))) if prefix else None
+        self.prefix = nnx.Param(jax.random.normal(rngs.params(), (prefix, features), jnp.float32)) if prefix else None
         sizes = {
             "heads": heads,
             "head_dim": head_dim,

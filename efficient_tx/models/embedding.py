@@ -44,9 +44,11 @@ class TokenEmbedding(nnx.Module):
     ):
         if positions not in POSITIONS:
             raise OptionError("positions", positions, f"choose one of {', '.join(POSITIONS)}")
-        self.tokens = nnx.Param(jax.random.normal(rngs.params(), (vocab_size, features)) * 1.0)
+        self.tokens = nnx.Param(jax.random.normal(rngs.params(), (vocab_size, features), jnp.float32) * 1.0)
         self.learned = (
-            nnx.Param(jax.random.normal(rngs.params(), (max_len, features)) * 1.0) if positions == "learned" else None
+            nnx.Param(jax.random.normal(rngs.params(), (max_len, features), jnp.float32) * 1.0)
+            if positions == "learned"
+            else None
         )
         self.positions = positions
         self.max_len = max_len

@@ -77,8 +77,12 @@ class Stage(nnx.Module):
     ):
         features = convolutions[-1][1]
         self.convolutions = nnx.List(Convolution(*sizes, dtype=dtype, rngs=rngs) for sizes in convolutions)
-        self.cls = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, features))) if class_token else None
-        self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), (side * side + class_token, features)))
+        self.cls = (
+            nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, features), jnp.float32)) if class_token else None
+        )
+        self.positions = nnx.Param(
+            0.02 * jax.random.normal(rngs.params(), (side * side + class_token, features), jnp.float32)
+        )
         self.blocks = nnx.List(block(features, rngs=rngs) for block in blocks)
         self.side = side
         self.dropout = dropout

@@ -132,9 +132,11 @@ class ViT(nnx.Module):
             )
         tokens = rows * columns + (pool == "cls")
         self.embedding = nnx.Linear(patch_size * patch_size * channels, features, dtype=dtype, rngs=rngs)
-        self.cls = nnx.Param(jnp.zeros((1, features))) if pool == "cls" else None
+        self.cls = nnx.Param(jnp.zeros((1, features), jnp.float32)) if pool == "cls" else None
         self.learned = (
-            nnx.Param(0.02 * jax.random.normal(rngs.params(), (tokens, features))) if positions == "learned" else None
+            nnx.Param(0.02 * jax.random.normal(rngs.params(), (tokens, features), jnp.float32))
+            if positions == "learned"
+            else None
         )
         if positions == "sincos":
             sincos(rows, columns, features)  # raises here instead of at the first call
