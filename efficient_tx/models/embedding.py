@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from efficient_tx.checks import OptionError
-from efficient_tx.tokens.mask import token_ranks
+from efficient_tx.tokens.mask import bool_mask, token_ranks
 
 POSITIONS = ("learned", "sinusoidal", "rope", "rope2d", "none")
 
@@ -63,17 +63,23 @@ class TokenEmbedding(nnx.Module):
           mask: bool `[batch, length]`, True for real tokens; None means all are.
           positions: position of each token, int `[batch, length]`; None means its rank among the real tokens.
 
+        A real token whose id is not in [0, vocab_size), or whose position is not in [0, max_len), is NaN, which stops
+        training. Ids and positions of padding mean nothing.
+
         Raises:
-          ValueError: input longer than max_len with "learned" or "sinusoidal" positions; positions given with "rope" or
-            "rope2d", whose mixers use the ranks of the real tokens.
+          ValueError: ids that are no integers; input longer than max_len with "learned" or "sinusoidal" positions;
+            positions given with "rope" or "rope2d", whose mixers use the ranks of the real tokens.
         """
         if positions is not None and self.positions.startswith("rope"):
             raise ValueError(
                 f"positions is {self.positions!r}, which counts real tokens only, but the task masks some between them "
                 "and keeps their places (legacy_mask): use 'learned', 'sinusoidal' or 'none'"
             )
+        if not jnp.issubdtype(inputs.dtype, jnp.integer):
+            raise ValueError(f"inputs have dtype {inputs.dtype}: a model of tokens takes their ids, integers")
+        mask = bool_mask(mask)
         dtype = self.dtype or self.tokens[...].dtype
-        x = jnp.take(self.tokens[...].astype(dtype), inputs, axis=0)
+        x = rows(self.tokens[...].astype(dtype), inputs, mask)
         if self.positions not in ("learned", "sinusoidal"):
             return x
         batch, length = inputs.shape
@@ -86,4 +92,12 @@ class TokenEmbedding(nnx.Module):
         if positions is None and mask is None:
             return x + table[:length]
         ranks = token_ranks(mask, batch, length) if positions is None else positions
-        return x + jnp.take(table, ranks, axis=0)
+        return x + rows(table, ranks, mask)
+
+
+def rows(table: jax.Array, index: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """`table[index]`; NaN where `table` `[size, features]` has no such row. Where `mask` is False the first row."""
+    index = index.astype(jnp.int32)
+    index = index if mask is None else jnp.where(mask, index, 0)
+    # jnp.take counts negative indices from the end.
+    return jnp.take(table, jnp.where(index < 0, len(table), index), axis=0, mode="fill", fill_value=jnp.nan)

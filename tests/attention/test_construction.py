@@ -38,6 +38,16 @@ def test_holds_parameters_only(name):
 
 
 @every
+def test_parameters_are_float32_where_floats_are_float64(name):
+    """With the further parameters that options bring."""
+    known = inspect.signature(ATTENTION[name]).parameters
+    more = {"conv": 3, "value_conv": 3, "bottleneck": "convolution", "layer_scale": 0.1, "global_projections": True}
+    with jax.enable_x64(True):
+        mixer = abstract(name, **{option: value for option, value in more.items() if option in known})
+    assert {variable.dtype for variable in jax.tree.leaves(nnx.state(mixer))} <= {jnp.dtype(jnp.float32)}
+
+
+@every
 def test_shapes_of_few_tokens_and_wide_heads(name):
     """Nothing comes of nothing; a head may be wider than features // heads, queries and keys may turn."""
     cls = ATTENTION[name]

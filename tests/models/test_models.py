@@ -10,10 +10,12 @@ import pytest
 from flax import nnx
 
 from efficient_tx.attention import Kernelized, Softmax
+from efficient_tx.config.names import MODELS
 from efficient_tx.linear import LINEAR, Monarch
 from efficient_tx.models import Block, Classifier, DualEncoder, Encoder, Mlp, TokenClassifier
 from efficient_tx.models.classifier import pool_tokens
 from efficient_tx.models.embedding import TokenEmbedding, sinusoids
+from efficient_tx.signatures import constructor
 from tests.support import models
 
 LENGTHS = np.array([12, 5, 0])
@@ -285,3 +287,62 @@ def test_the_two_sequences_of_a_pair_draw_differently():
     assert np.abs(run_pair(model, inputs, mask, inputs, mask)[:, 24:]).max() == 0
     with pytest.raises(ValueError, match="pad both to one length"):
         run_pair(model, inputs, mask, inputs[:, :5], mask[:, :5])
+
+
+@pytest.mark.parametrize("outside", [-1, 7, 2**30])
+@pytest.mark.first(2)
+def test_an_id_outside_the_vocabulary_is_not_a_number(outside):
+    """In a real token of its own example; in padding it means nothing, for a gradient neither."""
+    model = classifier(positions="none", layers=1)
+    inputs, mask = batch()
+    logits = run(model, inputs, mask)
+    wrong = inputs.copy()
+    wrong[1, 2] = outside  # real
+    found = run(model, wrong, mask)
+    assert np.isnan(found[1]).all()
+    np.testing.assert_array_equal(found[[0, 2]], logits[[0, 2]])
+    padded = np.where(mask, inputs, outside)
+    np.testing.assert_array_equal(run(model, padded, mask), logits)
+
+
+@pytest.mark.slow
+def test_gradients_do_not_see_ids_of_padding():
+    model = classifier(positions="learned", layers=1)
+    graphdef, params = nnx.split(model)
+    inputs, mask = batch()
+    loss = jax.jit(jax.grad(lambda p, inputs: jnp.square(nnx.merge(graphdef, p)(inputs, mask=mask)).sum()))
+    expected = loss(params, inputs)
+    jax.tree.map(np.testing.assert_array_equal, loss(params, np.where(mask, inputs, -100)), expected)
+
+
+@pytest.mark.quick
+def test_ids_and_positions_by_hand():
+    embedding = TokenEmbedding(3, 2, max_len=4, rngs=nnx.Rngs(0))
+    tokens, learned = np.asarray(embedding.tokens[...]), np.asarray(embedding.learned[...])
+    ids, places = np.array([[2, 0, -1, 3]]), np.array([[3, -1, 0, 0]])
+    out = np.asarray(embedding(ids, positions=places))[0]
+    np.testing.assert_array_equal(out[0], tokens[2] + learned[3])
+    assert np.isnan(out[1:]).all()
+    masked = np.asarray(embedding(ids, mask=np.array([[1, 0, 0, 0]]), positions=places))[0]
+    np.testing.assert_array_equal(masked[0], out[0])
+    assert np.isfinite(masked).all()
+    with pytest.raises(ValueError, match="inputs have dtype float32: a model of tokens takes their ids, integers"):
+        embedding(jnp.ones((1, 4)))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("kind", MODELS)
+def test_parameters_are_float32_where_floats_are_float64(kind):
+    """JAX_ENABLE_X64=1 is about the user's own arrays."""
+    given = {"image_shape": (32, 32, 3)} if kind == "image" else {"vocab_size": 7, "max_len": 16}
+
+    def make(model):
+        known = constructor(model).parameters
+        more = {"layers": 1, "depths": (1, 1, 1, 1), "pool": "cls"}
+        more = {name: value for name, value in more.items() if name in known}
+        return model(mixers=[Softmax], num_classes=3, rngs=nnx.Rngs(0), **given, **more)
+
+    with jax.enable_x64(True):
+        for model in MODELS[kind].values():
+            made = nnx.eval_shape(lambda model=model: make(model))
+            assert {str(p.dtype) for p in jax.tree.leaves(nnx.state(made))} == {"float32"}
