@@ -1,7 +1,9 @@
 """Evaluates runs: python -m efficient_tx.eval --workdir=RUN [--workdir=RUN ...] [--checkpoint=best|last|STEP]
 
 Needs only the workdirs and runs on any number of devices. Prints one table for each protocol and writes the results
-into each workdir. `--set KEY=VALUE` evaluates the same parameters with another mixer, budget or length that they fit.
+into each workdir. `--set KEY=VALUE` evaluates the same parameters with another mixer, budget or length that they fit. A
+RUN that does not exist is a pattern: --workdir='runs/*'. Exit status: 0; 2 a workdir could not be evaluated, the others
+were; 1 a file could not be written; 143 or 130 stopped by SIGTERM or Ctrl-C.
 """
 
 import os
@@ -20,7 +22,9 @@ require("train", "grain", "matplotlib", "ml_collections", "orbax", "rich")
 
 import argparse
 import contextlib
+import glob
 import re
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -36,15 +40,20 @@ from efficient_tx.config.build import build_model, build_stages, build_task
 from efficient_tx.config.check import check
 from efficient_tx.config.errors import ConfigError
 from efficient_tx.config.evaluation import apply_settings
-from efficient_tx.config.flags import TRUST
+from efficient_tx.config.flags import TRUST, refuse
 from efficient_tx.data.batching import evaluation_batches
+from efficient_tx.files import local_path
 from efficient_tx.task import data_directory
 from efficient_tx.training import summary
 from efficient_tx.training.compilation import keep_programs
+from efficient_tx.training.disk import write_json
 from efficient_tx.training.errors import Refused, RunError, refusing
 from efficient_tx.training.evaluation import make_evaluate, trained_parameters
 from efficient_tx.training.objective import objective_of
-from efficient_tx.training.workdir import FREE_KEYS, read_config, write_json
+from efficient_tx.training.workdir import FREE_KEYS, read_config
+
+# Rows that a batch may have although the split has fewer items.
+MOST_ROWS = 4096
 
 
 def warn(line: str) -> None:
@@ -62,7 +71,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         return key, value
 
     parser = commands.Parser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--workdir", action="append", required=True, help="a run's folder; may be repeated")
+    parser.add_argument(
+        "--workdir", action="append", required=True, help="a run's folder, or a pattern; may be repeated"
+    )
     parser.add_argument("--checkpoint", default="best", help="best (on validation), last, or a step")
     parser.add_argument("--split", default="test", choices=("train", "validation", "test"))
     parser.add_argument("--batch_size", type=int, help="default: that of the training run")
@@ -77,6 +88,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+def workdirs(given: str) -> list[str]:
+    """The folders that a --workdir names. One that exists is literal, any other a pattern that runs may match."""
+    path = str(local_path(given))
+    if os.path.lexists(path):
+        return [path]
+    return sorted(run for run in glob.glob(path) if (Path(run) / "config.json").is_file()) or [path]
+
+
 @contextlib.contextmanager
 def naming_setting(settings: Mapping[str, str]) -> Iterator[None]:
     """Puts `--set KEY=VALUE` in front of the error of a setting."""
@@ -86,6 +105,19 @@ def naming_setting(settings: Mapping[str, str]) -> Iterator[None]:
         if error.key not in settings:
             raise
         raise ValueError(f"--set {error.key}={settings[error.key]}: {error}") from None
+
+
+@contextlib.contextmanager
+def enough_memory(path: str, batch_size: int) -> Iterator[None]:
+    """Turns a lack of memory into a line that names the batch size."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise Refused(
+            f"{path}: {batch_size} rows at once need more memory than there is: use a smaller --batch_size"
+        ) from None
 
 
 def evaluate(path: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -103,8 +135,13 @@ def evaluate(path: str, options: argparse.Namespace) -> dict[str, Any]:
     # Every device gets the same number of rows; rows that fill up the last batch do not count.
     devices = jax.device_count()
     batch_size = -(-(options.batch_size or config.batch_size) // devices) * devices
+    items = len(getattr(task, options.split))
+    if options.batch_size and batch_size > max(items, MOST_ROWS):
+        rule = f"the {options.split} split of {path} has {items} items: use at most {max(items, MOST_ROWS)}"
+        raise Refused(f"{options.batch_size}: {rule}", option="batch_size")
     batches = evaluation_batches(getattr(task, options.split), task, batch_size=batch_size)
-    scores = make_evaluate(nnx.split(stage.model)[0], objective)(parameters, batches)
+    with enough_memory(path, batch_size):
+        scores = make_evaluate(nnx.split(stage.model)[0], objective)(parameters, batches)
     return {
         "task": task.name,
         "source": task.source,
@@ -160,16 +197,20 @@ def main(arguments: list[str]) -> int:
     """Evaluates every workdir. One that fails gets a line, and then the exit status is 2 (1: a full disk)."""
     options = parse(arguments)
     trust.allow(*options.trust, remedy="--trust={} allows it")
-    keep_programs(data_directory() / "compilation")
+    try:
+        paths = [path for given in options.workdir for path in workdirs(given)]
+        keep_programs(data_directory() / "compilation")
+    except ValueError as error:
+        refuse(error)
     rows, status = [], 0
-    for path in options.workdir:
+    for path in dict.fromkeys(paths):
         try:
             row = evaluate(path, options)
             rows.append((path, row))
             write_json(Path(path) / file_name(row), row)
         except RunError as error:
             warn(error.flag)
-            status = error.status
+            status = max(status, error.status)
     # A fixed width if standard output is not a terminal: rows must not be cut.
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     for protocol in dict.fromkeys(row["protocol"] for _, row in rows):
@@ -177,10 +218,22 @@ def main(arguments: list[str]) -> int:
     return status
 
 
+def stoppable(arguments: list[str]) -> int:
+    """`main`; a signal that stops it is one line, which says what is done."""
+    try:
+        return main(arguments)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        status = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
+        if status in (130, 143):
+            warn(f"stopped by {signal.Signals(status - 128).name}: the runs before this one are evaluated")
+        return status
+
+
 def command() -> None:
     """The command line."""
     sys.path.append(os.getcwd())  # for a task or a mixer of the user's own
-    commands.run(lambda: main(sys.argv[1:]), smaller="a smaller --batch_size")
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    commands.run(lambda: stoppable(sys.argv[1:]), smaller="a smaller --batch_size")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 
 from efficient_tx.checks import one_of
+from efficient_tx.files import local_path
 
 Kind = Literal["tokens", "token_pairs", "image", "token_labels"]
 
@@ -149,5 +150,9 @@ def check_sizes(kind: str, sizes: Any) -> None:
 
 
 def data_directory(path: str | os.PathLike | None = None) -> pathlib.Path:
-    """The data directory: `path` if given, else $EFFICIENT_TX_DATA, else ~/.cache/efficient_tx. Does not create it."""
-    return pathlib.Path(path or os.environ.get("EFFICIENT_TX_DATA") or "~/.cache/efficient_tx").expanduser()
+    """The data directory: `path` if given, else $EFFICIENT_TX_DATA, else ~/.cache/efficient_tx. Does not create it.
+
+    Raises:
+      ValueError: as `local_path`.
+    """
+    return local_path(path or os.environ.get("EFFICIENT_TX_DATA") or "~/.cache/efficient_tx")

@@ -19,6 +19,7 @@ from efficient_tx.extras import require
 
 require("train", "grain", "matplotlib", "ml_collections", "orbax", "rich")
 
+import contextlib
 import dataclasses
 import functools
 import shlex
@@ -42,6 +43,7 @@ from efficient_tx.config.names import task_module
 from efficient_tx.config.schema import with_dense_weights
 from efficient_tx.config.stored import restore, take_former
 from efficient_tx.data.batching import check_examples, evaluation_batches, train_batches
+from efficient_tx.files import local_path
 from efficient_tx.linear.replacement import dotted, relative_error, transfer
 from efficient_tx.models.pretrained import SUFFIXES, load_pretrained
 from efficient_tx.task import Task, data_directory
@@ -58,7 +60,7 @@ from efficient_tx.training.objective import objective_of
 from efficient_tx.training.optimizer import evaluation_params
 from efficient_tx.training.report import Report
 from efficient_tx.training.step import check_batch_size
-from efficient_tx.training.workdir import Workdir, read_config, write_json
+from efficient_tx.training.workdir import Workdir, read_config
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "folder of the run; the same command goes on in it", required=True)
@@ -161,8 +163,9 @@ def train(asked: command_line.Run, workdir: Workdir) -> None:
         **terms,
     }
     if workdir.writer:
+        workdir.verify()
         report.draw(last=True)
-        write_json(workdir.path / "summary.json", result)
+        workdir.finish(result)
     for line in sentences(result, workdir.path):
         report.say(line)
 
@@ -189,7 +192,9 @@ def warm_start(model: nnx.Module, task: Task, config: ConfigDict) -> list[str]:
     """
     path = config.init_from
     try:
-        source, lines = (from_file if path.endswith(SUFFIXES) else from_run)(config, task)
+        with refusing():
+            place = str(local_path(path))
+        source, lines = (from_file if path.endswith(SUFFIXES) else from_run)(place, config, task)
         with refusing():
             projections = transfer(source, model)
     except Refused as error:
@@ -201,9 +206,8 @@ def warm_start(model: nnx.Module, task: Task, config: ConfigDict) -> list[str]:
     return lines
 
 
-def from_run(config: ConfigDict, task: Task) -> tuple[nnx.Module, list[str]]:
-    """The model of the best checkpoint of the run `config.init_from`, and a line that names it."""
-    path = config.init_from
+def from_run(path: str, config: ConfigDict, task: Task) -> tuple[nnx.Module, list[str]]:
+    """The model of the best checkpoint of the run in `path`, and a line that names it."""
     with refusing():
         other = restore(read_config(path))
         # The other run's data are not needed: parameters that depend on their sizes must fit this run's.
@@ -217,13 +221,13 @@ def from_run(config: ConfigDict, task: Task) -> tuple[nnx.Module, list[str]]:
     return model, [f"parameters of {path}, step {step}, its best on validation"]
 
 
-def from_file(config: ConfigDict, task: Task) -> tuple[nnx.Module, list[str]]:
+def from_file(path: str, config: ConfigDict, task: Task) -> tuple[nnx.Module, list[str]]:
     """A model as in `config`, but with dense weights and those of a published checkpoint; and lines that report it."""
     with refusing():
         if (task.kind, config.model.name) != ("image", "vit"):
             raise ValueError(f"a file has the parameters of a vit for images, here is {config.model.name}")
         model = build_model(with_dense_weights(config), task)
-        return model, load_pretrained(model, config.init_from)
+        return model, load_pretrained(model, path)
 
 
 def run(asked: command_line.Run) -> None:
@@ -236,15 +240,21 @@ def run(asked: command_line.Run) -> None:
         lost_after=FLAGS.heartbeat_timeout,
     )
     config = asked.config
-    if (Path(FLAGS.workdir) / "config.json").exists():
-        take_former(config, read_config(FLAGS.workdir))  # the same command goes on with what the run began with
-    keep_programs(data_directory(config.task.get("data_dir")) / "compilation")
+    with refusing():
+        keep_programs(data_directory(config.task.get("data_dir")) / "compilation")
+    # The same command goes on with what the run began with. A path that is none is refused below.
+    with contextlib.suppress(ValueError):
+        folder = local_path(FLAGS.workdir)
+        if os.path.exists(folder / "config.json"):
+            take_former(config, read_config(folder))
     jax.config.update("jax_debug_nans", config.debug_nans)
+    writer = jax.process_index() == 0
     workdir = Workdir(
         FLAGS.workdir,
         config.to_dict(),
-        writer=jax.process_index() == 0,
+        writer=writer,
         complete=lambda stored: restore(stored).to_dict(),
+        warn=print if writer else lambda line: None,
     )
     workdir.claim()
     result = workdir.summary()

@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from efficient_tx.training.checkpoint import Checkpoints
+from efficient_tx.training.disk import write_checked
 from tests.support import toy
 from tests.support.command import evaluate, evaluate_here, finished_run, process_run
 
@@ -62,7 +63,7 @@ def test_batch_size_and_devices_change_nothing(run):
 def test_the_same_weights_under_other_settings(run):
     """Skyformer has the parameters of softmax attention; with landmarks enough it is another approximation."""
     other = shutil.copytree(run, run.parent / "other")
-    (other / "config.json").write_text((run / "config.json").read_text().replace('"default"', '"lra"'))
+    write_checked(other / "config.json", read(other / "config.json") | {"protocol": "lra"})
     both = [f"--workdir={run}", f"--workdir={other}", "--checkpoint=40"]
     settings = ["mixers=skyformer", "attention.skyformer.landmarks=4"]
     status, out, error = evaluate_here(*both, "--set", *settings)

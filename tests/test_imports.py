@@ -17,7 +17,7 @@ ALLOWED = {
     "efficient_tx.signatures": set(),
     "efficient_tx.extras": set(),
     "efficient_tx.commands": {"efficient_tx.checks"},
-    "efficient_tx.task": BOTTOM,
+    "efficient_tx.task": {*BOTTOM, "efficient_tx.files"},
     "efficient_tx.numerics": BOTTOM,
     "efficient_tx.tokens": {*BOTTOM, "efficient_tx.numerics"},
     "efficient_tx.kernels": {*BOTTOM, "efficient_tx.numerics", "efficient_tx.tokens"},

@@ -5,9 +5,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from efficient_tx.config.keys import assign, flatten
+from efficient_tx.config.keys import assign
 from efficient_tx.config.resolve import NAMES
 from efficient_tx.config.schema import make_config, owners
+from efficient_tx.training import workdir
 
 
 def restore(stored: Mapping[str, Any]) -> ConfigDict:
@@ -16,13 +17,15 @@ def restore(stored: Mapping[str, Any]) -> ConfigDict:
     New keys get their defaults, and those that change what older runs computed the values of that time.
 
     Raises:
-      ValueError: a required key is missing, or this version does not have a key.
+      ValueError: a required key is missing, this version does not have a key, or a value is of another form.
     """
-    flat = flatten(ConfigDict(stored))
-    missing = {"task.name", *NAMES} - set(flat)
-    if missing:
-        raise ValueError(f"config.json has no {min(missing)}: it is damaged, or of another version")
-    model = {"model": {"name": flat["model.name"]}} if "model.name" in flat else {}  # older runs have no such key
+    flat = workdir.flatten(stored)
+    names = ("task.name", *NAMES, *({"model.name"} & set(flat)))  # older runs have no model.name
+    for name in names:
+        if not isinstance(flat.get(name), str):
+            what = f"{name} is {flat[name]!r}" if name in flat else f"has no {name}"
+            raise ValueError(f"config.json {what}: it is damaged, or of another version")
+    model = {"model": {"name": flat["model.name"]}} if "model.name" in flat else {}
     try:
         config = make_config(flat["task.name"], "+".join(flat[name] for name in NAMES), **model)
         for key, value in flat.items():
@@ -39,7 +42,7 @@ def take_former(config: ConfigDict, stored: Mapping[str, Any]) -> None:
 
     A class of a mixer or a weight structure says so in `formerly`, if the default of such an option is another.
     """
-    flat = flatten(ConfigDict(stored))
+    flat = workdir.flatten(stored)
     for section, owner in owners(config).items():
         for option, value in getattr(owner, "formerly", {}).items():
             if f"{section}.{option}" not in flat:

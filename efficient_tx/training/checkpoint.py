@@ -1,9 +1,9 @@
 """Checkpoints: trees of arrays on disk, with a CRC-32 of every array and every file. Only this module uses Orbax.
 
-A checkpoint is written under a temporary name and renamed when it is complete. So a killed process leaves the older
-checkpoints as they were. Orbax loads a flipped bit without an error; the CRCs detect it. The CRCs of the arrays prove
-that the loaded arrays are the saved ones. The CRCs of the files also cover the copies that Orbax writes but does not
-read.
+A checkpoint is written under a temporary name, read back, and renamed. So a killed process leaves the older
+checkpoints as they were, and every one that has its name opens. Orbax loads a flipped bit without an error; the CRCs
+detect it. The CRCs of the arrays prove that the loaded arrays are the saved ones. The CRCs of the files also cover the
+copies that Orbax writes but does not read.
 """
 
 import contextlib
@@ -13,7 +13,9 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import warnings
+import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,8 +27,8 @@ import numpy as np
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
-from efficient_tx.training.errors import Refused
-from efficient_tx.training.workdir import write_json, writing
+from efficient_tx.training.disk import still_there, write_json, writing
+from efficient_tx.training.errors import Refused, RunError
 
 # A file of every checkpoint: the CRC-32 of all its other files, by path.
 FILES = "crc32.json"
@@ -44,8 +46,12 @@ class Mismatch(Unusable):
     """A checkpoint is intact, but its arrays do not fit the requested tree."""
 
 
+class Vanished(Refused):
+    """A checkpoint was deleted while it was read."""
+
+
 class Checkpoints:
-    """The checkpoints of a run: `directory/<step>`.
+    """The checkpoints of a run: `directory/<step>`. A tree that has an array `step` is that of its own step only.
 
     Args:
       directory: the folder; it need not exist.
@@ -53,6 +59,19 @@ class Checkpoints:
 
     def __init__(self, directory: Path):
         self.directory = Path(directory)
+        self._descriptor = None
+
+    def open(self) -> None:
+        """Makes the folder if there is none. It must then stay the same as long as this object saves.
+
+        Raises:
+          RunError: it cannot be made.
+        """
+        if self._descriptor is None:
+            with writing(self.directory):
+                self.directory.mkdir(exist_ok=True, parents=True)
+                self._descriptor = os.open(self.directory, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._descriptor)
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending. Only `load` detects damage."""
@@ -61,24 +80,33 @@ class Checkpoints:
         return sorted(int(entry.name) for entry in self.directory.iterdir() if re.fullmatch(r"\d+", entry.name))
 
     def save(self, step: int, tree: Any) -> None:
-        """Writes `tree` and replaces a checkpoint of the same step. With several processes all of them call this.
+        """Writes `tree`, reads it back, and replaces a checkpoint of the same step. All processes of a run call this.
 
         Raises:
-          RunError: it cannot be written. The other checkpoints stay as they were.
+          RunError: it cannot be written, or what is read back differs. The other checkpoints stay as they were.
+          Gone: the folder was deleted or replaced since the first call.
         """
         arrays = {name: np.asarray(array) for name, array in _named(jax.device_get(tree)).items() if array.size}
+        checksums = _array_checksums(arrays)
         path = self.directory / str(step)
         part = self.directory / f"{step}.part"
+        writer = jax.process_index() == 0
+        if writer:
+            self.open()
+            still_there(self._descriptor, self.directory)
         with writing(path), _quiet():
             try:
-                ocp.save(part.absolute(), arrays, overwrite=True, custom_metadata={"crc32": _array_checksums(arrays)})
+                with _plain(part) as plain:
+                    ocp.save(plain, arrays, overwrite=True, custom_metadata={"crc32": checksums})
             except ValueError as error:
                 # tensorstore reports the operating system's errors as text.
                 number = re.search(r"os_error_code='(\d+)'", str(error))
                 if number is None:
                     raise
                 raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
-            if jax.process_index() == 0:
+            if writer:
+                still_there(self._descriptor, self.directory)
+                _verify(part, checksums)
                 write_json(part / FILES, _file_checksums(part))
                 self._delete(step)
                 os.replace(part, path)
@@ -97,9 +125,12 @@ class Checkpoints:
         """Returns the verified arrays saved at `step`, by dotted path: "params.blocks.0.norm.scale".
 
         Raises:
-          Damaged: the checkpoint does not open, or differs from what was saved.
+          Damaged: the checkpoint does not open, differs from what was saved, or is that of another step.
         """
-        return _read(self.directory / str(step))
+        arrays = _read(self.directory / str(step))
+        if (own := int(arrays.get("step", step))) != step:
+            raise Damaged(f"holds the state of step {own}: its folder was renamed")
+        return arrays
 
     def first_usable(
         self,
@@ -114,12 +145,15 @@ class Checkpoints:
 
         Raises:
           Refused: no checkpoint loads, or one raises another `Unusable` error.
+          Vanished: one was deleted meanwhile.
         """
         for step, following in zip(steps, [*steps[1:], None]):
             try:
                 return step, self.load(step, like(step))
             except Unusable as error:
                 line = f"checkpoint {self.directory / str(step)} {error}"
+                if not (self.directory / str(step)).is_dir():
+                    raise Vanished(f"checkpoint {self.directory / str(step)} was deleted meanwhile") from None
                 if not isinstance(error, passing):
                     raise Refused(line) from None
                 if following is None:
@@ -149,10 +183,11 @@ class Checkpoints:
 
     def _delete(self, step: int) -> None:
         """Removes a checkpoint by one rename; `clean` frees the space."""
-        path = self.directory / str(step)
+        path, deleted = self.directory / str(step), self.directory / f"{step}.deleted"
         if path.exists():
+            shutil.rmtree(deleted, ignore_errors=True)
             with writing(path):
-                os.replace(path, self.directory / f"{step}.deleted")
+                os.replace(path, deleted)
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
@@ -162,19 +197,58 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             changed = [name for name, checksum in files.items() if zlib.crc32((path / name).read_bytes()) != checksum]
             if changed:
                 raise Damaged(f"is damaged: {changed[0]} is not the file that was written (CRC-32 differs)")
-            checksums = ocp.metadata(path.absolute()).custom_metadata["crc32"]
-            arrays = ocp.load(path.absolute())
+            with _plain(path) as plain:
+                checksums = ocp.metadata(plain).custom_metadata["crc32"]
+                arrays = ocp.load(plain)
     except Damaged:
         raise
     # Damaged files make Orbax and tensorstore raise errors of any type.
     except Exception as error:
         reason = re.split(r"\n|\[tensorstore|https?:", str(error))[0].strip()
         raise Damaged(f"does not open ({type(error).__name__}: {reason[:300]})") from error
-    actual = _array_checksums(arrays)
-    wrong = [name for name in sorted(checksums.keys() | actual.keys()) if checksums.get(name) != actual.get(name)]
-    if wrong:
+    if wrong := _changed(arrays, checksums):
         raise Damaged(f"is damaged: the bytes of {wrong[0]} are not those that were saved (CRC-32 differs)")
     return arrays
+
+
+def _verify(path: Path, checksums: dict[str, int]) -> None:
+    """Reads a checkpoint back that only this process knows of. Raises RunError if it differs from what was saved."""
+    alone = ocp.options.MultiprocessingOptions(active_processes={jax.process_index()}, primary_host=jax.process_index())
+    try:
+        with _plain(path) as plain, ocp.Context(multiprocessing_options=alone):
+            wrong = _changed(ocp.load(plain), checksums)
+    except Exception as error:
+        raise RunError(f"cannot write {path}: it does not open again ({type(error).__name__})") from error
+    if wrong:
+        raise RunError(f"cannot write {path}: {wrong[0]} comes back with other bytes than were written")
+
+
+def _changed(arrays: dict[str, np.ndarray], checksums: dict[str, int]) -> list[str]:
+    """Names of the arrays that do not have the checksums."""
+    actual = _array_checksums(arrays)
+    return [name for name in sorted(checksums.keys() | actual.keys()) if checksums.get(name) != actual.get(name)]
+
+
+@contextlib.contextmanager
+def _plain(path: Path) -> Iterator[Path]:
+    """The absolute path, by way of a symbolic link to its folder if it is no plain one.
+
+    Orbax looks for files by patterns that begin with the path, so that it finds none under a folder "run[1]";
+    tensorstore turns backslashes into slashes and knows no names outside Unicode.
+    """
+    path = path.absolute()
+    if _is_plain(path):
+        yield path
+        return
+    temporary = tempfile.gettempdir()
+    with tempfile.TemporaryDirectory(dir=temporary if _is_plain(Path(temporary)) else "/tmp") as folder:
+        link = Path(folder) / "folder"
+        link.symlink_to(path.parent)
+        yield link / path.name
+
+
+def _is_plain(path: Path) -> bool:
+    return re.fullmatch(r"[A-Za-z0-9 _./+=,@:-]*", str(path)) is not None
 
 
 def _fit(arrays: dict[str, np.ndarray], like: Any) -> Any:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from efficient_tx.training.workdir import write_bytes
+from efficient_tx.training.disk import write_bytes
 
 
 def draw(
@@ -34,7 +34,7 @@ def draw(
     figure.suptitle(title)
     for axes, name in zip(figure.subplots(1, 2), ("loss", metric)):
         for split, style in (("train", {"linewidth": 1, "alpha": 0.7}), ("validation", {"marker": "o", "ms": 4})):
-            points = [(line["step"], line[name]) for line in lines if line["split"] == split]
+            points = [(line["step"], line.get(name)) for line in lines if line["split"] == split]
             if points:
                 axes.plot(*zip(*points), label=split, **style)
         axes.set(xlabel="step", ylabel=name)

@@ -36,6 +36,12 @@ class Refused(RunError):
     resumable = False
 
 
+class Gone(RunError):
+    """A file or folder of the run was deleted or replaced while the run was using it."""
+
+    resumable = False
+
+
 class NonFinite(RunError):
     """The loss, a gradient or a parameter became infinite or NaN."""
 

@@ -12,13 +12,17 @@ from flax import nnx
 
 from efficient_tx.task import Batch, Objective
 from efficient_tx.training import metrics
-from efficient_tx.training.checkpoint import Checkpoints, Damaged
+from efficient_tx.training.checkpoint import Checkpoints, Damaged, Vanished
+from efficient_tx.training.disk import CHECKSUMS
 from efficient_tx.training.errors import Refused, refusing
-from efficient_tx.training.history import History
+from efficient_tx.training.history import NAME, History, read
 from efficient_tx.training.objective import CLASSIFICATION
 from efficient_tx.training.optimizer import evaluation_params
 from efficient_tx.training.stages import Stage, stage_at
 from efficient_tx.training.step import make_eval_step, replicate, split_batch
+
+# How often a checkpoint is looked for anew that a live run deleted while it was read.
+TRIES = 10
 
 
 class Scores(NamedTuple):
@@ -93,6 +97,8 @@ def trained_parameters(
 ) -> tuple[int, Stage, nnx.State]:
     """Returns (step, its stage, parameters to evaluate) of a checkpoint of the run in the workdir `path`.
 
+    A run that is going on may delete the checkpoint meanwhile; then the best or last one is looked for again.
+
     Args:
       which: "best" (on validation, by the objective), "last", or a step. If the best or last one is damaged, `warn`
         gets one line, and the next best or next older one is used.
@@ -103,18 +109,65 @@ def trained_parameters(
       Refused: there is no such checkpoint, none opens, or the parameters do not fit the model of their stage.
     """
     checkpoints = Checkpoints(Path(path) / "checkpoints")
+    for tries in reversed(range(TRIES)):
+        wanted, notes = _choice(Path(path), which, checkpoints, stages[0].objective)
+        try:
+            step, state = checkpoints.first_usable(
+                wanted, lambda step: stage_at(stages, step).like(), notes.append, passing=Damaged
+            )
+            break
+        except Vanished:
+            notes.clear()
+            if not tries:
+                raise
+        finally:
+            for note in notes:
+                warn(note)
+    return step, stage_at(stages, step), evaluation_params(state.optimizer, state.params)
+
+
+def _choice(path: Path, which: str, checkpoints: Checkpoints, objective: Objective) -> tuple[list[int], list[str]]:
+    """The steps that `which` may mean, the first one first; and lines about what is damaged or missing."""
     steps = checkpoints.steps()
     if not steps:
         raise Refused(f"{path} has no checkpoint yet: train it first")
-    if which == "last":
-        wanted = steps[::-1]
-    elif which == "best":
-        ranked = History(Path(path) / "metrics.jsonl", writer=False).ranked(stages[0].objective)
-        wanted = [step for step in ranked if step in steps] or steps[::-1]
-    elif which.isdecimal() and int(which) in steps:
-        wanted = [int(which)]
-    else:
+    notes = [] if (path / CHECKSUMS).exists() else [f"{path} has no {CHECKSUMS}, as in older versions: read unchecked"]
+    named = [step for step in steps if str(step) == which.lstrip("0")]
+    if named or which == "last":
+        return named or steps[::-1], notes
+    if which != "best":
         known = f"{path} has best, last and the steps {', '.join(map(str, steps))}"
         raise Refused(f"{which}: {known}", option="checkpoint")
-    step, state = checkpoints.first_usable(wanted, lambda step: stage_at(stages, step).like(), warn, passing=Damaged)
-    return step, stage_at(stages, step), evaluation_params(state.optimizer, state.params)
+    ranked, damage = _ranked(path, checkpoints, objective)
+    steps = checkpoints.steps()
+    if ranked and ranked[0] not in steps:
+        # Of a run that is going on, another may have become the best meanwhile.
+        ranked, damage = _ranked(path, checkpoints, objective)
+        steps = checkpoints.steps()
+    there = [step for step in ranked if step in steps]
+    if not there:
+        damage.append(f"{path} has no checkpoint that was validated: the newest stands for the best")
+    elif there[0] != ranked[0]:
+        damage.append(f"{path} has no checkpoint of step {ranked[0]}, its best; using {there[0]} instead")
+    return there or steps[::-1], notes + damage
+
+
+def _ranked(path: Path, checkpoints: Checkpoints, objective: Objective) -> tuple[list[int], list[str]]:
+    """Validated steps, best first; and a line if metrics.jsonl is damaged, whose lines the checkpoints have as well."""
+    # In this order: of a run that is going on, metrics.jsonl is ahead of the copies.
+    copies = [copy for step in checkpoints.steps() if (copy := read(checkpoints.directory / str(step) / NAME)).checked]
+    history = History(path / NAME, writer=False)
+    validated = {line["step"] for line in history.of("validation")}
+    lines = {line["step"]: line for copy in copies for line in copy.lines if line["split"] == "validation"}
+    missing = [line for step, line in lines.items() if step not in validated]
+    history.lines += missing
+    if not history.damaged and not missing:
+        # Of an older version the whole workdir is unchecked, which is said already.
+        return history.ranked(objective), [history.unchecked] if history.unchecked and (
+            path / CHECKSUMS
+        ).exists() else []
+    complete = copies and not copies[-1].damaged
+    known = (
+        "but the checkpoints have copies of all validation lines" if complete else "another checkpoint may be the best"
+    )
+    return history.ranked(objective), [f"{history.path}: {history.damage or 'lines are missing'}; {known}"]

@@ -2,12 +2,14 @@
 
 import hashlib
 import os
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from efficient_tx.training.workdir import writing
+from efficient_tx.training.disk import read_checked, write_checked, writing
+from efficient_tx.training.errors import Refused
 
 
 class TensorBoard:
@@ -49,8 +51,11 @@ class TensorBoard:
 class Wandb:
     """The same scalars as a run of Weights & Biases, which resumes with the run of the workdir.
 
+    Its id is drawn once and kept in the workdir, in wandb.json. So a new run in an old place is a new one there too.
+
     Raises:
       ImportError: wandb is not installed.
+      Refused: wandb.json is damaged.
     """
 
     def __init__(self, path: Path, step: int, config: Mapping[str, Any]):
@@ -60,11 +65,24 @@ class Wandb:
         self._run = wandb.init(
             project="efficient_tx",
             name=place.name,
-            id=hashlib.sha256(str(place).encode()).hexdigest()[:16],
+            id=self._id(path, step),
             resume="allow",
             dir=place,
             config=dict(config),
         )
+
+    def _id(self, path: Path, step: int) -> str:
+        file = path / "wandb.json"
+        try:
+            return str(read_checked(file)["id"])
+        except FileNotFoundError:
+            # A run that an older version began has the id that it gave it, a hash of the path.
+            old = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+            identity = old if step else secrets.token_hex(8)
+            write_checked(file, {"id": identity})
+            return identity
+        except (OSError, KeyError, ValueError) as error:
+            raise Refused(f"{file} is damaged ({error}): delete it, and this run is a new one in W&B") from None
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Sends one line of metrics.jsonl."""

@@ -182,17 +182,20 @@ class Loop:
     def _restore(self) -> tuple[int, State]:
         """The step and the state to start from: the newest usable checkpoint, else step 0."""
         if self._writer:
+            self._checkpoints.open()
             self._checkpoints.clean()
         step, state = self._checkpoints.first_usable(
             self._checkpoints.steps()[::-1], lambda step: stage_at(self._stages, step).like(), self._report.say
         )
         if step is None:
             step, state = 0, init_state(self._stage.model, self._stage.optimizer, self._objective)
+            if self._history.of("validation"):
+                self._report.say(f"{self._checkpoints.directory} has lost its checkpoints: starting from step 0 again")
         else:
             self._report.say(f"resuming from step {step} of {self._plan.steps}")
             if stage_at(self._stages, step) is not self._stage:
                 self._use(stage_at(self._stages, step))
-        self._history.rewind(step)
+        self._history.rewind(step, self._checkpoints.directory / str(step), self._report.say)
         return step, replicate(state)
 
     def _enter(self, stage: Stage, state: State) -> State:
@@ -254,6 +257,7 @@ class Loop:
         if not _all_finite(state.params):
             raise NonFinite(f"the update of step {step} left parameters that are not finite. {self._advice()}")
         self._checkpoints.save(step, state)
+        self._history.copy(self._checkpoints.directory / str(step))
         self._prune(step)
 
     def _validate(self, state: State, step: int, signals: StopSignals) -> None:
@@ -266,6 +270,7 @@ class Loop:
         params = evaluation_params(state.optimizer, state.params)
         scores = self.evaluate(params, self._validation, check)
         self._report.add({"step": step, "split": "validation", **scores.means})
+        self._history.copy(self._checkpoints.directory / str(step))
         self._report.draw()
         self._prune(step)
 

@@ -14,7 +14,7 @@ from efficient_tx.training.history import Line
 
 def steps_per_second(lines: list[Line], batch_size: int) -> float | None:
     """Training speed over all processes of a run, from its train lines; None if no step was timed."""
-    timed = [line for line in lines if line["split"] == "train" and line["examples_per_second"]]
+    timed = [line for line in lines if line["split"] == "train" and line.get("examples_per_second")]
     seconds = sum(line["seconds"] for line in timed)
     return (
         sum(line["examples_per_second"] * line["seconds"] for line in timed) / seconds / batch_size if timed else None

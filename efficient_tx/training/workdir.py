@@ -6,43 +6,16 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from efficient_tx.files import write
-from efficient_tx.training.errors import Refused, RunError
+from efficient_tx.files import clear, local_path
+from efficient_tx.training.disk import CHECKSUMS, decode, read_checked, still_there, write_checked, writing
+from efficient_tx.training.errors import Refused
 
 # Folder of the data, interval of train lines, number of checkpoints, loggers: none changes a result.
 FREE_KEYS = ("task.data_dir", "log_every", "keep", "loggers")
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns an operating-system error (full disk, read-only folder) into one line that names `path`.
-
-    Raises:
-      RunError: the block raised OSError.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Calls `files.write`; its OSError becomes a RunError."""
-    with writing(path):
-        write(path, content)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as indented JSON.
-
-    Raises:
-      RunError: as `write_bytes`.
-    """
-    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -60,10 +33,12 @@ class Workdir:
     several processes only the `writer` locks and writes.
 
     Attributes:
-      path: the folder; it holds config.json, metrics.jsonl, checkpoints/, event files, curve.png and summary.json.
+      path: the folder; it holds config.json, metrics.jsonl, checkpoints/, event files, curve.png and summary.json, and
+        the checksums of those that are read again.
       config: identifies the run, plain JSON values.
       writer: whether this process writes.
       complete: updates a stored config to this version: new keys get their defaults.
+      warn: gets one line for each damaged file that can be made again.
     """
 
     def __init__(
@@ -73,11 +48,17 @@ class Workdir:
         *,
         writer: bool = True,
         complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda stored: stored,
+        warn: Callable[[str], None] = lambda line: None,
     ):
-        self.path = Path(path)
+        try:
+            self.path = local_path(path)
+        except ValueError as error:
+            raise Refused(str(error), option="workdir") from None
         self.config = json.loads(json.dumps(config))
         self.writer = writer
         self.complete = complete
+        self.warn = warn
+        self._warned = set()
         self._lock = None
 
     def claim(self) -> None:
@@ -117,8 +98,42 @@ class Workdir:
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         self.claim()
-        if self._stored_config() != self.config:
-            write_json(self.path / "config.json", self.config)
+        with writing(self.path):
+            clear(
+                self.path,
+                "config.json",
+                "summary.json",
+                CHECKSUMS,
+                "metrics.jsonl",
+                "metrics.crc32",
+                "wandb.json",
+                "curve.png",
+            )
+        file = self.path / "config.json"
+        old = file.exists() and not (self.path / CHECKSUMS).exists()
+        if old:
+            self._say(f"{self.path} has no {CHECKSUMS}, as in older versions: {file.name} was read unchecked")
+        if old or self._stored_config() != self.config:
+            write_checked(file, self.config)
+
+    def verify(self) -> None:
+        """Asks whether the folder is the one that was locked.
+
+        Raises:
+          Gone: it was deleted or replaced.
+        """
+        if self._lock is not None:
+            still_there(self._lock.fileno(), self.path / "lock")
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Writes summary.json: the run is finished.
+
+        Raises:
+          Gone: as `verify`.
+          RunError: it cannot be written.
+        """
+        self.verify()
+        write_checked(self.path / "summary.json", summary)
 
     def release(self) -> None:
         """Gives up the lock."""
@@ -128,14 +143,35 @@ class Workdir:
 
     def summary(self) -> dict[str, Any] | None:
         """summary.json of a finished run, else None. None for a damaged one: the last checkpoint makes it again."""
+        file = self.path / "summary.json"
         try:
-            return json.loads((self.path / "summary.json").read_text())
-        except (FileNotFoundError, ValueError):
+            summary = read_checked(file)
+            _check_summary(summary)
+        except FileNotFoundError:
             return None
+        except (OSError, ValueError) as error:
+            self._say(f"{file} is damaged ({error}): the checkpoints are evaluated again")
+            return None
+        return summary
+
+    def _say(self, line: str) -> None:
+        if line not in self._warned:
+            self._warned.add(line)
+            self.warn(line)
 
     def _stored_config(self) -> dict[str, Any] | None:
-        path = self.path / "config.json"
-        return read_config(self.path) if path.exists() else None
+        """config.json; None if there is none. A damaged one that reads as this run's config is written again."""
+        file = self.path / "config.json"
+        if not file.exists():
+            return None
+        try:
+            return read_config(self.path)
+        except Refused as error:
+            with contextlib.suppress(OSError, ValueError):
+                if decode(file.read_bytes()) == self.config:
+                    self._say(f"{error}. It reads as the config of this run, and is written again")
+                    return None
+            raise
 
     def _check_config(self) -> None:
         stored = self._stored_config()
@@ -187,15 +223,22 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
     """config.json of the run in the folder `path`.
 
     Raises:
-      Refused: there is none, or it is not a JSON object.
+      Refused: there is none, it is not the file that was written, or it is not a JSON object.
     """
     file = Path(path) / "config.json"
     try:
-        config = json.loads(file.read_text())
+        return read_checked(file)
     except (FileNotFoundError, NotADirectoryError):
         raise Refused(f"{path} is not the workdir of a run: there is no {file}") from None
-    except (ValueError, IsADirectoryError) as error:
+    except (OSError, ValueError) as error:
         raise Refused(f"{file} is damaged ({error}): restore it, or use a new folder") from None
-    if not isinstance(config, dict):
-        raise Refused(f"{file} is damaged (no JSON object): restore it, or use a new folder")
-    return config
+
+
+def _check_summary(summary: Mapping[str, Any]) -> None:
+    """Raises ValueError if a summary, of a version without checksums, lacks what is printed at the end of a run."""
+    (metric, *_) = [key.removeprefix("val_") for key in summary if key.startswith("val_")] or [""]
+    baselines = summary.get("baselines")
+    numbers = [summary.get("best_step"), summary.get(f"test_{metric}")]
+    numbers += baselines.values() if isinstance(baselines, dict) else [None]
+    if not all(isinstance(number, (int, float)) for number in numbers):
+        raise ValueError("it is no summary")

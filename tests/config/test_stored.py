@@ -97,7 +97,7 @@ def test_options_that_have_come_since_keep_what_an_old_run_computed(section, arg
         ({}, r"config\.json has no .*damaged"),
         (
             {"task": {"name": "lra.listops"}},
-            r"config\.json has no linear\.mlp\.name: it is damaged, or of",
+            r"config\.json has no mixers: it is damaged, or of",
         ),
     ],
 )

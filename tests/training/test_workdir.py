@@ -10,9 +10,10 @@ import sys
 import pytest
 
 from efficient_tx.training import workdir
+from efficient_tx.training.disk import write_checked, write_json
 from efficient_tx.training.errors import Refused, RunError
 from efficient_tx.training.history import History
-from efficient_tx.training.workdir import Workdir, read_config, write_json
+from efficient_tx.training.workdir import Workdir, read_config
 
 pytestmark = pytest.mark.quick
 
@@ -63,7 +64,7 @@ def test_a_run_of_an_older_version_goes_on_with_the_defaults_of_new_keys(tmp_pat
     today.release()
     with pytest.raises(Refused, match="conv is 0 there and 4 here"):
         Workdir(tmp_path / "run", {"steps": 10, "conv": 4}, complete=complete).claim()
-    (tmp_path / "run" / "config.json").write_text('{"stops": 10}')
+    write_checked(tmp_path / "run" / "config.json", {"stops": 10})
     with pytest.raises(Refused, match="steps is 'absent' there and 10 here; stops is 10 there and 'absent' here"):
         Workdir(tmp_path / "run", {"steps": 10}, complete=complete).claim()
 

@@ -13,7 +13,8 @@ import optax
 from efficient_tx.checks import OptionError, one_of
 from efficient_tx.linear import LINEAR
 from efficient_tx.training.checkpoint import Checkpoints, Unusable
-from efficient_tx.training.workdir import read_config
+from efficient_tx.training.errors import Refused
+from efficient_tx.training.workdir import flatten, read_config
 
 # The denoiser: images, their side, disks in each, the side of a patch, hidden width, noise, steps and batch.
 IMAGES, SIDE, DISKS, PATCH, WIDTH, NOISE, STEPS, BATCH = 256, 64, 400, 16, 512, 0.5, 1000, 256
@@ -56,9 +57,13 @@ def from_run(workdir: Path, layer: str | None = None) -> Dense:
     checkpoints = Checkpoints(workdir / "checkpoints")
     if not checkpoints.steps():
         raise OptionError("run", str(workdir), "there is no checkpoint: name the workdir of a run")
-    for section in read_config(workdir)["linear"].values():
-        if LINEAR[section["name"]].latent:
-            rule = f"it has {section['name']} layers, whose kernels are latent: name a run with dense ones"
+    try:
+        config = flatten(read_config(workdir))
+    except Refused as error:
+        raise OptionError("run", str(workdir), str(error)) from None
+    for name in (config.get("linear.mlp.name"), config.get("linear.projections.name")):
+        if name in LINEAR and LINEAR[name].latent:
+            rule = f"it has {name} layers, whose kernels are latent: name a run with dense ones"
             raise OptionError("run", str(workdir), rule)
     step = checkpoints.steps()[-1]
     try:
