@@ -10,17 +10,17 @@ resumes where the first one stopped.
 """
 
 import argparse
-from pathlib import Path
 
 from runs import draw, last_accuracy, summary, train, validation
 
 from efficient_tx.commands import Parser, run
+from efficient_tx.files import local_path
 from efficient_tx.linear import LINEAR
 
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="where the runs and curves.png go")
+    parser.add_argument("--out", type=local_path, required=True, help="where the runs and curves.png go")
     parser.add_argument("--structure", default="monarch", choices=LINEAR)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each model")
     parser.add_argument("--steps", type=int, default=1500)

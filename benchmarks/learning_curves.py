@@ -10,12 +10,12 @@ validation accuracy at the end: mean, lowest and highest seed.
 
 import argparse
 import json
-from pathlib import Path
 
 from runs import draw, last_accuracy, summary, train, validation
 
 from efficient_tx.attention import ATTENTION
 from efficient_tx.commands import Parser, run
+from efficient_tx.files import local_path
 from efficient_tx.linear import LINEAR
 
 BUDGET = 32
@@ -23,7 +23,7 @@ BUDGET = 32
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="where the runs, curves.png and curves.json go")
+    parser.add_argument("--out", type=local_path, required=True, help="where the runs, curves.png and curves.json go")
     parser.add_argument("--models", default=",".join(ATTENTION), help="MIXER or MIXER+LINEAR, by commas; default: all")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each model")
     parser.add_argument("--steps", type=int, default=1500)

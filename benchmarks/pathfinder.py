@@ -15,12 +15,12 @@ there.
 import argparse
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 from runs import Curve, draw, train, validation
 
 from efficient_tx.attention import ATTENTION
 from efficient_tx.commands import Parser, run
+from efficient_tx.files import local_path
 from lra.pathfinder.drawing import CONTOUR_LENGTHS
 
 IMAGES = 2000
@@ -48,7 +48,7 @@ def leaves_chance(curve: Curve, images: int) -> int | None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="where the runs and pathfinder.png go")
+    parser.add_argument("--out", type=local_path, required=True, help="where the runs and pathfinder.png go")
     parser.add_argument("--mixers", required=True, help="by commas")
     parser.add_argument("--contour_length", type=int, default=6, choices=CONTOUR_LENGTHS, help="dashes of a contour")
     parser.add_argument("--steps", type=int, default=20000, help="of a whole run")

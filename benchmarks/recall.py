@@ -29,6 +29,7 @@ from runs import summary, train
 
 from efficient_tx.attention import ATTENTION, Mixer, MultiHead
 from efficient_tx.commands import Parser, run
+from efficient_tx.files import local_path
 
 LENGTH, LAYERS, FEATURES, HEADS = 64, 2, 64, 2
 # Three sizes of state: budgets of a mixer that has one; for others heads, if they change the size of the state.
@@ -143,7 +144,7 @@ def decimals(text: str) -> list[float]:
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="where the runs, recall.png and recall.json go")
+    parser.add_argument("--out", type=local_path, required=True, help="where the runs, recall.png and recall.json go")
     parser.add_argument("--mixers", required=True, help="by commas; those that project queries, keys and values")
     parser.add_argument("--pairs", type=numbers, default=[8], help="to be remembered, by commas")
     parser.add_argument("--sizes", type=numbers, default=[1], help="which of a mixer's sizes, 0 to 2, by commas")

@@ -31,6 +31,7 @@ from rich.table import Table
 
 from efficient_tx.attention import Kernelized, Mixer, MultiHead, Skyformer, Softmax
 from efficient_tx.commands import Parser, run
+from efficient_tx.files import local_path
 from efficient_tx.models.classifier import Classifier
 from efficient_tx.training.step import init_state, make_train_step, split_batch
 
@@ -243,7 +244,7 @@ def main() -> None:
     parser.add_argument("--micro-batches", type=int, default=16)
     parser.add_argument("--dropout", type=float, default=0.1, help="the paper's is 0.1; drawing it costs time as well")
     parser.add_argument("--scaling", action="store_true", help="also lengths from 1k to 64k (minutes)")
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument("--out", type=local_path, help="write the figures as JSON")
     args = parser.parse_args()
     console = Console()
     ran_on = machine()

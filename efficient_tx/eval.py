@@ -212,7 +212,7 @@ def main(arguments: list[str]) -> int:
             warn(error.flag)
             status = max(status, error.status)
     # A fixed width if standard output is not a terminal: rows must not be cut.
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False, emoji=False)
     for protocol in dict.fromkeys(row["protocol"] for _, row in rows):
         console.print(table(protocol, [(path, row) for path, row in rows if row["protocol"] == protocol]))
     return status

@@ -11,12 +11,12 @@ def local_path(path: str | os.PathLike) -> Path:
     """The path itself if it exists, else with a leading `~` expanded. Other characters have no special meaning.
 
     Raises:
-      ValueError: an address ("gs://bucket/run"), the home of an unknown user, or no possible name. The message begins
-        with the path.
+      ValueError: an address ("gs://bucket/run"), the home of an unknown user, or a name that cannot be printed in a
+        line. The message begins with the path.
     """
     text = os.fspath(path)
-    if "\0" in text:
-        raise ValueError(f"{text!r} cannot be the name of a file")
+    if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", text):
+        raise ValueError(f"{text!r} has control characters, or is not UTF-8: use another name")
     if os.path.exists(text):
         return Path(text)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):

@@ -263,6 +263,9 @@ def run(asked: command_line.Run) -> None:
     elif workdir.writer:
         print(f"{workdir.path} is finished: {config.steps} steps are done")
         print("\n".join(sentences(result, workdir.path)))
+        history = History(workdir.path / "metrics.jsonl", writer=False)
+        if history.damaged:
+            print(f"{history.path}: {history.damage}; each checkpoint has a copy")
 
 
 def main(asked: command_line.Run) -> int:

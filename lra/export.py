@@ -32,6 +32,7 @@ from typing import Any, get_args
 import numpy as np
 
 from efficient_tx.commands import Parser, run
+from efficient_tx.files import local_path
 from efficient_tx.task import Source, Task
 from lra import parallel
 from lra.tasks import TASKS
@@ -101,7 +102,7 @@ def _parser(name: str | None) -> argparse.ArgumentParser:
     """The parser of the command line, with the options of the task `name`, if it is known."""
     parser = Parser("python -m lra.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
-    parser.add_argument("--out", required=True, type=pathlib.Path, metavar="DIR", help="written to DIR/TASK")
+    parser.add_argument("--out", required=True, type=local_path, metavar="DIR", help="written to DIR/TASK")
     if name in TASKS:
         module, fixed = TASKS[name]
         for option, parameter in inspect.signature(importlib.import_module(module).get_task).parameters.items():

@@ -15,7 +15,7 @@ import numpy as np
 
 from efficient_tx.checks import OptionError, at_least, class_labels
 from efficient_tx.data import prepared
-from efficient_tx.files import visible
+from efficient_tx.files import local_path, visible
 from efficient_tx.task import Task, data_directory
 from lra import cifar, fetched, store
 
@@ -179,7 +179,7 @@ def _locate(source: str, data_dir: str | None) -> pathlib.Path:
             f"no CIFAR-10: {root} has none of {', '.join(cifar.PLACES)} (of www.cs.toronto.edu/~kriz/cifar.html), and "
             f"nothing is in {looked} ({prepared.command('cifar10')}); task.source=fashion_mnist takes fetched images"
         )
-    if place := cifar.find(pathlib.Path(source).expanduser()):
+    if place := cifar.find(local_path(source)):
         return place
     raise FileNotFoundError(
         f"task.source={source!r}: neither cifar10 nor fashion_mnist, nor the path of one of {', '.join(cifar.PLACES)}"

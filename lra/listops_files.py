@@ -7,6 +7,7 @@ import pathlib
 
 import numpy as np
 
+from efficient_tx.files import local_path
 from lra.expressions import VOCABULARY, Expressions, first_fault, offsets_of
 
 _IDS = {name.encode(): i for i, name in enumerate(VOCABULARY) if i}
@@ -16,7 +17,7 @@ _CHECKED = 2**18  # tokens that are checked at once, few enough for the processo
 
 def find(source: str) -> pathlib.Path:
     """The directory of the three files in an unpacked archive, which holds them once or twice."""
-    root = pathlib.Path(source).expanduser()
+    root = local_path(source)
     if not root.is_dir():
         raise FileNotFoundError(
             f'task.source={source!r}: neither "generated" nor a directory; pass the path of an unpacked lra_release, '

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from efficient_tx.checks import at_least
+from efficient_tx.files import local_path
 from efficient_tx.task import Task, data_directory
 from lra import fetched, ngrams, store
 
@@ -270,7 +271,7 @@ def _locate(source: str, data_dir: str | None) -> pathlib.Path:
     """The folder of a source. Raises FileNotFoundError."""
     if source == "sotu":
         return fetched.find("sotu", data_dir, "addresses")
-    folder = data_directory(data_dir) if source == "aan" else pathlib.Path(source).expanduser()
+    folder = data_directory(data_dir) if source == "aan" else local_path(source)
     inside = ("lra_release/lra_release/tsv_data", "lra_release/tsv_data", "tsv_data", ".")
     places = [folder / place for place in inside]
     for place in places:

@@ -14,7 +14,7 @@ import numpy as np
 
 from efficient_tx.checks import OptionError, at_least, class_labels
 from efficient_tx.data import prepared
-from efficient_tx.files import visible
+from efficient_tx.files import local_path, visible
 from efficient_tx.task import Task, data_directory
 from lra import fetched, ngrams, store
 
@@ -200,7 +200,7 @@ def _locate(source: str, data_dir: str | None) -> pathlib.Path:
             f"no IMDb reviews, neither in {unpacked} (aclImdb_v1.tar.gz of ai.stanford.edu/~amaas/data/sentiment, "
             f"unpacked) nor in {looked} ({prepared.command(_IMDB)}); task.source=spam takes fetched e-mails instead"
         )
-    folder = pathlib.Path(source).expanduser()
+    folder = local_path(source)
     for place in (folder, folder / "aclImdb"):
         if (place / "train").is_dir():
             return _with_all_folders(place)

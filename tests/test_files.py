@@ -1,5 +1,8 @@
 """Files appear as a whole or not at all."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 from efficient_tx import files
@@ -28,4 +31,32 @@ def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(files.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         files.write(path, "new")
-    assert path.read_text() == "old"
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_two_writers_do_not_meet(tmp_path, monkeypatch):
+    """The second writes the whole file while the first is about to rename its own."""
+    path, replace = tmp_path / "figures.csv", os.replace
+
+    def first(part, place):
+        monkeypatch.setattr(files.os, "replace", replace)
+        files.write(path, "second")
+        replace(part, place)
+
+    monkeypatch.setattr(files.os, "replace", first)
+    files.write(path, "first")
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_path_is_literal_but_for_a_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/b", "run[1]", "a*?", "50%", "$HOME", "/x y", "a~", ""):
+        assert files.local_path(name) == Path(name)
+    assert files.local_path("~/runs/a") == tmp_path / "home" / "runs" / "a"
+    assert files.local_path("~") == tmp_path / "home"
+    (tmp_path / "~").mkdir()
+    assert files.local_path("~") == Path("~")
+    for name in ("gs://bucket/run", "s3://a", "~nobody.here", "a\0b", "a\nb", "\udcff"):
+        with pytest.raises(ValueError, match=r"^\S+ (is an address|cannot be found|has control characters)"):
+            files.local_path(name)

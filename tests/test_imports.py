@@ -34,6 +34,7 @@ ALLOWED = {
     "efficient_tx.config": {
         *MODULES,
         "efficient_tx.commands",
+        "efficient_tx.files",
         "efficient_tx.linear",
         "efficient_tx.attention",
         "efficient_tx.models",

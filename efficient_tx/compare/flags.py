@@ -2,9 +2,19 @@
 
 import argparse
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from efficient_tx.checks import nearest
+from efficient_tx.files import local_path
+
+
+def path(text: str) -> Path:
+    """A path of this machine: see `local_path`."""
+    try:
+        return local_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def whole(text: str) -> int:

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -13,6 +12,7 @@ from efficient_tx.config.names import task_module
 from efficient_tx.config.resolve import NAMES
 from efficient_tx.config.schema import complete
 from efficient_tx.config.stored import restore
+from efficient_tx.files import local_path
 
 # Added to the seed of generated data if an evaluation moves the splits.
 FAR = 2**31
@@ -84,4 +84,4 @@ def same_source(one: str | None, two: str | None) -> bool:
     """Whether both are the same name, or two spellings of the same path."""
     if one is None or two is None:
         return one == two
-    return Path(one).expanduser().resolve() == Path(two).expanduser().resolve()
+    return local_path(one).resolve() == local_path(two).resolve()

@@ -39,6 +39,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 
+from efficient_tx.files import local_path
 from efficient_tx.task import data_directory
 
 SUMS = "SHA256SUMS"
@@ -144,7 +145,7 @@ def fetch(name: str, *, data_dir: str | os.PathLike | None = None, file: str | o
             shutil.rmtree(left_behind, ignore_errors=True)
         room = pathlib.Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=root))
         try:
-            package = pathlib.Path(file).expanduser() if file else _download(dataset, room)
+            package = local_path(file) if file else _download(dataset, room)
             _unpack(package, dataset, room / "new")
             if target.exists():
                 print(f"{target} is damaged: replacing it", file=sys.stderr)

@@ -7,14 +7,14 @@ import pathlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from efficient_tx.files import visible
+from efficient_tx.files import local_path, visible
 from efficient_tx.task import data_directory
 
 
 def places(data_dir: str | os.PathLike | None) -> list[pathlib.Path]:
     """The folders where prepared data sets are searched: the data directory, then TensorFlow Datasets' own."""
     theirs = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return [data_directory(data_dir), pathlib.Path(theirs).expanduser()]
+    return [data_directory(data_dir), local_path(theirs)]
 
 
 def find(name: str, data_dir: str | os.PathLike | None) -> pathlib.Path | None:

@@ -234,7 +234,7 @@ def _plain(path: Path) -> Iterator[Path]:
     """The absolute path, by way of a symbolic link to its folder if it is no plain one.
 
     Orbax looks for files by patterns that begin with the path, so that it finds none under a folder "run[1]";
-    tensorstore turns backslashes into slashes and knows no names outside Unicode.
+    it takes "gs:/run" for an address, and tensorstore turns backslashes into slashes.
     """
     path = path.absolute()
     if _is_plain(path):
@@ -248,7 +248,7 @@ def _plain(path: Path) -> Iterator[Path]:
 
 
 def _is_plain(path: Path) -> bool:
-    return re.fullmatch(r"[A-Za-z0-9 _./+=,@:-]*", str(path)) is not None
+    return re.fullmatch(r"[A-Za-z0-9_./+=,@-]*", str(path)) is not None
 
 
 def _fit(arrays: dict[str, np.ndarray], like: Any) -> Any:

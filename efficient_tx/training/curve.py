@@ -31,7 +31,7 @@ def draw(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     for axes, name in zip(figure.subplots(1, 2), ("loss", metric)):
         for split, style in (("train", {"linewidth": 1, "alpha": 0.7}), ("validation", {"marker": "o", "ms": 4})):
             points = [(line["step"], line.get(name)) for line in lines if line["split"] == split]
@@ -40,7 +40,8 @@ def draw(
         axes.set(xlabel="step", ylabel=name)
         axes.grid(alpha=0.3)
     for index, (name, value) in enumerate(baselines.items()):
-        axes.axhline(value, color=f"C{index + 2}", linestyle="--", label=f"{name} ({value:.3f}, test)")
+        label = f"{name} ({value:.3f}, test)".replace("$", r"\$")
+        axes.axhline(value, color=f"C{index + 2}", linestyle="--", label=label)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)

@@ -68,13 +68,16 @@ def read_checked(path: Path) -> dict[str, Any]:
 
     Raises:
       OSError: it cannot be read.
-      ValueError: it is damaged. The message says how.
+      ValueError: it is damaged, or CHECKSUMS is. The message continues a line that begins with the file's name.
     """
     content = path.read_bytes()
     checksums = _checksums(path.parent)
     if checksums is not None and zlib.crc32(content) not in checksums.get(path.name, []):
-        raise ValueError(f"it is not the file that was written: its CRC-32 differs from that in {CHECKSUMS}")
-    return decode(content)
+        raise ValueError(f"is damaged (its CRC-32 differs from that in {CHECKSUMS})")
+    try:
+        return decode(content)
+    except ValueError as error:
+        raise ValueError(f"is damaged ({error})") from None
 
 
 def encode(value: Any) -> bytes:
@@ -87,9 +90,9 @@ def decode(content: bytes) -> dict[str, Any]:
     try:
         value = json.loads(content)
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError("nested too deeply") from None
     if not isinstance(value, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("no JSON object")
     return value
 
 
@@ -98,11 +101,12 @@ def _checksums(folder: Path) -> dict[str, list[int]] | None:
     try:
         checksums = decode((folder / CHECKSUMS).read_bytes())
         if not all(isinstance(values, list) for values in checksums.values()):
-            raise ValueError("it holds other than lists")
+            raise ValueError("there is no list of checksums")
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise ValueError(f"it cannot be checked, as {CHECKSUMS} is damaged: {error}") from None
+        beside = f"{CHECKSUMS} beside it is damaged ({error}); without that file it would be read unchecked"
+        raise ValueError(f"cannot be checked: {beside}") from None
     return checksums
 
 

@@ -61,8 +61,9 @@ class History:
 
     @property
     def damage(self) -> str:
-        """The damaged lines in words: "line 3 is damaged (CRC-32 differs)"."""
-        return f"{_numbered(self.damaged)} damaged ({'CRC-32 differs' if self.checked else 'no metric line'})"
+        """The damaged lines in words: "line 3 is damaged (CRC-32 differs from metrics.crc32)"."""
+        why = f"CRC-32 differs from {_beside(self.path).name}" if self.checked else "no metric line"
+        return f"{_numbered(self.damaged)} damaged ({why})"
 
     @property
     def unchecked(self) -> str:

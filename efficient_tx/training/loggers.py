@@ -74,15 +74,15 @@ class Wandb:
     def _id(self, path: Path, step: int) -> str:
         file = path / "wandb.json"
         try:
-            return str(read_checked(file)["id"])
+            return str(read_checked(file).get("id"))
         except FileNotFoundError:
             # A run that an older version began has the id that it gave it, a hash of the path.
             old = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
             identity = old if step else secrets.token_hex(8)
             write_checked(file, {"id": identity})
             return identity
-        except (OSError, KeyError, ValueError) as error:
-            raise Refused(f"{file} is damaged ({error}): delete it, and this run is a new one in W&B") from None
+        except (OSError, ValueError) as error:
+            raise Refused(f"{file} {error}: delete it, and this run is a new one in W&B") from None
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Sends one line of metrics.jsonl."""

@@ -150,7 +150,7 @@ class Workdir:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            self._say(f"{file} is damaged ({error}): the checkpoints are evaluated again")
+            self._say(f"{file} {error}: the checkpoints are evaluated again")
             return None
         return summary
 
@@ -231,7 +231,7 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         raise Refused(f"{path} is not the workdir of a run: there is no {file}") from None
     except (OSError, ValueError) as error:
-        raise Refused(f"{file} is damaged ({error}): restore it, or use a new folder") from None
+        raise Refused(f"{file} {error}: restore it, or use a new folder") from None
 
 
 def _check_summary(summary: Mapping[str, Any]) -> None:
@@ -241,4 +241,4 @@ def _check_summary(summary: Mapping[str, Any]) -> None:
     numbers = [summary.get("best_step"), summary.get(f"test_{metric}")]
     numbers += baselines.values() if isinstance(baselines, dict) else [None]
     if not all(isinstance(number, (int, float)) for number in numbers):
-        raise ValueError("it is no summary")
+        raise ValueError("is damaged (scores are missing)")

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 
-from efficient_tx.files import visible
+from efficient_tx.files import local_path, visible
 from lra import parallel, store
 
 LEVELS = {6: "curv_baseline", 9: "curv_contour_length_9", 14: "curv_contour_length_14"}
@@ -74,7 +74,7 @@ def split(count: int, seed: int) -> list[np.ndarray]:
 
 def find(source: str, resolution: int, contour_length: int) -> pathlib.Path:
     """The directory of a level in an unpacked `lra_release`. Raises FileNotFoundError."""
-    root = pathlib.Path(source).expanduser()
+    root = local_path(source)
     layout = _LAYOUT.format(resolution, LEVELS[contour_length])
     if not root.is_dir():
         raise FileNotFoundError(

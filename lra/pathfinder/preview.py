@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from efficient_tx.commands import Parser
+from efficient_tx.files import local_path
 from lra.pathfinder import drawing
 
 _COLUMNS = 4
@@ -45,7 +46,7 @@ def write(path: pathlib.Path, count: int, resolution: int, contour_length: int, 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser("python -m lra.pathfinder", description="Draws a contact sheet of generated Pathfinder images.")
-    parser.add_argument("--preview", type=pathlib.Path, required=True, metavar="FILE.png", help="the picture to write")
+    parser.add_argument("--preview", type=local_path, required=True, metavar="FILE.png", help="the picture to write")
     parser.add_argument("--resolution", type=int, default=32, choices=drawing.LOOKS, help="pixels a side (%(default)s)")
     parser.add_argument(
         "--contour_length",

@@ -13,8 +13,9 @@ import optax
 import pytest
 from flax import nnx
 
+from efficient_tx.training import checkpoint
 from efficient_tx.training.checkpoint import FILES, Checkpoints, Damaged, Mismatch
-from efficient_tx.training.errors import Refused, RunError
+from efficient_tx.training.errors import Gone, Refused, RunError
 from efficient_tx.training.step import init_state, replicate
 
 pytestmark = pytest.mark.quick
@@ -66,6 +67,17 @@ def test_a_relative_folder_will_do(tmp_path, tree, monkeypatch):
     assert_same_bits(checkpoints.load(3, tree), tree)
 
 
+@pytest.mark.first(3)
+@pytest.mark.parametrize("name", ["run[1]", "a\\b", "sweep[lr=0.1]/$x {*?}/ä ", "%41#;'\"", "[!a]", "gs:/bucket", "\n"])
+def test_any_folder_will_do(tmp_path, tree, name):
+    """Orbax and tensorstore see patterns, backslashes and addresses in these. A run may move to another."""
+    Checkpoints(tmp_path / name / "x").save(3, tree)
+    assert_same_bits(Checkpoints(tmp_path / name / "x").load(3, tree), tree)
+    (tmp_path / name / "x").rename(tmp_path / "plain")
+    assert_same_bits(Checkpoints(tmp_path / "plain").load(3, tree), tree)
+    assert [path.name for path in (tmp_path / "plain").iterdir()] == ["3"]
+
+
 def test_training_state_goes_between_any_numbers_of_devices(tmp_path):
     state = init_state(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), optax.chain(optax.clip(1.0), optax.adamw(1e-3)))
     for number, count in enumerate((1, 2, 4)):
@@ -108,6 +120,52 @@ def test_arrays_are_compared_with_what_was_saved(tmp_path, tree):
     (tmp_path / "2" / FILES).write_text("{}")
     with pytest.raises(Damaged, match=r"the bytes of kernel are not those that were saved \(CRC-32 differs\)"):
         checkpoints.load(2, tree)
+
+
+def test_a_checkpoint_is_that_of_its_own_step(tmp_path, tree):
+    """Under the name of another it is not used, whichever is the newer."""
+    checkpoints, said = Checkpoints(tmp_path), []
+    for step in (5, 10):
+        checkpoints.save(step, tree | {"step": np.int32(step)})
+    for old, new, usable in ((5, 15, 10), (10, 2, 5)):
+        (tmp_path / str(old)).rename(tmp_path / str(new))
+        like = tree | {"step": np.int32(0)}
+        assert checkpoints.first_usable([new, usable], lambda step, like=like: like, said.append)[0] == usable
+        words = f"holds the state of step {old}: its folder was renamed; using {usable} instead"
+        assert said.pop() == f"checkpoint {tmp_path}/{new} {words}"
+        (tmp_path / str(new)).rename(tmp_path / str(old))
+
+
+def test_what_does_not_come_back_as_it_was_is_no_checkpoint(tmp_path, tree, monkeypatch):
+    checkpoints, save = Checkpoints(tmp_path), checkpoint.ocp.save
+    checkpoints.save(1, tree)
+
+    def wrong(path, arrays, **options):
+        save(path, arrays | {"kernel": arrays["kernel"] + 1}, **options)
+
+    def incomplete(path, arrays, **options):
+        save(path, arrays, **options)
+        shutil.rmtree(path / "state")
+
+    for number, (fault, words) in enumerate(
+        [(wrong, "kernel comes back with other bytes"), (incomplete, "it does not open again")], 2
+    ):
+        monkeypatch.setattr(checkpoint.ocp, "save", fault)
+        with pytest.raises(RunError, match=f"cannot write {tmp_path}/{number}.part: {words}") as caught:
+            checkpoints.save(number, tree)
+        assert caught.value.status == 1 and checkpoints.steps() == [1]
+
+
+def test_a_folder_that_is_deleted_or_replaced_gets_no_more_checkpoints(tmp_path, tree):
+    for there in (False, True):
+        checkpoints = Checkpoints(tmp_path / "checkpoints")
+        checkpoints.save(1, tree)
+        shutil.rmtree(tmp_path / "checkpoints")
+        if there:
+            (tmp_path / "checkpoints").mkdir()
+        with pytest.raises(Gone, match="checkpoints was deleted or replaced during the run"):
+            checkpoints.save(2, tree)
+        assert (tmp_path / "checkpoints").exists() == there and not any(tmp_path.rglob("2*"))
 
 
 def test_the_next_older_one_stands_in(tmp_path, tree):
@@ -184,7 +242,8 @@ def test_saving_again_replaces(tmp_path, tree):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, tree)
     flip(largest(tmp_path / "1"))
-    checkpoints.save(1, tree)
+    for _ in range(2):
+        checkpoints.save(1, tree)
     assert_same_bits(checkpoints.load(1, tree), tree)
 
 

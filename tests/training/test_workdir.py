@@ -1,17 +1,20 @@
 """The workdir belongs to one config and one live process; its text files are whole at any moment."""
 
 import errno
+import itertools
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from efficient_tx.training import workdir
-from efficient_tx.training.disk import write_checked, write_json
-from efficient_tx.training.errors import Refused, RunError
+from efficient_tx import files
+from efficient_tx.training import disk, workdir
+from efficient_tx.training.disk import read_checked, write_checked, write_json
+from efficient_tx.training.errors import Gone, Refused, RunError
 from efficient_tx.training.history import History
 from efficient_tx.training.workdir import Workdir, read_config
 
@@ -127,6 +130,98 @@ def test_an_error_of_the_disk_leaves_the_old_file(tmp_path, monkeypatch):
         write_json(tmp_path / "x.json", {"new": 1})
     assert json.loads((tmp_path / "x.json").read_text()) == {"old": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+SUMMARY = {"best_step": 5, "val_accuracy": 0.5, "test_accuracy": 0.25, "baselines": {"constant": 0.125}}
+
+
+@pytest.mark.first(1)
+@pytest.mark.parametrize("stride", [41, 1])
+def test_no_flipped_bit_of_a_json_file_passes(tmp_path, stride):
+    """The config is refused unless it reads as that of the run, the summary is made again, and each is named."""
+    run = open_run(tmp_path / "run")
+    run.finish(SUMMARY)
+    run.release()
+    for name in ("config.json", "summary.json", "crc32.json"):
+        file = tmp_path / "run" / name
+        whole = file.read_bytes()
+        for place, bit in itertools.islice(itertools.product(range(len(whole)), range(8)), 0, None, stride):
+            content = bytearray(whole)
+            content[place] ^= 1 << bit
+            file.write_bytes(content)
+            said = []
+            again = Workdir(tmp_path / "run", CONFIG, warn=said.append)
+            try:
+                again.claim()
+                assert said and again.summary() in (None, SUMMARY), (name, place, bit)
+            except Refused as error:
+                said.append(str(error))
+            assert all(name in line and "\n" not in line and str(file.parent) in line for line in said)
+            again.release()
+            file.write_bytes(whole)
+    assert Workdir(tmp_path / "run", CONFIG, warn=pytest.fail).summary() == SUMMARY
+
+
+def test_a_kill_between_checksum_and_file_leaves_the_old_file(tmp_path, monkeypatch):
+    file = tmp_path / "x.json"
+    for number in range(3):
+        write_checked(file, {"number": number})
+        with monkeypatch.context() as patch:
+            patch.setattr(disk, "write_bytes", lambda path, content: path != file and files.write(path, content))
+            write_checked(file, {"number": 100})
+        assert read_checked(file) == {"number": number}
+    file.write_text('{"number": 7}')
+    with pytest.raises(ValueError, match=r"is damaged \(its CRC-32 differs from that in crc32\.json\)"):
+        read_checked(file)
+
+
+def test_files_without_checksums_are_read_with_a_note(tmp_path):
+    """As those of an older version; from then on they have some. A summary of another form is none."""
+    open_run(tmp_path / "run").release()
+    (tmp_path / "run" / "crc32.json").unlink()
+    said = []
+    run = Workdir(tmp_path / "run", CONFIG, warn=said.append)
+    run.begin()
+    assert said == [f"{tmp_path}/run has no crc32.json, as in older versions: config.json was read unchecked"]
+    assert read_config(tmp_path / "run") == run.config and (tmp_path / "run" / "crc32.json").exists()
+    run.release()
+    for number, form in enumerate([[], 3, {}, SUMMARY | {"baselines": 3}, SUMMARY | {"test_accuracy": "high"}], 2):
+        (tmp_path / "run" / "crc32.json").unlink(missing_ok=True)
+        (tmp_path / "run" / "summary.json").write_text(json.dumps(form))
+        run = Workdir(tmp_path / "run", CONFIG, warn=said.append)
+        assert run.summary() is None and len(said) == number and "summary.json is damaged (" in said[-1]
+
+
+def test_a_folder_that_is_deleted_or_replaced_ends_the_run(tmp_path):
+    for act in (shutil.rmtree, lambda path: path.rename(tmp_path / "elsewhere")):
+        run = open_run(tmp_path / "run")
+        act(tmp_path / "run")
+        open_run(tmp_path / "run")
+        with pytest.raises(Gone, match=f"{tmp_path}/run/lock was deleted or replaced during the run"):
+            run.finish(SUMMARY)
+        assert not (tmp_path / "run" / "summary.json").exists()
+        shutil.rmtree(tmp_path / "run")
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    open_run(tmp_path / "run").release()
+    names = {entry.name for entry in (tmp_path / "run").iterdir()}
+    for name in (".summary.json.0123456789abcdef.tmp", ".eval_test_best.json.0123456789abcdef.tmp"):
+        (tmp_path / "run" / name).write_text("{")
+    open_run(tmp_path / "run").release()
+    # Another process may be writing the results of an evaluation.
+    assert {entry.name for entry in (tmp_path / "run").iterdir()} == {
+        *names,
+        ".eval_test_best.json.0123456789abcdef.tmp",
+    }
+
+
+@pytest.mark.parametrize("name", ["gs://bucket/run", "run\n1", "\udcff", "a" * 300, "~nobody.here/run"])
+def test_impossible_names_are_refused_before_anything_is_written(tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Refused) as caught:
+        Workdir(name, CONFIG).claim()
+    assert caught.value.option == "workdir" and "\n" not in caught.value.flag and list(tmp_path.iterdir()) == []
 
 
 def line(step, split="validation", accuracy=0.5):

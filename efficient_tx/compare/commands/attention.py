@@ -1,7 +1,6 @@
 """compare attention: parameters, errors, time and memory of the attention variants."""
 
 import argparse
-from pathlib import Path
 
 from rich.console import Console
 
@@ -9,7 +8,7 @@ from efficient_tx.attention import ATTENTION
 from efficient_tx.checks import OptionError
 from efficient_tx.compare.attention import plots, report
 from efficient_tx.compare.attention.measure import Settings, compare
-from efficient_tx.compare.flags import keys_of, positive, whole, wholes
+from efficient_tx.compare.flags import keys_of, path, positive, whole, wholes
 from efficient_tx.compare.timing import machine
 from efficient_tx.files import write
 
@@ -32,7 +31,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         type=whole,
         help="one of --lengths, where errors are measured, by exact attention too; default: the shortest",
     )
-    add("--out", type=Path, help="folder for attention.csv, attention.json, error_time.png and time_length.png")
+    add("--out", type=path, help="folder for attention.csv, attention.json, error_time.png and time_length.png")
 
 
 def check(args: argparse.Namespace) -> None:

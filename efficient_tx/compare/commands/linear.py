@@ -1,11 +1,10 @@
 """compare linear: size, speed beside a dense layer, and projection error of the weight structures."""
 
 import argparse
-from pathlib import Path
 
 from rich.console import Console
 
-from efficient_tx.compare.flags import keys_of, positive, whole, wholes
+from efficient_tx.compare.flags import keys_of, path, positive, whole, wholes
 from efficient_tx.compare.linear import plots, report, weights
 from efficient_tx.compare.linear.measure import Settings, compare, project
 from efficient_tx.compare.timing import machine
@@ -24,10 +23,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--rounds", type=whole, default=default.rounds, help="turns in which all are timed; medians are shown")
     add("--share", type=positive, default=default.share,
         help="of the bytes of a dense weight, which a structure may store when it is projected")  # fmt: skip
-    add("--weight", type=Path, metavar="FILE.npy", help="dense weight [in, out] to project; default: one trained here")
-    add("--run", type=Path, metavar="WORKDIR", help="take it from the newest checkpoint of a run")
+    add("--weight", type=path, metavar="FILE.npy", help="dense weight [in, out] to project; default: one trained here")
+    add("--run", type=path, metavar="WORKDIR", help="take it from the newest checkpoint of a run")
     add("--layer", help="which layer of the run, as encoder.blocks.0.mlp.up; default: the largest")
-    add("--out", type=Path, help="folder for linear.csv, linear.json and linear.png")
+    add("--out", type=path, help="folder for linear.csv, linear.json and linear.png")
 
 
 def check(args: argparse.Namespace) -> None:

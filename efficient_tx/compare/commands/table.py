@@ -1,18 +1,18 @@
 """compare table: the README's tables of token mixers and of weight structures."""
 
 import argparse
-from pathlib import Path
 
 from rich.console import Console
 
 from efficient_tx.compare import readme
+from efficient_tx.compare.flags import path
 from efficient_tx.files import write
 
 HELP = "the README's tables of mixers and structures, as Markdown"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--write", type=Path, metavar="README.md", help="replace the tables between the file's markers")
+    parser.add_argument("--write", type=path, metavar="README.md", help="replace the tables between the file's markers")
 
 
 def check(args: argparse.Namespace) -> None:
