@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 
 import pytest
 
@@ -103,6 +104,43 @@ def test_a_damaged_checkpoint_is_named_and_the_next_stands_in(run):
     assert status == 0 and error.count("\n") == 1 and rows(out)[0][2] == str(steps[-2])
     assert f"checkpoints/{steps[-1]} is damaged" in error and f"using {steps[-2]} instead" in error
     assert read(run / "eval_test_last.json")["step"] == steps[-2]
+
+
+def test_a_damaged_workdir_does_not_end_the_others(run):
+    """Nor does a pattern that matches it; a workdir that exists is no pattern."""
+    names = ("a[1]", "a1", "a2", "a3")
+    for name in names:
+        shutil.copytree(run, run.parent / name)
+    (run.parent / "a1" / "config.json").write_text("{")
+    (run.parent / "a2" / "crc32.json").unlink()
+    (run.parent / "a2" / "config.json").write_text('{"mixers": 3, "task": {"name": "lra.listops"}}')
+    status, out, error = evaluate_here(f"--workdir={run.parent}/a*", f"--workdir={run.parent}/a[1]")
+    assert status == 2 and [row[1] for row in rows(out)] == [f"{run.parent}/{name}" for name in ("a3", "a[1]")]
+    first, second = error.splitlines()
+    assert (
+        first.startswith(f"{run.parent}/a1/config.json is damaged (its CRC-32 differs") and "a2: config.json" in second
+    )
+
+
+def test_a_batch_beyond_measure_and_lack_of_memory_are_one_line(run, monkeypatch):
+    status, out, error = evaluate_here(f"--workdir={run}", f"--batch_size={10**15}")
+    assert (status, out) == (2, "")
+    assert error == f"--batch_size={10**15}: the test split of {run} has 50 items: use at most 4096\n"
+
+    def evaluate(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("efficient_tx.eval.make_evaluate", lambda *_: evaluate)
+    status, out, error = evaluate_here(f"--workdir={run}", "--batch_size=64")
+    assert (status, out) == (2, "") and error.count("\n") == 1
+    assert f"{run}: 64 rows at once need more memory than there is" in error
+
+
+@pytest.mark.parametrize(("number", "ending"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_is_one_line(run, monkeypatch, number, ending):
+    monkeypatch.setattr("efficient_tx.eval.build_task", lambda *_: signal.raise_signal(number))
+    status, out, error = evaluate_here(f"--workdir={run}")
+    assert (status, out, error.count("\n")) == (ending, "", 1) and error.startswith(f"stopped by {number.name}: ")
 
 
 @pytest.mark.slow

@@ -351,3 +351,41 @@ def test_schedule_free_parameters_are_evaluated_averaged(tmp_path):
     at_training_point = loop.evaluate(state.params, loop._validation)
     line = loop._history.of("validation")[-1]
     assert line["loss"] != pytest.approx(at_training_point.means["loss"], rel=1e-4)
+
+
+@pytest.mark.first(2)
+@pytest.mark.parametrize("what", ["", "checkpoints", "metrics.jsonl", "metrics.crc32"])
+def test_a_workdir_that_is_deleted_during_the_run_ends_it(tmp_path, monkeypatch, what):
+    """At the next line or checkpoint; nothing is made again, and what is left is enough to go on where there is any."""
+    path, advance, done = tmp_path / "run", loop_module.Loop._advance, iter(range(1, 100))
+
+    def deleted(self, *args):
+        if next(done) == 6:
+            shutil.rmtree(path / what) if (path / what).is_dir() else (path / what).unlink()
+        return advance(self, *args)
+
+    loop = toy.make_loop(path)
+    monkeypatch.setattr(loop_module.Loop, "_advance", deleted)
+    with pytest.raises(RunError, match=f"{path}.* was deleted or replaced during the run") as caught:
+        loop.run()
+    assert caught.value.status == 1 and "\n" not in str(caught.value) and not (path / what).exists()
+
+
+def test_a_run_whose_checkpoints_are_gone_says_so_and_starts_again(straight, tmp_path, capsys):
+    path = shutil.copytree(straight[0], tmp_path / "run")
+    shutil.rmtree(path / "checkpoints")
+    assert "starting from step 0 again" not in capsys.readouterr().out
+    loop = toy.make_loop(path)
+    loop._restore()
+    assert f"{path}/checkpoints has lost its checkpoints: starting from step 0 again" in capsys.readouterr().out
+
+
+def test_damaged_lines_are_restored_before_the_run_goes_on(straight, tmp_path, monkeypatch, capsys):
+    path = shutil.copytree(straight[0], tmp_path / "run")
+    shutil.rmtree(path / "checkpoints" / "23")
+    content = (path / "metrics.jsonl").read_bytes()
+    (path / "metrics.jsonl").write_bytes(content.replace(b'"step": 8', b'"step": 9'))
+    toy.make_loop(path).run()
+    assert toy.lines(path) == toy.lines(straight[0])
+    words = "line 3 is damaged (CRC-32 differs from metrics.crc32): restored from the checkpoint of step 20"
+    assert f"{path}/metrics.jsonl: {words}" in capsys.readouterr().out

@@ -1,6 +1,8 @@
 """What a run shows: plain lines or a bar, TensorBoard, wandb, the picture; and what its summary computes."""
 
+import hashlib
 import resource
+import shutil
 import struct
 import sys
 import types
@@ -16,7 +18,7 @@ from tensorboardX.crc32c import crc32c
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from efficient_tx.training import curve, summary
-from efficient_tx.training.errors import RunError
+from efficient_tx.training.errors import Refused, RunError
 from efficient_tx.training.history import History
 from efficient_tx.training.report import Report
 
@@ -167,6 +169,18 @@ def test_wandb_gets_the_lines_of_one_run(tmp_path, monkeypatch):
     first, line, finish, again, *_ = calls
     assert line == (50, {"validation/loss": 1.5, "validation/accuracy": 0.25}) and finish == "finish"
     assert first == again and first["config"] == {"seed": 3} and first["resume"] == "allow"
+    # A new run in the same place is another; one that an older version began keeps its id, a hash of the place.
+    old = hashlib.sha256(str(tmp_path.resolve()).encode()).hexdigest()[:16]
+    for start in (0, 5):
+        shutil.rmtree(tmp_path)
+        tmp_path.mkdir()
+        make_report(tmp_path, loggers=("wandb",), start=start)
+        assert (calls[-1]["id"] == old) == bool(start) and calls[-1]["id"] != first["id"]
+    (tmp_path / "wandb.json").write_text('{"id": "1"}')
+    with pytest.raises(
+        Refused, match=r"wandb\.json is damaged \(its CRC-32 differs .*: delete it, and this run is a new"
+    ):
+        make_report(tmp_path, loggers=("wandb",))
 
 
 @pytest.mark.slow
