@@ -7,7 +7,9 @@ copies that Orbax writes but does not read.
 """
 
 import contextlib
+import errno
 import functools
+import hashlib
 import json
 import os
 import re
@@ -96,17 +98,17 @@ class Checkpoints:
             still_there(self._descriptor, self.directory)
         with writing(path), _quiet():
             try:
-                with _plain(part) as plain:
-                    ocp.save(plain, arrays, overwrite=True, custom_metadata={"crc32": checksums})
+                ocp.save(_plain(part), arrays, overwrite=True, custom_metadata={"crc32": checksums})
             except ValueError as error:
                 # tensorstore reports the operating system's errors as text.
                 number = re.search(r"os_error_code='(\d+)'", str(error))
                 if number is None:
                     raise
                 raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+            # In all processes, as Orbax counts what they do together; they wait for each other at its end.
+            _verify(part, checksums)
             if writer:
                 still_there(self._descriptor, self.directory)
-                _verify(part, checksums)
                 write_json(part / FILES, _file_checksums(part))
                 self._delete(step)
                 os.replace(part, path)
@@ -197,9 +199,8 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             changed = [name for name, checksum in files.items() if zlib.crc32((path / name).read_bytes()) != checksum]
             if changed:
                 raise Damaged(f"is damaged: {changed[0]} is not the file that was written (CRC-32 differs)")
-            with _plain(path) as plain:
-                checksums = ocp.metadata(plain).custom_metadata["crc32"]
-                arrays = ocp.load(plain)
+            checksums = ocp.metadata(_plain(path)).custom_metadata["crc32"]
+            arrays = ocp.load(_plain(path))
     except Damaged:
         raise
     # Damaged files make Orbax and tensorstore raise errors of any type.
@@ -212,11 +213,9 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 
 def _verify(path: Path, checksums: dict[str, int]) -> None:
-    """Reads a checkpoint back that only this process knows of. Raises RunError if it differs from what was saved."""
-    alone = ocp.options.MultiprocessingOptions(active_processes={jax.process_index()}, primary_host=jax.process_index())
+    """Reads a checkpoint back. Raises RunError if it differs from what was saved."""
     try:
-        with _plain(path) as plain, ocp.Context(multiprocessing_options=alone):
-            wrong = _changed(ocp.load(plain), checksums)
+        wrong = _changed(ocp.load(_plain(path)), checksums)
     except Exception as error:
         raise RunError(f"cannot write {path}: it does not open again ({type(error).__name__})") from error
     if wrong:
@@ -229,22 +228,25 @@ def _changed(arrays: dict[str, np.ndarray], checksums: dict[str, int]) -> list[s
     return [name for name in sorted(checksums.keys() | actual.keys()) if checksums.get(name) != actual.get(name)]
 
 
-@contextlib.contextmanager
-def _plain(path: Path) -> Iterator[Path]:
+def _plain(path: Path) -> Path:
     """The absolute path, by way of a symbolic link to its folder if it is no plain one.
 
     Orbax looks for files by patterns that begin with the path, so that it finds none under a folder "run[1]";
-    it takes "gs:/run" for an address, and tensorstore turns backslashes into slashes.
+    it takes "gs:/run" for an address, and tensorstore turns backslashes into slashes. All processes of a run have to
+    give the same path, so the name of the link is a hash of the folder's.
     """
     path = path.absolute()
     if _is_plain(path):
-        yield path
-        return
-    temporary = tempfile.gettempdir()
-    with tempfile.TemporaryDirectory(dir=temporary if _is_plain(Path(temporary)) else "/tmp") as folder:
-        link = Path(folder) / "folder"
+        return path
+    temporary = Path(tempfile.gettempdir())
+    links = (temporary if _is_plain(temporary) else Path("/tmp")) / f"efficient_tx-{os.getuid()}"
+    links.mkdir(mode=0o700, exist_ok=True)
+    if links.lstat().st_uid != os.getuid():
+        raise PermissionError(errno.EACCES, f"{links} belongs to another user")
+    link = links / hashlib.sha256(os.fsencode(path.parent)).hexdigest()
+    with contextlib.suppress(FileExistsError):
         link.symlink_to(path.parent)
-        yield link / path.name
+    return link / path.name
 
 
 def _is_plain(path: Path) -> bool:
