@@ -31,6 +31,7 @@ from orbax.checkpoint import v1 as ocp
 
 from efficient_tx.training.disk import still_there, write_json, writing
 from efficient_tx.training.errors import Refused, RunError
+from efficient_tx.training.processes import check_equal
 
 # A file of every checkpoint: the CRC-32 of all its other files, by path.
 FILES = "crc32.json"
@@ -85,11 +86,13 @@ class Checkpoints:
         """Writes `tree`, reads it back, and replaces a checkpoint of the same step. All processes of a run call this.
 
         Raises:
-          RunError: it cannot be written, or what is read back differs. The other checkpoints stay as they were.
+          RunError: it cannot be written, what is read back differs, or the processes of the run do not hold the same.
+            The other checkpoints stay as they were.
           Gone: the folder was deleted or replaced since the first call.
         """
         arrays = {name: np.asarray(array) for name, array in _named(jax.device_get(tree)).items() if array.size}
         checksums = _array_checksums(arrays)
+        check_equal(zlib.crc32(json.dumps(checksums).encode()), f"the parameters of step {step}")
         path = self.directory / str(step)
         part = self.directory / f"{step}.part"
         writer = jax.process_index() == 0

@@ -140,7 +140,7 @@ def check_equal(digest: int, what: str) -> None:
         first, *others = (int(text) for text in gathered(str(digest).encode()))
         odd = [index for index, other in enumerate(others, start=1) if other != first]
         if odd:
-            raise RunError(f"{what} of {named(odd)} are not those of process 0: the processes have drifted apart")
+            raise RunError(f"{what} are not the same in {named(odd)} as in process 0: they are not saved")
 
 
 def gathered(text: bytes) -> list[bytes]:

@@ -7,9 +7,11 @@ import signal
 import socket
 import time
 
+import numpy as np
 import pytest
 
 from efficient_tx.training import processes
+from efficient_tx.training.checkpoint import Checkpoints
 from efficient_tx.training.errors import Refused, RunError
 from efficient_tx.training.identity import contents, identity
 from tests.support import toy
@@ -86,10 +88,22 @@ def test_other_data_have_another_digest():
 def test_processes_that_have_drifted_apart_are_named(monkeypatch):
     monkeypatch.setattr(processes.jax, "process_count", lambda: 4)
     monkeypatch.setattr(processes, "gathered", lambda text: [text, text, b"8", b"9"])
-    with pytest.raises(RunError, match="the parameters of processes 2, 3 are not those of process 0"):
+    with pytest.raises(
+        RunError, match="the parameters are not the same in processes 2, 3 as in process 0: they are not saved"
+    ):
         processes.check_equal(7, "the parameters")
     monkeypatch.setattr(processes, "gathered", lambda text: [text] * 4)
     processes.check_equal(7, "the parameters")
+
+
+def test_a_state_that_is_not_everybodys_is_not_saved(monkeypatch, tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"weight": np.ones(3)})
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "gathered", lambda text: [text, b"0"])
+    with pytest.raises(RunError, match="the parameters of step 2 are not the same in process 1 as in process 0"):
+        checkpoints.save(2, {"weight": np.ones(3)})
+    assert checkpoints.steps() == [1]
 
 
 @contextlib.contextmanager
