@@ -1,4 +1,4 @@
-"""Single flipped bits in every kind of file of a workdir: train.py and eval.py name the file or give the same result."""
+"""Single flipped bits in every kind of file of a workdir: it is named, or the result is the same."""
 
 import json
 import random

@@ -111,6 +111,11 @@ def test_a_damaged_config_is_named(config, fault):
     [
         ("mixers", "skyfromer", r"^config\.json: config\.mixers is 'skyfromer': choose one of"),
         ("strides", 3, r"^config\.json: config\.strides is no key: the nearest is "),
+        ("loggers", [[1]], r"^config\.json loggers holds \[1\]: it is damaged"),
+        ("model", [], r"^config\.json: config\.model "),
+        ("steps", 10**30, r"^config\.json steps holds 10{30}: it is damaged"),
+        ("mixers", 3, r"^config\.json mixers is 3: it is damaged"),
+        ("task", None, r"^config\.json has no task\.name: it is damaged"),
         ("steps", "many", r"^config\.json: config\.steps takes a value of type int, not 'many'$"),
     ],
 )
