@@ -15,6 +15,7 @@ from efficient_tx.config.errors import ConfigError, blame
 from efficient_tx.config.keys import flatten
 from efficient_tx.config.protocols import PROTOCOLS
 from efficient_tx.config.resolve import NAMES, departures, resolve
+from efficient_tx.files import local_path, visible
 
 
 class ConfigFile:
@@ -87,13 +88,13 @@ def folder() -> Path:
 
 def shipped() -> list[str]:
     """The names of the shipped configs."""
-    return sorted(path.stem for path in folder().glob("*.py") if path.stem != "__init__")
+    return [path.stem for path in visible(folder(), "*.py") if path.stem != "__init__"]
 
 
 def find(path: str, name: str) -> Path:
     """The config file: `name` as a path, else as a shipped name."""
-    if name.endswith(".py") and os.path.isfile(Path(name).expanduser()):  # False for a name that is too long
-        return Path(name).expanduser()
+    if name.endswith(".py") and os.path.isfile(file := local_path(name)):  # False for a name that is too long
+        return file
     if name in shipped():
         return folder() / f"{name}.py"
     beside = [os.path.relpath(folder() / f"{other}.py") for other in shipped()]

@@ -16,6 +16,7 @@ from efficient_tx.attention import ATTENTION, Mixer
 from efficient_tx.checks import lookup
 from efficient_tx.config import trust
 from efficient_tx.config.errors import ConfigError, at, blame
+from efficient_tx.files import local_path
 from efficient_tx.linear import LINEAR
 from efficient_tx.linear.structured import Weight
 from efficient_tx.models import Classifier, DualEncoder, Pyramid, TokenClassifier, ViT
@@ -104,7 +105,7 @@ def is_ours(module: str) -> bool:
 
 def absolute_task(name: str) -> str:
     """The name of a task. The path of a file becomes absolute: it is stored, and read from another folder."""
-    return str(Path(name).expanduser().absolute()) if name.endswith(".py") else name
+    return str(local_path(name).absolute()) if name.endswith(".py") else name
 
 
 def task_module(name: str) -> ModuleType:
@@ -120,7 +121,7 @@ def task_module(name: str) -> ModuleType:
     if fault := trust.refusal(name):
         raise ConfigError("task.name", f"is {name!r}: {fault}")
     try:
-        module = _from_file(Path(name).expanduser()) if name.endswith(".py") else importlib.import_module(name)
+        module = _from_file(local_path(name)) if name.endswith(".py") else importlib.import_module(name)
     except (ImportError, OSError, SyntaxError) as error:
         fault = f"is {name!r}: {error}; give a module with get_task, as 'lra.listops', or a file ({_looked_in()})"
         raise ConfigError("task.name", fault) from None

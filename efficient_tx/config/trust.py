@@ -9,6 +9,8 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
+from efficient_tx.files import local_path
+
 # Modules of this project that a config names.
 OURS = ("lra", "efficient_tx.data", "efficient_tx.attention", "efficient_tx.linear")
 
@@ -48,9 +50,9 @@ def refusal(name: str) -> str | None:
     Python's own modules are none of these, wherever the working directory is.
     """
     if name.endswith(".py"):
-        path = Path(name).expanduser().absolute()
+        path = local_path(name).absolute()
         real = os.path.realpath(path)
-        permitted = real in [os.path.realpath(Path(other).expanduser()) for other in _trusted]
+        permitted = real in [os.path.realpath(local_path(other)) for other in _trusted]
         permitted = permitted or (any(_below(path, folder) for folder in _chosen()) and not _installed(path))
         return None if permitted else _line(name, f"in {path.parent}")
     top = name.partition(".")[0]
