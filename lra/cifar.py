@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from efficient_tx.checks import class_labels
+from efficient_tx.data.labels import class_labels
 
 SIDE = 32
 PLACES = ("cifar-10-batches-py", "cifar-10-batches-bin", "cifar-10-python.tar.gz", "cifar-10-binary.tar.gz")

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from efficient_tx.checks import OptionError, at_least, class_labels
+from efficient_tx.checks import OptionError, at_least
 from efficient_tx.data import prepared
+from efficient_tx.data.labels import class_labels
 from efficient_tx.files import local_path, visible
 from efficient_tx.task import Task, data_directory
 from lra import cifar, fetched, store

@@ -97,7 +97,12 @@ def test_what_cannot_be_is_refused_in_one_line_and_nothing_is_written(tmp_path):
             "its task efficient_tx.data.vision is of kind 'image', and this one of 'tokens'",
         ),
         (tmp_path / "f", ["steps=50"], {"data": data}, "'steps=50' is no flag"),
-        (tmp_path / "g", ["--num_processes=2"], {"data": data}, "needs all of --coordinator_address"),
+        (
+            tmp_path / "g",
+            ["--num_processes=2"],
+            {"data": data},
+            "--num_processes=2: a run over several processes needs coordinator_address and process_id too",
+        ),
     ]
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()}
     for workdir, options, settings, wanted in cases:

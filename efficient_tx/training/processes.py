@@ -87,8 +87,12 @@ def join(
 
 def check(address: str | None, count: int | None, index: int | None) -> None:
     """Raises Refused where the arguments of `join` cannot be right."""
-    if None in (address, count, index):
-        raise Refused("a run over several processes needs all of coordinator_address, num_processes and process_id")
+    given = {"coordinator_address": address, "num_processes": count, "process_id": index}
+    missing = [name for name, value in given.items() if value is None]
+    if missing:
+        there = next(name for name in given if name not in missing)
+        line = f"{given[there]}: a run over several processes needs {' and '.join(missing)} too"
+        raise Refused(line, option=there)
     if count < 1:
         raise Refused(f"{count}: a run has at least 1 process", option="num_processes")
     if not 0 <= index < count:

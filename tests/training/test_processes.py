@@ -28,11 +28,15 @@ def free_port():
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ((None, 2, 0), "a run over several processes needs all of coordinator_address, num_processes and process_id"),
+        ((None, 2, 0), "--num_processes=2: a run over several processes needs coordinator_address too"),
+        (
+            (None, None, 0),
+            "--process_id=0: a run over several processes needs coordinator_address and num_processes too",
+        ),
         (("127.0.0.1:1", 0, 0), "--num_processes=0: a run has at least 1 process"),
         (("127.0.0.1:1", 2, 2), "--process_id=2: it must lie in [0, 1], there are 2 processes"),
         (("127.0.0.1:1", 2, -1), "--process_id=-1: it must lie in [0, 1], there are 2 processes"),
-        (("127.0.0.1", 2, 1), "--coordinator_address=127.0.0.1: it must be HOST:PORT of process 0, like 10.0.0.1:1234"),
+        (("1.2.3.4", 2, 1), "--coordinator_address=1.2.3.4: it must be HOST:PORT of process 0, like 10.0.0.1:1234"),
         (("a:b", 2, 1), "--coordinator_address=a:b: it must be HOST:PORT of process 0, like 10.0.0.1:1234"),
         (("a:70000", 2, 1), "--coordinator_address=a:70000: it must be HOST:PORT of process 0, like 10.0.0.1:1234"),
     ],

@@ -290,11 +290,15 @@ def test_a_full_disk_names_the_file_and_keeps_its_lines(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "fault"),
-    [("file/run", "Not a directory"), ("a" * 300, "File name too long"), ("a\0b", ".*embedded null")],
+    [
+        ("file/run", "cannot be a folder: Not a directory"),
+        ("a" * 300, "cannot be a folder: File name too long"),
+        ("a\0b", "has control characters"),
+    ],
 )
 def test_a_path_that_cannot_be_a_folder_is_refused_before_any_work(tmp_path, name, fault):
     (tmp_path / "file").touch()
-    with pytest.raises(Refused, match=f"cannot be a folder: {fault}") as caught:
+    with pytest.raises(Refused, match=fault) as caught:
         Workdir(tmp_path / name, CONFIG).claim()
     assert caught.value.option == "workdir" and "\0" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
