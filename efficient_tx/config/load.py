@@ -1,5 +1,6 @@
 """Config files: loads the config of a path or a shipped name, with an argument after a colon."""
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Mapping
@@ -93,8 +94,9 @@ def shipped() -> list[str]:
 
 def find(path: str, name: str) -> Path:
     """The config file: `name` as a path, else as a shipped name."""
-    if name.endswith(".py") and os.path.isfile(file := local_path(name)):  # False for a name that is too long
-        return file
+    with contextlib.suppress(ValueError):  # a name that no file can have is none of a file
+        if name.endswith(".py") and os.path.isfile(file := local_path(name)):
+            return file
     if name in shipped():
         return folder() / f"{name}.py"
     beside = [os.path.relpath(folder() / f"{other}.py") for other in shipped()]

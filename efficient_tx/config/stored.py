@@ -26,7 +26,7 @@ def restore(stored: Mapping[str, Any]) -> ConfigDict:
             what = f"{name} is {flat[name]!r}" if name in flat else f"has no {name}"
             raise ValueError(f"config.json {what}: it is damaged, or of another version")
     for name, value in flat.items():
-        for x in value if isinstance(value, list) else [value]:
+        for x in value if isinstance(value, (list, tuple)) else [value]:
             if not isinstance(x, (bool, int, float, str, type(None))) or (isinstance(x, int) and abs(x) >= 2**63):
                 raise ValueError(f"config.json {name} holds {x!r}: it is damaged, or of another version")
     model = {"model": {"name": flat["model.name"]}} if "model.name" in flat else {}

@@ -103,14 +103,14 @@ def decompose(kernel: jax.Array, *, rank: int, pattern: str, kept: int) -> tuple
     def harden(i, state):
         """Like `improve`, but every entry is in both parts, less and less so."""
         _, up, sparse = state
-        down, _ = jnp.linalg.qr((kernel - sparse) @ up.T)
+        down, _ = qr((kernel - sparse) @ up.T)
         up = down.T @ (kernel - sparse)
         softness = scale * SOFTEST * (HARDEST / SOFTEST) ** (i / (SOFT_ITERATIONS - 1))
         return down, up, soften(kernel - down @ up, softness, pattern=pattern, kept=kept)
 
     scale = jnp.sqrt(jnp.mean(jnp.square(kernel)))
     scale = jnp.where(scale > 0, scale, 1)
-    u, s, v = jnp.linalg.svd(kernel, full_matrices=False)
+    u, s, v = svd(kernel)
     soft = u[:, :rank], s[:rank, None] * v[:rank], jnp.zeros_like(kernel)
     down, up, _ = jax.lax.fori_loop(0, SOFT_ITERATIONS, harden, soft)
     hardened = sparsify(kernel - down @ up, pattern=pattern, kept=kept)

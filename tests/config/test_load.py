@@ -63,6 +63,7 @@ def test_quickstart_is_a_run_of_its_own():
         ("README.md", "there is no such config file"),
         ("a" * 5000 + ".py", "there is no such config file"),
         ("a\0.py", "there is no such config file"),
+        ("~nobody-here/a.py", "there is no such config file"),
         ("configs/__init__", "there is no such config file"),
         ("", "there is no such config file"),
         ("efficient_tx/files.py", "efficient_tx/files.py has no get_config"),
