@@ -281,6 +281,8 @@ def main(asked: command_line.Run) -> int:
         run(asked)
     except RunError as error:
         print(f"{error.flag}; {again}" if error.resumable else error.flag, file=sys.stderr)
+        if error.together:
+            processes.part()
         return error.status
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1 or commands.out_of_memory(error):

@@ -13,11 +13,13 @@ class RunError(Exception):
     Attributes:
       status: exit status of the program.
       resumable: whether the same command can resume the run.
+      together: whether all processes of the run end with this error, after the same step.
       option: the option whose value begins the line; None if no option does.
     """
 
     status = 1
     resumable = True
+    together = False
 
     def __init__(self, line: str, *, option: str | None = None):
         super().__init__(line)
@@ -47,10 +49,13 @@ class NonFinite(RunError):
 
     status = 3
     resumable = False
+    together = True
 
 
 class Interrupted(RunError):
     """A signal stopped the run at a step from which it can resume."""
+
+    together = True
 
     def __init__(self, signum: int, line: str):
         super().__init__(f"stopped by {signal.Signals(signum).name}: {line}")

@@ -23,6 +23,18 @@ from efficient_tx.training.errors import Refused, RunError
 LOST_AFTER, JOIN_WITHIN = 60, 300
 
 
+class Apart(Refused):
+    """The processes differ in what must be the same."""
+
+    together = True
+
+
+class Drifted(RunError):
+    """The processes do not hold the same parameters any more."""
+
+    together = True
+
+
 class Lost(RunError):
     """Another process of the run is gone, or never came."""
 
@@ -76,7 +88,12 @@ def join(
     if count > 1:
         print(f"process {index} waits for {named(others)} of the run at {address}", file=sys.stderr, flush=True)
     jax.distributed.initialize(
-        address, count, index, initialization_timeout=within, heartbeat_timeout_seconds=lost_after
+        address,
+        count,
+        index,
+        initialization_timeout=within,
+        heartbeat_timeout_seconds=lost_after,
+        shutdown_timeout_seconds=lost_after,
     )
     phase = "running"
     # Gloo waits no longer than 30 s for the others when they first talk to each other, and as long as need be later.
@@ -120,7 +137,7 @@ def agree(facts: Mapping[str, Any]) -> None:
       facts: JSON values by name, "optimizer.learning_rate": 0.001.
 
     Raises:
-      Refused: they differ; every process names the first differences between process 0 and another one.
+      Apart: they differ; every process names the first differences between process 0 and another one.
     """
     first, *others = (json.loads(text) for text in gathered(json.dumps(facts).encode()))
     for index, other in enumerate(others, start=1):
@@ -131,20 +148,27 @@ def agree(facts: Mapping[str, Any]) -> None:
         ]
         if differing:
             more = f"; and {len(differing) - 4} more" if differing[4:] else ""
-            raise Refused(f"the processes of the run differ: {'; '.join(differing[:4])}{more}")
+            raise Apart(f"the processes of the run differ: {'; '.join(differing[:4])}{more}")
 
 
 def check_equal(digest: int, what: str) -> None:
     """Makes sure that all processes have the same `digest`, below 2³², of `what`.
 
     Raises:
-      RunError: they differ.
+      Drifted: they differ.
     """
     if jax.process_count() > 1:
         first, *others = (int(text) for text in gathered(str(digest).encode()))
         odd = [index for index, other in enumerate(others, start=1) if other != first]
         if odd:
-            raise RunError(f"{what} are not the same in {named(odd)} as in process 0: they are not saved")
+            raise Drifted(f"{what} are not the same in {named(odd)} as in process 0: they are not saved")
+
+
+def part() -> None:
+    """Waits until all processes have got here, so that none takes the end of another one for a loss."""
+    if jax.process_count() > 1:
+        with contextlib.suppress(RuntimeError):
+            jax.distributed.shutdown()
 
 
 def gathered(text: bytes) -> list[bytes]:

@@ -18,6 +18,7 @@ from efficient_tx.config import flags
 from efficient_tx.config.load import ConfigFile
 from tests.docs.pages import GUIDES, PAGES, blocks, commands, write_files
 from tests.support import ROOT
+from tests.support.command import undone
 
 every_page = pytest.mark.parametrize("page", PAGES)
 
@@ -66,7 +67,7 @@ def look_up(words, monkeypatch):
     monkeypatch.setattr(sys, "argv", [script, *chosen, "--help"])
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     output = io.StringIO()
-    with contextlib.redirect_stdout(output), pytest.raises(SystemExit) as exit:
+    with undone(), contextlib.redirect_stdout(output), pytest.raises(SystemExit) as exit:
         if words[0] == "-m":
             runpy.run_module(script, run_name="__main__", alter_sys=True)
         else:

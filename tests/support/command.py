@@ -22,6 +22,7 @@ from absl.testing import flagsaver
 
 import efficient_tx.eval
 import efficient_tx.train
+from efficient_tx import commands
 from tests.support import ROOT, toy
 
 TINY = shlex.split(
@@ -104,7 +105,8 @@ def undone() -> Iterator[None]:
     settings = {name: getattr(jax.config, name) for name in kept}
     show, path = warnings.showwarning, [*sys.path]
     try:
-        with flagsaver.flagsaver():
+        # A process that is a command's own ends with it.
+        with flagsaver.flagsaver(), mock.patch.object(commands, "_own_process", False):
             yield
     finally:
         for number, handler in handlers.items():
