@@ -15,6 +15,7 @@ from tests.support.mixers import (
     check_padding,
     derivatives,
     longer,
+    one_of_a_family,
     program,
     right_padded,
     scattered,
@@ -22,14 +23,6 @@ from tests.support.mixers import (
 )
 
 CAUSAL = [name for name in ATTENTION if ATTENTION[name].can_be_causal]
-
-
-def one_of_a_family(names):
-    """Parametrises over the names, of which all but the first of each family are slow."""
-    first = {ATTENTION[name].family: name for name in reversed(names)}.values()
-    return pytest.mark.parametrize(
-        "name", [pytest.param(name, marks=[] if name in first else pytest.mark.slow) for name in names]
-    )
 
 
 @one_of_a_family(list(ATTENTION))

@@ -86,7 +86,7 @@ def test_python_is_valid(page):
 
 
 @pytest.mark.parametrize("page", ["README.md", *GUIDES])
-@pytest.mark.first(4)
+@pytest.mark.first(1)
 def test_python_runs(page):
     """Each block by itself. Of lra/README.md it makes 100,000 expressions: tests/lra has that."""
     for block in blocks(page):

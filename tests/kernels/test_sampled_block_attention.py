@@ -63,6 +63,7 @@ def drawn(r, queries, keys, sizes, samples):
     ("queries", "keys", "sizes"),
     [(11, 17, Sizes(4, 3)), (9, 6, Sizes(3, 8))],
 )
+@pytest.mark.first(1)
 def test_equals_the_sum_over_the_chosen_keys_and_both_have_one_gradient(queries, keys, sizes):
     """In float64, of the output and of the log-sum-exp."""
     r = np.random.default_rng(queries)

@@ -152,6 +152,7 @@ def test_blast_blocks_are_its_definition():
         np.testing.assert_allclose(made.to_dense().T, dense[:7, :11], atol=1e-14)
 
 
+@pytest.mark.slow
 def test_blast_fit_of_a_blast_matrix_in_float32():
     """Of a rank up to the side of its blocks; the tolerance is the documented one."""
     weight = np.asarray(Blast(64, 64, rank=16, rngs=nnx.Rngs(3)).to_dense())
@@ -159,6 +160,7 @@ def test_blast_fit_of_a_blast_matrix_in_float32():
     assert np.linalg.norm(back - weight) < 1e-4 * np.linalg.norm(weight)
 
 
+@pytest.mark.slow
 def test_blast_fit_is_better_than_low_rank_and_block_diagonal():
     """Both are BLAST matrices, of about the same number of parameters."""
     kernel = jnp.asarray(np.random.default_rng(0).normal(size=(64, 64)), jnp.float32)

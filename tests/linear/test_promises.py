@@ -94,7 +94,7 @@ def test_projection_is_deterministic_idempotent_and_keeps_the_bias(name, n, m):
 
 
 @both
-@pytest.mark.first(5)
+@pytest.mark.first(3)
 def test_projection_of_a_layer_of_its_own_is_that_layer(name):
     @compiled
     def there_and_back():

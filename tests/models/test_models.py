@@ -332,6 +332,7 @@ def test_ids_and_positions_by_hand():
 
 @pytest.mark.quick
 @pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.first(1)
 def test_parameters_are_float32_where_floats_are_float64(kind):
     """JAX_ENABLE_X64=1 is about the user's own arrays."""
     given = {"image_shape": (32, 32, 3)} if kind == "image" else {"vocab_size": 7, "max_len": 16}

@@ -55,6 +55,7 @@ def test_timm(tmp_path, scales):
     close(model(images()), timm_logits(tensors, images()))
 
 
+@pytest.mark.slow
 def test_hugging_face(tmp_path):
     tensors = draw(timm_shapes())
     save_file(as_hugging_face(tensors), tmp_path / "vit.safetensors")

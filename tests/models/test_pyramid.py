@@ -101,6 +101,7 @@ def test_logits_are_the_formula():
     np.testing.assert_allclose(run(model, inputs), logits, atol=1e-4)  # float32
 
 
+@pytest.mark.slow
 def test_mixers_go_by_stage():
     seen = []
 

@@ -4,7 +4,10 @@ from functools import cache
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
+
+from efficient_tx.attention import ATTENTION
 
 FEATURES, HEADS, SHORT, LONG = 16, 2, 24, 40
 LENGTHS = (24, 11, 0)  # real tokens of the three examples: full, padded, nothing but padding
@@ -86,3 +89,11 @@ def check_padding(cls, **options):
     assert_same(further[:, :SHORT][mask], out[mask])
     among, places = scattered(x)
     assert_same(np.asarray(forward(params, among, places, None))[places], out[mask])
+
+
+def one_of_a_family(names):
+    """Parametrises over the names, of which all but the first of each family are slow."""
+    first = {ATTENTION[name].family: name for name in reversed(names)}.values()
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=[] if name in first else pytest.mark.slow) for name in names]
+    )

@@ -77,7 +77,7 @@ def run(name, windows=None, **options):
         pytest.param("tensor", (2, 7), 1, True, marks=pytest.mark.slow),
         pytest.param("tensor", (13, 40), 6, False, marks=pytest.mark.slow),
         pytest.param("strassen", None, 13, True, marks=pytest.mark.slow),
-        ("strassen", None, 6, False),
+        pytest.param("strassen", None, 6, False, marks=pytest.mark.slow),
     ],
 )
 def test_equals_the_sum_over_triples_and_its_gradient(name, windows, queries, causal):

@@ -138,6 +138,7 @@ def test_is_softmax_with_all_keys_in_the_block_or_in_the_sample(limit, causal):
             np.testing.assert_allclose(ours[b, real, h], expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_what_comes_later_has_no_say():
     """Not only to first order: other later tokens give the same earlier outputs, to the last bit."""
     q, k, v = (x.astype(np.float32) for x in attention_inputs(0, 24, 24, batch=1))
