@@ -1,5 +1,6 @@
 """The processes of one run: how they join, how they compare notes, and how each ends when another one is lost."""
 
+import atexit
 import contextlib
 import ctypes
 import json
@@ -64,7 +65,7 @@ def join(
       count: number of processes.
       index: which of them this is, from 0.
       lost_after: seconds without a sign of life after which a process counts as lost.
-      within: seconds to wait for the others.
+      within: seconds to wait for the others, at the beginning and at the end.
 
     Raises:
       Refused: an argument is missing or cannot be right.
@@ -93,7 +94,7 @@ def join(
         index,
         initialization_timeout=within,
         heartbeat_timeout_seconds=lost_after,
-        shutdown_timeout_seconds=lost_after,
+        shutdown_timeout_seconds=within,
     )
     phase = "running"
     # Gloo waits no longer than 30 s for the others when they first talk to each other, and as long as need be later.
@@ -212,6 +213,7 @@ def ending_in_a_line(line: Callable[[str], str]) -> None:
     with contextlib.suppress(OSError, AttributeError, ValueError):
         sys.stderr = open(os.dup(sys.stderr.fileno()), "w", buffering=1)  # noqa: SIM115 (lives as long as the process)
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600), 2)
+        atexit.register(log.unlink, missing_ok=True)
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def aborted(_: int) -> None:
