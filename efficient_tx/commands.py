@@ -95,7 +95,7 @@ def run(main: Callable[[], Any], *, prints: bool = True, smaller: str = "smaller
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory does not suffice, Python's or that of a device of jax."""
-    return isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED")
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 class _Stream(io.FileIO):

@@ -112,8 +112,8 @@ def enough_memory(path: str, batch_size: int) -> Iterator[None]:
     """Turns a lack of memory into a line that names the batch size."""
     try:
         yield
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not commands.out_of_memory(error):
             raise
         raise Refused(
             f"{path}: {batch_size} rows at once need more memory than there is: use a smaller --batch_size"

@@ -50,6 +50,7 @@ from efficient_tx.task import Task, data_directory
 from efficient_tx.training import processes, summary
 from efficient_tx.training.checkpoint import Checkpoints
 from efficient_tx.training.compilation import keep_programs
+from efficient_tx.training.disk import decode
 from efficient_tx.training.errors import NonFinite, Refused, RunError, place_of_nan, refusing
 from efficient_tx.training.evaluation import make_evaluate, trained_parameters
 from efficient_tx.training.history import History
@@ -242,11 +243,10 @@ def run(asked: command_line.Run) -> None:
     config = asked.config
     with refusing():
         keep_programs(data_directory(config.task.get("data_dir")) / "compilation")
-    # The same command goes on with what the run began with. A path that is none is refused below.
-    with contextlib.suppress(ValueError):
-        folder = local_path(FLAGS.workdir)
-        if os.path.exists(folder / "config.json"):
-            take_former(config, read_config(folder))
+    # The same command goes on with what the run began with. Workdir judges paths and files that are none.
+    with contextlib.suppress(OSError, ValueError):
+        began = decode((local_path(FLAGS.workdir) / "config.json").read_bytes())
+        take_former(config, began, typed=asked.typed)
     jax.config.update("jax_debug_nans", config.debug_nans)
     writer = jax.process_index() == 0
     workdir = Workdir(

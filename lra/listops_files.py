@@ -7,7 +7,7 @@ import pathlib
 
 import numpy as np
 
-from efficient_tx.files import local_path
+from lra import release
 from lra.expressions import VOCABULARY, Expressions, first_fault, offsets_of
 
 _IDS = {name.encode(): i for i, name in enumerate(VOCABULARY) if i}
@@ -16,20 +16,13 @@ _CHECKED = 2**18  # tokens that are checked at once, few enough for the processo
 
 
 def find(source: str) -> pathlib.Path:
-    """The directory of the three files in an unpacked archive, which holds them once or twice."""
-    root = local_path(source)
-    if not root.is_dir():
-        raise FileNotFoundError(
-            f'task.source={source!r}: neither "generated" nor a directory; pass the path of an unpacked lra_release, '
-            "which holds listops-1000/basic_train.tsv, basic_val.tsv and basic_test.tsv"
-        )
-    places = [root / "listops-1000", root / "lra_release" / "listops-1000", root]
-    for place in places:
-        if (place / "basic_train.tsv").is_file():
-            return place
-    raise FileNotFoundError(
-        f"task.source={source!r}: basic_train.tsv (beside basic_val.tsv and basic_test.tsv, first line "
-        f"Source<tab>Target) is in none of {', '.join(map(str, places))}"
+    """The directory of the three files in an unpacked archive. Raises FileNotFoundError."""
+    return release.find(
+        source,
+        ["listops-1000", "lra_release/listops-1000", ""],
+        lambda place: (place / "basic_train.tsv").is_file(),
+        holds="listops-1000/basic_train.tsv, basic_val.tsv and basic_test.tsv",
+        missing="basic_train.tsv (beside basic_val.tsv and basic_test.tsv, first line Source<tab>Target) is",
     )
 
 

@@ -70,6 +70,18 @@ def test_a_finished_run_says_so_and_touches_nothing(tmp_path):
     assert {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()} == before
 
 
+def test_a_damaged_config_that_reads_as_this_runs_is_written_again(tmp_path):
+    path = shutil.copytree(finished_run()[0], tmp_path / "run")
+    file = path / "config.json"
+    intact = file.read_bytes()
+    file.write_bytes(intact + b" ")
+    status, out, error = train_here(path)
+    assert (status, error) == (0, "") and "It reads as the config of this run" in out and "is finished" in out
+    file.write_bytes(intact.replace(b'"seed": 0', b'"seed": 1'))
+    status, _, error = train_here(path)
+    assert status == 2 and "config.json is damaged (its CRC-32 differs from that in crc32.json)" in error
+
+
 def test_what_cannot_be_is_refused_in_one_line_and_nothing_is_written(tmp_path):
     path, _ = finished_run()
     data = tmp_path / "data"

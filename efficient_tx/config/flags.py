@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from absl import flags
@@ -31,10 +31,12 @@ class Run(NamedTuple):
     Attributes:
       config: resolved and checked.
       departures: keys that differ from the protocol that the config names.
+      typed: keys that the command line gives a value.
     """
 
     config: ConfigDict
     departures: list[str]
+    typed: Collection[str]
 
 
 def invoked(command: str) -> list[str]:
@@ -77,7 +79,7 @@ def parse(argv: Sequence[str], *, usage: str, own: Sequence[str]) -> Run:
         if words:
             raise ValueError(no_dashes(words[0], config, own))
         check(config)
-        return Run(config, file.departures(config))
+        return Run(config, file.departures(config), typed.keys())
     except (ValueError, flags.Error) as error:
         if isinstance(error, ConfigError) and error.key in typed_keys(arguments):
             error = f"--config.{error.key}={typed_keys(arguments)[error.key]}: {error}"

@@ -1,6 +1,6 @@
 """Stored configs: config.json of a run, of this version or an older one, becomes a config again."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -41,13 +41,14 @@ def restore(stored: Mapping[str, Any]) -> ConfigDict:
     return config
 
 
-def take_former(config: ConfigDict, stored: Mapping[str, Any]) -> None:
+def take_former(config: ConfigDict, stored: Mapping[str, Any], typed: Collection[str] = ()) -> None:
     """Sets options in `config`, in place, that a stored config does not have, to what they were before they existed.
 
-    A class of a mixer or a weight structure says so in `formerly`, if the default of such an option is another.
+    A class of a mixer or a weight structure says so in `formerly`, if the default of such an option is another. Keys
+    that were `typed` keep their values.
     """
     flat = workdir.flatten(stored)
     for section, owner in owners(config).items():
         for option, value in getattr(owner, "formerly", {}).items():
-            if f"{section}.{option}" not in flat:
-                assign(config, f"{section}.{option}", value)
+            if (key := f"{section}.{option}") not in flat and key not in typed:
+                assign(config, key, value)

@@ -25,6 +25,7 @@ def one_at_a_time(factorise: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @jax.custom_batching.custom_vmap
+    @functools.wraps(factorise)
     def batched(*matrices):
         if matrices[0].ndim == 2:
             return factorise(*matrices)
@@ -43,7 +44,7 @@ def one_at_a_time(factorise: Callable[..., Any]) -> Callable[..., Any]:
         out = batched(*whole)
         return out, jax.tree.map(lambda _: True, out)
 
-    return functools.wraps(factorise)(lambda *matrices: batched(*matrices))
+    return batched
 
 
 @one_at_a_time

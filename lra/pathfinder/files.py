@@ -7,8 +7,8 @@ import sys
 
 import numpy as np
 
-from efficient_tx.files import local_path, visible
-from lra import parallel, store
+from efficient_tx.files import visible
+from lra import parallel, release, store
 
 LEVELS = {6: "curv_baseline", 9: "curv_contour_length_9", 14: "curv_contour_length_14"}
 _PIXELS_PER_PART = 2**28
@@ -74,21 +74,14 @@ def split(count: int, seed: int) -> list[np.ndarray]:
 
 def find(source: str, resolution: int, contour_length: int) -> pathlib.Path:
     """The directory of a level in an unpacked `lra_release`. Raises FileNotFoundError."""
-    root = local_path(source)
-    layout = _LAYOUT.format(resolution, LEVELS[contour_length])
-    if not root.is_dir():
-        raise FileNotFoundError(
-            f'task.source={source!r}: neither "generated" nor a directory; pass the path of an unpacked lra_release, '
-            f"which holds {layout}"
-        )
-    places = [root / "lra_release" / "lra_release", root / "lra_release", root]
-    places = [place / f"pathfinder{resolution}" / LEVELS[contour_length] for place in places]
-    for place in places:
-        if (place / "metadata").is_dir():
-            return place
-    raise FileNotFoundError(
-        f"task.source={source!r}: the images of lra_release.gz, {layout}, are in none of "
-        f"{', '.join(str(place) for place in places)}"
+    level = LEVELS[contour_length]
+    layout = _LAYOUT.format(resolution, level)
+    return release.find(
+        source,
+        [f"{folder}pathfinder{resolution}/{level}" for folder in ("lra_release/lra_release/", "lra_release/", "")],
+        lambda place: (place / "metadata").is_dir(),
+        holds=layout,
+        missing=f"the images of lra_release.gz, {layout}, are",
     )
 
 

@@ -82,6 +82,8 @@ def test_options_that_have_come_since_keep_what_an_old_run_computed(section, arg
     assert keys.flatten(new)[key] != value
     assert keys.flatten(stored.restore(old))[key] == value
     assert keys.flatten(stored.restore(json.loads(new.to_json())))[key] == keys.flatten(new)[key]
+    stored.take_former(new, old, typed={key})
+    assert keys.flatten(new)[key] != value
     stored.take_former(new, old)
     assert new.to_json() == stored.restore(old).to_json()
     # What an evaluation chooses anew is new.

@@ -10,6 +10,7 @@ import pytest
 from tests.docs.pages import SHORT
 from tests.support import ROOT
 from tests.support.command import scratch
+from tests.support.packages import installed
 
 EXAMPLES = ROOT / "examples"
 
@@ -37,8 +38,8 @@ def run(*words, cwd=ROOT):
     ],
 )
 def test_reuse(script, line):
-    if script == "reuse_equinox.py" and not os.environ.get("CI"):
-        pytest.importorskip("equinox")  # CI installs it, with the extra [test]
+    if script == "reuse_equinox.py":
+        installed("equinox", extra="test")
     out = run(EXAMPLES / script)
     assert re.search(line, out)
     losses = [float(loss) for loss in re.findall(r"^step \d+: loss ([\d.]+)", out, re.MULTILINE)]

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from efficient_tx.linear import Blast, BlockDiagonal, BlockTensorTrain, Kronecker, LowRank, Monarch
+from tests.support.packages import installed
 
 # The weight as a sum over its factors, rows before columns, and the sizes of the indices.
 FORMULAS = {
@@ -134,7 +135,7 @@ def test_orders_that_do_not_exist_are_refused():
 @pytest.mark.slow
 def test_block_diagonal_is_torchs_channel_shuffle_and_grouped_linear():
     """As in the authors' code: rearrange "(group c) -> (c group)", then one product for each block."""
-    torch = pytest.importorskip("torch")
+    torch = installed("torch")
     made = BlockDiagonal(12, 8, blocks=4, use_bias=False, rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).normal(size=(5, 12)).astype(np.float32)
     shuffled = torch.nn.functional.channel_shuffle(torch.tensor(x)[:, :, None, None], 4)[:, :, 0]

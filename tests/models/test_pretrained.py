@@ -12,7 +12,9 @@ from efficient_tx.attention import Fourier, Soft
 from efficient_tx.models.pretrained import load_pretrained
 from tests.support import ROOT, command
 from tests.support.published_vits import (
+    HF,
     PATCH,
+    TORCH,
     WIDTH,
     as_augreg,
     as_hugging_face,
@@ -24,10 +26,6 @@ from tests.support.published_vits import (
     timm_shapes,
     vit,
 )  # fmt: skip
-
-TORCH = {"mlp": "gelu_erf"}
-HF = {"mlp": "gelu_erf", "norm_epsilon": 1e-12}
-
 
 # What timm 1.0.31 and transformers 5.23.0 (torch 2.14) print for the first image of these very files, with and without
 # LayerScale; both take all of the tensors under the names that stand here.

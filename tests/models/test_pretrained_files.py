@@ -12,32 +12,24 @@ from safetensors.numpy import save_file
 
 from efficient_tx.models.pretrained import SUFFIXES, load_pretrained
 from tests.support.published_vits import (
+    TORCH,
     WIDTH,
     as_hugging_face,
     big_vision,
     close,
     draw,
     images,
+    refused,
     timm_logits,
     timm_shapes,
     vit,
 )  # fmt: skip
-
-TORCH = {"mlp": "gelu_erf"}
 
 
 @pytest.fixture(scope="module")
 def model():
     """For files that are refused, which leaves it as it is."""
     return vit()
-
-
-def refused(model, path):
-    """The one line with which a file is refused."""
-    with pytest.raises(ValueError) as error:
-        load_pretrained(model, path)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def save(tensors, path):

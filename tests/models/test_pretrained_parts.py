@@ -12,18 +12,19 @@ from efficient_tx.models.pretrained import load_pretrained
 from efficient_tx.models.pretrained.positions import grid_of
 from tests.support.published_vits import (
     CLASSES,
+    HF,
     WIDTH,
     as_hugging_face,
     big_vision,
     close,
     draw,
     images,
+    refused,
     timm_logits,
     timm_shapes,
     vit,
 )  # fmt: skip
 
-HF = {"mlp": "gelu_erf", "norm_epsilon": 1e-12}
 FAMILIES = {
     "timm": lambda: draw(timm_shapes(scales=True)),
     "Hugging Face": lambda: as_hugging_face(draw(timm_shapes())),
@@ -35,14 +36,6 @@ FAMILIES = {
 def model():
     """For files that are refused, which leaves it as it is."""
     return vit(**HF)
-
-
-def refused(model, path):
-    """The one line with which a file is refused."""
-    with pytest.raises(ValueError) as error:
-        load_pretrained(model, path)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def parameters(model):

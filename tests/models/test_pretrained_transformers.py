@@ -1,13 +1,11 @@
 """transformers' own models, with drawn weights, onto ours: equal logits or tokens, from both layouts of their names."""
 
-import importlib
-import os
-
 import numpy as np
 import pytest
 
 from efficient_tx.models.pretrained import load_pretrained
-from tests.support.published_vits import CLASSES, HEADS, HIDDEN, LAYERS, PATCH, SIDE, WIDTH, close, images, vit
+from tests.support.packages import installed
+from tests.support.published_vits import CLASSES, HEADS, HF, HIDDEN, LAYERS, PATCH, SIDE, WIDTH, close, images, vit
 
 pytestmark = pytest.mark.slow
 
@@ -17,20 +15,9 @@ SIZES = {
 }  # fmt: skip
 VIT = SIZES | {"intermediate_size": HIDDEN, "num_labels": CLASSES}
 DINO = SIZES | {"mlp_ratio": 2}
-HF = {"mlp": "gelu_erf", "norm_epsilon": 1e-12}
 DINOV2 = {"mlp": "gelu_erf", "layer_scale": 1.0, "mlp_features": 2 * WIDTH}
 NO_HEAD = [f"  head.{leaf} is not there: it stays as initialised" for leaf in ("bias", "kernel")]
 MASK = ["  embeddings.mask_token has no place here"]
-
-
-def installed(name):
-    """A package of the extra `pretrained`, gigabytes that few have; without it the test is skipped, but not in CI."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(f"needs {name}: pip install -e '.[pretrained]'")
 
 
 def published(name, sizes, folder, *, height=SIDE, width=SIDE):

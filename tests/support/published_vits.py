@@ -6,14 +6,19 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import linen, nnx, traverse_util
 from scipy.special import erf
 
 from efficient_tx.attention import Softmax
 from efficient_tx.models import ViT
+from efficient_tx.models.pretrained import load_pretrained
 
 # Sizes at which nothing is equal by chance: 3 × 3 patches of 4 × 4 × 3 = 48 numbers.
 WIDTH, HEADS, LAYERS, HIDDEN, CLASSES, SIDE, PATCH = 12, 2, 2, 20, 5, 12, 4
+# Options of our ViT with which models of torch, and those of Hugging Face, compute the same.
+TORCH = {"mlp": "gelu_erf"}
+HF = {"mlp": "gelu_erf", "norm_epsilon": 1e-12}
 
 
 def images(height=SIDE, width=SIDE):
@@ -204,3 +209,11 @@ def as_augreg(tensors):
     named["Transformer/posembed_input/pos_embedding"] = np.concatenate([first, table], axis=1)
     named["cls"] = named["cls"] - first  # the sum is what the model sees
     return named
+
+
+def refused(model, path):
+    """The one line with which a file is refused."""
+    with pytest.raises(ValueError) as error:
+        load_pretrained(model, path)
+    assert "\n" not in str(error.value)
+    return str(error.value)
