@@ -9,6 +9,7 @@ import collections
 import importlib.metadata
 import os
 import re
+import signal
 from pathlib import Path
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
@@ -28,7 +29,13 @@ MOST_BYTES = 2**30  # jax_compilation_cache_max_size would look at every file wh
 
 
 def pytest_configure(config):
-    """Keeps compiled programs, where the folder can be written; several workers may do so at once."""
+    """Keeps compiled programs, where the folder can be written; several workers may do so at once.
+
+    Ctrl-C is what tests send, to processes of their own and to this one: a background of a script, which ignores it,
+    would have them ignore it too.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         PROGRAMS.mkdir(parents=True, exist_ok=True)
     except OSError:
