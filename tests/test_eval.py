@@ -61,6 +61,7 @@ def test_batch_size_and_devices_change_nothing(run):
     assert result["accuracy"] == line["accuracy"] and result["loss"] == pytest.approx(line["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_same_weights_under_other_settings(run):
     """Skyformer has the parameters of softmax attention; with landmarks enough it is another approximation."""
     other = shutil.copytree(run, run.parent / "other")

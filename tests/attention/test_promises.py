@@ -128,7 +128,8 @@ def test_a_scalar_key_is_folded_per_row():
     assert_same(forward(params, x, mask, jax.random.key(5)), forward(params, x, mask, rows))
 
 
-@one_of_a_family(list(ATTENTION))
+@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.first(2)
 def test_bfloat16_stays_near_float32(name):
     x, mask = tokens(0, 3, SHORT, FEATURES), right_padded(LENGTHS, SHORT)
     params, forward = program(ATTENTION[name])

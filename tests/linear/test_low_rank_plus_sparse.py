@@ -93,6 +93,7 @@ def test_a_layer_of_its_own_is_found(n, m, options, tolerance):
     assert np.linalg.norm(back - weight) < tolerance * np.linalg.norm(weight)
 
 
+@pytest.mark.slow
 def test_soft_entries_are_a_choice_in_the_limit():
     """And at the threshold, the middle of the squares on both sides, an entry is halved."""
     matrix = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)

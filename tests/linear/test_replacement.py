@@ -183,6 +183,7 @@ def test_equal_forms_are_copied_and_other_options_projected():
         ({"linear": LowRank}, {}, "layers.0.kernel is absent there"),
     ],
 )
+@pytest.mark.first(2)
 def test_what_differs_otherwise_is_named(source, target, words):
     with pytest.raises(ValueError, match=words):
         transfer(Net(**source), Net(**target))

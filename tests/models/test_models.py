@@ -44,6 +44,7 @@ PAIRS = itertools.product(["mean", "cls", "last"], ["learned", "sinusoidal", "ro
 @pytest.mark.parametrize(
     ("pool", "positions"), [pytest.param(*one, marks=[] if one in FAST else [pytest.mark.slow]) for one in PAIRS]
 )
+@pytest.mark.first(2)
 def test_logits_do_not_depend_on_padding(pool, positions):
     model = classifier(pool=pool, positions=positions, layers=1)
     inputs, mask = batch()

@@ -147,6 +147,7 @@ def test_post_norm_blocks_drop_their_branches_by_example():
     assert (fits.sum(0) == 1).all() and fits.any(axis=1).all()
 
 
+@pytest.mark.slow
 def test_the_rate_of_drop_path_rises_over_all_stages():
     rates = [block.drop_path for stage in toy(drop_path=0.3).stages for block in stage.blocks]
     np.testing.assert_allclose(rates, [0, 0.1, 0.2, 0.3])

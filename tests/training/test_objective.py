@@ -107,6 +107,7 @@ def test_the_lowest_error_is_the_best_checkpoint(run):
     assert abs(errors(params, TASK.validation)).mean() == pytest.approx(validation[best], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_stays_while_others_go(tmp_path):
     """Its parameters move away from where the error was least: the first of three validations."""
     options = {"learning_rate": 0.15, "warmup": 0, "schedule": "constant", "clip": 0.0, "name": "sgd"}

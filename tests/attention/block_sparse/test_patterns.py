@@ -103,7 +103,7 @@ def dense_gradient(q, k, v, pairs, w):
 
 @pytest.mark.parametrize("causal", (False, True), ids=("full", "causal"))
 @every
-@pytest.mark.first(4)
+@pytest.mark.first(2)
 def test_equals_a_dense_mask_and_its_gradients(monkeypatch, name, causal):
     """In float64, with padding in between, which holds NaN; grouped heads, values of another width, many blocks."""
     monkeypatch.setattr(patterns, "LARGEST_BLOCK", 4)

@@ -42,6 +42,7 @@ def pool_by_loops(x, mask, kind, size, grid, causal):
     ids=["line", "grid", "causal"],
 )
 @pytest.mark.parametrize("kind", ["average", "max"])
+@pytest.mark.first(3)
 def test_pool_is_a_loop_over_the_neighbours(kind, options):
     """Padding anywhere is no neighbour; NaN there changes nothing; a grid may have an incomplete last row."""
     options = {"kind": kind, "grid": False, "causal": False} | options

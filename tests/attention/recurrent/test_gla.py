@@ -38,7 +38,7 @@ def dense(q, k, v, log_decay, mask, causal):
     return jnp.einsum("bhij,bjhv->bihv", jnp.where(mask[:, None, None, :], both, 0), v)
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_equals_the_dense_formula_and_its_gradients(causal):
     """Padding anywhere, grouped heads, values of another width; in float64."""
     mask = np.random.default_rng(1).random((2, 75)) < 0.7
@@ -88,6 +88,7 @@ def layer(mixer, x, *, key_dim, normalizer, clamp=-np.inf, causal=False):
     ],
     ids=("defaults", "wide and clamped", "causal"),
 )
+@pytest.mark.first(1)
 def test_the_layer_is_the_recurrence(options, sizes):
     mixer, x = module(**options), np.random.default_rng(0).normal(size=(2, 40, FEATURES))
     mixer.decay_up.bias[...] = jnp.linspace(-1, 1, HEADS * sizes["key_dim"])

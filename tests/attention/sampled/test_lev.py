@@ -134,7 +134,7 @@ def check(q, k, v, mask, pairs, everything, **options):
         ("polynomial", 3.0, 7),
     ],
 )
-@pytest.mark.first(2)
+@pytest.mark.first(1)
 def test_it_is_dense_attention_over_the_best_keys(attention, p, budget):
     """With gradients; all keys are the exact limit. Queries and keys of other numbers, grouped heads, any mask."""
     q, k, v = inputs(0, 11, 31)
@@ -177,6 +177,7 @@ def decode(state, tokens, options):
     return jnp.moveaxis(out, 0, 1), position
 
 
+@pytest.mark.slow
 def test_causally_any_length_is_fine_without_a_mask():
     """Ten tokens in blocks of four: the last block is not full."""
     with jax.enable_x64(True):
@@ -186,6 +187,7 @@ def test_causally_any_length_is_fine_without_a_mask():
 
 
 @pytest.mark.parametrize(("attention", "rescore"), [("softmax", True), ("polynomial", False)])
+@pytest.mark.first(1)
 def test_decoding_gives_the_same_as_training(attention, rescore):
     """Also where padding comes between: the state waits. It holds `budget` keys, and its shapes never change."""
     q, k, v = inputs(2, 31, 31)

@@ -21,6 +21,7 @@ def test_what_may_be_slow_is_tried_on_shorter_inputs_first():
 
 
 @pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.first(8)
 def test_every_variant_can_be_measured(name):
     """Its function, or module, takes what inputs.py makes for it; the output has the shape of the values."""
     given = inputs.tokens("random", 2, 16, 2, 4)
