@@ -31,11 +31,12 @@ MOST_BYTES = 2**30  # jax_compilation_cache_max_size would look at every file wh
 def pytest_configure(config):
     """Keeps compiled programs, where the folder can be written; several workers may do so at once.
 
-    Ctrl-C is what tests send, to processes of their own and to this one: a background of a script, which ignores it,
-    would have them ignore it too.
+    Ctrl-C and the end of a terminal are what tests send, to processes of their own and to this one: a background of a
+    script, which ignores the one, and nohup, which ignores the other, would have them ignored here too.
     """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, usual)
     try:
         PROGRAMS.mkdir(parents=True, exist_ok=True)
     except OSError:
