@@ -1,6 +1,6 @@
 """block_attention against plain NumPy, its gradients, its limits and its errors."""
 
-import sys
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import pytest
 
 from efficient_tx.kernels import block_attention, flash_attention
 
-xla = sys.modules["efficient_tx.kernels.block_attention.xla"]
+xla = importlib.import_module("efficient_tx.kernels.block_attention.xla")
 
 
 def arrays(seed, queries, keys, *, heads=4, groups=2, dim=6, v_dim=3, batch=2):

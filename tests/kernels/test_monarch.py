@@ -1,6 +1,6 @@
 """The Monarch product: both implementations against the dense matrix of the definition, gradients, chunks, errors."""
 
-import sys
+import importlib
 from functools import partial
 
 import jax
@@ -10,8 +10,8 @@ import pytest
 
 from efficient_tx.kernels import monarch
 
-kernel = sys.modules["efficient_tx.kernels.monarch"]
-xla = sys.modules["efficient_tx.kernels.monarch.xla"]
+kernel = importlib.import_module("efficient_tx.kernels.monarch")
+xla = importlib.import_module("efficient_tx.kernels.monarch.xla")
 
 # (k, q, p), (l, s, r): square, neither of q and l divides the other, few blocks to many, slices of rank 3.
 SHAPES = [((3, 6, 4), (3, 4, 6)), ((3, 4, 5), (2, 7, 6)), ((1, 6, 2), (6, 3, 1)), ((4, 9, 2), (3, 5, 12))]

@@ -1,6 +1,6 @@
 """pair_attention, "reference" and "xla", against loops over all pairs in NumPy; gradients, limits, errors."""
 
-import sys
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import pytest
 
 from efficient_tx.kernels import pair_attention
 
-xla = sys.modules["efficient_tx.kernels.pair_attention.xla"]
+xla = importlib.import_module("efficient_tx.kernels.pair_attention.xla")
 KEYS = 13
 
 

@@ -1,19 +1,14 @@
 """pair_attention: softmax attention of a query to pairs of tokens."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 
-from efficient_tx.kernels.forward_mode import reverse_only
-from efficient_tx.kernels.implementations import choose
-from efficient_tx.kernels.pair_attention import reference, xla
+from efficient_tx.kernels.op import Op
 from efficient_tx.kernels.pair_attention.options import Options, Pair
 from efficient_tx.kernels.shapes import check_rank
 from efficient_tx.tokens.mask import compact, key_mask, repeat_heads, spread
 
-# Best first. Each module has `unsupported` and `forward`; all except the reference have `backward`.
-IMPLEMENTATIONS = {"xla": xla, "reference": reference}
+OP = Op("pair_attention", ("xla", "reference"))
 
 
 def pair_attention(
@@ -49,7 +44,6 @@ def pair_attention(
       NotImplementedError: forward-mode differentiation, with an implementation other than "reference".
     """
     check_shapes(q, k, v, k2, v2)
-    implementation = choose("pair_attention", IMPLEMENTATIONS, implementation, interpret=interpret)
     (batch, queries, heads, _), keys = q.shape, k.shape[1]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     mask = key_mask(mask, batch, keys)
@@ -65,10 +59,7 @@ def pair_attention(
     ]
     of_head = [jnp.repeat(x, heads) for x in (count, first)]
     options = Options(pair, causal, windows)
-    if implementation == "reference":
-        out = reference.forward(options, *flat, *of_head)
-    else:
-        out = streamed(implementation, options, *(reverse_only(x, "pair_attention") for x in flat), *of_head)
+    out = OP(implementation, options, *flat, *of_head, interpret=interpret)
     out = out.reshape(batch, heads, queries, -1).swapaxes(1, 2).astype(q.dtype)
     return spread(out, mask) if own_positions else out
 
@@ -81,21 +72,3 @@ def check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, k2: jax.Array, v2: ja
             raise ValueError(f"{name} has shape {x.shape}, {of} {like.shape}: batch, length and dim must agree")
     if k.shape[:2] != v.shape[:2] or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
         raise ValueError(f"q, k, v have shapes {q.shape}, {k.shape}, {v.shape}: batch, keys and head_dim must agree")
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def streamed(implementation, options, *operands):
-    """The output of a streaming implementation; the gradient is its own backward pass."""
-    return IMPLEMENTATIONS[implementation].forward(options, *operands)[0]
-
-
-def streamed_forward(implementation, options, *operands):
-    out, lse = IMPLEMENTATIONS[implementation].forward(options, *operands)
-    return out, (operands, out, lse)
-
-
-def streamed_backward(implementation, options, residuals, cotangent):
-    return *IMPLEMENTATIONS[implementation].backward(options, *residuals, cotangent), None, None
-
-
-streamed.defvjp(streamed_forward, streamed_backward)

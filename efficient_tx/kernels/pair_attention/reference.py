@@ -8,9 +8,8 @@ from efficient_tx.kernels.pair_attention.options import Options
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def unsupported(*, interpret: bool) -> str | None:
-    """The reason why this implementation does not support the request, or None."""
-    return "interpret=True is for Pallas kernels, the plain formula has nothing to interpret" if interpret else None
+def unsupported(options: Options, *operands: jax.Array) -> None:
+    """The plain formula supports everything."""
 
 
 def forward(

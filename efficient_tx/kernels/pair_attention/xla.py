@@ -21,9 +21,12 @@ AREA = 1 << 18  # scores per tile: 1 MB of float32
 SECOND_TOKENS = 16  # per tile
 
 
-def unsupported(*, interpret: bool) -> str | None:
-    """The reason why this implementation does not support the request, or None."""
-    return "interpret=True is for Pallas kernels, an XLA program has nothing to interpret" if interpret else None
+def unsupported(options: Options, *operands: jax.Array) -> None:
+    """It supports everything."""
+
+
+def sizes(options: Options, q: jax.Array, k: jax.Array, *others: jax.Array) -> "Tiling":
+    return Tiling.of(q.shape[1], k.shape[1], options)
 
 
 class Tiling(NamedTuple):
@@ -109,13 +112,13 @@ class Second(NamedTuple):
     a: jax.Array
 
 
-def forward(options: Options, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
+def forward(options: Options, tiling: Tiling, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Output `[heads, queries, v_dim]` and log-sum-exp `[heads, queries]`, 0 for a query without keys.
 
     The operands are q, k, v, k2, v2 `[heads, length, dim]`, with heads over batch and heads, and two int32 arrays
     `[heads]`: the number of real tokens, which come first, and the position of the first query.
     """
-    pair, tiling = options.pair, Tiling.of(operands[0].shape[1], operands[1].shape[1], options)
+    pair = options.pair
 
     def head(operands):
         q, *others = operands
@@ -147,9 +150,11 @@ def forward(options: Options, *operands: jax.Array) -> tuple[jax.Array, jax.Arra
     return jax.lax.map(head, operands)
 
 
-def backward(options: Options, operands: tuple[jax.Array, ...], out: jax.Array, lse: jax.Array, d_out: jax.Array):
-    """Cotangents of q, k, v, k2 and v2."""
-    pair, tiling = options.pair, Tiling.of(operands[0].shape[1], operands[1].shape[1], options)
+def backward(
+    options: Options, tiling: Tiling, operands: tuple[jax.Array, ...], out: jax.Array, lse: jax.Array, d_out: jax.Array
+) -> tuple[jax.Array | None, ...]:
+    """Cotangents of q, k, v, k2 and v2, and None for the counts and positions."""
+    pair = options.pair
     # With the weights p of a query, d_scores = p ⊙ (d_p − delta).
     delta = jnp.sum(out * d_out, axis=-1)
 
@@ -189,7 +194,7 @@ def backward(options: Options, operands: tuple[jax.Array, ...], out: jax.Array, 
         d_k, d_v, d_k2, d_v2 = jax.lax.optimization_barrier(carry)
         return d_q.reshape(-1, q.shape[1])[: tiling.queries], d_k.T, d_v.T, d_k2, d_v2
 
-    return jax.lax.map(head, (operands, (lse, d_out, delta)))
+    return *jax.lax.map(head, (operands, (lse, d_out, delta))), None, None
 
 
 def rows_dot(x: jax.Array, y: jax.Array) -> jax.Array:

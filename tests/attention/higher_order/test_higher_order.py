@@ -1,6 +1,6 @@
 """Attention to pairs of tokens, tensor and strassen, against sums over all triples; limits, windows, errors."""
 
-import sys
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from flax import nnx
 from efficient_tx.attention.higher_order.strassen import strassen
 from efficient_tx.attention.higher_order.tensor import Tensor, tensor, tensor_exact
 
-triples = sys.modules["efficient_tx.kernels.pair_attention.xla"]
+triples = importlib.import_module("efficient_tx.kernels.pair_attention.xla")
 
 
 @pytest.fixture(autouse=True)
