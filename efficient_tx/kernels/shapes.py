@@ -1,4 +1,6 @@
-"""Shape checks of queries, keys and values."""
+"""Shapes: checks of queries, keys and values, and what a Pallas kernel returns."""
+
+from typing import Any
 
 import jax
 
@@ -19,3 +21,10 @@ def check_shapes(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
         raise ValueError(f"q has shape {q.shape}, k {k.shape}: batch and head_dim must agree, heads be a multiple")
     if v.shape[:3] != (batch, keys, groups):
         raise ValueError(f"v has shape {v.shape}, k {k.shape}: batch, length and heads must agree")
+
+
+def result(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, operands: Any) -> jax.ShapeDtypeStruct:
+    """A result of a Pallas call; in a `shard_map` it varies over the devices as the operands, a pytree, do."""
+    kinds = [jax.typeof(x).manual_axis_type for x in jax.tree.leaves(operands)]
+    varying = frozenset().union(*(kind.varying for kind in kinds))
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=type(kinds[0])(varying=varying))

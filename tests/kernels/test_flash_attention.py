@@ -223,7 +223,10 @@ def test_forward_mode_is_refused_elsewhere_by_a_line_that_names_the_reference():
     ("options", "message"),
     [
         ({"score": "relu"}, "score is 'relu': choose one of softmax, sigmoid, gaussian"),
-        ({"score": "gaussian", "return_lse": True}, "return_lse needs score='softmax'"),
+        (
+            {"score": "gaussian", "return_lse": True},
+            "return_lse needs a score normalised like softmax, Gaussian is not",
+        ),
         ({"implementation": "pallas_tpu"}, "no implementation 'pallas_tpu': choose one of xla, reference"),
         ({"interpret": True}, "interpret=True is for Pallas kernels"),
         ({"mask": np.ones((2, 8), bool)}, r"mask has shape \(2, 8\).*\(2, 7\)"),

@@ -3,46 +3,59 @@
 import jax
 import jax.numpy as jnp
 
+from efficient_tx.kernels.flash_attention.mask import Mask
 from efficient_tx.kernels.flash_attention.options import Options
+from efficient_tx.kernels.flash_attention.score import Score
 
 
-def unsupported(*, interpret: bool, mask_of_pairs: bool) -> str | None:
-    """The reason why this implementation does not support the request, or None."""
-    return "interpret=True is for Pallas kernels, the plain formula has nothing to interpret" if interpret else None
+def unsupported(options: Options, *arrays) -> None:
+    """The plain formula supports everything."""
 
 
 def forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, options: Options
+    options: Options, q: jax.Array, k: jax.Array, v: jax.Array, score: Score, mask: Mask | None, pairs: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
     """Output `[batch, queries, heads, v_dim]` and, for softmax, the log-sum-exp `[batch, queries, heads]` (else None).
 
-    `q` is `[batch, queries, heads, head_dim]`, `k` and `v` have the same number of heads; all have one dtype, float32
-    or float64; `mask` is bool `[batch, keys]`, or `[batch or 1, heads or 1, queries, keys]`, or None.
+    `q` is `[batch, queries, heads, head_dim]`, `k` and `v` `[batch, keys, groups, dim]`; the score's parameters are
+    `[heads, ...]`; `pairs` is bool `[batch or 1, heads or 1, queries, keys]`, or None.
     """
-    score, causal, scale, bias, precision = options
-    queries, keys = q.shape[1], k.shape[1]
-    logits = scale * jnp.einsum("bqhd,bkhd->bhqk", q, k, precision=precision) + bias
-    if score == "gaussian":
-        q_norm, k_norm = (jnp.square(x).sum(-1).mT for x in (q, k))
-        # Rounding may make a squared distance negative.
-        logits = jnp.minimum(logits - scale / 2 * (q_norm[..., :, None] + k_norm[..., None, :]), bias)
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    queries, heads, keys = q.shape[1], q.shape[2], k.shape[1]
+    out_dtype, q = q.dtype, q.astype(dtype)
+    k, v = (jnp.repeat(x.astype(dtype), heads // x.shape[2], axis=2) for x in (k, v))
+    i, j = jnp.arange(queries)[:, None] + keys - queries, jnp.arange(keys)[None]
 
-    keep = jnp.ones((1, 1, queries, keys), bool)
+    def head(score, head, q, k, v):
+        """One head of all examples: q `[batch, queries, head_dim]`."""
+        dot = options.scale * jnp.einsum("bqd,bkd->bqk", q, k, precision=options.precision) + options.bias
+        norms = (options.scale / 2 * jnp.square(x).sum(-1) for x in (q, k))
+        q_norm, k_norm = norms if score.needs_norms else (None, None)
+        if q_norm is not None:
+            q_norm, k_norm = q_norm[:, :, None], k_norm[:, None]
+        return score.logits(dot, q_norm, k_norm, i, j, head)
+
+    logits = jax.vmap(head, (0, 0, 2, 2, 2), 1)(score, jnp.arange(heads), q, k, v)
+    keep = jnp.ones((1, 1, queries, keys), bool) if pairs is None else pairs
     if mask is not None:
-        keep &= mask[:, None, None, :] if mask.ndim == 2 else mask
-    if causal:
-        keep &= jnp.arange(keys) <= jnp.arange(queries)[:, None] + (keys - queries)
-    logits = jnp.where(keep, logits, -jnp.inf)
+        q_segment, k_segment = (
+            jax.tree.map(lambda x, axis=axis: jnp.expand_dims(x, axis)[:, None], segments)
+            for segments, axis in zip(mask.segments, (2, 1))
+        )
+        keep = keep & mask.allowed(i, j, q_segment, k_segment)
 
     def apply(weights):
-        return jnp.einsum("bhqk,bkhd->bqhd", weights, v, precision=precision)
+        return jnp.einsum("bhqk,bkhd->bqhd", weights, v, precision=options.precision).astype(out_dtype)
 
-    if score == "sigmoid":
-        return apply(jax.nn.sigmoid(logits)), None
-    if score == "gaussian":
-        return apply(jnp.exp(logits)), None
-    weights, lse = softmax(logits)
-    return apply(weights), lse.mT
+    if score.normalise == "softmax":
+        weights, lse = softmax(jnp.where(keep, logits, -jnp.inf))
+        return apply(weights), lse.mT
+    weights = jax.vmap(type(score).weights, (0, 1), 1)(score, jnp.where(keep, logits, 0))
+    weights = jnp.where(keep, weights, 0)
+    if score.normalise == "sum":
+        total = weights.sum(-1, keepdims=True)
+        weights = jnp.where(total == 0, 0, weights / jnp.where(total == 0, 1, total))
+    return apply(weights), None
 
 
 def softmax(logits: jax.Array) -> tuple[jax.Array, jax.Array]:

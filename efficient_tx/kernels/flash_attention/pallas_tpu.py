@@ -1,0 +1,495 @@
+"""Attention on TPUs: a Pallas kernel forward, one for the cotangents of queries and scores, one for those of keys.
+
+Online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867) in on-chip memory, as in FlashAttention-2 (Dao 2023,
+arXiv 2307.08691). The last axis of the grid visits the blocks that the mask does not empty: their numbers are
+prefetched, so that absent blocks are never copied. Arrays are `[batch, heads, length, dim]`; numbers of a query or key
+lie in rows `[batch, heads, 1, length]`, for a column would take 128 times its memory, and become a column once a block.
+
+The kernel for keys computes blocks transposed, keys × queries, so that every product has its operands as they are.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from efficient_tx.kernels.flash_attention import block, elementwise
+from efficient_tx.kernels.flash_attention.block import Block
+from efficient_tx.kernels.flash_attention.blocks import Sizes, Visits, visits
+from efficient_tx.kernels.flash_attention.mask import Mask
+from efficient_tx.kernels.flash_attention.options import Options
+from efficient_tx.kernels.flash_attention.score import Score
+from efficient_tx.kernels.shapes import result
+
+LANES = 128
+LEAST = jnp.finfo(jnp.float32).min / 2  # finite, so that a block without keys adds exp(−inf − LEAST) = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSizes:
+    """Rows of queries and of keys in a block, multiples of 128."""
+
+    queries: int = 512
+    keys: int = 512
+    backward_queries: int = 512
+    backward_keys: int = 512
+
+
+def unsupported(options: Options, q, k, v, score: Score, mask: Mask | None, pairs) -> str | None:
+    """The reason why this implementation does not support the request, or None."""
+    if pairs is not None:
+        return "it takes key masks [batch, keys] and Masks: one of all pairs is quadratic in the length"
+    if q.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"it takes float32 and bfloat16, not {q.dtype}"
+    if max(q.shape[3], v.shape[3]) > 256:
+        return f"its heads have at most 256 dims, these {max(q.shape[3], v.shape[3])}"
+    return score.unsupported("tpu") or elementwise.reason(score, mask, "tpu")
+
+
+def sizes(options: Options, q: jax.Array, k: jax.Array, *others) -> BlockSizes:
+    """The largest that fit every chip; no longer than the sequences."""
+    queries, keys = (LANES * math.ceil(x.shape[1] / LANES) for x in (q, k))
+    most = BlockSizes()
+    return BlockSizes(
+        min(most.queries, queries), min(most.keys, keys),
+        min(most.backward_queries, queries), min(most.backward_keys, keys),
+    )  # fmt: skip
+
+
+def forward(
+    options: Options, sizes: BlockSizes, q: jax.Array, k: jax.Array, v: jax.Array, score: Score, mask: Mask | None,
+    pairs: None, *, interpret: Any = False,
+) -> tuple[tuple[jax.Array, jax.Array | None], jax.Array | None]:  # fmt: skip
+    """As `xla.forward`."""
+    call = Call.of(options, sizes.queries, sizes.keys, q, k, score, mask, interpret)
+    seen, _ = visits(mask, call.sizes)
+    query_side = {"q": q.swapaxes(1, 2), **call.norms("q", q), **segments("q", mask)}
+    key_side = {"k": k.swapaxes(1, 2), "v": v.swapaxes(1, 2), **call.norms("k", k), **segments("k", mask)}
+    rows, v_dim = sizes.queries, v.shape[3]
+
+    def kernel(lists, numbers, query_side, key_side, out, saved, scratch):
+        example, head, i, n = (pl.program_id(axis) for axis in range(4))
+        acc, peak, total, columns = scratch["acc"], scratch["peak"], scratch["total"], scratch["columns"]
+        one = call.score_of(numbers, head)
+
+        @pl.when(n == 0)
+        def _():
+            acc[...], total[...], peak[...] = jnp.zeros_like(acc), jnp.zeros_like(total), jnp.full_like(peak, LEAST)
+            fill_columns(columns, query_side)
+
+        def step(j, test):
+            of = call.block(columns, key_side, query_side["q"], i, j, head, test)
+            values = call.real_rows(key_side["v"], j, test, call.sizes.keys, sizes.keys)
+            if score.normalise == "softmax":
+                logits = block.logits(one, of)
+                new_peak = jnp.maximum(peak[:, :1], logits.max(1, keepdims=True))
+                weights, fade = jnp.exp(logits - new_peak), jnp.exp(peak[:, :1] - new_peak)
+                acc[...] = acc[...] * fade + call.dot(weights, values)
+                total[...] = total[...] * fade + weights.sum(1, keepdims=True)
+                peak[...] = jnp.broadcast_to(new_peak, peak.shape)
+            else:
+                weights = block.weights(one, of)
+                acc[...] += call.dot(weights, values)
+                if score.normalise == "sum":
+                    total[...] += jnp.broadcast_to(weights.sum(1, keepdims=True), total.shape)
+
+        call.visit(seen, lists, example, i, n, step)
+
+        @pl.when(n == pl.num_programs(3) - 1)
+        def _():
+            divisor = total[:, :1]
+            none = divisor == 0
+            divisor = jnp.where(none, 1, divisor)
+            if score.normalise is None:
+                out[...] = acc[...].astype(out.dtype)
+                return
+            out[...] = (acc[...] / divisor).astype(out.dtype)
+            if score.normalise == "softmax":
+                saved[...] = as_row(jnp.where(none, -jnp.inf, jnp.log(divisor) + peak[:, :1]))
+            else:
+                saved[...] = as_row(divisor)
+
+    number = pltpu.VMEM((rows, LANES), jnp.float32)
+    out, saved = call.run(
+        kernel,
+        seen,
+        query_side,
+        key_side,
+        name="flash_attention",
+        out=(call.matrix("q", v_dim, q.dtype), call.row() if score.normalise else None),
+        scratch={
+            "acc": pltpu.VMEM((rows, v_dim), jnp.float32),
+            "peak": number,
+            "total": number,
+            "columns": column_scratch(query_side, rows),
+        },
+        products=q.shape[3] + v_dim,
+    )
+    saved = None if saved is None else saved[:, :, 0].swapaxes(1, 2)
+    lse, total = (saved, None) if score.normalise == "softmax" else (None, saved)
+    return (out.swapaxes(1, 2), lse), total
+
+
+def backward(
+    options: Options, sizes: BlockSizes, arrays: tuple, outputs: tuple, total: jax.Array | None, cotangents: tuple, *,
+    interpret: Any = False,
+) -> tuple:  # fmt: skip
+    """As `xla.backward`."""
+    q, k, v, score, mask, _ = arrays
+    (out, lse), (d_out, d_lse) = outputs, cotangents
+    call = Call.of(options, sizes.backward_queries, sizes.backward_keys, q, k, score, mask, interpret)
+    of_queries, of_keys = visits(mask, call.sizes)
+    d_out = d_out.astype(q.dtype)
+    query_side = {"q": q.swapaxes(1, 2), "d_out": d_out.swapaxes(1, 2), **call.norms("q", q), **segments("q", mask)}
+    key_side = {"k": k.swapaxes(1, 2), "v": v.swapaxes(1, 2), **call.norms("k", k), **segments("k", mask)}
+    if score.normalise is not None:
+        # A query without keys has lse −inf and logits −inf, so any finite number gives zero weights.
+        query_side["saved"] = row_of(total if lse is None else jnp.where(jnp.isfinite(lse), lse, 0))
+        delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
+        query_side["delta"] = row_of(delta if d_lse is None else delta - d_lse)
+    d_q, d_leaves = _for_queries(call, of_queries, query_side, key_side)
+    d_k, d_v = _for_keys(call, of_keys, query_side, key_side)
+    found = iter(d_leaves)
+    leaves, tree = jax.tree.flatten(score)
+    d_score = [next(found) if jnp.issubdtype(x.dtype, jnp.floating) else None for x in leaves]
+    return *(x.swapaxes(1, 2) for x in (d_q, d_k, d_v)), jax.tree.unflatten(tree, d_score), None, None
+
+
+def _for_queries(call: "Call", seen: Visits, query_side: dict, key_side: dict) -> tuple[jax.Array, list[jax.Array]]:
+    """Cotangents of the queries and of the score's parameters `[heads]`."""
+    rows, keys = call.sizes.query_block, call.sizes.key_block
+    leaves = [x for x in jax.tree.leaves(call.score) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+    def kernel(lists, numbers, query_side, key_side, d_q, d_numbers, scratch):
+        example, head, i, n = (pl.program_id(axis) for axis in range(4))
+        columns, sums = scratch["columns"], {name: scratch[name] for name in ("acc", "norm", "numbers")}
+        one = call.score_of(numbers, head)
+
+        @pl.when(n == 0)
+        def _():
+            for x in jax.tree.leaves(sums):
+                x[...] = jnp.zeros_like(x)
+            fill_columns(columns, query_side)
+
+        def step(j, test):
+            of = call.block(columns, key_side, query_side["q"], i, j, head, test)
+            k, v = (call.real_rows(key_side[x], j, test, call.sizes.keys, keys) for x in ("k", "v"))
+            d_values = call.dot(query_side["d_out"][...], v, transposed=True)
+            saved, delta = (columns[x][:, :1] if x in columns else None for x in ("saved", "delta"))
+            _, d_dot, d_norm, _, d_score = block.cotangents(one, of, d_values, saved, delta)
+            sums["acc"][...] += call.dot(d_dot, k)
+            if d_norm is not None:
+                sums["norm"][...] += jnp.broadcast_to(d_norm.sum(1, keepdims=True), sums["norm"].shape)
+            for x, y in zip(sums["numbers"], jax.tree.leaves(d_score)):
+                x[...] += jnp.broadcast_to(y.sum(0, keepdims=True).sum(1, keepdims=True), x.shape)
+
+        call.visit(seen, lists, example, i, n, step)
+
+        @pl.when(n == pl.num_programs(3) - 1)
+        def _():
+            found = sums["acc"][...]
+            if call.score.needs_norms:
+                found += query_side["q"][...].astype(jnp.float32) * sums["norm"][:, :1]
+            d_q[...] = (call.options.scale * found).astype(d_q.dtype)
+            for x, y in zip(d_numbers, sums["numbers"]):
+                x[...] = y[...]
+
+    q = query_side["q"]
+    number = pltpu.VMEM((1, LANES), jnp.float32)
+    d_q, d_numbers = call.run(
+        kernel,
+        seen,
+        query_side,
+        key_side,
+        name="flash_attention_queries",
+        out=(call.matrix("q", q.shape[3], q.dtype), [call.of_block() for _ in leaves]),
+        scratch={
+            "acc": pltpu.VMEM((rows, q.shape[3]), jnp.float32),
+            "norm": pltpu.VMEM((rows, LANES), jnp.float32) if call.score.needs_norms else [],
+            "numbers": [number for _ in leaves],
+            "columns": column_scratch(query_side, rows),
+        },
+        products=2 * q.shape[3] + key_side["v"].shape[3],
+    )
+    return d_q, [x[..., 0].sum((0, 2, 3)) for x in d_numbers]
+
+
+def _for_keys(call: "Call", seen: Visits, query_side: dict, key_side: dict) -> tuple[jax.Array, jax.Array]:
+    """Cotangents of keys and values, summed over the heads that share them."""
+    rows = call.sizes.key_block
+
+    def kernel(lists, numbers, query_side, key_side, d_k, d_v, scratch):
+        example, group, j, repeat, n = (pl.program_id(axis) for axis in range(5))
+        head = group * call.repeats + repeat
+        columns, sums = scratch["columns"], {name: scratch[name] for name in ("k", "v", "norm")}
+        one = call.score_of(numbers, head)
+
+        @pl.when((n == 0) & (repeat == 0))
+        def _():
+            for x in jax.tree.leaves(sums):
+                x[...] = jnp.zeros_like(x)
+            fill_columns(columns, key_side)
+
+        def step(i, test):
+            q, d_out = (
+                call.real_rows(query_side[x], i, test, call.sizes.queries, call.sizes.query_block)
+                for x in ("q", "d_out")
+            )
+            of = call.block(columns, query_side, key_side["k"], i, j, head, test, keys_first=True)
+            d_values = call.dot(key_side["v"][...], d_out, transposed=True)
+            saved, delta = (query_side[x][...] if x in query_side else None for x in ("saved", "delta"))
+            weights, d_dot, _, d_norm, _ = block.cotangents(one, of, d_values, saved, delta)
+            sums["k"][...] += call.dot(d_dot, q)
+            sums["v"][...] += call.dot(weights, d_out)
+            if d_norm is not None:
+                sums["norm"][...] += jnp.broadcast_to(d_norm.sum(1, keepdims=True), sums["norm"].shape)
+
+        call.visit(seen, lists, example, j, n, step)
+
+        @pl.when((n == pl.num_programs(4) - 1) & (repeat == call.repeats - 1))
+        def _():
+            found = sums["k"][...]
+            if call.score.needs_norms:
+                found += key_side["k"][...].astype(jnp.float32) * sums["norm"][:, :1]
+            d_k[...] = (call.options.scale * found).astype(d_k.dtype)
+            d_v[...] = sums["v"][...].astype(d_v.dtype)
+
+    k_dim, v_dim, dtype = key_side["k"].shape[3], key_side["v"].shape[3], key_side["k"].dtype
+    return call.run(
+        kernel,
+        seen,
+        query_side,
+        key_side,
+        name="flash_attention_keys",
+        out=(call.matrix("k", k_dim, dtype), call.matrix("k", v_dim, dtype)),
+        scratch={
+            "k": pltpu.VMEM((rows, k_dim), jnp.float32),
+            "v": pltpu.VMEM((rows, v_dim), jnp.float32),
+            "norm": pltpu.VMEM((rows, LANES), jnp.float32) if call.score.needs_norms else [],
+            "columns": column_scratch(key_side, rows),
+        },
+        products=2 * k_dim + 2 * v_dim,
+        keys_first=True,
+    )
+
+
+MATRICES = ("q", "k", "v", "d_out")  # of the operands; all others are rows
+
+
+class Result(NamedTuple):
+    """An output of a kernel: a "matrix" or "row" of the side that stays, or a number of a "block"."""
+
+    kind: str
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+
+
+class Call(NamedTuple):
+    """What the kernels of one call share."""
+
+    options: Options
+    sizes: Sizes
+    batch: int
+    heads: int
+    groups: int
+    score: Score
+    mask: Mask | None
+    interpret: Any
+
+    @classmethod
+    def of(cls, options, query_block, key_block, q, k, score, mask, interpret) -> "Call":
+        sizes = Sizes(q.shape[1], k.shape[1], query_block, key_block)
+        return cls(options, sizes, q.shape[0], q.shape[2], k.shape[2], score, mask, interpret)
+
+    @property
+    def repeats(self) -> int:
+        return self.heads // self.groups
+
+    def norms(self, name: str, x: jax.Array) -> dict[str, jax.Array]:
+        """Half the scaled squared norms of `[batch, length, heads, dim]`, if the score looks at them."""
+        if not self.score.needs_norms:
+            return {}
+        return {f"{name}_norm": row_of(self.options.scale / 2 * jnp.square(x.astype(jnp.float32)).sum(-1))}
+
+    def score_of(self, numbers: list, head: jax.Array) -> Score:
+        return jax.tree.unflatten(jax.tree.structure(self.score), [x[head] for x in numbers])
+
+    def dot(self, x: jax.Array, y: jax.Array, transposed: bool = False) -> jax.Array:
+        """x @ y, or x @ y.T, in float32; x is rounded to the dtype of y, which is that of the inputs."""
+        exact = y.dtype == jnp.float32
+        return jax.lax.dot_general(
+            x.astype(y.dtype), y, (((1,), (1 if transposed else 0,)), ((), ())),
+            precision=self.options.precision if exact else None, preferred_element_type=jnp.float32,
+        )  # fmt: skip
+
+    def real_rows(self, ref: Any, number: jax.Array, test: bool, length: int, size: int) -> jax.Array:
+        """Block `number`; what lies behind the end holds anything and becomes 0."""
+        x = ref[...]
+        if not test or length % size == 0:
+            return x
+        row = number * size + jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
+        return jnp.where(row < length, x, jnp.zeros_like(x))
+
+    def block(
+        self, columns: dict, rows: dict, first: Any, i: jax.Array, j: jax.Array, head: jax.Array, test: bool,
+        keys_first: bool = False,
+    ) -> Block:  # fmt: skip
+        """Query block `i` with key block `j`; `columns` and `rows` have the numbers of the two sides."""
+        queries, keys, query_block, key_block = self.sizes
+        shape = (key_block, query_block) if keys_first else (query_block, key_block)
+        dot = self.options.scale * self.dot(first[...], rows["q" if keys_first else "k"][...], transposed=True)
+        if self.options.bias:
+            dot += self.options.bias
+        numbers = {name: columns[name][:, :1] for name in columns} | {
+            name: x[...] for name, x in rows.items() if name not in MATRICES
+        }
+        axes = (1, 0) if keys_first else (0, 1)
+        of_axis = [
+            start * size + jax.lax.broadcasted_iota(jnp.int32, (size, 1) if axis == 0 else (1, size), axis)
+            for start, size, axis in zip((i, j), (query_block, key_block), axes)
+        ]
+        row, column = of_axis
+        position, allowed = row + (keys - queries), None
+        if test:
+            allowed = jnp.broadcast_to((row < queries) & (column < keys), shape)
+            if self.mask is not None:
+                named = (
+                    jax.tree.unflatten(
+                        jax.tree.structure(of), [numbers[f"{side}_{n}"] for n in range(len(jax.tree.leaves(of)))]
+                    )
+                    for side, of in zip("qk", self.mask.segments)
+                )
+                allowed &= jnp.broadcast_to(self.mask.allowed(position, column, *named), shape)
+        return Block(dot, numbers.get("q_norm"), numbers.get("k_norm"), position, column, head, allowed)
+
+    def visit(self, seen: Visits, lists: tuple, example: jax.Array, row: jax.Array, n: jax.Array, step: Any) -> None:
+        """Runs `step(number, test)` for the nth block that is visited from `row`, if there is one."""
+        order, full, some = lists
+        place = (example if len(seen.full) > 1 else 0) * seen.full.shape[1] + row
+        number = order[place * seen.order.shape[2] + n]
+        if seen.fills:
+            pl.when(n < full[place])(lambda: step(number, False))
+        if seen.tests:
+            pl.when((n >= full[place]) & (n < some[place]))(lambda: step(number, True))
+
+    def matrix(self, side: str, dim: int, dtype: jnp.dtype) -> "Result":
+        """`[batch, heads, length, dim]` of the side that stays."""
+        heads, length = (self.heads, self.sizes.queries) if side == "q" else (self.groups, self.sizes.keys)
+        return Result("matrix", (self.batch, heads, length, dim), dtype)
+
+    def row(self) -> "Result":
+        """A number a query."""
+        return Result("row", (self.batch, self.heads, 1, self.sizes.queries), jnp.float32)
+
+    def of_block(self) -> "Result":
+        """A number a block of queries, in all lanes."""
+        blocks = math.ceil(self.sizes.queries / self.sizes.query_block)
+        return Result("block", (self.batch, self.heads, blocks, 1, LANES), jnp.float32)
+
+    def run(
+        self, kernel: Any, seen: Visits, query_side: dict, key_side: dict, *, name: str, out: tuple, scratch: dict,
+        products: int, keys_first: bool = False,
+    ) -> tuple:  # fmt: skip
+        """Calls `kernel(lists, numbers, query_side, key_side, *outputs, scratch)` over the grid."""
+        repeats, examples, row_blocks = self.repeats, len(seen.full), seen.full.shape[1]
+        length = seen.order.shape[2]
+        grid = (self.batch, self.groups, row_blocks, repeats) if keys_first else (self.batch, self.heads, row_blocks)
+        grid += (length,)
+
+        def split(*indices):
+            """Example, head, group and the two block numbers, from the grid's indices and the lists."""
+            example, head, row, *repeat, n = indices[: len(grid)]
+            order, _, some = indices[len(grid) : len(grid) + 3]
+            place = (example if examples > 1 else 0) * row_blocks + row
+            # Past the last visit the last block stays where it is: nothing is copied.
+            other = order[place * length + jnp.minimum(n, jnp.maximum(some[place] - 1, 0))]
+            if keys_first:
+                return example, head * repeats + repeat[0], head, other, row
+            return example, head, jax.lax.div(head, repeats), row, other
+
+        def spec(kind, shape, side):
+            size = self.sizes.query_block if side == "q" else self.sizes.key_block
+
+            def index(*indices):
+                example, head, group, i, j = split(*indices)
+                example = example if shape[0] > 1 else 0
+                head = 0 if shape[1] == 1 else head if side == "q" else group
+                number = i if side == "q" else j
+                place = {"matrix": (number, 0), "row": (0, number), "block": (number, 0, 0)}
+                return example, head, *place[kind]
+
+            block = {"matrix": (size, shape[-1]), "row": (1, size), "block": (None, 1, LANES)}
+            return pl.BlockSpec((None, None, *block[kind]), index)
+
+        in_specs = [
+            {name: spec("matrix" if name in MATRICES else "row", x.shape, side) for name, x in of.items()}
+            for side, of in (("q", query_side), ("k", key_side))
+        ]
+        results, tree = jax.tree.flatten(out, is_leaf=lambda x: isinstance(x, Result))
+        out_specs = [spec(x.kind, x.shape, "k" if keys_first else "q") for x in results]
+        leaves = [result(x.shape, x.dtype, (query_side, key_side)) for x in results]
+        lists = [jnp.asarray(x).reshape(-1) for x in seen]
+        numbers = jax.tree.leaves(self.score)
+        inputs = [*lists, *numbers]
+
+        def body(*refs):
+            prefetched, (query_refs, key_refs, *results, scratch_refs) = refs[: len(inputs)], refs[len(inputs) :]
+            outputs = jax.tree.unflatten(tree, results)
+            kernel(prefetched[:3], prefetched[3:], query_refs, key_refs, *outputs, scratch_refs)
+
+        area = self.batch * self.heads * self.sizes.queries * self.sizes.keys
+        found = pl.pallas_call(
+            body,
+            out_shape=leaves,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=len(inputs),
+                grid=grid,
+                in_specs=in_specs,
+                out_specs=out_specs,
+                scratch_shapes=[scratch],
+            ),
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel",) * 3 + ("arbitrary",) * (len(grid) - 3)
+            ),
+            cost_estimate=pl.CostEstimate(
+                flops=2 * area * products,
+                transcendentals=area,
+                bytes_accessed=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((query_side, key_side, leaves))),
+            ),
+            interpret=self.interpret,
+            name=name,
+        )(*inputs, query_side, key_side)
+        return jax.tree.unflatten(tree, found)
+
+
+def segments(side: str, mask: Mask | None) -> dict[str, jax.Array]:
+    """The mask's segments of queries or keys as rows `[batch or 1, 1, 1, length]`, in the order of their tree."""
+    if mask is None:
+        return {}
+    found = jax.tree.leaves(mask.segments["qk".index(side)])
+    return {f"{side}_{n}": x.astype(jnp.int32)[:, None, None] for n, x in enumerate(found)}
+
+
+def row_of(x: jax.Array) -> jax.Array:
+    """`[batch, length, heads]` as `[batch, heads, 1, length]`."""
+    return x.astype(jnp.float32).swapaxes(1, 2)[:, :, None]
+
+
+def as_row(x: jax.Array) -> jax.Array:
+    """`[size, 1]` as `[1, size]`."""
+    return jnp.broadcast_to(x, (x.shape[0], LANES)).T[:1]
+
+
+def column_scratch(side: dict, rows: int) -> dict:
+    return {name: pltpu.VMEM((rows, LANES), x.dtype) for name, x in side.items() if name not in MATRICES}
+
+
+def fill_columns(columns: dict, side: dict) -> None:
+    """The side's rows `[1, size]` as columns, in all lanes."""
+    for name, column in columns.items():
+        row = side[name][...]
+        column[...] = jnp.broadcast_to(row, (LANES, row.shape[1])).T
