@@ -2,10 +2,12 @@
 
 Online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867) in on-chip memory, as in FlashAttention-2 (Dao 2023,
 arXiv 2307.08691). The last axis of the grid visits the blocks that the mask does not empty: their numbers are
-prefetched, so that absent blocks are never copied. Arrays are `[batch, heads, length, dim]`; numbers of a query or key
-lie in rows `[batch, heads, 1, length]`, for a column would take 128 times its memory, and become a column once a block.
+prefetched, so that absent blocks are never copied.
 
-The kernel for keys computes blocks transposed, keys × queries, so that every product has its operands as they are.
+All arrays are `[batch, heads, dim, length]`, dim 1 for what is one number a query or key: with the length last none is
+padded in memory, where 64 dims would take the room of 128 and one number that of 128. The side that stays in a kernel
+(queries, or in the last kernel keys) is transposed once, the side that is visited is used as it is: products have the
+forms x y and x yᵀ, which need no transposition. So the kernel for keys has blocks keys × queries.
 """
 
 import dataclasses
@@ -67,8 +69,8 @@ def forward(
     """As `xla.forward`."""
     call = Call.of(options, sizes.queries, sizes.keys, q, k, score, mask, interpret)
     seen, _ = visits(mask, call.sizes)
-    query_side = {"q": q.swapaxes(1, 2), **call.norms("q", q), **segments("q", mask)}
-    key_side = {"k": k.swapaxes(1, 2), "v": v.swapaxes(1, 2), **call.norms("k", k), **segments("k", mask)}
+    query_side = {"q": by_head(q), **segments("q", mask)}
+    key_side = {"k": by_head(k), "v": by_head(v), **segments("k", mask)}
     rows, v_dim = sizes.queries, v.shape[3]
 
     def kernel(lists, numbers, query_side, key_side, out, saved, scratch):
@@ -82,18 +84,19 @@ def forward(
             fill_columns(columns, query_side)
 
         def step(j, test):
-            of = call.block(columns, key_side, query_side["q"], i, j, head, test)
-            values = call.real_rows(key_side["v"], j, test, call.sizes.keys, sizes.keys)
+            visited = call.visited(key_side, j, test, call.sizes.keys, sizes.keys)
+            of = call.block(columns, visited, i, j, head, test)
+            values = visited["v"]
             if score.normalise == "softmax":
                 logits = block.logits(one, of)
                 new_peak = jnp.maximum(peak[:, :1], logits.max(1, keepdims=True))
                 weights, fade = jnp.exp(logits - new_peak), jnp.exp(peak[:, :1] - new_peak)
-                acc[...] = acc[...] * fade + call.dot(weights, values)
+                acc[...] = acc[...] * fade + call.dot(weights, values, transposed=True)
                 total[...] = total[...] * fade + weights.sum(1, keepdims=True)
                 peak[...] = jnp.broadcast_to(new_peak, peak.shape)
             else:
                 weights = block.weights(one, of)
-                acc[...] += call.dot(weights, values)
+                acc[...] += call.dot(weights, values, transposed=True)
                 if score.normalise == "sum":
                     total[...] += jnp.broadcast_to(weights.sum(1, keepdims=True), total.shape)
 
@@ -105,9 +108,9 @@ def forward(
             none = divisor == 0
             divisor = jnp.where(none, 1, divisor)
             if score.normalise is None:
-                out[...] = acc[...].astype(out.dtype)
+                out[...] = acc[...].T.astype(out.dtype)
                 return
-            out[...] = (acc[...] / divisor).astype(out.dtype)
+            out[...] = (acc[...] / divisor).T.astype(out.dtype)
             if score.normalise == "softmax":
                 saved[...] = as_row(jnp.where(none, -jnp.inf, jnp.log(divisor) + peak[:, :1]))
             else:
@@ -120,7 +123,7 @@ def forward(
         query_side,
         key_side,
         name="flash_attention",
-        out=(call.matrix("q", v_dim, q.dtype), call.row() if score.normalise else None),
+        out=(call.of_tokens("q", v_dim, q.dtype), call.of_tokens("q", 1, jnp.float32) if score.normalise else None),
         scratch={
             "acc": pltpu.VMEM((rows, v_dim), jnp.float32),
             "peak": number,
@@ -129,9 +132,9 @@ def forward(
         },
         products=q.shape[3] + v_dim,
     )
-    saved = None if saved is None else saved[:, :, 0].swapaxes(1, 2)
+    saved = None if saved is None else by_token(saved)[..., 0]
     lse, total = (saved, None) if score.normalise == "softmax" else (None, saved)
-    return (out.swapaxes(1, 2), lse), total
+    return (by_token(out), lse), total
 
 
 def backward(
@@ -144,19 +147,20 @@ def backward(
     call = Call.of(options, sizes.backward_queries, sizes.backward_keys, q, k, score, mask, interpret)
     of_queries, of_keys = visits(mask, call.sizes)
     d_out = d_out.astype(q.dtype)
-    query_side = {"q": q.swapaxes(1, 2), "d_out": d_out.swapaxes(1, 2), **call.norms("q", q), **segments("q", mask)}
-    key_side = {"k": k.swapaxes(1, 2), "v": v.swapaxes(1, 2), **call.norms("k", k), **segments("k", mask)}
+    query_side = {"q": by_head(q), "d_out": by_head(d_out), **segments("q", mask)}
+    key_side = {"k": by_head(k), "v": by_head(v), **segments("k", mask)}
     if score.normalise is not None:
         # A query without keys has lse −inf and logits −inf, so any finite number gives zero weights.
-        query_side["saved"] = row_of(total if lse is None else jnp.where(jnp.isfinite(lse), lse, 0))
+        saved = total if lse is None else jnp.where(jnp.isfinite(lse), lse, 0)
         delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
-        query_side["delta"] = row_of(delta if d_lse is None else delta - d_lse)
+        delta = delta if d_lse is None else delta - d_lse
+        query_side |= {"saved": by_head(saved[..., None]), "delta": by_head(delta[..., None])}
     d_q, d_leaves = _for_queries(call, of_queries, query_side, key_side)
     d_k, d_v = _for_keys(call, of_keys, query_side, key_side)
     found = iter(d_leaves)
     leaves, tree = jax.tree.flatten(score)
     d_score = [next(found) if jnp.issubdtype(x.dtype, jnp.floating) else None for x in leaves]
-    return *(x.swapaxes(1, 2) for x in (d_q, d_k, d_v)), jax.tree.unflatten(tree, d_score), None, None
+    return *(by_token(x) for x in (d_q, d_k, d_v)), jax.tree.unflatten(tree, d_score), None, None
 
 
 def _for_queries(call: "Call", seen: Visits, query_side: dict, key_side: dict) -> tuple[jax.Array, list[jax.Array]]:
@@ -176,12 +180,12 @@ def _for_queries(call: "Call", seen: Visits, query_side: dict, key_side: dict) -
             fill_columns(columns, query_side)
 
         def step(j, test):
-            of = call.block(columns, key_side, query_side["q"], i, j, head, test)
-            k, v = (call.real_rows(key_side[x], j, test, call.sizes.keys, keys) for x in ("k", "v"))
-            d_values = call.dot(query_side["d_out"][...], v, transposed=True)
+            visited = call.visited(key_side, j, test, call.sizes.keys, keys)
+            of = call.block(columns, visited, i, j, head, test)
+            d_values = call.dot(columns["d_out"][...], visited["v"])
             saved, delta = (columns[x][:, :1] if x in columns else None for x in ("saved", "delta"))
             _, d_dot, d_norm, _, d_score = block.cotangents(one, of, d_values, saved, delta)
-            sums["acc"][...] += call.dot(d_dot, k)
+            sums["acc"][...] += call.dot(d_dot, visited["k"], transposed=True)
             if d_norm is not None:
                 sums["norm"][...] += jnp.broadcast_to(d_norm.sum(1, keepdims=True), sums["norm"].shape)
             for x, y in zip(sums["numbers"], jax.tree.leaves(d_score)):
@@ -193,8 +197,8 @@ def _for_queries(call: "Call", seen: Visits, query_side: dict, key_side: dict) -
         def _():
             found = sums["acc"][...]
             if call.score.needs_norms:
-                found += query_side["q"][...].astype(jnp.float32) * sums["norm"][:, :1]
-            d_q[...] = (call.options.scale * found).astype(d_q.dtype)
+                found += columns["q"][...].astype(jnp.float32) * sums["norm"][:, :1]
+            d_q[...] = (call.options.scale * found).T.astype(d_q.dtype)
             for x, y in zip(d_numbers, sums["numbers"]):
                 x[...] = y[...]
 
@@ -206,14 +210,14 @@ def _for_queries(call: "Call", seen: Visits, query_side: dict, key_side: dict) -
         query_side,
         key_side,
         name="flash_attention_queries",
-        out=(call.matrix("q", q.shape[3], q.dtype), [call.of_block() for _ in leaves]),
+        out=(call.of_tokens("q", q.shape[2], q.dtype), [call.of_blocks(LANES) for _ in leaves]),
         scratch={
-            "acc": pltpu.VMEM((rows, q.shape[3]), jnp.float32),
+            "acc": pltpu.VMEM((rows, q.shape[2]), jnp.float32),
             "norm": pltpu.VMEM((rows, LANES), jnp.float32) if call.score.needs_norms else [],
             "numbers": [number for _ in leaves],
             "columns": column_scratch(query_side, rows),
         },
-        products=2 * q.shape[3] + key_side["v"].shape[3],
+        products=2 * q.shape[2] + key_side["v"].shape[2],
     )
     return d_q, [x[..., 0].sum((0, 2, 3)) for x in d_numbers]
 
@@ -235,16 +239,13 @@ def _for_keys(call: "Call", seen: Visits, query_side: dict, key_side: dict) -> t
             fill_columns(columns, key_side)
 
         def step(i, test):
-            q, d_out = (
-                call.real_rows(query_side[x], i, test, call.sizes.queries, call.sizes.query_block)
-                for x in ("q", "d_out")
-            )
-            of = call.block(columns, query_side, key_side["k"], i, j, head, test, keys_first=True)
-            d_values = call.dot(key_side["v"][...], d_out, transposed=True)
-            saved, delta = (query_side[x][...] if x in query_side else None for x in ("saved", "delta"))
+            visited = call.visited(query_side, i, test, call.sizes.queries, call.sizes.query_block)
+            of = call.block(columns, visited, i, j, head, test, keys_first=True)
+            d_values = call.dot(columns["v"][...], visited["d_out"])
+            saved, delta = (visited.get(x) for x in ("saved", "delta"))
             weights, d_dot, _, d_norm, _ = block.cotangents(one, of, d_values, saved, delta)
-            sums["k"][...] += call.dot(d_dot, q)
-            sums["v"][...] += call.dot(weights, d_out)
+            sums["k"][...] += call.dot(d_dot, visited["q"], transposed=True)
+            sums["v"][...] += call.dot(weights, visited["d_out"], transposed=True)
             if d_norm is not None:
                 sums["norm"][...] += jnp.broadcast_to(d_norm.sum(1, keepdims=True), sums["norm"].shape)
 
@@ -254,18 +255,18 @@ def _for_keys(call: "Call", seen: Visits, query_side: dict, key_side: dict) -> t
         def _():
             found = sums["k"][...]
             if call.score.needs_norms:
-                found += key_side["k"][...].astype(jnp.float32) * sums["norm"][:, :1]
-            d_k[...] = (call.options.scale * found).astype(d_k.dtype)
-            d_v[...] = sums["v"][...].astype(d_v.dtype)
+                found += columns["k"][...].astype(jnp.float32) * sums["norm"][:, :1]
+            d_k[...] = (call.options.scale * found).T.astype(d_k.dtype)
+            d_v[...] = sums["v"][...].T.astype(d_v.dtype)
 
-    k_dim, v_dim, dtype = key_side["k"].shape[3], key_side["v"].shape[3], key_side["k"].dtype
+    k_dim, v_dim, dtype = key_side["k"].shape[2], key_side["v"].shape[2], key_side["k"].dtype
     return call.run(
         kernel,
         seen,
         query_side,
         key_side,
         name="flash_attention_keys",
-        out=(call.matrix("k", k_dim, dtype), call.matrix("k", v_dim, dtype)),
+        out=(call.of_tokens("k", k_dim, dtype), call.of_tokens("k", v_dim, dtype)),
         scratch={
             "k": pltpu.VMEM((rows, k_dim), jnp.float32),
             "v": pltpu.VMEM((rows, v_dim), jnp.float32),
@@ -277,15 +278,7 @@ def _for_keys(call: "Call", seen: Visits, query_side: dict, key_side: dict) -> t
     )
 
 
-MATRICES = ("q", "k", "v", "d_out")  # of the operands; all others are rows
-
-
-class Result(NamedTuple):
-    """An output of a kernel: a "matrix" or "row" of the side that stays, or a number of a "block"."""
-
-    kind: str
-    shape: tuple[int, ...]
-    dtype: jnp.dtype
+MATRICES = ("q", "k", "v", "d_out")  # of the operands; all others are one number a query or key
 
 
 class Call(NamedTuple):
@@ -309,12 +302,6 @@ class Call(NamedTuple):
     def repeats(self) -> int:
         return self.heads // self.groups
 
-    def norms(self, name: str, x: jax.Array) -> dict[str, jax.Array]:
-        """Half the scaled squared norms of `[batch, length, heads, dim]`, if the score looks at them."""
-        if not self.score.needs_norms:
-            return {}
-        return {f"{name}_norm": row_of(self.options.scale / 2 * jnp.square(x.astype(jnp.float32)).sum(-1))}
-
     def score_of(self, numbers: list, head: jax.Array) -> Score:
         return jax.tree.unflatten(jax.tree.structure(self.score), [x[head] for x in numbers])
 
@@ -326,27 +313,33 @@ class Call(NamedTuple):
             precision=self.options.precision if exact else None, preferred_element_type=jnp.float32,
         )  # fmt: skip
 
-    def real_rows(self, ref: Any, number: jax.Array, test: bool, length: int, size: int) -> jax.Array:
-        """Block `number`; what lies behind the end holds anything and becomes 0."""
-        x = ref[...]
-        if not test or length % size == 0:
-            return x
-        row = number * size + jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
-        return jnp.where(row < length, x, jnp.zeros_like(x))
+    def visited(self, side: dict, number: jax.Array, test: bool, length: int, size: int) -> dict[str, jax.Array]:
+        """Block `number` of the visited side; what lies behind the end holds anything, and becomes 0 in matrices."""
+
+        def real(x):
+            token = number * size + jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+            return jnp.where(token < length, x, jnp.zeros_like(x))
+
+        ragged = test and length % size
+        return {name: real(x[...]) if ragged and name in MATRICES else x[...] for name, x in side.items()}
 
     def block(
-        self, columns: dict, rows: dict, first: Any, i: jax.Array, j: jax.Array, head: jax.Array, test: bool,
+        self, columns: dict, visited: dict, i: jax.Array, j: jax.Array, head: jax.Array, test: bool,
         keys_first: bool = False,
     ) -> Block:  # fmt: skip
-        """Query block `i` with key block `j`; `columns` and `rows` have the numbers of the two sides."""
+        """Query block `i` with key block `j`; `columns` has the side that stays."""
         queries, keys, query_block, key_block = self.sizes
         shape = (key_block, query_block) if keys_first else (query_block, key_block)
-        dot = self.options.scale * self.dot(first[...], rows["q" if keys_first else "k"][...], transposed=True)
+        stays, goes = ("k", "q") if keys_first else ("q", "k")
+        dot = self.options.scale * self.dot(columns[stays][...], visited[goes])
         if self.options.bias:
             dot += self.options.bias
-        numbers = {name: columns[name][:, :1] for name in columns} | {
-            name: x[...] for name, x in rows.items() if name not in MATRICES
-        }
+        numbers = {name: x[:, :1] for name, x in columns.items() if name not in MATRICES}
+        numbers |= {name: x for name, x in visited.items() if name not in MATRICES}
+        if self.score.needs_norms:
+            for name, x, axis in ((stays, columns[stays][...], 1), (goes, visited[goes], 0)):
+                squares = jnp.square(x.astype(jnp.float32)).sum(axis, keepdims=True)
+                numbers[f"{name}_norm"] = self.options.scale / 2 * squares
         axes = (1, 0) if keys_first else (0, 1)
         of_axis = [
             start * size + jax.lax.broadcasted_iota(jnp.int32, (size, 1) if axis == 0 else (1, size), axis)
@@ -376,19 +369,15 @@ class Call(NamedTuple):
         if seen.tests:
             pl.when((n >= full[place]) & (n < some[place]))(lambda: step(number, True))
 
-    def matrix(self, side: str, dim: int, dtype: jnp.dtype) -> "Result":
-        """`[batch, heads, length, dim]` of the side that stays."""
+    def of_tokens(self, side: str, dim: int, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
+        """An output of the side that stays."""
         heads, length = (self.heads, self.sizes.queries) if side == "q" else (self.groups, self.sizes.keys)
-        return Result("matrix", (self.batch, heads, length, dim), dtype)
+        return jax.ShapeDtypeStruct((self.batch, heads, dim, length), dtype)
 
-    def row(self) -> "Result":
-        """A number a query."""
-        return Result("row", (self.batch, self.heads, 1, self.sizes.queries), jnp.float32)
-
-    def of_block(self) -> "Result":
-        """A number a block of queries, in all lanes."""
+    def of_blocks(self, size: int) -> jax.ShapeDtypeStruct:
+        """An output of `size` numbers a block of queries."""
         blocks = math.ceil(self.sizes.queries / self.sizes.query_block)
-        return Result("block", (self.batch, self.heads, blocks, 1, LANES), jnp.float32)
+        return jax.ShapeDtypeStruct((self.batch, self.heads, blocks, 1, size), jnp.float32)
 
     def run(
         self, kernel: Any, seen: Visits, query_side: dict, key_side: dict, *, name: str, out: tuple, scratch: dict,
@@ -411,26 +400,24 @@ class Call(NamedTuple):
                 return example, head * repeats + repeat[0], head, other, row
             return example, head, jax.lax.div(head, repeats), row, other
 
-        def spec(kind, shape, side):
-            size = self.sizes.query_block if side == "q" else self.sizes.key_block
-
+        def spec(x, side):
             def index(*indices):
                 example, head, group, i, j = split(*indices)
-                example = example if shape[0] > 1 else 0
-                head = 0 if shape[1] == 1 else head if side == "q" else group
-                number = i if side == "q" else j
-                place = {"matrix": (number, 0), "row": (0, number), "block": (number, 0, 0)}
-                return example, head, *place[kind]
+                head = 0 if x.shape[1] == 1 else head if side == "q" else group
+                return example if x.shape[0] > 1 else 0, head, 0, i if side == "q" else j
 
-            block = {"matrix": (size, shape[-1]), "row": (1, size), "block": (None, 1, LANES)}
-            return pl.BlockSpec((None, None, *block[kind]), index)
+            tokens = self.sizes.query_block if side == "q" else self.sizes.key_block
+            if x.ndim == 5:
+                return pl.BlockSpec(
+                    (None, None, None, *x.shape[3:]), lambda *indices: (*index(*indices)[:2], indices[2], 0, 0)
+                )
+            return pl.BlockSpec((None, None, x.shape[2], tokens), index)
 
         in_specs = [
-            {name: spec("matrix" if name in MATRICES else "row", x.shape, side) for name, x in of.items()}
-            for side, of in (("q", query_side), ("k", key_side))
+            {name: spec(x, side) for name, x in of.items()} for side, of in (("q", query_side), ("k", key_side))
         ]
-        results, tree = jax.tree.flatten(out, is_leaf=lambda x: isinstance(x, Result))
-        out_specs = [spec(x.kind, x.shape, "k" if keys_first else "q") for x in results]
+        results, tree = jax.tree.flatten(out)
+        out_specs = [spec(x, "k" if keys_first else "q") for x in results]
         leaves = [result(x.shape, x.dtype, (query_side, key_side)) for x in results]
         lists = [jnp.asarray(x).reshape(-1) for x in seen]
         numbers = jax.tree.leaves(self.score)
@@ -467,16 +454,21 @@ class Call(NamedTuple):
 
 
 def segments(side: str, mask: Mask | None) -> dict[str, jax.Array]:
-    """The mask's segments of queries or keys as rows `[batch or 1, 1, 1, length]`, in the order of their tree."""
+    """The mask's segments of queries or keys, `[batch or 1, 1, 1, length]`, in the order of their tree."""
     if mask is None:
         return {}
     found = jax.tree.leaves(mask.segments["qk".index(side)])
     return {f"{side}_{n}": x.astype(jnp.int32)[:, None, None] for n, x in enumerate(found)}
 
 
-def row_of(x: jax.Array) -> jax.Array:
-    """`[batch, length, heads]` as `[batch, heads, 1, length]`."""
-    return x.astype(jnp.float32).swapaxes(1, 2)[:, :, None]
+def by_head(x: jax.Array) -> jax.Array:
+    """`[batch, length, heads, dim]` as `[batch, heads, dim, length]`."""
+    return x.transpose(0, 2, 3, 1)
+
+
+def by_token(x: jax.Array) -> jax.Array:
+    """`[batch, heads, dim, length]` as `[batch, length, heads, dim]`."""
+    return x.transpose(0, 3, 1, 2)
 
 
 def as_row(x: jax.Array) -> jax.Array:
@@ -484,12 +476,13 @@ def as_row(x: jax.Array) -> jax.Array:
     return jnp.broadcast_to(x, (x.shape[0], LANES)).T[:1]
 
 
-def column_scratch(side: dict, rows: int) -> dict:
-    return {name: pltpu.VMEM((rows, LANES), x.dtype) for name, x in side.items() if name not in MATRICES}
+def column_scratch(side: dict, size: int) -> dict:
+    """For every operand of the side that stays `[size, dim]`, or one number in all lanes."""
+    return {name: pltpu.VMEM((size, x.shape[2] if name in MATRICES else LANES), x.dtype) for name, x in side.items()}
 
 
 def fill_columns(columns: dict, side: dict) -> None:
-    """The side's rows `[1, size]` as columns, in all lanes."""
+    """Transposes a block of every operand of the side that stays."""
     for name, column in columns.items():
-        row = side[name][...]
-        column[...] = jnp.broadcast_to(row, (LANES, row.shape[1])).T
+        x = side[name][...]
+        column[...] = x.T if name in MATRICES else jnp.broadcast_to(x, (LANES, x.shape[1])).T
