@@ -21,6 +21,7 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import pytest
 
+jax.config.update("jax_platforms", "cpu")  # also where plugins are installed to compile for accelerators
 jax.config.update("jax_num_cpu_devices", 4)
 
 # Compiled programs of the tests, whatever $EFFICIENT_TX_DATA is: the second run of a file takes a third of the time.

@@ -58,11 +58,13 @@ ALLOWED = {
     },
 }
 # Commands, which may know everything but lra: tasks are loaded by the name of their module.
-COMMANDS = ("efficient_tx.train", "efficient_tx.eval")
+COMMANDS = ("efficient_tx.train", "efficient_tx.eval", "efficient_tx.kernels.verify")
 
 
 def part_of(module):
     """The part that a module belongs to: "efficient_tx.attention.base.mixer" -> "efficient_tx.attention"."""
+    if module.startswith("efficient_tx.kernels.verify"):
+        return "efficient_tx.kernels.verify"
     names = module.split(".")
     return names[0] if names[0] in ("lra", "configs") else ".".join(names[:2])
 

@@ -1,0 +1,66 @@
+"""The figures of compiled programs in a file, and whether one of them has grown since they were written."""
+
+import datetime
+import json
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from efficient_tx.files import write
+from efficient_tx.kernels.verify.program import Program
+
+# Packages that the figures depend on.
+COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin")
+# How much larger than before a figure may be: compilers' choices move by a few per cent with any change.
+GROWTH = 1.1
+
+
+def versions() -> dict[str, str]:
+    found = {"Python": platform.python_version()}
+    for package in COMPILERS:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "none"
+    return found
+
+
+def of_program(program: Program) -> dict[str, Any]:
+    """What is stored of a program, as JSON has it; figures that a platform does not have are left out."""
+    kernels = [{name: x for name, x in asdict(kernel).items() if x is not None} for kernel in program.kernels]
+    figures = {name: getattr(program, name) for name in ("arguments", "outputs", "temporaries", "loops")}
+    return {"seconds": round(program.seconds, 2), **figures, "kernels": kernels}
+
+
+def grown(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The static figures that have grown by more than a tenth since they were stored, a line each."""
+    found = []
+
+    def compare(what: str, old: float | None, new: float | None) -> None:
+        if old is not None and new is not None and new > GROWTH * old:
+            found.append(f"{what} grew from {old} to {new}")
+
+    compare("temporaries", before["temporaries"], now["temporaries"])
+    old_kernels = {kernel["name"]: kernel for kernel in before["kernels"]}
+    for kernel in now["kernels"]:
+        for figure in ("on_chip", "instructions", "spills", "registers"):
+            old = old_kernels.get(kernel["name"], {}).get(figure)
+            compare(f"{figure} of {kernel['name']}", old, kernel.get(figure))
+    return found
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Programs by name; empty where there is no file."""
+    return json.loads(path.read_text())["programs"] if path.exists() else {}
+
+
+def store(path: Path, programs: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Writes programs beside those that are stored there and still `known`, with date and versions."""
+    kept = {name: figures for name, figures in read(path).items() if name in set(known)}
+    everything = dict(sorted((kept | dict(programs)).items()))
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(figures)}" for name, figures in everything.items())
+    head = json.dumps({"date": datetime.date.today().isoformat(), "versions": versions()})[:-1]
+    write(path, f'{head}, "programs": {{\n{lines}\n}}}}\n')

@@ -1,0 +1,88 @@
+"""What is compiled: every operation's cases, forward and with gradients, for every target, or a selection of these."""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+
+from efficient_tx.kernels.verify.case import OPERATIONS, Case, cases_of, label, production
+from efficient_tx.kernels.verify.cover import pairwise
+from efficient_tx.kernels.verify.program import Program, compiled
+from efficient_tx.kernels.verify.targets import TARGETS, Target
+
+PASSES = ("forward", "gradient")
+
+# Most bytes of temporaries, as a multiple of those of arguments, outputs and what is saved for the backward pass.
+MOST_TEMPORARIES = 1.25
+# Widest head for which no register may be spilled, in kernels of less than float32.
+WIDEST = 128
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """One case of an operation, which pass of it, and for which target."""
+
+    operation: str
+    values: Any
+    which: str
+    target: Target
+
+    @property
+    def name(self) -> str:
+        return f"{label(self.operation, self.values)} {self.which} {self.target.name}"
+
+    def case(self) -> Case:
+        return cases_of(self.operation).case(**self.values)
+
+    def run(self) -> Program:
+        """Compiles it as a user's program would be: the operation chooses the implementation."""
+        case = self.case()
+        arguments = (case.arrays,) if self.which == "forward" else (case.arrays, case.outputs())
+        return compiled(getattr(case, self.which)(), *arguments, target=self.target)
+
+
+def everything(
+    operations: Collection[str] = OPERATIONS, targets: Collection[str] = tuple(TARGETS)
+) -> Iterator[Compilation]:
+    """All compilations of these operations for these targets."""
+    for operation in operations:
+        for values in production(operation):
+            for which in PASSES:
+                for target in targets:
+                    yield Compilation(operation, values, which, TARGETS[target])
+
+
+def selection() -> list[Compilation]:
+    """Those of CI: for the targets that gate, every pair of values, passes and targets of an operation."""
+    gates = [name for name, target in TARGETS.items() if target.gate]
+    chosen = []
+    for operation in OPERATIONS:
+        rows = list(everything([operation], gates))
+        of_row = [{**row.values, "which": row.which, "target": row.target.name} for row in rows]
+        chosen += [rows[number] for number in pairwise(of_row)]
+    return chosen
+
+
+def faults(compilation: Compilation, program: Program) -> list[str]:
+    """What a compiled program has that it must not have, a line each."""
+    case, target = compilation.case(), compilation.target
+    found = []
+    expected = target.implementation not in case.without
+    if expected != bool(program.kernels):
+        found.append(
+            "no kernel in the program"
+            if expected
+            else f"a kernel, which cases.py says is without {target.implementation}"
+        )
+    held = program.arguments + program.outputs + (case.saved_bytes() if compilation.which == "gradient" else 0)
+    if program.temporaries > MOST_TEMPORARIES * held:
+        share = program.temporaries / held
+        found.append(f"temporaries of {program.temporaries} bytes, {share:.2f} times arrays, outputs and what is saved")
+    narrow = any(jnp.issubdtype(x.dtype, jnp.inexact) and x.dtype.itemsize < 4 for x in case.arrays)
+    for kernel in program.kernels:
+        if kernel.tf32 and not narrow:
+            found.append(f"{kernel.name}: {kernel.tf32} instructions of tf32 in float32")
+        if kernel.registers and kernel.spills and narrow and compilation.values.get("head_dim", 0) <= WIDEST:
+            found.append(f"{kernel.name}: {kernel.spills} bytes of registers spilled")
+    return found

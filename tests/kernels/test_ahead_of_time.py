@@ -1,0 +1,30 @@
+"""The kernels compiled for TPUs and GPUs that are not there, at the sizes at which they are used (`pytest -m aot`).
+
+Needs what `.[aot]` names, and ptxas: without them it fails, and the plain `pytest` does not run it.
+"""
+
+import pytest
+
+from efficient_tx.kernels.verify import figures
+from efficient_tx.kernels.verify.plan import faults, selection
+from tests.support import ROOT
+
+pytestmark = pytest.mark.aot
+
+SELECTED = selection()
+MOST = 500
+
+
+def test_the_selection_is_small():
+    assert 0 < len(SELECTED) <= MOST
+
+
+@pytest.mark.parametrize("compilation", SELECTED, ids=lambda compilation: compilation.name.replace(" ", "-"))
+def test_compiles_within_its_limits_and_figures_have_not_grown(compilation):
+    program = compilation.run()
+    assert faults(compilation, program) == []
+    stored = figures.read(ROOT / "benchmarks" / "kernels.json")
+    assert compilation.name in stored, (
+        "run `python -m efficient_tx.kernels.verify --all` and commit benchmarks/kernels.*"
+    )
+    assert figures.grown(stored[compilation.name], figures.of_program(program)) == []

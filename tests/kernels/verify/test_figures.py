@@ -1,0 +1,36 @@
+"""Figures of programs: what is stored, and what counts as growth."""
+
+import json
+
+import pytest
+
+from efficient_tx.kernels.verify import figures
+from efficient_tx.kernels.verify.program import Kernel, Program
+
+pytestmark = pytest.mark.quick
+
+
+def program(temporaries=0, **kernel):
+    return figures.of_program(Program(1.234, 10, 20, temporaries, 0, (Kernel("k", **kernel),), "text"))
+
+
+def test_a_tenth_is_no_growth_and_more_is():
+    before = program(temporaries=100, instructions=1000, spills=0)
+    assert figures.grown(before, program(temporaries=110, instructions=1100, spills=0)) == []
+    assert figures.grown(before, program(temporaries=111, instructions=1101, spills=1)) == [
+        "temporaries grew from 100 to 111", "instructions of k grew from 1000 to 1101", "spills of k grew from 0 to 1",
+    ]  # fmt: skip
+
+
+def test_a_figure_or_kernel_that_was_not_there_has_not_grown():
+    assert figures.grown(program(instructions=5), program(registers=200)) == []
+
+
+def test_programs_are_stored_beside_known_ones(tmp_path):
+    path = tmp_path / "kernels.json"
+    figures.store(path, {"a": program(registers=3), "gone": program()}, ["a", "gone"])
+    figures.store(path, {"b": program()}, ["a", "b"])
+    assert figures.read(path) == {"a": program(registers=3), "b": program()}
+    assert program(registers=3)["kernels"] == [{"name": "k", "registers": 3}]
+    assert {"date", "versions"} < json.loads(path.read_text()).keys()
+    assert figures.read(tmp_path / "none.json") == {}
