@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from efficient_tx.kernels.verify.case import OPERATIONS, Case, cases_of, label, production
+from efficient_tx.kernels.case import OPERATIONS, Case, cases_of, label, production
 from efficient_tx.kernels.verify.cover import pairwise
 from efficient_tx.kernels.verify.program import Program, compiled
 from efficient_tx.kernels.verify.targets import TARGETS, Target

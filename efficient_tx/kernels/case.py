@@ -33,7 +33,7 @@ Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
 Values = dict[str, int | str]
 
 # Operations with a file of cases.
-OPERATIONS = tuple(sorted(path.parent.name for path in Path(__file__).parents[1].glob("*/cases.py")))
+OPERATIONS = tuple(sorted(path.parent.name for path in Path(__file__).parent.glob("*/cases.py")))
 
 
 def shape(dtype: str, *sizes: int) -> jax.ShapeDtypeStruct:
