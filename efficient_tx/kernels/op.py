@@ -90,7 +90,7 @@ class Op:
         plan = Plan(
             self, options, tuple((platform, name, blocks[name]) for platform, name in chosen.items()), interpret
         )
-        return run(plan, jax.tree.map(partial(marked, op=self.name), arrays))
+        return run(plan, vary_alike(jax.tree.map(partial(marked, op=self.name), arrays)))
 
     def module(self, implementation: str) -> Any:
         return importlib.import_module(f"efficient_tx.kernels.{self.name}.{implementation}")
@@ -188,12 +188,30 @@ def marked(x: jax.Array, op: str) -> jax.Array:
     return reverse_only(x, op) if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else x
 
 
+def vary_alike(arrays: Any) -> Any:
+    """Within `jax.shard_map`, marks all arrays as varying over the axes that one of them varies over.
+
+    So each has a cotangent of its own in every shard, as `backward` returns them, and jax adds those of an array that
+    is the same in all shards.
+    """
+
+    def axes(x):
+        return jax.typeof(x).manual_axis_type.varying
+
+    def mark(x):
+        missing = tuple(every - axes(x))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    every = frozenset().union(*map(axes, jax.tree.leaves(arrays)))
+    return jax.tree.map(mark, arrays)
+
+
 _refuse = Primitive("refuse_platform")
 
 
 def refuse(function, what: str, *args: Any) -> Any:
     """Stands for `function(*args)` in a program for another platform; lowering it raises."""
-    number = _refuse.bind(what=what)
+    number, _ = vary_alike((_refuse.bind(what=what), args))
     return jax.tree.map(lambda x: jnp.full(x.shape, number).astype(x.dtype), jax.eval_shape(function, *args))
 
 
