@@ -14,6 +14,7 @@ from efficient_tx.kernels.flash_attention.mask import prefix as prefix
 from efficient_tx.kernels.flash_attention.mask import window as window
 from efficient_tx.kernels.flash_attention.options import Options
 from efficient_tx.kernels.flash_attention.score import SCORES as SCORES
+from efficient_tx.kernels.flash_attention.score import Relative as Relative
 from efficient_tx.kernels.flash_attention.score import Score as Score
 from efficient_tx.kernels.flash_attention.score import as_score
 from efficient_tx.kernels.op import Op
