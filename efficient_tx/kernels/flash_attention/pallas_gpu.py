@@ -28,13 +28,18 @@ LEAST = jnp.finfo(jnp.float32).min / 2  # finite, so that a block without keys a
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
-    """Rows of queries and of keys in a block, powers of two from 16; warps and pipeline stages of a program."""
+    """Sizes of a program's blocks, powers of two from 16, its warps and pipeline stages.
+
+    Attributes:
+      queries, keys: of the forward pass.
+      stays, visits: of the backward pass: of the queries, or keys, that a program owns, and of the others.
+    """
 
     queries: int = 128
     keys: int = 64
-    backward_queries: int = 64
-    backward_keys: int = 64
-    warps: int = 4
+    stays: int = 64
+    visits: int = 64
+    warps: int = 8
     stages: int = 2
 
 
@@ -50,20 +55,23 @@ def unsupported(options: Options, q, k, v, score: Score, mask: Mask | None, pair
 
 
 def sizes(options: Options, q: jax.Array, k: jax.Array, v: jax.Array, *others) -> BlockSizes:
-    """Blocks that keep their sums in registers; no longer than the sequences."""
+    """Blocks whose sums stay in registers on an A100, also with a score and a mask of some length."""
     bytes_of_row = max(padded(q.shape[3]), padded(v.shape[3])) * q.dtype.itemsize
-    most = BlockSizes() if bytes_of_row <= 128 else BlockSizes(64, 64, 64, 64)
-    if bytes_of_row > 256:
-        most = BlockSizes(64, 32, 32, 32)
-    if bytes_of_row > 512:
-        most = BlockSizes(32, 32, 16, 16)
+    if q.dtype == jnp.bfloat16 and bytes_of_row <= 128:
+        most = BlockSizes()
+    elif q.dtype == jnp.bfloat16 and bytes_of_row <= 256:
+        most = BlockSizes(64, visits=32)
+    elif bytes_of_row <= 512:
+        most = BlockSizes(64 if bytes_of_row <= 256 else 32, 32, 32, 32)
+    else:
+        most = BlockSizes(32, 32, 16, 16, warps=4)
     queries, keys = padded(q.shape[1]), padded(k.shape[1])
     return dataclasses.replace(
         most,
         queries=min(most.queries, queries),
         keys=min(most.keys, keys),
-        backward_queries=min(most.backward_queries, queries),
-        backward_keys=min(most.backward_keys, keys),
+        stays=min(most.stays, max(queries, keys)),
+        visits=min(most.visits, max(queries, keys)),
     )
 
 
@@ -74,8 +82,8 @@ def forward(
     """As `xla.forward`."""
     call = Call.of(options, sizes, sizes.queries, sizes.keys, q, k, v, score, mask, interpret)
     seen, _ = visits(mask, call.sizes)
-    query_side = {"q": q, **segments("q", mask)}
-    key_side = {"k": k, "v": v, **segments("k", mask)}
+    query_side = {"q": q, **call.norms("q", q), **segments("q", mask)}
+    key_side = {"k": k, "v": v, **call.norms("k", k), **segments("k", mask)}
 
     def kernel(lists, numbers, query_side, key_side, out, saved):
         i, head, example = (pl.program_id(axis) for axis in range(3))
@@ -130,20 +138,20 @@ def backward(
     """As `xla.backward`."""
     q, k, v, score, mask, _ = arrays
     (out, lse), (d_out, d_lse) = outputs, cotangents
-    call = Call.of(
-        options, sizes, sizes.backward_queries, sizes.backward_keys, q, k, v, score, mask, interpret
-    )  # fmt: skip
-    of_queries, of_keys = visits(mask, call.sizes)
-    query_side = {"q": q, "d_out": d_out.astype(q.dtype), **segments("q", mask)}
-    key_side = {"k": k, "v": v, **segments("k", mask)}
+    for_queries, for_keys = (
+        Call.of(options, sizes, *blocks, q, k, v, score, mask, interpret)
+        for blocks in ((sizes.stays, sizes.visits), (sizes.visits, sizes.stays))
+    )
+    query_side = {"q": q, "d_out": d_out.astype(q.dtype), **for_keys.norms("q", q), **segments("q", mask)}
+    key_side = {"k": k, "v": v, **for_keys.norms("k", k), **segments("k", mask)}
     if score.normalise is not None:
         # A query without keys has lse −inf and logits −inf, so any finite number gives zero weights.
         saved = total if lse is None else jnp.where(jnp.isfinite(lse), lse, 0)
         delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
         delta = delta if d_lse is None else delta - d_lse
         query_side |= {"saved": saved.swapaxes(1, 2), "delta": delta.swapaxes(1, 2)}
-    d_q, d_leaves = _for_queries(call, of_queries, query_side, key_side)
-    d_k, d_v = _for_keys(call, of_keys, query_side, key_side)
+    d_q, d_leaves = _for_queries(for_queries, visits(mask, for_queries.sizes)[0], query_side, key_side)
+    d_k, d_v = _for_keys(for_keys, visits(mask, for_keys.sizes)[1], query_side, key_side)
     found = iter(d_leaves)
     leaves, tree = jax.tree.flatten(score)
     d_score = [next(found) if jnp.issubdtype(x.dtype, jnp.floating) else None for x in leaves]
@@ -281,6 +289,16 @@ class Call(NamedTuple):
     def of_blocks(self) -> tuple[int, ...]:
         return self.batch, self.heads, math.ceil(self.sizes.queries / self.sizes.query_block)
 
+    def norms(self, name: str, x: jax.Array) -> dict[str, jax.Array]:
+        """Half the scaled squared norms `[batch, heads, length]`, if the score looks at them.
+
+        Made outside of the kernels: a block of squares takes the registers that the products need.
+        """
+        if not self.score.needs_norms:
+            return {}
+        squares = jnp.square(x.astype(jnp.float32)).sum(-1)
+        return {f"{name}_norm": self.options.scale / 2 * squares.swapaxes(1, 2)}
+
     def side(self, name: str) -> tuple[int, int]:
         """Length, and size of a block."""
         return (self.sizes.queries, self.sizes.query_block) if name == "q" else (self.sizes.keys, self.sizes.key_block)
@@ -356,9 +374,6 @@ class Call(NamedTuple):
         numbers = {}
         for side, of in ((first, stays), (second, visited)):
             numbers |= {name: broadcast(x, side) for name, x in of.items() if name not in MATRICES}
-            if self.score.needs_norms:
-                squares = jnp.square(of[side].astype(jnp.float32)).sum(1)
-                numbers[f"{side}_norm"] = broadcast(self.options.scale / 2 * squares, side)
         row = broadcast(i * query_block + jnp.arange(query_block, dtype=jnp.int32), "q")
         column = broadcast(j * key_block + jnp.arange(key_block, dtype=jnp.int32), "k")
         position, allowed = row + (keys - queries), None
