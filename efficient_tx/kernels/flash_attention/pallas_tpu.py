@@ -53,9 +53,11 @@ def unsupported(options: Options, q, k, v, score: Score, mask: Mask | None, pair
 
 
 def sizes(options: Options, q: jax.Array, k: jax.Array, *others) -> BlockSizes:
-    """The largest that fit every chip; no longer than the sequences."""
+    """The largest that fit the 16 MiB that a kernel has on a v5e; no longer than the sequences."""
     queries, keys = (LANES * math.ceil(x.shape[1] / LANES) for x in (q, k))
     most = BlockSizes()
+    if q.shape[3] * q.dtype.itemsize > 512:
+        most = BlockSizes(backward_queries=256, backward_keys=256)
     return BlockSizes(
         min(most.queries, queries), min(most.keys, keys),
         min(most.backward_queries, queries), min(most.backward_keys, keys),
