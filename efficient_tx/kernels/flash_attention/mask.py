@@ -53,7 +53,7 @@ class Mask(ArrayFields):
         `allowed` itself is evaluated; where that cannot be (segments, more than 2²⁸ pairs) nothing is known.
         """
         pairs = (i.high.max() - i.low.min() + 1.0) * (j.high.max() - j.low.min() + 1)
-        if self.segments != (None, None) or pairs > MOST_PAIRS:
+        if any(x is not None for x in self.segments) or pairs > MOST_PAIRS:
             return UNKNOWN
         keys, starts = np.arange(j.low[0, 0], j.high[0, -1] + 1, dtype=np.int32), j.low[0] - j.low[0, 0]
         any_, full = [], []

@@ -1,0 +1,157 @@
+"""The Pallas kernels of flash_attention in interpret mode, against the plain formula in float64."""
+
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efficient_tx.kernels import flash_attention
+from efficient_tx.kernels.flash_attention import SCORES, causal, documents, padding, prefix, window
+
+KERNELS = ("pallas_tpu", "pallas_gpu")
+SIZES = {name: importlib.import_module(f"efficient_tx.kernels.flash_attention.{name}").BlockSizes for name in KERNELS}
+# Small, so that short sequences have several blocks, and rows of queries and of keys differ.
+BLOCKS = {"pallas_tpu": SIZES["pallas_tpu"](128, 128, 128, 128), "pallas_gpu": SIZES["pallas_gpu"](32, 16, 16, 32, 4)}
+KEYS, BIAS = 150, -0.3
+IDS = np.sort(np.random.default_rng(0).integers(0, 3, size=(2, KEYS)), axis=1)
+REAL = np.arange(KEYS) < np.array([[70], [0]])
+
+
+def inputs(queries, keys, heads, groups, dim, v_dim, dtype=np.float32):
+    r = np.random.default_rng(queries)
+    shapes = (queries, heads, dim), (keys, groups, dim), (keys, groups, v_dim)
+    return [np.asarray(r.normal(size=(2, *shape)), dtype) for shape in shapes]
+
+
+def value_and_gradients(arrays, score, **options):
+    """Output, log-sum-exp where there is one, and the gradients of inputs and score of a random sum of both."""
+    heads = arrays[0].shape[2]
+    if isinstance(score, str):
+        score = SCORES[score]().given(heads=heads, bias=BIAS)
+    with_lse = score.normalise == "softmax"
+    r = np.random.default_rng(1)
+    w = r.normal(size=(*arrays[0].shape[:3], arrays[2].shape[3]))
+    w_lse = r.normal(size=arrays[0].shape[:3])
+
+    def loss(arrays, score):
+        found = flash_attention(*arrays, score=score, bias=BIAS, return_lse=with_lse, **options)
+        out, lse = found if with_lse else (found, jnp.zeros(w_lse.shape))
+        total = jnp.vdot(out.astype(w.dtype), w) + jnp.vdot(jnp.where(jnp.isfinite(lse), lse, 0), w_lse)
+        return total, (out, lse)
+
+    (_, values), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(arrays, score)
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), (values, gradients))
+
+
+def assert_equals_the_formula(arrays, kernel, score, rtol, **options):
+    """Errors relative to the largest number of each array."""
+    found = value_and_gradients(arrays, score, implementation=kernel, block_sizes=BLOCKS[kernel], **options)
+    options.pop("interpret")
+    with jax.enable_x64(True):
+        exact = [np.asarray(x, np.float64) for x in arrays]
+        expected = value_and_gradients(exact, score, implementation="reference", **options)
+    for ours, theirs in zip(*map(jax.tree.leaves, (found, expected))):
+        finite = np.isfinite(theirs)
+        np.testing.assert_array_equal(ours[~finite], theirs[~finite])
+        np.testing.assert_allclose(ours[finite], theirs[finite], atol=rtol * max(1e-3, np.abs(theirs[finite]).max()))
+
+
+# Queries, keys, heads, groups, dim and v_dim; score; mask.
+CASES = {
+    "softmax, grouped, causal": ((40, KEYS, 4, 2, 16, 32), "softmax", causal()),
+    "gaussian, padding": ((40, KEYS, 2, 1, 16, 16), "gaussian", padding(REAL)),
+    "alibi, window and sink": ((KEYS, KEYS, 2, 2, 16, 16), "alibi", causal() & (window(30) | prefix(3))),
+    "sigmoid, documents": ((40, KEYS, 2, 2, 8, 16), "sigmoid", documents(IDS[:, -40:], IDS) & ~window(7)),
+    "power": ((KEYS, 70, 2, 2, 16, 16), "power", None),
+    "soft_cap, one key": ((40, 1, 2, 2, 16, 16), "soft_cap", None),
+    "relu2, one query": ((1, KEYS, 2, 2, 16, 16), "relu2", padding(REAL)),
+    "softmax, nobody": ((40, KEYS, 2, 2, 16, 16), "softmax", prefix(0)),
+    "softmax, whole blocks": ((128, 256, 1, 1, 16, 16), "softmax", None),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.first(1)
+def test_equals_the_formula_and_its_gradients(kernel, case):
+    sizes, score, mask = CASES[case]
+    # float32 sums of 256 terms; the quotients by small inner products of a power lose two digits.
+    rtol = 2e-3 if score == "power" else 2e-6
+    assert_equals_the_formula(inputs(*sizes), kernel, score, rtol, mask=mask, interpret=True)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.slow
+def test_bfloat16_is_rounded_once_a_product(kernel):
+    """Weights and cotangents are rounded to 8 bits before a product, sums are not: errors of a few times 2⁻⁹."""
+    arrays = inputs(40, KEYS, 4, 2, 16, 16, jnp.bfloat16)
+    for score in ("softmax", "gaussian"):
+        assert_equals_the_formula(arrays, kernel, score, 2**-6, mask=causal() & padding(REAL), interpret=True)
+
+
+@pytest.mark.slow
+def test_two_cores_of_a_tpu_do_not_race():
+    """The interpreter of TPUs: two cores share the axes declared parallel, memory that is not written is NaN."""
+    from tests.support.races import races_found, two_cores
+
+    for score, mask in (("alibi", causal() & documents(IDS)), ("gaussian", padding(REAL))):
+        arrays = inputs(KEYS, KEYS, 2, 1, 16, 16)
+        assert_equals_the_formula(arrays, "pallas_tpu", score, 2e-6, mask=mask, interpret=two_cores())
+        assert not races_found()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.slow
+def test_works_under_vmap_checkpoint_and_shard_map(kernel):
+    arrays = inputs(20, 40, 2, 2, 16, 16)
+    mask = np.arange(40) < np.array([[30], [11]])
+
+    def gradient(q, k, v, mask, implementation=kernel, interpret=True):
+        def loss(q, k, v):
+            out = flash_attention(q, k, v, mask=mask, causal=True, implementation=implementation, interpret=interpret)
+            return jnp.square(out).sum()
+
+        return jax.grad(jax.checkpoint(loss), (0, 1, 2))(q, k, v)
+
+    expected = gradient(*arrays, mask, "reference", False)
+    mesh = jax.make_mesh((2,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("devices")
+    mapped = jax.shard_map(gradient, mesh=mesh, in_specs=spec, out_specs=spec)
+
+    def one(q, k, v, mask):
+        return jax.tree.map(lambda x: x[0], gradient(q[None], k[None], v[None], mask[None]))
+
+    for found in (mapped(*arrays, mask), jax.vmap(one)(*arrays, mask)):
+        for ours, theirs in zip(found, expected):
+            np.testing.assert_allclose(ours, theirs, atol=2e-6 * np.abs(theirs).max())  # float32
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_what_a_kernel_cannot_do_is_a_reason_and_another_is_chosen(kernel):
+    q, k, v = inputs(8, 8, 2, 2, 16, 16)
+
+    class Sorted(SCORES["softmax"]):
+        def logits(self, dot, q_norm, k_norm, i, j, head):
+            return jnp.sort(dot, axis=0)
+
+    table = jnp.arange(3.0)
+
+    class Closed(SCORES["softmax"]):
+        def logits(self, dot, q_norm, k_norm, i, j, head):
+            return dot * table.sum()
+
+    for arrays, options, reason in (
+        ((q, k, v), {"score": "relative"}, "a relative bias is looked up in a table"),
+        ((q, k, v), {"score": Sorted()}, "the score needs sort, which a kernel cannot compute"),
+        ((q, k, v), {"score": Closed()}, "the score holds an array that is no field of it"),
+        ((q, k, v), {"score": SCORES["alibi"](np.ones((2, 3)))}, r"one number a head of a score, Alibi.slopes has"),
+        ((q, k, v), {"mask": np.ones((2, 1, 8, 8), bool)}, "one of all pairs is quadratic"),
+        ([x.astype(np.float16) for x in (q, k, v)], {}, "it takes float32 and bfloat16, not float16"),
+        ([np.zeros((2, 8, 2, 512), np.float32)] * 3, {}, "its heads have at most 256 dims, these 512"),
+    ):
+        with pytest.raises(ValueError, match=f"cannot use implementation '{kernel}': .*{reason}"):
+            flash_attention(*arrays, implementation=kernel, **options)
+        if not isinstance(options.get("score"), (Sorted, SCORES["alibi"])):
+            assert np.isfinite(flash_attention(*arrays, **options)).all()
