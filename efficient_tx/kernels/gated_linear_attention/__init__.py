@@ -1,18 +1,14 @@
 """gated_linear_attention: linear attention with a decaying state, token by token or in chunks."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 
-from efficient_tx.kernels.forward_mode import reverse_only
-from efficient_tx.kernels.gated_linear_attention import reference, xla
-from efficient_tx.kernels.implementations import choose
+from efficient_tx.kernels.gated_linear_attention.options import Options
+from efficient_tx.kernels.op import Op
 from efficient_tx.kernels.shapes import check_rank
 from efficient_tx.tokens.mask import bool_mask
 
-# Best first. Each module has `unsupported` and `forward`; all except the reference have `backward`.
-IMPLEMENTATIONS = {"xla": xla, "reference": reference}
+OP = Op("gated_linear_attention", ("xla", "reference"))
 
 
 def gated_linear_attention(
@@ -64,28 +60,21 @@ def gated_linear_attention(
     """
     mask = bool_mask(mask)
     check_shapes(q, k, v, log_decay, initial_state, mask)
-    implementation = choose("gated_linear_attention", IMPLEMENTATIONS, implementation, interpret=interpret)
     batch, length, heads, head_dim = q.shape
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
-    precision = jax.lax.Precision.HIGHEST if precision is None else precision
     if log_decay is not None and log_decay.ndim < 4:
         log_decay = jnp.broadcast_to(log_decay, (batch, length, heads))[..., None]
-    if initial_state is None:
-        initial_state = jnp.zeros((batch, heads, head_dim, v.shape[-1]), dtype)
-
-    tokens = [None if x is None else x.astype(dtype) for x in (q, k, v, log_decay)]
+    tokens = (q, k, v, log_decay)
     if mask is not None:
         # An identity step: no decay, nothing added, nothing read.
         tokens = [None if x is None else jnp.where(mask[:, :, None, None], x, 0) for x in tokens]
-    tokens[0] *= head_dim**-0.5 if scale is None else scale
-    tokens[1:3] = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in tokens[1:3])
-    arrays = (*tokens, initial_state.astype(dtype))
-    if implementation == "reference":
-        out, state = reference.forward(*arrays, reverse, precision)
-    else:
-        arrays = (None if x is None else reverse_only(x, "gated_linear_attention") for x in arrays)
-        out, state = chunked(implementation, (reverse, precision), *arrays)
-    return out.astype(q.dtype), state
+    state = jnp.zeros((batch, heads, head_dim, v.shape[-1])) if initial_state is None else initial_state
+    options = Options(
+        head_dim**-0.5 if scale is None else float(scale),
+        bool(reverse),
+        jax.lax.Precision.HIGHEST if precision is None else precision,
+    )
+    state = state.astype(jnp.promote_types(jnp.result_type(q), jnp.float32))
+    return OP(implementation, options, *tokens, state, interpret=interpret)
 
 
 def check_shapes(
@@ -108,21 +97,3 @@ def check_shapes(
         raise ValueError(f"initial_state has shape {initial_state.shape}: here it is {state}")
     if mask is not None and mask.shape != (batch, length):
         raise ValueError(f"mask has shape {mask.shape}: pass [batch, length], here {(batch, length)}")
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def chunked(implementation, options, q, k, v, log_decay, state):
-    """Output and final state of a chunked implementation; the gradient is its own backward pass."""
-    return IMPLEMENTATIONS[implementation].forward(q, k, v, log_decay, state, *options)[:2]
-
-
-def chunked_forward(implementation, options, q, k, v, log_decay, state):
-    out, end, starts = IMPLEMENTATIONS[implementation].forward(q, k, v, log_decay, state, *options)
-    return (out, end), (q, k, v, log_decay, starts)
-
-
-def chunked_backward(implementation, options, residuals, cotangents):
-    return IMPLEMENTATIONS[implementation].backward(*residuals, *cotangents, *options)
-
-
-chunked.defvjp(chunked_forward, chunked_backward)

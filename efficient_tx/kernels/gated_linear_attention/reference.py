@@ -3,28 +3,31 @@
 import jax
 import jax.numpy as jnp
 
+from efficient_tx.kernels.gated_linear_attention.options import Options
 
-def unsupported(*, interpret: bool) -> str | None:
-    """The reason why this implementation does not support the request, or None."""
-    return "interpret=True is for Pallas kernels, the plain recurrence has nothing to interpret" if interpret else None
+
+def unsupported(options: Options, *arrays: jax.Array | None) -> None:
+    """The recurrence supports everything."""
 
 
 def forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array | None, state: jax.Array,
-    reverse: bool, precision: jax.lax.PrecisionLike,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """Output `[batch, length, heads, v_dim]` and the state after the last step.
+    options: Options, q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array | None, state: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Output `[batch, length, heads, v_dim]` in the dtype of q, and the state after the last step.
 
-    `q` and `k` are `[batch, length, heads, head_dim]`, `v` is `[batch, length, heads, v_dim]`, `log_decay` is
-    `[batch, length, heads, head_dim or 1]` or None, `state` is `[batch, heads, head_dim, v_dim]`. All have one dtype,
-    float32 or float64.
+    `q` is `[batch, length, heads, head_dim]`, `k` is `[batch, length, groups, head_dim]`, `v` is
+    `[batch, length, groups, v_dim]`, `log_decay` is `[batch, length, heads, head_dim or 1]` or None, `state` is
+    `[batch, heads, head_dim, v_dim]`, float32 or float64.
     """
+    heads, groups = q.shape[2], k.shape[2]
     log_decay = jnp.zeros_like(q[..., :1]) if log_decay is None else log_decay
+    tokens = (q, jnp.repeat(k, heads // groups, axis=2), jnp.repeat(v, heads // groups, axis=2), log_decay)
 
     def step(state, token):
         q, k, v, log_decay = token
         state = jnp.exp(log_decay)[..., None] * state + k[..., :, None] * v[..., None, :]
-        return state, jnp.einsum("bhk,bhkv->bhv", q, state, precision=precision)
+        return state, jnp.einsum("bhk,bhkv->bhv", options.scale * q, state, precision=options.precision)
 
-    state, out = jax.lax.scan(step, state, [x.swapaxes(0, 1) for x in (q, k, v, log_decay)], reverse=reverse)
-    return out.swapaxes(0, 1), state
+    tokens = [x.swapaxes(0, 1).astype(state.dtype) for x in tokens]
+    state, out = jax.lax.scan(step, state, tokens, reverse=options.reverse)
+    return out.swapaxes(0, 1).astype(q.dtype), state

@@ -11,64 +11,74 @@ exactly one block of this tree separates the tokens j < i. There exp(D_ij) = exp
 exponent, and each level of the tree is one masked product. Sums of decays are computed directly: a difference of two
 cumulative sums loses its digits after a strong decay.
 
-The backward pass uses the saved states at the starts of the chunks and recomputes the rest. The cotangent of the decays
+The backward pass recomputes everything, also the states at the starts of the chunks. The cotangent of the decays
 follows from those of queries and keys, because q_i always occurs with the factor exp(D_i·) and k_j with exp(D_·j). With
 S̄ the cotangent of S_end,
 
     d log_decay_t = Σ_{i≥t} (q_i ⊙ q̄_i − k_i ⊙ k̄_i) + Σ_values S̄ ⊙ S_end.
 """
 
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from efficient_tx.kernels.gated_linear_attention.options import Options
+
 # Tokens per chunk, with a decay per head and per channel: the fastest powers of two on two AVX-512 cores.
 CHUNK, CHANNEL_CHUNK = 64, 32
 
 
-def unsupported(*, interpret: bool) -> str | None:
-    """The reason why this implementation does not support the request, or None."""
-    return "interpret=True is for Pallas kernels, this one has nothing to interpret" if interpret else None
+def unsupported(options: Options, *arrays: jax.Array | None) -> None:
+    """It supports everything."""
+
+
+def sizes(options: Options, q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array | None, *_: Any) -> int:
+    """Tokens per chunk, a power of two."""
+    largest = CHUNK if log_decay is None or log_decay.shape[-1] == 1 else CHANNEL_CHUNK
+    return min(largest, max(2, 1 << (q.shape[1] - 1).bit_length()))
 
 
 def forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array | None, state: jax.Array,
-    reverse: bool, precision: jax.lax.PrecisionLike,
-) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """Output `[batch, length, heads, v_dim]`, the state after the last step, and the states before every chunk.
-
-    `q` and `k` are `[batch, length, heads, head_dim]`, `v` is `[batch, length, heads, v_dim]`, `log_decay` is
-    `[batch, length, heads, head_dim or 1]` or None, `state` is `[batch, heads, head_dim, v_dim]`. All have one dtype,
-    float32 or float64.
-    """
-    chunks = Chunks.of(q, log_decay, reverse, precision)
-    q, k, v, log_decay = (chunks.pad(x) for x in (q, k, v, log_decay))
+    options: Options, size: int, q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array | None, state: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], None]:
+    """Output and the state after the last step, of the arrays that `reference.forward` describes; nothing is saved."""
+    chunks = Chunks(q.shape[1], size, options)
+    tokens = chunks.prepare(q, k, v, log_decay, dtype=state.dtype)
 
     def chunk(start, n):
-        q_n, k_n, v_n, log_decay_n = (chunks.slice(x, n) for x in (q, k, v, log_decay))
+        q_n, k_n, v_n, log_decay_n = (chunks.slice(x, n) for x in tokens)
         decays = chunks.decays(log_decay_n)
         out = chunks.dot(chunks.weights(q_n, k_n, decays), v_n) + chunks.dot(q_n * decays.from_start, start)
         end = decays.whole * start + chunks.dot((k_n * decays.to_end).mT, v_n)
-        return end, (chunks.unslice(out), start)
+        return end, chunks.unslice(out)
 
-    end, (out, starts) = jax.lax.scan(chunk, state, jnp.arange(chunks.count), reverse=reverse)
-    return chunks.join(out), end, starts
+    end, out = jax.lax.scan(chunk, state, jnp.arange(chunks.count), reverse=options.reverse)
+    return (chunks.join(out).astype(q.dtype), end), None
 
 
 def backward(
-    q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array | None, starts: jax.Array,
-    d_out: jax.Array, d_end: jax.Array, reverse: bool, precision: jax.lax.PrecisionLike,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array]:  # fmt: skip
+    options: Options, size: int, arrays: tuple, outputs: Any, saved: None, cotangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array | None, ...]:
     """Cotangents of q, k, v, log_decay and the initial state, from those of the output and the final state."""
-    chunks = Chunks.of(q, log_decay, reverse, precision)
-    per_head = log_decay is not None and log_decay.shape[-1] == 1
-    q, k, v, log_decay, d_out = (chunks.pad(x) for x in (q, k, v, log_decay, d_out))
+    *operands, state = arrays
+    d_out, d_end = cotangents
+    chunks = Chunks(operands[0].shape[1], size, options)
+    per_head = operands[3] is not None and operands[3].shape[-1] == 1
+    tokens = chunks.prepare(*operands, dtype=state.dtype)
+    d_out = chunks.pad(d_out.astype(state.dtype))
+
+    def pass_over(start, n):
+        k_n, v_n, log_decay_n = (chunks.slice(x, n) for x in tokens[1:])
+        to_end, whole = chunks.decays_to_end(log_decay_n)
+        return whole * start + chunks.dot((k_n * to_end).mT, v_n), start
+
+    _, starts = jax.lax.scan(pass_over, state, jnp.arange(chunks.count), reverse=options.reverse)
 
     def chunk(d_end, n_and_start):
         n, start = n_and_start
-        q_n, k_n, v_n, log_decay_n, d_n = (chunks.slice(x, n) for x in (q, k, v, log_decay, d_out))
+        q_n, k_n, v_n, log_decay_n, d_n = (chunks.slice(x, n) for x in (*tokens, d_out))
         decays = chunks.decays(log_decay_n)
         weights, pull = jax.vjp(lambda q, k: chunks.weights(q, k, decays), q_n, k_n)
         d_q, d_k = pull(chunks.dot(d_n, v_n.mT))
@@ -78,7 +88,7 @@ def backward(
         d_v = chunks.dot(weights.mT, d_n) + chunks.dot(k_n * decays.to_end, d_end)
         d_start = decays.whole * d_end + chunks.dot((q_n * decays.from_start).mT, d_n)
         found = [d_q, d_k, d_v]
-        if log_decay is not None:
+        if log_decay_n is not None:
             terms = q_n * d_q - k_n * d_k
             by_end = (k_n * d_k_end).sum(-2) + (decays.whole * start * d_end).sum(-1)
             if per_head:
@@ -86,9 +96,15 @@ def backward(
             found.append(chunks.dot(np.triu(chunks.ones(terms.dtype)), terms) + by_end[..., None, :])
         return d_start, [chunks.unslice(x) for x in found]
 
-    d_start, found = jax.lax.scan(chunk, d_end, (jnp.arange(chunks.count), starts), reverse=not reverse)
-    d_q, d_k, d_v, *d_log_decay = (chunks.join(x) for x in found)
-    return d_q, d_k, d_v, d_log_decay[0] if d_log_decay else None, d_start
+    d_start, found = jax.lax.scan(chunk, d_end, (jnp.arange(chunks.count), starts), reverse=not options.reverse)
+    found = dict(zip(("q", "k", "v", "log_decay"), map(chunks.join, found)))
+    found["q"] *= options.scale
+    for name, x in zip("kv", operands[1:3]):
+        batch, length, groups, dim = x.shape
+        found[name] = found[name].reshape(batch, length, groups, -1, dim).sum(axis=3)
+    return *(
+        None if x is None else found[name].astype(x.dtype) for name, x in zip(("q", "k", "v", "log_decay"), operands)
+    ), d_start
 
 
 class Decays(NamedTuple):
@@ -114,22 +130,20 @@ class Chunks(NamedTuple):
 
     length: int
     size: int
-    reverse: bool
-    precision: jax.lax.PrecisionLike
-
-    @classmethod
-    def of(cls, q: jax.Array, log_decay: jax.Array | None, reverse: bool, precision: jax.lax.PrecisionLike) -> Self:
-        largest = CHUNK if log_decay is None or log_decay.shape[-1] == 1 else CHANNEL_CHUNK
-        length = q.shape[1]
-        return cls(length, min(largest, max(2, 1 << (length - 1).bit_length())), reverse, precision)
+    options: Options
 
     @property
     def count(self) -> int:
         return -(-self.length // self.size)
 
-    def pad(self, x: jax.Array | None) -> jax.Array | None:
-        if x is None:
-            return None
+    def prepare(self, q, k, v, log_decay, dtype):
+        """The tokens in `dtype`, `[batch, padded length, heads, dim]`, q scaled, k and v repeated for their heads."""
+        heads = q.shape[2]
+        q, k, v, log_decay = (None if x is None else x.astype(dtype) for x in (q, k, v, log_decay))
+        k, v = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (k, v))
+        return tuple(None if x is None else self.pad(x) for x in (q * self.options.scale, k, v, log_decay))
+
+    def pad(self, x: jax.Array) -> jax.Array:
         return jnp.pad(x, ((0, 0), (0, self.count * self.size - self.length), (0, 0), (0, 0)))
 
     def slice(self, x: jax.Array | None, n: jax.Array) -> jax.Array | None:
@@ -137,12 +151,12 @@ class Chunks(NamedTuple):
         if x is None:
             return None
         x = jax.lax.dynamic_slice_in_dim(x, n * self.size, self.size, axis=1)
-        return (jnp.flip(x, axis=1) if self.reverse else x).swapaxes(1, 2)
+        return (jnp.flip(x, axis=1) if self.options.reverse else x).swapaxes(1, 2)
 
     def unslice(self, x: jax.Array) -> jax.Array:
         """A chunk `[batch, heads, tokens, dim]` as `[batch, tokens, heads, dim]`, in the order of the tokens."""
         x = x.swapaxes(1, 2)
-        return jnp.flip(x, axis=1) if self.reverse else x
+        return jnp.flip(x, axis=1) if self.options.reverse else x
 
     def join(self, x: jax.Array) -> jax.Array:
         """Concatenates chunks `[count, batch, tokens, heads, dim]` to `[batch, length, heads, dim]`."""
@@ -150,7 +164,7 @@ class Chunks(NamedTuple):
         return x.reshape(x.shape[0], self.count * self.size, *x.shape[3:])[:, : self.length]
 
     def dot(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        return jnp.matmul(x, y, precision=self.precision)
+        return jnp.matmul(x, y, precision=self.options.precision)
 
     def ones(self, dtype: jnp.dtype) -> np.ndarray:
         return np.ones((self.size, self.size), dtype)
@@ -178,8 +192,7 @@ class Chunks(NamedTuple):
         """The decay factors of one chunk, from `log_decay` `[batch, heads, tokens, head_dim or 1]`."""
         if log_decay is None:
             return Decays()
-        # Finite, with finite sums, so that −inf (forget everything) does not give NaN.
-        log_decay = jnp.maximum(log_decay, jnp.finfo(log_decay.dtype).min / (2 * self.size))
+        log_decay = self.finite(log_decay)
         spans = self.spans(log_decay.dtype)
         if log_decay.shape[-1] == 1:
             spans = spans[: 2 * self.size]
@@ -188,6 +201,18 @@ class Chunks(NamedTuple):
         sums = jnp.exp(sums.reshape(*sums.shape[:2], -1, *log_decay.shape[-2:]))
         between = jnp.exp(pairs) if log_decay.shape[-1] == 1 else sums[:, :, 2:]
         return Decays(sums[:, :, 0], sums[:, :, 1], sums[:, :, 0, -1, :, None], between)
+
+    def decays_to_end(self, log_decay: jax.Array | None) -> tuple[jax.Array | float, jax.Array | float]:
+        """`to_end` and `whole` of the decay factors of one chunk."""
+        if log_decay is None:
+            return 1.0, 1.0
+        log_decay = self.finite(log_decay)
+        to_end = self.dot(np.triu(self.ones(log_decay.dtype), 1), log_decay)
+        return jnp.exp(to_end), jnp.exp(log_decay.sum(-2))[..., None]
+
+    def finite(self, log_decay: jax.Array) -> jax.Array:
+        """With finite sums over a chunk, so that −inf (forget everything) does not give NaN."""
+        return jnp.maximum(log_decay, jnp.finfo(log_decay.dtype).min / (2 * self.size))
 
     def weights(self, q: jax.Array, k: jax.Array, decays: Decays) -> jax.Array:
         """Σ_c q_ic k_jc exp(D_ijc), `[batch, heads, tokens, tokens]`; zero for j > i."""
