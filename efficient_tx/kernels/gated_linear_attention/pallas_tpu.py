@@ -1,0 +1,290 @@
+"""Chunked gated linear attention for TPUs.
+
+The grid runs over examples, heads and blocks of tokens, the last one in order. The state stays in VMEM: the forward
+pass reads its inputs once and writes its outputs once. A block has several chunks, computed one after the other
+(`chunk`). The backward pass first finds the states at the starts of all chunks; then it carries the cotangent of the
+state from the last block to the first.
+
+The kernels' arrays are in order of the steps, padded to whole blocks: `[batch, heads, tokens, dim]`, and
+`[batch, heads, chunks, 1, tokens]` for a decay per head. States are transposed, `[batch, heads, v_dim, head_dim]`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from efficient_tx.kernels.gated_linear_attention.chunk import ChannelDecay, HeadDecay, NoDecay, Products
+from efficient_tx.kernels.gated_linear_attention.options import Options
+from efficient_tx.kernels.shapes import result
+
+LARGEST_DIM = 256  # whose tiles fit into 16 MiB of VMEM
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSizes:
+    """Tokens of a block.
+
+    Attributes:
+      chunk: those whose pairs are computed at once, a power of two, at least 16.
+      tokens: those of a step of the grid, a multiple of `chunk`.
+    """
+
+    chunk: int = 128
+    tokens: int = 512
+
+
+def unsupported(
+    options: Options, q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array | None, state: jax.Array
+) -> str | None:
+    """The reason why the kernels do not support the arguments, or None."""
+    for x in (q, k, v) if log_decay is None else (q, k, v, log_decay):
+        if x.dtype not in (jnp.float32, jnp.bfloat16):
+            return f"dtype {x.dtype}: it has float32 and bfloat16"
+    for name, dim in (("head_dim", q.shape[3]), ("v_dim", v.shape[3])):
+        if dim > LARGEST_DIM:
+            return f"{name} {dim}: tiles of at most {LARGEST_DIM} fit on the chip"
+    if options.precision not in (jax.lax.Precision.HIGHEST, jax.lax.Precision.DEFAULT):
+        return f"precision {options.precision}: it has HIGHEST and DEFAULT"
+    if 0 in (*q.shape, *v.shape):
+        return f"q has shape {q.shape}, v {v.shape}: there is nothing to compute"
+    return None
+
+
+def sizes(options: Options, q: jax.Array, k: jax.Array, v: jax.Array, *_: Any) -> BlockSizes:
+    largest = BlockSizes() if max(q.shape[3], v.shape[3]) <= 128 else BlockSizes(tokens=256)
+    chunk = min(largest.chunk, max(16, 1 << (q.shape[1] - 1).bit_length()))
+    return BlockSizes(chunk, min(largest.tokens, chunk * -(-q.shape[1] // chunk)))
+
+
+def forward(
+    options: Options, sizes: BlockSizes, *arrays: jax.Array | None, interpret: Any = False
+) -> tuple[tuple[jax.Array, jax.Array], None]:
+    """Output and the state after the last step, of the arrays that `reference.forward` describes; nothing is saved."""
+    grid = Grid.of(options, sizes, arrays, interpret)
+    q, k, v, log_decay = grid.steps(arrays[:4])
+    state = arrays[4].mT
+
+    def kernel(q, k, v, log_decay, state, out, end):
+        start_from(state, end)
+
+        def chunk(at):
+            decay, start = grid.decay(at.read(log_decay)), end[...]
+            q_n, k_n, v_n = (at.read(x) for x in (q, k, v))
+            result = grid.dot(decay.weights(q_n, k_n), v_n) + grid.dot(q_n * decay.from_start, start, "11")
+            at.write(out, options.scale * result)
+            end[...] = decay.whole * start + grid.dot(v_n, k_n * decay.to_end, "00")
+
+        grid.for_chunks(chunk)
+
+    out, end = grid.call(
+        kernel, "gated_linear_attention",
+        along=(q, k, v, log_decay), states=(state,),
+        found=(grid.like(q, v.shape[3]),), ends=(grid.like(state),),
+    )  # fmt: skip
+    return (grid.tokens(out), end.mT), None
+
+
+def backward(
+    options: Options, sizes: BlockSizes, arrays: tuple, outputs: Any, saved: None,
+    cotangents: tuple[jax.Array, jax.Array], *, interpret: Any = False,
+) -> tuple[jax.Array | None, ...]:  # fmt: skip
+    """Cotangents of q, k, v, log_decay and the initial state, from those of the output and the final state."""
+    grid = Grid.of(options, sizes, arrays, interpret)
+    q, k, v, log_decay, d_out = grid.steps([*arrays[:4], cotangents[0]])
+    state, d_end = arrays[4].mT, cotangents[1].mT
+
+    def states(k, v, log_decay, state, starts, end):
+        start_from(state, end)
+
+        def chunk(at):
+            decay, start = grid.decay(at.read(log_decay)), end[...]
+            at.write(starts, start)
+            end[...] = decay.whole * start + grid.dot(at.read(v), at.read(k) * decay.to_end, "00")
+
+        grid.for_chunks(chunk)
+
+    count = q.shape[2] // sizes.chunk
+    starts, _ = grid.call(
+        states, "gated_linear_attention_states",
+        along=(k, v, log_decay), states=(state,),
+        found=(grid.array((*state.shape[:2], count, *state.shape[2:])),), ends=(grid.like(state),),
+    )  # fmt: skip
+
+    def kernel(q, k, v, log_decay, d_out, starts, d_end, d_q, d_k, d_v, d_log_decay, d_start):
+        start_from(d_end, d_start)
+
+        def chunk(at):
+            decay, start, d_end = grid.decay(at.read(log_decay)), at.read(starts), d_start[...]
+            q_n, k_n, v_n, d_n = (at.read(x) for x in (q, k, v, d_out))
+            d_n *= options.scale
+            q_start, k_end = q_n * decay.from_start, k_n * decay.to_end
+            d_q_start, d_k_end = grid.dot(d_n, start), grid.dot(v_n, d_end)
+            d_q_n, d_k_n, pairs = decay.pull(q_n, k_n, grid.dot(d_n, v_n, "11"))
+            at.write(d_q, d_q_n + d_q_start * decay.from_start)
+            at.write(d_k, d_k_n + d_k_end * decay.to_end)
+            at.write(d_v, grid.dot(decay.weights(q_n, k_n), d_n, "00") + grid.dot(k_end, d_end, "11"))
+            if d_log_decay is not None:
+                through = decay.whole * (start * d_end).sum(0, keepdims=True)
+                at.write(d_log_decay, decay.d_log_decay(pairs, q_start * d_q_start, k_end * d_k_end, through))
+            d_start[...] = decay.whole * d_end + grid.dot(d_n, q_start, "00")
+
+        grid.for_chunks(chunk, backwards=True)
+
+    # Per head also where heads share keys and values, added afterwards.
+    of_k, of_v = (x.dtype if x.shape[1] == grid.heads else jnp.float32 for x in (k, v))
+    *found, d_start = grid.call(
+        kernel, "gated_linear_attention_gradients",
+        along=(q, k, v, log_decay, d_out, starts), states=(d_end,),
+        found=(
+            grid.like(q), grid.like(q, dtype=of_k), grid.like(q, v.shape[3], of_v),
+            None if log_decay is None else grid.like(log_decay),
+        ),
+        ends=(grid.like(state),), backwards=True,
+    )  # fmt: skip
+    found = [None if x is None else grid.tokens(x) for x in found]
+    for n, x in ((1, arrays[1]), (2, arrays[2])):
+        if x.shape[2] < grid.heads:
+            found[n] = found[n].reshape(*x.shape[:3], -1, x.shape[3]).sum(axis=3).astype(x.dtype)
+    return *found, d_start.mT
+
+
+def start_from(state: Any, carry: Any):
+    """At the first block of a head: the carried state is the given one."""
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        carry[...] = state[...]
+
+
+def exchange(x: jax.Array, distance: int) -> jax.Array:
+    """See `chunk.Exchange`."""
+    second = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) & distance > 0
+    return jnp.where(second, pltpu.roll(x, distance, 0), pltpu.roll(x, x.shape[0] - distance, 0))
+
+
+class Chunk(NamedTuple):
+    """A chunk of the arrays of a block: of tokens `[tokens, dim]`, and of one tile a chunk `[chunks, ...]`."""
+
+    number: jax.Array
+    size: int
+
+    def index(self, x: Any) -> Any:
+        return (
+            pl.ds(pl.multiple_of(self.number * self.size, self.size), self.size) if len(x.shape) == 2 else self.number
+        )
+
+    def read(self, x: Any) -> jax.Array | None:
+        return None if x is None else x[self.index(x)].astype(jnp.float32)
+
+    def write(self, x: Any, value: jax.Array):
+        x[self.index(x)] = value.astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The grid (examples, heads, blocks of tokens) of the kernels of a call."""
+
+    options: Options
+    sizes: BlockSizes
+    batch: int
+    length: int
+    heads: int
+    dot: Products
+    operands: tuple[jax.Array | None, ...]
+    interpret: Any
+
+    @classmethod
+    def of(cls, options: Options, sizes: BlockSizes, arrays: tuple[jax.Array | None, ...], interpret: Any) -> "Grid":
+        q, k, v, *_ = arrays
+        return cls(options, sizes, *q.shape[:3], Products.of(options.precision, q, k, v), arrays, interpret)
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.length // self.sizes.tokens)
+
+    def steps(self, arrays: list[jax.Array | None]) -> list[jax.Array | None]:
+        """Arrays `[batch, length, heads, dim]` as the kernels take them."""
+
+        def one(x):
+            x = (jnp.flip(x, 1) if self.options.reverse else x).swapaxes(1, 2)
+            x = jnp.pad(x, ((0, 0), (0, 0), (0, self.blocks * self.sizes.tokens - self.length), (0, 0)))
+            return x
+
+        q, k, v, log_decay, *others = (None if x is None else one(x) for x in arrays)
+        if log_decay is not None and log_decay.shape[3] == 1:
+            log_decay = log_decay.reshape(*log_decay.shape[:2], -1, 1, self.sizes.chunk)
+        return [q, k, v, log_decay, *others]
+
+    def tokens(self, x: jax.Array) -> jax.Array:
+        """An array of the kernels as `[batch, length, heads, dim]`."""
+        if x.ndim == 5:
+            x = x.reshape(*x.shape[:2], -1, 1)
+        x = x[:, :, : self.length].swapaxes(1, 2)
+        return jnp.flip(x, 1) if self.options.reverse else x
+
+    def array(self, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.ShapeDtypeStruct:
+        return result(shape, dtype, self.operands)
+
+    def like(self, x: jax.Array, dim: int | None = None, dtype: jnp.dtype | None = None) -> jax.ShapeDtypeStruct:
+        return self.array((*x.shape[:-1], dim or x.shape[-1]), dtype or x.dtype)
+
+    def decay(self, log_decay: jax.Array | None) -> NoDecay:
+        """The decays of a chunk, from its log decays: per head one row, per channel a row a token."""
+        if log_decay is None:
+            return NoDecay(self.dot, self.sizes.chunk)
+        return (HeadDecay if log_decay.shape[0] == 1 else ChannelDecay)(self.dot, log_decay, exchange)
+
+    def for_chunks(self, body: Callable[[Chunk], None], backwards: bool = False):
+        count = self.sizes.tokens // self.sizes.chunk
+
+        def step(n, _):
+            body(Chunk(count - 1 - n if backwards else n, self.sizes.chunk))
+
+        jax.lax.fori_loop(0, count, step, None)
+
+    def call(
+        self, kernel: Callable, name: str, *, along: tuple, states: tuple, found: tuple, ends: tuple,
+        backwards: bool = False,
+    ) -> list[jax.Array | None]:  # fmt: skip
+        """The results `found` and `ends` of a kernel.
+
+        Args:
+          kernel: function of references to a block of each of the following arrays, in this order.
+          name: of the kernel.
+          along: inputs with blocks along the tokens.
+          states: inputs with one block per head.
+          found: shapes of results with blocks along the tokens.
+          ends: shapes of results with one block per head, which stays over the steps of the head.
+          backwards: whether the blocks are visited from the last to the first.
+        """
+
+        def spec(x, moves):
+            if x is None:
+                return None
+            share = self.heads // x.shape[1]
+            shape = (None, None, x.shape[2] // self.blocks if moves else x.shape[2], *x.shape[3:])
+
+            def index(example, head, block):
+                at = (self.blocks - 1 - block if backwards else block) if moves else 0
+                return (example, head // share, at, *(0,) * (x.ndim - 3))
+
+            return pl.BlockSpec(shape, index)
+
+        def specs(along, states):
+            return [spec(x, True) for x in along] + [spec(x, False) for x in states]
+
+        return pl.pallas_call(
+            kernel,
+            out_shape=[*found, *ends],
+            grid=(self.batch, self.heads, self.blocks),
+            in_specs=specs(along, states),
+            out_specs=specs(found, ends),
+            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+            interpret=self.interpret,
+            name=name,
+        )(*along, *states)
