@@ -86,16 +86,17 @@ class NoDecay:
 
 
 class HeadDecay(NoDecay):
-    """The decays of a chunk from `log_decay` `[1, tokens]`."""
+    """The decays of a chunk from `log_decay` `[tokens, 1]`."""
 
     def __init__(self, dot: Products, log_decay: jax.Array, exchange: Exchange):
-        super().__init__(dot, log_decay.shape[1])
+        super().__init__(dot, log_decay.shape[0])
         self.exchange, row, column = exchange, self.row, self.column
-        log_decay = finite(log_decay, log_decay.shape[1])
-        after = jnp.where(row > column, self.to_column(log_decay), 0)
+        log_decay = finite(log_decay)
+        after = jnp.where(row > column, log_decay, 0)
         before, _ = sums(after, exchange)[-1]
         # Also above the diagonal no exponent is positive.
         self.between = jnp.exp(before + after)
+        log_decay = self.to_row(log_decay)
         self.from_start = jnp.exp(jnp.where(column <= row, log_decay, 0).sum(1, keepdims=True))
         self.to_end = jnp.exp(jnp.where(column > row, log_decay, 0).sum(1, keepdims=True))
         self.whole = jnp.exp(log_decay.sum(1, keepdims=True))
@@ -108,7 +109,7 @@ class HeadDecay(NoDecay):
         return d_q, d_k, self.weights(q, k) * d_weights
 
     def d_log_decay(self, pairs: jax.Array, starts: jax.Array, ends: jax.Array, through: jax.Array) -> jax.Array:
-        """The cotangent `[1, tokens]`: D_ij has the decays of the tokens t, j < t ≤ i.
+        """The cotangent `[tokens, 1]`: D_ij has the decays of the tokens t, j < t ≤ i.
 
         Args:
           pairs: from `pull`.
@@ -118,13 +119,10 @@ class HeadDecay(NoDecay):
         """
         row, column = self.row, self.column
         _, after = sums(pairs, self.exchange)[-1]
-        by_pairs = jnp.where(column < row, after + pairs, 0).sum(1, keepdims=True)
-        starts, ends = (x.sum(1, keepdims=True) for x in (starts, ends))
-        outside = jnp.where(row >= column, starts, ends).sum(0, keepdims=True)
-        return self.to_row(by_pairs) + outside + through.sum(1, keepdims=True)
-
-    def to_column(self, x: jax.Array) -> jax.Array:
-        return jnp.where(self.row == self.column, x, 0).sum(1, keepdims=True)
+        starts, ends = (self.to_row(x.sum(1, keepdims=True)) for x in (starts, ends))
+        outside = jnp.where(column >= row, starts, ends)
+        by_pairs = jnp.where(column < row, after + pairs, 0)
+        return (outside + by_pairs).sum(1, keepdims=True) + through.sum(1, keepdims=True)
 
     def to_row(self, x: jax.Array) -> jax.Array:
         return jnp.where(self.row == self.column, x, 0).sum(0, keepdims=True)
@@ -136,7 +134,7 @@ class ChannelDecay(NoDecay):
     def __init__(self, dot: Products, log_decay: jax.Array, exchange: Exchange):
         super().__init__(dot, log_decay.shape[0])
         self.exchange = exchange
-        log_decay = finite(log_decay, log_decay.shape[0])
+        log_decay = finite(log_decay)
         *blocks, (before, after) = sums(log_decay, exchange)
         row = jax.lax.broadcasted_iota(jnp.int32, log_decay.shape, 0)
         self.between = [
@@ -177,6 +175,6 @@ class ChannelDecay(NoDecay):
         return after + up + before + through
 
 
-def finite(log_decay: jax.Array, size: int) -> jax.Array:
+def finite(log_decay: jax.Array) -> jax.Array:
     """In float32, with finite sums over a chunk, so that −inf (forget everything) does not give NaN."""
-    return jnp.maximum(log_decay.astype(jnp.float32), jnp.finfo(jnp.float32).min / (2 * size))
+    return jnp.maximum(log_decay.astype(jnp.float32), jnp.finfo(jnp.float32).min / (2 * log_decay.shape[0]))

@@ -5,8 +5,8 @@ pass reads its inputs once and writes its outputs once. A block has several chun
 (`chunk`). The backward pass first finds the states at the starts of all chunks; then it carries the cotangent of the
 state from the last block to the first.
 
-The kernels' arrays are in order of the steps, padded to whole blocks: `[batch, heads, tokens, dim]`, and
-`[batch, heads, chunks, 1, tokens]` for a decay per head. States are transposed, `[batch, heads, v_dim, head_dim]`.
+The kernels' arrays are `[batch, heads, dim, tokens]`, in order of the steps and padded to whole blocks: with the tokens
+last no head size is padded in memory. States are transposed, `[batch, heads, v_dim, head_dim]`.
 """
 
 import dataclasses
@@ -82,9 +82,8 @@ def forward(
         grid.for_chunks(chunk)
 
     out, end = grid.call(
-        kernel, "gated_linear_attention",
-        along=(q, k, v, log_decay), states=(state,),
-        found=(grid.like(q, v.shape[3]),), ends=(grid.like(state),),
+        kernel, "gated_linear_attention", (q, k, v, log_decay), (state,), (grid.like(v, dtype=q.dtype),),
+        (grid.states(),), products=grid.for_weights + 3,
     )  # fmt: skip
     return (grid.tokens(out), end.mT), None
 
@@ -103,23 +102,21 @@ def backward(
 
         def chunk(at):
             decay, start = grid.decay(at.read(log_decay)), end[...]
-            at.write(starts, start)
+            starts[at.number] = start
             end[...] = decay.whole * start + grid.dot(at.read(v), at.read(k) * decay.to_end, "00")
 
         grid.for_chunks(chunk)
 
-    count = q.shape[2] // sizes.chunk
     starts, _ = grid.call(
-        states, "gated_linear_attention_states",
-        along=(k, v, log_decay), states=(state,),
-        found=(grid.array((*state.shape[:2], count, *state.shape[2:])),), ends=(grid.like(state),),
+        states, "gated_linear_attention_states", (k, v, log_decay), (state,),
+        (grid.states(q.shape[3] // sizes.chunk),), (grid.states(),), products=1,
     )  # fmt: skip
 
     def kernel(q, k, v, log_decay, d_out, starts, d_end, d_q, d_k, d_v, d_log_decay, d_start):
         start_from(d_end, d_start)
 
         def chunk(at):
-            decay, start, d_end = grid.decay(at.read(log_decay)), at.read(starts), d_start[...]
+            decay, start, d_end = grid.decay(at.read(log_decay)), starts[at.number], d_start[...]
             q_n, k_n, v_n, d_n = (at.read(x) for x in (q, k, v, d_out))
             d_n *= options.scale
             q_start, k_end = q_n * decay.from_start, k_n * decay.to_end
@@ -135,16 +132,15 @@ def backward(
 
         grid.for_chunks(chunk, backwards=True)
 
-    # Per head also where heads share keys and values, added afterwards.
+    # Of every head, also where heads share keys and values: they are added afterwards.
     of_k, of_v = (x.dtype if x.shape[1] == grid.heads else jnp.float32 for x in (k, v))
+    found = (
+        grid.like(q), grid.like(k, dtype=of_k), grid.like(v, dtype=of_v),
+        None if log_decay is None else grid.like(log_decay),
+    )  # fmt: skip
     *found, d_start = grid.call(
-        kernel, "gated_linear_attention_gradients",
-        along=(q, k, v, log_decay, d_out, starts), states=(d_end,),
-        found=(
-            grid.like(q), grid.like(q, dtype=of_k), grid.like(q, v.shape[3], of_v),
-            None if log_decay is None else grid.like(log_decay),
-        ),
-        ends=(grid.like(state),), backwards=True,
+        kernel, "gated_linear_attention_gradients", (q, k, v, log_decay, d_out, starts), (d_end,), found,
+        (grid.states(),), products=3 * grid.for_weights + 6, backwards=True,
     )  # fmt: skip
     found = [None if x is None else grid.tokens(x) for x in found]
     for n, x in ((1, arrays[1]), (2, arrays[2])):
@@ -168,21 +164,20 @@ def exchange(x: jax.Array, distance: int) -> jax.Array:
 
 
 class Chunk(NamedTuple):
-    """A chunk of the arrays of a block: of tokens `[tokens, dim]`, and of one tile a chunk `[chunks, ...]`."""
+    """A chunk of the arrays of a block, as tiles `[tokens, dim]`."""
 
     number: jax.Array
     size: int
 
-    def index(self, x: Any) -> Any:
-        return (
-            pl.ds(pl.multiple_of(self.number * self.size, self.size), self.size) if len(x.shape) == 2 else self.number
-        )
+    @property
+    def tokens(self) -> tuple:
+        return slice(None), pl.ds(pl.multiple_of(self.number * self.size, self.size), self.size)
 
     def read(self, x: Any) -> jax.Array | None:
-        return None if x is None else x[self.index(x)].astype(jnp.float32)
+        return None if x is None else x[self.tokens].astype(jnp.float32).T
 
     def write(self, x: Any, value: jax.Array):
-        x[self.index(x)] = value.astype(x.dtype)
+        x[self.tokens] = value.T.astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,40 +199,45 @@ class Grid:
         return cls(options, sizes, *q.shape[:3], Products.of(options.precision, q, k, v), arrays, interpret)
 
     @property
+    def for_weights(self) -> int:
+        """Products of a chunk for the weights of its pairs."""
+        log_decay = self.operands[3]
+        return 1 if log_decay is None or log_decay.shape[3] == 1 else self.sizes.chunk.bit_length() - 1
+
+    @property
     def blocks(self) -> int:
         return -(-self.length // self.sizes.tokens)
 
     def steps(self, arrays: list[jax.Array | None]) -> list[jax.Array | None]:
         """Arrays `[batch, length, heads, dim]` as the kernels take them."""
 
-        def one(x):
-            x = (jnp.flip(x, 1) if self.options.reverse else x).swapaxes(1, 2)
-            x = jnp.pad(x, ((0, 0), (0, 0), (0, self.blocks * self.sizes.tokens - self.length), (0, 0)))
-            return x
+        padding = (0, self.blocks * self.sizes.tokens - self.length)
 
-        q, k, v, log_decay, *others = (None if x is None else one(x) for x in arrays)
-        if log_decay is not None and log_decay.shape[3] == 1:
-            log_decay = log_decay.reshape(*log_decay.shape[:2], -1, 1, self.sizes.chunk)
-        return [q, k, v, log_decay, *others]
+        def one(x):
+            x = jnp.flip(x, 1) if self.options.reverse else x
+            return jnp.pad(x.transpose(0, 2, 3, 1), ((0, 0), (0, 0), (0, 0), padding))
+
+        return [None if x is None else one(x) for x in arrays]
 
     def tokens(self, x: jax.Array) -> jax.Array:
         """An array of the kernels as `[batch, length, heads, dim]`."""
-        if x.ndim == 5:
-            x = x.reshape(*x.shape[:2], -1, 1)
-        x = x[:, :, : self.length].swapaxes(1, 2)
+        x = x[..., : self.length].transpose(0, 3, 1, 2)
         return jnp.flip(x, 1) if self.options.reverse else x
 
-    def array(self, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.ShapeDtypeStruct:
-        return result(shape, dtype, self.operands)
+    def like(self, x: jax.Array, dtype: jnp.dtype | None = None) -> jax.ShapeDtypeStruct:
+        """The shape of a result as `x` `[batch, heads, dim, tokens]`, of all heads."""
+        return result((self.batch, self.heads, *x.shape[2:]), dtype or x.dtype, self.operands)
 
-    def like(self, x: jax.Array, dim: int | None = None, dtype: jnp.dtype | None = None) -> jax.ShapeDtypeStruct:
-        return self.array((*x.shape[:-1], dim or x.shape[-1]), dtype or x.dtype)
+    def states(self, *chunks: int) -> jax.ShapeDtypeStruct:
+        """The shape of a result of one state a head, or of one a chunk and head."""
+        *_, head_dim, v_dim = self.operands[4].shape
+        return result((self.batch, self.heads, *chunks, v_dim, head_dim), jnp.float32, self.operands)
 
     def decay(self, log_decay: jax.Array | None) -> NoDecay:
-        """The decays of a chunk, from its log decays: per head one row, per channel a row a token."""
+        """The decays of a chunk, from its log decays `[tokens, head_dim or 1]`."""
         if log_decay is None:
             return NoDecay(self.dot, self.sizes.chunk)
-        return (HeadDecay if log_decay.shape[0] == 1 else ChannelDecay)(self.dot, log_decay, exchange)
+        return (HeadDecay if log_decay.shape[1] == 1 else ChannelDecay)(self.dot, log_decay, exchange)
 
     def for_chunks(self, body: Callable[[Chunk], None], backwards: bool = False):
         count = self.sizes.tokens // self.sizes.chunk
@@ -248,43 +248,54 @@ class Grid:
         jax.lax.fori_loop(0, count, step, None)
 
     def call(
-        self, kernel: Callable, name: str, *, along: tuple, states: tuple, found: tuple, ends: tuple,
-        backwards: bool = False,
+        self, kernel: Callable, name: str, along: tuple, states: tuple, found: tuple, ends: tuple, *,
+        products: int, backwards: bool = False,
     ) -> list[jax.Array | None]:  # fmt: skip
-        """The results `found` and `ends` of a kernel.
+        """The results `found` and `ends` of a kernel; an array may be None.
 
         Args:
           kernel: function of references to a block of each of the following arrays, in this order.
           name: of the kernel.
-          along: inputs with blocks along the tokens.
-          states: inputs with one block per head.
-          found: shapes of results with blocks along the tokens.
-          ends: shapes of results with one block per head, which stays over the steps of the head.
-          backwards: whether the blocks are visited from the last to the first.
+          along: inputs with a block per step of the grid, `[batch, heads, dim, tokens]` or `[batch, heads, chunks,
+            v_dim, head_dim]`.
+          states: inputs with a block per head, `[batch, heads, v_dim, head_dim]`.
+          found: shapes of results as `along`.
+          ends: shapes of results as `states`; a block stays in memory over the steps of its head.
+          products: matrix products per chunk, for the estimate of the cost.
+          backwards: whether the steps of a head go from the last to the first.
         """
 
         def spec(x, moves):
             if x is None:
                 return None
-            share = self.heads // x.shape[1]
-            shape = (None, None, x.shape[2] // self.blocks if moves else x.shape[2], *x.shape[3:])
+            axis, shape, share = 3 if x.ndim == 4 else 2, [None, None, *x.shape[2:]], self.heads // x.shape[1]
+            if moves:
+                shape[axis] //= self.blocks
 
             def index(example, head, block):
-                at = (self.blocks - 1 - block if backwards else block) if moves else 0
-                return (example, head // share, at, *(0,) * (x.ndim - 3))
+                at = [example, jax.lax.div(head, jnp.int32(share)), *(0,) * (x.ndim - 2)]
+                if moves:
+                    at[axis] = self.blocks - 1 - block if backwards else block
+                return tuple(at)
 
             return pl.BlockSpec(shape, index)
 
-        def specs(along, states):
-            return [spec(x, True) for x in along] + [spec(x, False) for x in states]
-
+        arrays = [x for x in (*along, *states, *found, *ends) if x is not None]
+        chunks = self.batch * self.heads * self.blocks * (self.sizes.tokens // self.sizes.chunk)
+        *_, head_dim, v_dim = self.operands[4].shape
+        cost = pl.CostEstimate(
+            flops=2 * products * chunks * self.sizes.chunk * max(self.sizes.chunk, v_dim) * head_dim,
+            transcendentals=0 if self.operands[3] is None else 8 * arrays[0].size,
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays),
+        )
         return pl.pallas_call(
             kernel,
             out_shape=[*found, *ends],
             grid=(self.batch, self.heads, self.blocks),
-            in_specs=specs(along, states),
-            out_specs=specs(found, ends),
+            in_specs=[*(spec(x, True) for x in along), *(spec(x, False) for x in states)],
+            out_specs=[*(spec(x, True) for x in found), *(spec(x, False) for x in ends)],
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+            cost_estimate=cost,
             interpret=self.interpret,
             name=name,
         )(*along, *states)
