@@ -8,7 +8,7 @@ from efficient_tx.kernels.op import Op
 from efficient_tx.kernels.shapes import check_rank
 from efficient_tx.tokens.mask import bool_mask
 
-OP = Op("gated_linear_attention", ("pallas_tpu", "xla", "reference"))
+OP = Op("gated_linear_attention", ("pallas_tpu", "pallas_gpu", "xla", "reference"))
 
 
 def gated_linear_attention(

@@ -56,14 +56,14 @@ def unsupported(
 
 
 def sizes(options: Options, q: jax.Array, k: jax.Array, v: jax.Array, *_: Any) -> BlockSizes:
-    largest = BlockSizes() if max(q.shape[3], v.shape[3]) <= 128 else BlockSizes(tokens=256)
+    largest = BlockSizes() if max(q.shape[3], v.shape[3]) <= 128 else BlockSizes(tokens=128)
     chunk = min(largest.chunk, max(16, 1 << (q.shape[1] - 1).bit_length()))
     return BlockSizes(chunk, min(largest.tokens, chunk * -(-q.shape[1] // chunk)))
 
 
 def forward(
     options: Options, sizes: BlockSizes, *arrays: jax.Array | None, interpret: Any = False
-) -> tuple[tuple[jax.Array, jax.Array], None]:
+) -> tuple[tuple[jax.Array, jax.Array], tuple[()]]:
     """Output and the state after the last step, of the arrays that `reference.forward` describes; nothing is saved."""
     grid = Grid.of(options, sizes, arrays, interpret)
     q, k, v, log_decay = grid.steps(arrays[:4])
@@ -85,11 +85,11 @@ def forward(
         kernel, "gated_linear_attention", (q, k, v, log_decay), (state,), (grid.like(v, dtype=q.dtype),),
         (grid.states(),), products=grid.for_weights + 3,
     )  # fmt: skip
-    return (grid.tokens(out), end.mT), None
+    return (grid.tokens(out), end.mT), ()
 
 
 def backward(
-    options: Options, sizes: BlockSizes, arrays: tuple, outputs: Any, saved: None,
+    options: Options, sizes: BlockSizes, arrays: tuple, outputs: Any, saved: Any,
     cotangents: tuple[jax.Array, jax.Array], *, interpret: Any = False,
 ) -> tuple[jax.Array | None, ...]:  # fmt: skip
     """Cotangents of q, k, v, log_decay and the initial state, from those of the output and the final state."""

@@ -42,7 +42,7 @@ def sizes(options: Options, q: jax.Array, k: jax.Array, v: jax.Array, log_decay:
 
 def forward(
     options: Options, size: int, q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array | None, state: jax.Array
-) -> tuple[tuple[jax.Array, jax.Array], None]:
+) -> tuple[tuple[jax.Array, jax.Array], tuple[()]]:
     """Output and the state after the last step, of the arrays that `reference.forward` describes; nothing is saved."""
     chunks = Chunks(q.shape[1], size, options)
     tokens = chunks.prepare(q, k, v, log_decay, dtype=state.dtype)
@@ -55,11 +55,11 @@ def forward(
         return end, chunks.unslice(out)
 
     end, out = jax.lax.scan(chunk, state, jnp.arange(chunks.count), reverse=options.reverse)
-    return (chunks.join(out).astype(q.dtype), end), None
+    return (chunks.join(out).astype(q.dtype), end), ()
 
 
 def backward(
-    options: Options, size: int, arrays: tuple, outputs: Any, saved: None, cotangents: tuple[jax.Array, jax.Array]
+    options: Options, size: int, arrays: tuple, outputs: Any, saved: Any, cotangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array | None, ...]:
     """Cotangents of q, k, v, log_decay and the initial state, from those of the output and the final state."""
     *operands, state = arrays
