@@ -2,13 +2,13 @@
 
 The formulas are those of `xla`, with transposed states `[v_dim, head_dim]`, so that a decay per channel multiplies
 along rows. The sums of log decays between each token and the middle of its block are found by a butterfly, level by
-level: with the sums before and after a token within its block of 2^level tokens, and over the whole block, the next
-level needs only what the neighbouring block has in `whole`. No difference is taken, so no digits are lost.
+level: with the sums before and after each token within its block of 2^level tokens, the next level needs only what the
+neighbouring block has as a whole. No difference is taken, so no digits are lost.
 
 The scale is left to the callers: here out = q_t S_t.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -48,16 +48,23 @@ def positions(size: int) -> tuple[jax.Array, jax.Array]:
     return tuple(jax.lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
 
 
-def sums(x: jax.Array, exchange: Exchange) -> list[tuple[jax.Array, jax.Array]]:
-    """For blocks of 1, 2, 4, ... rows, all rows: the sums of the rows before and after each row within its block."""
-    row = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
-    before, after, whole, found = jnp.zeros_like(x), jnp.zeros_like(x), x, []
+def widened(before: jax.Array, after: jax.Array, whole: jax.Array, distance: int, exchange: Exchange) -> tuple:
+    """Sums before and after each row within blocks of 2 · `distance` rows, from those of half as long blocks."""
+    other, second = exchange(whole, distance), second_half(whole, distance)
+    return before + jnp.where(second, other, 0), after + jnp.where(second, 0, other)
+
+
+def second_half(x: jax.Array, distance: int) -> jax.Array:
+    """Whether a row of the tile is in the second half of its block of 2 · `distance` rows."""
+    return jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) & distance > 0
+
+
+def sums(x: jax.Array, exchange: Exchange) -> tuple[jax.Array, jax.Array]:
+    """The sums of the rows before and after each row."""
+    before, after = jnp.zeros_like(x), jnp.zeros_like(x)
     for level in range(x.shape[0].bit_length() - 1):
-        found.append((before, after))
-        other = exchange(whole, 1 << level)
-        second = row >> level & 1 == 1
-        before, after, whole = before + jnp.where(second, other, 0), after + jnp.where(second, 0, other), whole + other
-    return [*found, (before, after)]
+        before, after = widened(before, after, before + x + after, 1 << level, exchange)
+    return before, after
 
 
 class NoDecay:
@@ -93,7 +100,7 @@ class HeadDecay(NoDecay):
         self.exchange, row, column = exchange, self.row, self.column
         log_decay = finite(log_decay)
         after = jnp.where(row > column, log_decay, 0)
-        before, _ = sums(after, exchange)[-1]
+        before, _ = sums(after, exchange)
         # Also above the diagonal no exponent is positive.
         self.between = jnp.exp(before + after)
         log_decay = self.to_row(log_decay)
@@ -118,7 +125,7 @@ class HeadDecay(NoDecay):
           through: that of the log decay over the whole chunk, `[1, head_dim]`.
         """
         row, column = self.row, self.column
-        _, after = sums(pairs, self.exchange)[-1]
+        _, after = sums(pairs, self.exchange)
         starts, ends = (self.to_row(x.sum(1, keepdims=True)) for x in (starts, ends))
         outside = jnp.where(column >= row, starts, ends)
         by_pairs = jnp.where(column < row, after + pairs, 0)
@@ -135,15 +142,32 @@ class ChannelDecay(NoDecay):
         super().__init__(dot, log_decay.shape[0])
         self.exchange = exchange
         log_decay = finite(log_decay)
-        *blocks, (before, after) = sums(log_decay, exchange)
-        row = jax.lax.broadcasted_iota(jnp.int32, log_decay.shape, 0)
-        self.between = [
-            jnp.exp(jnp.where(row >> level & 1 == 1, before + log_decay, after))
-            for level, (before, after) in enumerate(blocks)
-        ]
-        self.from_start = jnp.exp(before + log_decay)
-        self.to_end = jnp.exp(after)
         self.whole = jnp.exp(log_decay.sum(0, keepdims=True))
+        self.found: list[jax.Array] = []
+        # Sums up to each token and after it, in its block of the next level.
+        self.sums = log_decay, jnp.zeros_like(log_decay)
+
+    def between(self) -> Iterator[jax.Array]:
+        """Level by level, the decay between each token and the middle of its block.
+
+        Each is computed when it is asked for: a tile of registers less for every level.
+        """
+        for level in range(self.row.shape[0].bit_length() - 1):
+            if level == len(self.found):
+                (upto, after), distance = self.sums, 1 << level
+                self.found.append(jnp.exp(jnp.where(second_half(upto, distance), upto, after)))
+                self.sums = widened(upto, after, upto + after, distance, self.exchange)
+            yield self.found[level]
+
+    @property
+    def from_start(self) -> jax.Array:
+        *_, _ = self.between()
+        return jnp.exp(self.sums[0])
+
+    @property
+    def to_end(self) -> jax.Array:
+        *_, _ = self.between()
+        return jnp.exp(self.sums[1])
 
     def separated(self, level: int) -> jax.Array:
         """Whether query i (row) is in the second half of a block of 2^(level + 1) tokens and key j in the first."""
@@ -151,14 +175,14 @@ class ChannelDecay(NoDecay):
 
     def weights(self, q, k):
         weights = jnp.where(self.row == self.column, (q * k).sum(1, keepdims=True), 0)
-        for level, between in enumerate(self.between):
+        for level, between in enumerate(self.between()):
             weights = jnp.where(self.separated(level), self.dot(q * between, k * between, "11"), weights)
         return weights
 
     def pull(self, q, k, d_weights):
         own = jnp.where(self.row == self.column, d_weights, 0).sum(1, keepdims=True)
         d_q, d_k, pairs = own * k, own * q, jnp.zeros_like(q)
-        for level, between in enumerate(self.between):
+        for level, between in enumerate(self.between()):
             d_level = jnp.where(self.separated(level), d_weights, 0)
             q_level, k_level = self.dot.rounded(q * between), self.dot.rounded(k * between)
             to_q, to_k = self.dot(d_level, k_level), self.dot(d_level, q_level, "00")
@@ -170,8 +194,8 @@ class ChannelDecay(NoDecay):
     def d_log_decay(self, pairs: jax.Array, starts: jax.Array, ends: jax.Array, through: jax.Array) -> jax.Array:
         """The cotangent `[tokens, head_dim]`; see `HeadDecay.d_log_decay`."""
         up = pairs + starts
-        _, after = sums(up, self.exchange)[-1]
-        before, _ = sums(ends, self.exchange)[-1]
+        _, after = sums(up, self.exchange)
+        before, _ = sums(ends, self.exchange)
         return after + up + before + through
 
 

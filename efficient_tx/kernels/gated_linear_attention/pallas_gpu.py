@@ -1,7 +1,7 @@
 """Chunked gated linear attention for GPUs, in Triton.
 
-Only the states are computed one chunk after the other, in blocks of keys' and values' channels, which are independent of
-each other; all the rest is parallel over the chunks as well. Three kernels do everything:
+Only the states are computed one chunk after the other, in blocks of the channels of keys and values, which do not
+depend on each other; all the rest is parallel over the chunks as well. Three kernels do everything:
 
     states      the states before all chunks, from keys and values; from queries and the output's cotangent, and from
                 the last chunk to the first, the states' cotangents,
@@ -193,7 +193,7 @@ class Call:
                 decay = self.decay(own, log_decay, at, keys)
                 q_n, k_n = own.read(q, at, keys), own.read(k, at, keys)
                 weights += decay.weights(q_n, k_n)
-                ends = k_n * decay.to_end if backwards else q_n * decay.from_start
+                ends = k_n * decay.to_end if backwards else q_n * decay.from_start  # after the weights: see `between`
                 return weights, found + self.dot(ends, own.read_state(states, n, values, keys), "11")
 
             size = self.sizes.chunk
