@@ -1,20 +1,25 @@
 """gated_linear_attention against the sum over all pairs in NumPy, its gradients, its states and its errors."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from efficient_tx.kernels import gated_linear_attention as uncompiled
+from efficient_tx.kernels.gated_linear_attention import pallas_gpu, pallas_tpu
+from tests.support.races import races_found, two_cores
 
-gated_linear_attention = jax.jit(uncompiled, static_argnames=("scale", "reverse", "implementation"))
+STATIC = ("scale", "reverse", "implementation", "interpret", "block_sizes")
+gated_linear_attention = jax.jit(uncompiled, static_argnames=STATIC)
 
 LENGTH = 75  # no multiple of a chunk: two chunks of 64, or three of 32
 GATES = {
     "none": lambda r: None,
     "constant": lambda r: -r.exponential(0.2, 4),
-    "head": lambda r: -r.exponential(0.3, (2, LENGTH, 4)),
-    "channel": lambda r: -r.exponential(0.3, (2, LENGTH, 4, 6)),
+    "head": lambda r, length=LENGTH, dim=6: -r.exponential(0.3, (2, length, 4)),
+    "channel": lambda r, length=LENGTH, dim=6: -r.exponential(0.3, (2, length, 4, dim)),
 }
 
 
@@ -137,6 +142,139 @@ def test_decays_of_any_strength_in_float32(gate):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
+# Chunks of 16 tokens: the lengths of the tests are no multiple of them, and have several; on TPUs two chunks a block,
+# on GPUs several blocks of channels.
+PALLAS = {
+    "pallas_tpu": pallas_tpu.BlockSizes(chunk=16, tokens=32),
+    "pallas_gpu": pallas_gpu.BlockSizes(chunk=16, keys=16, values=16),
+}
+slow = pytest.mark.slow
+
+
+def operands(gate, length=37, dim=20, v_dim=18):
+    """q, k, v, log_decay and the initial state; a tenth of the decays are very strong, also −inf."""
+    r = np.random.default_rng(3)
+    log_decay = None
+    if gate != "none":
+        log_decay = GATES[gate](r) if gate == "constant" else GATES[gate](r, length, dim)
+        log_decay = np.where(
+            r.random(log_decay.shape) < 0.1, r.choice([-300, -1e6, -np.inf], log_decay.shape), log_decay
+        )
+    return [*arrays(4, length, dim=dim, v_dim=v_dim), log_decay, r.normal(size=(2, 4, dim, v_dim))]
+
+
+def results_and_gradients(inputs, mask=None, **options):
+    """Output, final state and the gradients of a sum of both with fixed weights, for float32 or float64 inputs."""
+    r = np.random.default_rng(5)
+    q, _, v, *_ = inputs
+    w = r.normal(size=(*q.shape[:3], v.shape[3])), r.normal(size=inputs[4].shape)
+
+    def loss(inputs):
+        q, k, v, log_decay, state = inputs
+        results = uncompiled(q, k, v, log_decay=log_decay, initial_state=state, mask=mask, scale=0.7, **options)
+        return sum(jnp.vdot(x.astype(state.dtype), y) for x, y in zip(results, w)), results
+
+    gradients, results = jax.jit(jax.grad(loss, has_aux=True))(inputs)
+    return jax.tree.leaves((results, gradients))
+
+
+def exact(inputs, **options):
+    with jax.enable_x64(True):
+        inputs = [None if x is None else np.asarray(x, np.float64) for x in inputs]
+        return results_and_gradients(inputs, implementation="reference", **options)
+
+
+@pytest.mark.parametrize("implementation", PALLAS)
+@pytest.mark.parametrize(
+    ("gate", "reverse", "length"),
+    [
+        ("channel", True, 37),
+        pytest.param("head", False, 37, marks=slow),
+        pytest.param("none", True, 37, marks=slow),
+        pytest.param("channel", False, 1, marks=slow),
+    ],
+)
+def test_kernels_equal_the_recurrence_and_its_gradients(implementation, gate, reverse, length):
+    """In float32 with decays of any strength and one example of padding only."""
+    inputs = operands(gate, length)
+    mask = np.random.default_rng(6).random((2, length)) < 0.8
+    mask[1] = False
+    expected = exact(inputs, mask=mask, reverse=reverse)
+    inputs = [None if x is None else x.astype(np.float32) for x in inputs]
+    got = results_and_gradients(
+        inputs, mask, reverse=reverse, implementation=implementation, interpret=True,
+        block_sizes=PALLAS[implementation],
+    )  # fmt: skip
+    for ours, want in zip(got, expected, strict=True):
+        # Sums of at most 37 · 20 float32 products, which the decays only shorten.
+        np.testing.assert_allclose(ours, want, rtol=0, atol=2e-6 * np.abs(want).max())
+
+
+@slow
+@pytest.mark.parametrize(("implementation", "gate"), [("pallas_tpu", "channel"), ("pallas_gpu", "head")])
+def test_kernels_multiply_bfloat16(implementation, gate):
+    """Without races on TPUs. The factors of products are rounded, by at most 2⁻⁹ relative."""
+    q, k, v, log_decay, state = operands(gate)
+    inputs = [*(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)), *(x.astype(np.float32) for x in (log_decay, state))]
+    on_tpu = implementation == "pallas_tpu"
+    got = results_and_gradients(
+        inputs, implementation=implementation, block_sizes=PALLAS[implementation],
+        interpret=two_cores() if on_tpu else True,
+    )  # fmt: skip
+    assert not on_tpu or not races_found()
+    assert [x.dtype for x in got] == [jnp.bfloat16, jnp.float32, *(x.dtype for x in inputs)]
+    for ours, want in zip(got, exact(inputs), strict=True):
+        np.testing.assert_allclose(np.asarray(ours, np.float64), want, rtol=0, atol=2**-7 * np.abs(want).max())
+
+
+def gradients(q, log_decay, **options):
+    """Of the sum of squares of the output, recomputed in the backward pass."""
+    run = jax.checkpoint(lambda q, log_decay: uncompiled(q, q, q, log_decay=log_decay, **options)[0])
+    return jax.grad(lambda *inputs: jnp.sum(jnp.square(run(*inputs))), (0, 1))(q, log_decay)
+
+
+def sharded(run, **options):
+    """`run` with the batch over two devices."""
+    mesh = jax.make_mesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = jax.sharding.PartitionSpec("i")
+    return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(specs, specs), out_specs=(specs, specs), **options))
+
+
+@slow
+@pytest.mark.parametrize("implementation", PALLAS)
+def test_kernels_under_transformations(implementation):
+    """The gradient of a checkpointed sum is the same mapped by vmap, by shard_map over devices, and by neither."""
+    q, _, _, log_decay, _ = (x.astype(np.float32) for x in operands("head", 20, 5))
+    run = partial(gradients, implementation=implementation, interpret=True, block_sizes=PALLAS[implementation])
+    whole = jax.jit(run)(q, log_decay)
+    mapped = jax.jit(jax.vmap(run))(q[:, None], log_decay[:, None])
+    parts = sharded(run, check_vma=False)(q, log_decay)  # the loops of jax's interpreter fail the check
+    for one, other, third in zip(whole, mapped, parts, strict=True):
+        np.testing.assert_allclose(other[:, 0], one, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(third, one, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", PALLAS)
+def test_kernels_are_lowered_within_shard_map(implementation):
+    """Also where jax checks what varies over devices, and with the implementation's own block sizes."""
+    arrays = [jax.ShapeDtypeStruct((2, 300, 4, 8), dtype) for dtype in (jnp.bfloat16, jnp.float32)]
+    traced = sharded(partial(gradients, implementation=implementation)).trace(*arrays)
+    text = traced.lower(lowering_platforms=(implementation.removeprefix("pallas_").replace("gpu", "cuda"),)).as_text()
+    assert "gated_linear_attention_gradients" in text
+
+
+@pytest.mark.quick
+def test_kernels_say_what_they_cannot_do():
+    q, k, v = (jnp.zeros((2, 7, 4, dim), jnp.float16) for dim in (300, 300, 8))
+    with pytest.raises(ValueError, match="cannot use implementation 'pallas_tpu': dtype float16"):
+        uncompiled(q, k, v, implementation="pallas_tpu")
+    q, k = q.astype(jnp.float32), k.astype(jnp.float32)
+    with pytest.raises(ValueError, match="'pallas_tpu': head_dim 300: tiles of at most 256 fit"):
+        uncompiled(q, k, v.astype(jnp.float32), implementation="pallas_tpu")
+    with pytest.raises(ValueError, match="'pallas_gpu': precision F32_F32_F32"):
+        uncompiled(q, k, v, implementation="pallas_gpu", precision=jax.lax.DotAlgorithmPreset.F32_F32_F32)
+
+
 @pytest.mark.quick
 def test_without_decay_it_is_causal_linear_attention():
     q, k, v = arrays(0, groups=4)
@@ -200,7 +338,10 @@ def test_the_reference_differentiates_forward_and_the_others_refuse():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"implementation": "triton"}, "gated_linear_attention has no implementation 'triton': choose one of xla, ref"),
+        (
+            {"implementation": "triton"},
+            "gated_linear_attention has no implementation 'triton': choose one of pallas_tpu,",
+        ),
         ({"interpret": True}, "interpret=True is for Pallas kernels"),
         ({"mask": np.ones((2, 8), bool)}, r"mask has shape \(2, 8\).*\(2, 7\)"),
         ({"log_decay": np.zeros((2, 7))}, r"log_decay has shape \(2, 7\): pass \(2, 7, 4, 6\), \(2, 7, 4\), \(4,\) or"),

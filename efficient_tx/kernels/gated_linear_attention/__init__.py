@@ -1,5 +1,7 @@
 """gated_linear_attention: linear attention with a decaying state, token by token or in chunks."""
 
+from collections.abc import Hashable
+
 import jax
 import jax.numpy as jnp
 
@@ -24,6 +26,7 @@ def gated_linear_attention(
     implementation: str | None = None,
     interpret: bool = False,
     precision: jax.lax.PrecisionLike = None,
+    block_sizes: Hashable | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Linear attention with a decaying state: S_t = exp(log_decay_t) S_{t−1} + k_tᵀ v_t, out_t = scale · q_t S_t.
 
@@ -45,14 +48,16 @@ def gated_linear_attention(
       reverse: whether to run from the last token to the first: S_t = exp(log_decay_t) S_{t+1} + k_tᵀ v_t. The final
         state is then the one at the first token.
       implementation: "reference" (the recurrence, differentiable in both modes), "xla" (in chunks, memory linear in the
-        length, reverse mode only), or None: the best one that supports the arguments.
+        length, reverse mode only), "pallas_tpu" or "pallas_gpu" (the same in kernels for one chip), or None: the best
+        one that supports the arguments.
       interpret: whether to run a Pallas kernel in interpret mode.
       precision: precision of the matrix products; None means full float32 (or float64), also on devices that round by
-        default.
+        default. The Pallas kernels multiply bfloat16 q, k and v, and what they multiply them with, in bfloat16.
+      block_sizes: the `BlockSizes` of the Pallas implementation that is named; None means its own.
 
     Returns:
       `[batch, length, heads, v_dim]` in the dtype of q, and the state after the last step
-      `[batch, heads, head_dim, v_dim]` in promote_types(dtype, float32). All arithmetic has this dtype.
+      `[batch, heads, head_dim, v_dim]` in promote_types(dtype, float32). States, exponentials and sums have this dtype.
 
     Raises:
       ValueError: shapes that do not fit, a float mask, or an implementation that does not support the arguments.
@@ -74,7 +79,7 @@ def gated_linear_attention(
         jax.lax.Precision.HIGHEST if precision is None else precision,
     )
     state = state.astype(jnp.promote_types(jnp.result_type(q), jnp.float32))
-    return OP(implementation, options, *tokens, state, interpret=interpret)
+    return OP(implementation, options, *tokens, state, interpret=interpret, sizes=block_sizes)
 
 
 def check_shapes(
