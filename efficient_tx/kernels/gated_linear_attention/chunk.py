@@ -1,15 +1,15 @@
 """One chunk of one head of gated linear attention, in the operations that Pallas kernels have on TPU and GPU.
 
 The formulas are those of `xla`, with transposed states `[v_dim, head_dim]`, so that a decay per channel multiplies
-along rows. The sums of log decays between each token and the middle of its block are found by a butterfly, level by
-level: with the sums before and after each token within its block of 2^level tokens, the next level needs only what the
-neighbouring block has as a whole. No difference is taken, so no digits are lost.
+along rows. A level of the tree is a turn of a loop, which keeps few tiles alive. All sums of decays are direct ones, as
+products with matrices of 0 and 1 (`sums`).
 
 The scale is left to the callers: here out = q_t S_t.
 """
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,32 +39,23 @@ class Products(NamedTuple):
         return cls(jnp.dtype(jnp.bfloat16 if half else jnp.float32), precision)
 
 
-# (x `[tokens, dim]`, distance) -> x with the rows of neighbouring blocks of `distance` rows, a power of two, exchanged.
-Exchange = Callable[[jax.Array, int], jax.Array]
-
-
 def positions(size: int) -> tuple[jax.Array, jax.Array]:
-    """Index of the row and of the column in a square of tokens."""
-    return tuple(jax.lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
+    """Indices of the rows `[tokens, 1]` and of the columns `[1, tokens]` of a square of tokens."""
+    return tuple(jax.lax.broadcasted_iota(jnp.int32, shape, n) for n, shape in enumerate(((size, 1), (1, size))))
 
 
-def widened(before: jax.Array, after: jax.Array, whole: jax.Array, distance: int, exchange: Exchange) -> tuple:
-    """Sums before and after each row within blocks of 2 · `distance` rows, from those of half as long blocks."""
-    other, second = exchange(whole, distance), second_half(whole, distance)
-    return before + jnp.where(second, other, 0), after + jnp.where(second, 0, other)
+def sums(spans: jax.Array, x: jax.Array) -> jax.Array:
+    """The sum of the rows of x in each span: Σ_t spans_it x_t, spans bool `[tokens, tokens]`, x `[tokens, dim]`.
 
-
-def second_half(x: jax.Array, distance: int) -> jax.Array:
-    """Whether a row of the tile is in the second half of its block of 2 · `distance` rows."""
-    return jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) & distance > 0
-
-
-def sums(x: jax.Array, exchange: Exchange) -> tuple[jax.Array, jax.Array]:
-    """The sums of the rows before and after each row."""
-    before, after = jnp.zeros_like(x), jnp.zeros_like(x)
-    for level in range(x.shape[0].bit_length() - 1):
-        before, after = widened(before, after, before + x + after, 1 << level, exchange)
-    return before, after
+    Three parts of 8 bits, each exact in bfloat16, make a float32, so that fast products lose nothing.
+    """
+    ones, total = jnp.where(spans, 1.0, 0.0).astype(jnp.bfloat16), 0
+    for _ in range(3):
+        bits = jax.lax.bitcast_convert_type(x, jnp.int32) & -(1 << 16)
+        part = jax.lax.bitcast_convert_type(bits, jnp.float32)
+        total += jax.lax.dot(ones, part.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+        x -= part
+    return total
 
 
 class NoDecay:
@@ -95,14 +86,12 @@ class NoDecay:
 class HeadDecay(NoDecay):
     """The decays of a chunk from `log_decay` `[tokens, 1]`."""
 
-    def __init__(self, dot: Products, log_decay: jax.Array, exchange: Exchange):
+    def __init__(self, dot: Products, log_decay: jax.Array):
         super().__init__(dot, log_decay.shape[0])
-        self.exchange, row, column = exchange, self.row, self.column
+        row, column = self.row, self.column
         log_decay = finite(log_decay)
-        after = jnp.where(row > column, log_decay, 0)
-        before, _ = sums(after, exchange)
         # Also above the diagonal no exponent is positive.
-        self.between = jnp.exp(before + after)
+        self.between = jnp.exp(sums(row >= column, jnp.where(row > column, log_decay, 0)))
         log_decay = self.to_row(log_decay)
         self.from_start = jnp.exp(jnp.where(column <= row, log_decay, 0).sum(1, keepdims=True))
         self.to_end = jnp.exp(jnp.where(column > row, log_decay, 0).sum(1, keepdims=True))
@@ -125,10 +114,9 @@ class HeadDecay(NoDecay):
           through: that of the log decay over the whole chunk, `[1, head_dim]`.
         """
         row, column = self.row, self.column
-        _, after = sums(pairs, self.exchange)
         starts, ends = (self.to_row(x.sum(1, keepdims=True)) for x in (starts, ends))
         outside = jnp.where(column >= row, starts, ends)
-        by_pairs = jnp.where(column < row, after + pairs, 0)
+        by_pairs = jnp.where(column < row, sums(column >= row, pairs), 0)
         return (outside + by_pairs).sum(1, keepdims=True) + through.sum(1, keepdims=True)
 
     def to_row(self, x: jax.Array) -> jax.Array:
@@ -138,65 +126,61 @@ class HeadDecay(NoDecay):
 class ChannelDecay(NoDecay):
     """The decays of a chunk from `log_decay` `[tokens, head_dim]`."""
 
-    def __init__(self, dot: Products, log_decay: jax.Array, exchange: Exchange):
+    def __init__(self, dot: Products, log_decay: jax.Array):
         super().__init__(dot, log_decay.shape[0])
-        self.exchange = exchange
-        log_decay = finite(log_decay)
-        self.whole = jnp.exp(log_decay.sum(0, keepdims=True))
-        self.found: list[jax.Array] = []
-        # Sums up to each token and after it, in its block of the next level.
-        self.sums = log_decay, jnp.zeros_like(log_decay)
+        self.log_decay = finite(log_decay)
+        self.whole = jnp.exp(self.log_decay.sum(0, keepdims=True))
 
-    def between(self) -> Iterator[jax.Array]:
-        """Level by level, the decay between each token and the middle of its block.
+    # These two when they are asked for, as registers are few.
 
-        Each is computed when it is asked for: a tile of registers less for every level.
-        """
-        for level in range(self.row.shape[0].bit_length() - 1):
-            if level == len(self.found):
-                (upto, after), distance = self.sums, 1 << level
-                self.found.append(jnp.exp(jnp.where(second_half(upto, distance), upto, after)))
-                self.sums = widened(upto, after, upto + after, distance, self.exchange)
-            yield self.found[level]
-
-    @property
+    @cached_property
     def from_start(self) -> jax.Array:
-        *_, _ = self.between()
-        return jnp.exp(self.sums[0])
+        return jnp.exp(sums(self.row >= self.column, self.log_decay))
 
-    @property
+    @cached_property
     def to_end(self) -> jax.Array:
-        *_, _ = self.between()
-        return jnp.exp(self.sums[1])
+        return jnp.exp(sums(self.row < self.column, self.log_decay))
 
-    def separated(self, level: int) -> jax.Array:
-        """Whether query i (row) is in the second half of a block of 2^(level + 1) tokens and key j in the first."""
-        return (self.row > self.column) & ((self.row ^ self.column) >> level == 1)
+    def for_levels(self, body: Callable, carry: Any) -> Any:
+        """Runs `body(separated, between, carry)` for half blocks of 1, 2, 4, ... tokens.
+
+        `separated` tells whether query i (row) is in the second half of a block and key j (column) in its first, and
+        `between` is the decay between each token and the middle of its block, the first token of the second half
+        included.
+        """
+        row, column = self.row, self.column
+
+        def level(n, carry):
+            middle = (row >> n | 1) << n
+            second = row >= middle
+            first, last = jnp.where(second, middle, row + 1), jnp.where(second, row, middle - 1)
+            between = jnp.exp(sums((first <= column) & (column <= last), self.log_decay))
+            return body((row > column) & ((row ^ column) >> n == 1), between, carry)
+
+        return jax.lax.fori_loop(0, row.shape[0].bit_length() - 1, level, carry)
 
     def weights(self, q, k):
-        weights = jnp.where(self.row == self.column, (q * k).sum(1, keepdims=True), 0)
-        for level, between in enumerate(self.between()):
-            weights = jnp.where(self.separated(level), self.dot(q * between, k * between, "11"), weights)
-        return weights
+        def level(separated, between, weights):
+            return jnp.where(separated, self.dot(q * between, k * between, "11"), weights)
+
+        own = jnp.where(self.row == self.column, (q * k).sum(1, keepdims=True), 0)
+        return self.for_levels(level, own)
 
     def pull(self, q, k, d_weights):
-        own = jnp.where(self.row == self.column, d_weights, 0).sum(1, keepdims=True)
-        d_q, d_k, pairs = own * k, own * q, jnp.zeros_like(q)
-        for level, between in enumerate(self.between()):
-            d_level = jnp.where(self.separated(level), d_weights, 0)
+        def level(separated, between, sums):
+            d_q, d_k, pairs = sums
+            d_level = jnp.where(separated, d_weights, 0)
             q_level, k_level = self.dot.rounded(q * between), self.dot.rounded(k * between)
             to_q, to_k = self.dot(d_level, k_level), self.dot(d_level, q_level, "00")
-            d_q, d_k = d_q + to_q * between, d_k + to_k * between
             # Of the same rounded factors: what a pair adds at its query and takes away at its key is the same.
-            pairs += q_level * to_q - k_level * to_k
-        return d_q, d_k, pairs
+            return d_q + to_q * between, d_k + to_k * between, pairs + q_level * to_q - k_level * to_k
+
+        own = jnp.where(self.row == self.column, d_weights, 0).sum(1, keepdims=True)
+        return self.for_levels(level, (own * k, own * q, jnp.zeros_like(q)))
 
     def d_log_decay(self, pairs: jax.Array, starts: jax.Array, ends: jax.Array, through: jax.Array) -> jax.Array:
         """The cotangent `[tokens, head_dim]`; see `HeadDecay.d_log_decay`."""
-        up = pairs + starts
-        _, after = sums(up, self.exchange)
-        before, _ = sums(ends, self.exchange)
-        return after + up + before + through
+        return sums(self.column >= self.row, pairs + starts) + sums(self.column < self.row, ends) + through
 
 
 def finite(log_decay: jax.Array) -> jax.Array:

@@ -40,7 +40,7 @@ class BlockSizes:
     chunk: int = 64
     keys: int = 64
     values: int = 64
-    warps: int = 4
+    warps: int = 8
 
 
 def unsupported(
@@ -57,16 +57,19 @@ def unsupported(
     return None
 
 
-def sizes(options: Options, q: jax.Array, k: jax.Array, v: jax.Array, *_: Any) -> BlockSizes:
+def sizes(
+    options: Options, q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array | None, state: jax.Array
+) -> BlockSizes:
     def fitting(size, largest):
         return min(largest, max(16, pl.next_power_of_2(size)))
 
-    default = BlockSizes()
-    return BlockSizes(
-        fitting(q.shape[1], default.chunk),
-        fitting(q.shape[3], default.keys),
-        fitting(v.shape[3], default.values),
-        default.warps,
+    # Decays per channel have more tiles: larger ones spill.
+    largest = BlockSizes() if log_decay is None or log_decay.shape[3] == 1 else BlockSizes(keys=32, values=32)
+    return dataclasses.replace(
+        largest,
+        chunk=fitting(q.shape[1], largest.chunk),
+        keys=fitting(q.shape[3], largest.keys),
+        values=fitting(v.shape[3], largest.values),
     )
 
 
@@ -97,15 +100,7 @@ def backward(
 
 def shared(x: jax.Array, like: jax.Array) -> jax.Array:
     """The cotangent of keys or values `like`, from one for each head `[batch, length, heads, dim]`."""
-    return x.reshape(*like.shape[:3], -1, like.shape[3]).sum(axis=3).astype(like.dtype)
-
-
-def exchange(x: jax.Array, distance: int) -> jax.Array:
-    """See `chunk.Exchange`."""
-    pairs = x.reshape(-1, 2, distance, x.shape[1])
-    second = jax.lax.broadcasted_iota(jnp.int32, pairs.shape, 1) == 1
-    of_first, of_second = (jnp.where(second == own, pairs, 0).sum(1, keepdims=True) for own in (False, True))
-    return jnp.where(second, of_first, of_second).reshape(x.shape)
+    return x if x.shape == like.shape else x.reshape(*like.shape[:3], -1, like.shape[3]).sum(axis=3).astype(like.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +128,10 @@ class Call:
         _, length, _, head_dim, v_dim = self.shape
         sizes = self.sizes
         return pl.cdiv(length, sizes.chunk), pl.cdiv(head_dim, sizes.keys), pl.cdiv(v_dim, sizes.values)
+
+    def per_head(self, x: jax.Array) -> jnp.dtype:
+        """The dtype of a cotangent for each head: that of `x`, unless heads share it and theirs are added."""
+        return x.dtype if self.operands[1].shape[2] == self.shape[2] else jnp.dtype(jnp.float32)
 
     def states(self, x, y, log_decay, state, *, backwards: bool = False) -> tuple[jax.Array, jax.Array]:
         """The states before all chunks and the last one, from `state` `[batch, heads, head_dim, v_dim]`.
@@ -172,7 +171,11 @@ class Call:
 
         found, last = self.call(
             kernel, "states", key_blocks * value_blocks, (x, y, log_decay, state.mT[:, :, None]),
-            [((batch, heads, count, v_dim, head_dim), jnp.float32) for count in (chunks, 1)],
+            [
+                # Products round them anyway.
+                ((batch, heads, chunks, v_dim, head_dim), self.dot.dtype),
+                ((batch, heads, 1, v_dim, head_dim), jnp.float32),
+            ],
         )  # fmt: skip
         return found, last[:, :, 0].mT
 
@@ -193,7 +196,7 @@ class Call:
                 decay = self.decay(own, log_decay, at, keys)
                 q_n, k_n = own.read(q, at, keys), own.read(k, at, keys)
                 weights += decay.weights(q_n, k_n)
-                ends = k_n * decay.to_end if backwards else q_n * decay.from_start  # after the weights: see `between`
+                ends = k_n * decay.to_end if backwards else q_n * decay.from_start
                 return weights, found + self.dot(ends, own.read_state(states, n, values, keys), "11")
 
             size = self.sizes.chunk
@@ -209,7 +212,7 @@ class Call:
 
         (out,) = self.call(
             kernel, "values", chunks * value_blocks, (q, k, x, log_decay, states),
-            (((batch, length, heads, v_dim), jnp.float32 if backwards else q.dtype),),
+            (((batch, length, heads, v_dim), self.per_head(x) if backwards else q.dtype),),
         )  # fmt: skip
         return out
 
@@ -225,24 +228,26 @@ class Call:
             own = Head(example, head, heads, self.options.reverse)
             at = n * size + jnp.arange(size)
 
-            def step(block, sums):
-                d_weights, d_q_start, d_k_end, through = sums
+            def of_values(block):
                 values = channels(block, self.sizes.values)
-                v_n, d_n = own.read(v, at, values), self.options.scale * own.read(d_out, at, values)
-                start, d_end = (own.read_state(x, n, values, keys) for x in (starts, d_ends))
-                return (
-                    d_weights + self.dot(d_n, v_n, "11"),
-                    d_q_start + self.dot(d_n, start),
-                    d_k_end + self.dot(v_n, d_end),
-                    through + (start * d_end).sum(0, keepdims=True),
-                )
+                return values, own.read(v, at, values), self.options.scale * own.read(d_out, at, values)
 
-            shapes = (size, size), (size, self.sizes.keys), (size, self.sizes.keys), (1, self.sizes.keys)
-            sums = tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
-            d_weights, d_q_start, d_k_end, through = jax.lax.fori_loop(0, value_blocks, step, sums)
-            decay = self.decay(own, log_decay, at, keys)
-            q_n, k_n = own.read(q, at, keys), own.read(k, at, keys)
+            def pairs_of(block, d_weights):
+                _, v_n, d_n = of_values(block)
+                return d_weights + self.dot(d_n, v_n, "11")
+
+            def outside_of(block, sums):
+                (values, v_n, d_n), (d_q_start, d_k_end, through) = of_values(block), sums
+                start, d_end = (own.read_state(x, n, values, keys) for x in (starts, d_ends))
+                through += (start * d_end).sum(0, keepdims=True)
+                return d_q_start + self.dot(d_n, start), d_k_end + self.dot(v_n, d_end), through
+
+            q_n, k_n, decay = own.read(q, at, keys), own.read(k, at, keys), self.decay(own, log_decay, at, keys)
+            d_weights = jax.lax.fori_loop(0, value_blocks, pairs_of, jnp.zeros((size, size), jnp.float32))
             d_q_n, d_k_n, pairs = decay.pull(q_n, k_n, d_weights)
+            # Values and the output's cotangent once more, as registers are few.
+            sums = tuple(jnp.zeros((rows, self.sizes.keys), jnp.float32) for rows in (size, size, 1))
+            d_q_start, d_k_end, through = jax.lax.fori_loop(0, value_blocks, outside_of, sums)
             d_q_start, d_k_end = d_q_start * decay.from_start, d_k_end * decay.to_end
             own.write(d_q, at, keys, d_q_n + d_q_start)
             own.write(d_k, at, keys, d_k_n + d_k_end)
@@ -259,7 +264,7 @@ class Call:
             )
         d_q, d_k, d_log_decay = self.call(
             kernel, "gradients", chunks * key_blocks, (q, k, v, log_decay, d_out, starts, d_ends),
-            ((q.shape, q.dtype), (q.shape, jnp.float32), of_decay),
+            ((q.shape, q.dtype), (q.shape, self.per_head(k)), of_decay),
         )  # fmt: skip
         if per_head:
             d_log_decay = d_log_decay.sum(3, keepdims=True).astype(log_decay.dtype)
@@ -270,8 +275,8 @@ class Call:
         if log_decay is None:
             return NoDecay(self.dot, self.sizes.chunk)
         if log_decay.shape[3] == 1:
-            return HeadDecay(self.dot, own.read(log_decay, at, jnp.arange(1)), exchange)
-        return ChannelDecay(self.dot, own.read(log_decay, at, keys), exchange)
+            return HeadDecay(self.dot, own.read(log_decay, at, jnp.arange(1)))
+        return ChannelDecay(self.dot, own.read(log_decay, at, keys))
 
     def call(self, kernel, name: str, parts: int, inputs: tuple, results: tuple) -> list[jax.Array | None]:
         batch, _, heads, *_ = self.shape
@@ -324,8 +329,8 @@ class Head(NamedTuple):
 
     def read_state(self, x: Any, n: jax.Array, values: jax.Array, keys: jax.Array) -> jax.Array:
         tile, inside = self.state(x, n, values, keys)
-        return plgpu.load(tile, mask=inside, other=0)
+        return plgpu.load(tile, mask=inside, other=0).astype(jnp.float32)
 
     def write_state(self, x: Any, n: jax.Array, values: jax.Array, keys: jax.Array, value: jax.Array):
         tile, inside = self.state(x, n, values, keys)
-        plgpu.store(tile, value, mask=inside)
+        plgpu.store(tile, value.astype(x.dtype), mask=inside)

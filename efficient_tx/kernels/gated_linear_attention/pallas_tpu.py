@@ -157,12 +157,6 @@ def start_from(state: Any, carry: Any):
         carry[...] = state[...]
 
 
-def exchange(x: jax.Array, distance: int) -> jax.Array:
-    """See `chunk.Exchange`."""
-    second = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) & distance > 0
-    return jnp.where(second, pltpu.roll(x, distance, 0), pltpu.roll(x, x.shape[0] - distance, 0))
-
-
 class Chunk(NamedTuple):
     """A chunk of the arrays of a block, as tiles `[tokens, dim]`."""
 
@@ -237,7 +231,7 @@ class Grid:
         """The decays of a chunk, from its log decays `[tokens, head_dim or 1]`."""
         if log_decay is None:
             return NoDecay(self.dot, self.sizes.chunk)
-        return (HeadDecay if log_decay.shape[1] == 1 else ChannelDecay)(self.dot, log_decay, exchange)
+        return (HeadDecay if log_decay.shape[1] == 1 else ChannelDecay)(self.dot, log_decay)
 
     def for_chunks(self, body: Callable[[Chunk], None], backwards: bool = False):
         count = self.sizes.tokens // self.sizes.chunk
