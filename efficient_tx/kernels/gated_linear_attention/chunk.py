@@ -44,12 +44,29 @@ def positions(size: int) -> tuple[jax.Array, jax.Array]:
     return tuple(jax.lax.broadcasted_iota(jnp.int32, shape, n) for n, shape in enumerate(((size, 1), (1, size))))
 
 
+def levels(size: int) -> int:
+    """Number of levels of the tree over `size` tokens."""
+    return size.bit_length() - 1
+
+
+def half_block(size: int, level: int | jax.Array) -> jax.Array:
+    """Whether token t (column) is between token i (row) and the middle of i's block of 2^(level + 1) tokens.
+
+    The middle is the first token of the second half and is included. So t is in the same half as i, up to i in a second
+    half and after i in a first half: bool `[size, size]`.
+    """
+    row, column = positions(size)
+    second = row >> level & 1
+    return ((row ^ column) >> level == 0) & (jnp.where(column <= row, 1, 0) == second)
+
+
 def sums(spans: jax.Array, x: jax.Array) -> jax.Array:
-    """The sum of the rows of x in each span: Σ_t spans_it x_t, spans bool `[tokens, tokens]`, x `[tokens, dim]`.
+    """The sum of the rows of x in each span: Σ_t spans_it x_t, spans `[tokens, tokens]`, x float32 `[tokens, dim]`.
 
     Three parts of 8 bits, each exact in bfloat16, make a float32, so that fast products lose nothing.
     """
-    ones, total = jnp.where(spans, 1.0, 0.0).astype(jnp.bfloat16), 0
+    ones = jnp.where(spans, 1.0, 0.0).astype(jnp.bfloat16) if spans.dtype == bool else spans
+    total = 0
     for _ in range(3):
         bits = jax.lax.bitcast_convert_type(x, jnp.int32) & -(1 << 16)
         part = jax.lax.bitcast_convert_type(bits, jnp.float32)
@@ -124,10 +141,15 @@ class HeadDecay(NoDecay):
 
 
 class ChannelDecay(NoDecay):
-    """The decays of a chunk from `log_decay` `[tokens, head_dim]`."""
+    """The decays of a chunk from `log_decay` `[tokens, head_dim]`.
 
-    def __init__(self, dot: Products, log_decay: jax.Array):
+    Args:
+      half_block: function of the level that returns that of `half_block`, or bfloat16 of 0 and 1.
+    """
+
+    def __init__(self, dot: Products, log_decay: jax.Array, half_block: Callable[[jax.Array], jax.Array]):
         super().__init__(dot, log_decay.shape[0])
+        self.half_block = half_block
         self.log_decay = finite(log_decay)
         self.whole = jnp.exp(self.log_decay.sum(0, keepdims=True))
 
@@ -151,13 +173,10 @@ class ChannelDecay(NoDecay):
         row, column = self.row, self.column
 
         def level(n, carry):
-            middle = (row >> n | 1) << n
-            second = row >= middle
-            first, last = jnp.where(second, middle, row + 1), jnp.where(second, row, middle - 1)
-            between = jnp.exp(sums((first <= column) & (column <= last), self.log_decay))
+            between = jnp.exp(sums(self.half_block(n), self.log_decay))
             return body((row > column) & ((row ^ column) >> n == 1), between, carry)
 
-        return jax.lax.fori_loop(0, row.shape[0].bit_length() - 1, level, carry)
+        return jax.lax.fori_loop(0, levels(row.shape[0]), level, carry)
 
     def weights(self, q, k):
         def level(separated, between, weights):

@@ -11,6 +11,7 @@ last no head size is padded in memory. States are transposed, `[batch, heads, v_
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from efficient_tx.kernels.gated_linear_attention.chunk import ChannelDecay, HeadDecay, NoDecay, Products
+from efficient_tx.kernels.gated_linear_attention.chunk import (
+    ChannelDecay,
+    HeadDecay,
+    NoDecay,
+    Products,
+    half_block,
+    levels,
+)
 from efficient_tx.kernels.gated_linear_attention.options import Options
 from efficient_tx.kernels.shapes import result
 
@@ -196,7 +204,7 @@ class Grid:
     def for_weights(self) -> int:
         """Products of a chunk for the weights of its pairs."""
         log_decay = self.operands[3]
-        return 1 if log_decay is None or log_decay.shape[3] == 1 else self.sizes.chunk.bit_length() - 1
+        return 1 if log_decay is None or log_decay.shape[3] == 1 else levels(self.sizes.chunk)
 
     @property
     def blocks(self) -> int:
@@ -231,7 +239,9 @@ class Grid:
         """The decays of a chunk, from its log decays `[tokens, head_dim or 1]`."""
         if log_decay is None:
             return NoDecay(self.dot, self.sizes.chunk)
-        return (HeadDecay if log_decay.shape[1] == 1 else ChannelDecay)(self.dot, log_decay)
+        if log_decay.shape[1] == 1:
+            return HeadDecay(self.dot, log_decay)
+        return ChannelDecay(self.dot, log_decay, partial(half_block, self.sizes.chunk))
 
     def for_chunks(self, body: Callable[[Chunk], None], backwards: bool = False):
         count = self.sizes.tokens // self.sizes.chunk
