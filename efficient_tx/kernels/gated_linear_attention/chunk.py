@@ -49,24 +49,22 @@ def levels(size: int) -> int:
     return size.bit_length() - 1
 
 
-def half_block(size: int, level: int | jax.Array) -> jax.Array:
+def half_block(row: jax.Array, column: jax.Array, level: jax.Array) -> jax.Array:
     """Whether token t (column) is between token i (row) and the middle of i's block of 2^(level + 1) tokens.
 
     The middle is the first token of the second half and is included. So t is in the same half as i, up to i in a second
-    half and after i in a first half: bool `[size, size]`.
+    half and after i in a first half.
     """
-    row, column = positions(size)
-    second = row >> level & 1
-    return ((row ^ column) >> level == 0) & (jnp.where(column <= row, 1, 0) == second)
+    upto = jnp.where(column <= row, 1, 0)
+    return ((row ^ column) >> level == 0) & (upto == row >> level & 1)
 
 
 def sums(spans: jax.Array, x: jax.Array) -> jax.Array:
-    """The sum of the rows of x in each span: Σ_t spans_it x_t, spans `[tokens, tokens]`, x float32 `[tokens, dim]`.
+    """The sums of the rows of x in each span: Σ_t spans_it x_t, spans bool `[tokens, tokens]`, x `[tokens, dim]`.
 
     Three parts of 8 bits, each exact in bfloat16, make a float32, so that fast products lose nothing.
     """
-    ones = jnp.where(spans, 1.0, 0.0).astype(jnp.bfloat16) if spans.dtype == bool else spans
-    total = 0
+    ones, total = jnp.where(spans, 1.0, 0.0).astype(jnp.bfloat16), 0
     for _ in range(3):
         bits = jax.lax.bitcast_convert_type(x, jnp.int32) & -(1 << 16)
         part = jax.lax.bitcast_convert_type(bits, jnp.float32)
@@ -141,15 +139,10 @@ class HeadDecay(NoDecay):
 
 
 class ChannelDecay(NoDecay):
-    """The decays of a chunk from `log_decay` `[tokens, head_dim]`.
+    """The decays of a chunk from `log_decay` `[tokens, head_dim]`."""
 
-    Args:
-      half_block: function of the level that returns that of `half_block`, or bfloat16 of 0 and 1.
-    """
-
-    def __init__(self, dot: Products, log_decay: jax.Array, half_block: Callable[[jax.Array], jax.Array]):
+    def __init__(self, dot: Products, log_decay: jax.Array):
         super().__init__(dot, log_decay.shape[0])
-        self.half_block = half_block
         self.log_decay = finite(log_decay)
         self.whole = jnp.exp(self.log_decay.sum(0, keepdims=True))
 
@@ -173,7 +166,7 @@ class ChannelDecay(NoDecay):
         row, column = self.row, self.column
 
         def level(n, carry):
-            between = jnp.exp(sums(self.half_block(n), self.log_decay))
+            between = jnp.exp(sums(half_block(row, column, n), self.log_decay))
             return body((row > column) & ((row ^ column) >> n == 1), between, carry)
 
         return jax.lax.fori_loop(0, levels(row.shape[0]), level, carry)

@@ -21,15 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from efficient_tx.kernels.gated_linear_attention.chunk import (
-    ChannelDecay,
-    HeadDecay,
-    NoDecay,
-    Products,
-    finite,
-    half_block,
-    levels,
-)  # fmt: skip
+from efficient_tx.kernels.gated_linear_attention.chunk import ChannelDecay, HeadDecay, NoDecay, Products, finite
 from efficient_tx.kernels.gated_linear_attention.options import Options
 from efficient_tx.kernels.shapes import result
 
@@ -71,8 +63,8 @@ def sizes(
     def fitting(size, largest):
         return min(largest, max(16, pl.next_power_of_2(size)))
 
-    # With decays there are more tiles: larger ones spill.
-    largest = BlockSizes() if log_decay is None else BlockSizes(keys=32, values=32)
+    # With decays, what the registers of A100 and H100 hold.
+    largest = BlockSizes() if log_decay is None else BlockSizes(keys=16, values=32)
     return dataclasses.replace(
         largest,
         chunk=fitting(q.shape[1], largest.chunk),
@@ -141,13 +133,6 @@ class Call:
         """The dtype of a cotangent for each head: that of `x`, unless heads share it and theirs are added."""
         return x.dtype if self.operands[1].shape[2] == self.shape[2] else jnp.dtype(jnp.float32)
 
-    def halves(self, log_decay: jax.Array | None) -> jax.Array | None:
-        """`half_block` of all levels, for decays per channel; in a kernel, its indices would fill registers."""
-        if log_decay is None or log_decay.shape[3] == 1:
-            return None
-        size = self.sizes.chunk
-        return jnp.stack([half_block(size, level) for level in range(levels(size))]).astype(jnp.bfloat16)
-
     def states(self, x, y, log_decay, state, *, backwards: bool = False) -> tuple[jax.Array, jax.Array]:
         """The states before all chunks and the last one, from `state` `[batch, heads, head_dim, v_dim]`.
 
@@ -198,7 +183,7 @@ class Call:
         """The output, from values x and the states before all chunks; or the cotangent of values, from that of x."""
         (batch, length, heads, _, v_dim), (chunks, key_blocks, value_blocks) = self.shape, self.blocks
 
-        def kernel(q, k, x, log_decay, halves, states, out):
+        def kernel(q, k, x, log_decay, states, out):
             part, head, example = (pl.program_id(axis) for axis in range(3))
             n, value_block = jax.lax.rem(part, jnp.int32(chunks)), jax.lax.div(part, jnp.int32(chunks))
             values = channels(value_block, self.sizes.values)
@@ -208,7 +193,7 @@ class Call:
             def step(block, sums):
                 weights, found = sums
                 keys = channels(block, self.sizes.keys)
-                decay = self.decay(own, log_decay, halves, at, keys)
+                decay = self.decay(own, log_decay, at, keys)
                 q_n, k_n = own.read(q, at, keys), own.read(k, at, keys)
                 weights += decay.weights(q_n, k_n)
                 ends = k_n * decay.to_end if backwards else q_n * decay.from_start
@@ -226,7 +211,7 @@ class Call:
             own.write(out, at, values, found)
 
         (out,) = self.call(
-            kernel, "values", chunks * value_blocks, (q, k, x, log_decay, self.halves(log_decay), states),
+            kernel, "values", chunks * value_blocks, (q, k, x, log_decay, states),
             (((batch, length, heads, v_dim), self.per_head(x) if backwards else q.dtype),),
         )  # fmt: skip
         return out
@@ -236,7 +221,7 @@ class Call:
         (_, _, heads, _, _), (chunks, key_blocks, value_blocks) = self.shape, self.blocks
         size = self.sizes.chunk
 
-        def kernel(q, k, v, log_decay, halves, d_out, starts, d_ends, d_q, d_k, d_log_decay):
+        def kernel(q, k, v, log_decay, d_out, starts, d_ends, d_q, d_k, d_log_decay):
             part, head, example = (pl.program_id(axis) for axis in range(3))
             n, key_block = jax.lax.rem(part, jnp.int32(chunks)), jax.lax.div(part, jnp.int32(chunks))
             keys = channels(key_block, self.sizes.keys)
@@ -257,7 +242,7 @@ class Call:
                 through += (start * d_end).sum(0, keepdims=True)
                 return d_q_start + self.dot(d_n, start), d_k_end + self.dot(v_n, d_end), through
 
-            q_n, k_n, decay = own.read(q, at, keys), own.read(k, at, keys), self.decay(own, log_decay, halves, at, keys)
+            q_n, k_n, decay = own.read(q, at, keys), own.read(k, at, keys), self.decay(own, log_decay, at, keys)
             d_weights = jax.lax.fori_loop(0, value_blocks, pairs_of, jnp.zeros((size, size), jnp.float32))
             d_q_n, d_k_n, pairs = decay.pull(q_n, k_n, d_weights)
             # Values and the output's cotangent once more, as registers are few.
@@ -279,20 +264,20 @@ class Call:
             )
         d_q, d_k, d_log_decay = self.call(
             kernel, "gradients", chunks * key_blocks,
-            (q, k, v, log_decay, self.halves(log_decay), d_out, starts, d_ends),
+            (q, k, v, log_decay, d_out, starts, d_ends),
             ((q.shape, q.dtype), (q.shape, self.per_head(k)), of_decay),
         )  # fmt: skip
         if per_head:
             d_log_decay = d_log_decay.sum(3, keepdims=True).astype(log_decay.dtype)
         return d_q, d_k, d_log_decay
 
-    def decay(self, own: "Head", log_decay: Any, halves: Any, at: jax.Array, keys: jax.Array) -> NoDecay:
+    def decay(self, own: "Head", log_decay: Any, at: jax.Array, keys: jax.Array) -> NoDecay:
         """The decays of a chunk."""
         if log_decay is None:
             return NoDecay(self.dot, self.sizes.chunk)
         if log_decay.shape[3] == 1:
             return HeadDecay(self.dot, own.read(log_decay, at, jnp.arange(1)))
-        return ChannelDecay(self.dot, own.read(log_decay, at, keys), lambda level: plgpu.load(halves.at[level]))
+        return ChannelDecay(self.dot, own.read(log_decay, at, keys))
 
     def call(self, kernel, name: str, parts: int, inputs: tuple, results: tuple) -> list[jax.Array | None]:
         batch, _, heads, *_ = self.shape

@@ -11,7 +11,6 @@ last no head size is padded in memory. States are transposed, `[batch, heads, v_
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,14 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from efficient_tx.kernels.gated_linear_attention.chunk import (
-    ChannelDecay,
-    HeadDecay,
-    NoDecay,
-    Products,
-    half_block,
-    levels,
-)
+from efficient_tx.kernels.gated_linear_attention.chunk import ChannelDecay, HeadDecay, NoDecay, Products, levels
 from efficient_tx.kernels.gated_linear_attention.options import Options
 from efficient_tx.kernels.shapes import result
 
@@ -239,9 +231,7 @@ class Grid:
         """The decays of a chunk, from its log decays `[tokens, head_dim or 1]`."""
         if log_decay is None:
             return NoDecay(self.dot, self.sizes.chunk)
-        if log_decay.shape[1] == 1:
-            return HeadDecay(self.dot, log_decay)
-        return ChannelDecay(self.dot, log_decay, partial(half_block, self.sizes.chunk))
+        return (HeadDecay if log_decay.shape[1] == 1 else ChannelDecay)(self.dot, log_decay)
 
     def for_chunks(self, body: Callable[[Chunk], None], backwards: bool = False):
         count = self.sizes.tokens // self.sizes.chunk
