@@ -64,7 +64,7 @@ def sizes(
         return min(largest, max(16, pl.next_power_of_2(size)))
 
     # With decays, what the registers of A100 and H100 hold.
-    largest = BlockSizes() if log_decay is None else BlockSizes(keys=16, values=32)
+    largest = BlockSizes() if log_decay is None else BlockSizes(keys=16)
     return dataclasses.replace(
         largest,
         chunk=fitting(q.shape[1], largest.chunk),
@@ -190,18 +190,22 @@ class Call:
             own = Head(example, head, heads, self.options.reverse)
             at = n * self.sizes.chunk + jnp.arange(self.sizes.chunk)
 
-            def step(block, sums):
-                weights, found = sums
+            def weights_of(block, weights):
                 keys = channels(block, self.sizes.keys)
                 decay = self.decay(own, log_decay, at, keys)
-                q_n, k_n = own.read(q, at, keys), own.read(k, at, keys)
-                weights += decay.weights(q_n, k_n)
-                ends = k_n * decay.to_end if backwards else q_n * decay.from_start
-                return weights, found + self.dot(ends, own.read_state(states, n, values, keys), "11")
+                return weights + decay.weights(own.read(q, at, keys), own.read(k, at, keys))
 
+            def outside_of(block, found):
+                keys = channels(block, self.sizes.keys)
+                decay = self.decay(own, log_decay, at, keys)
+                ends = own.read(k, at, keys) * decay.to_end if backwards else own.read(q, at, keys) * decay.from_start
+                return found + self.dot(ends, own.read_state(states, n, values, keys), "11")
+
+            # Two loops, as registers are few.
             size = self.sizes.chunk
-            sums = jnp.zeros((size, size), jnp.float32), jnp.zeros((size, self.sizes.values), jnp.float32)
-            weights, found = jax.lax.fori_loop(0, key_blocks, step, sums)
+            weights = jax.lax.fori_loop(0, key_blocks, weights_of, jnp.zeros((size, size), jnp.float32))
+            found = jnp.zeros((size, self.sizes.values), jnp.float32)
+            found = jax.lax.fori_loop(0, key_blocks, outside_of, found)
             x_n, scale = own.read(x, at, values), self.options.scale
             if backwards:
                 # The states' cotangents are scaled already.
@@ -245,7 +249,7 @@ class Call:
             q_n, k_n, decay = own.read(q, at, keys), own.read(k, at, keys), self.decay(own, log_decay, at, keys)
             d_weights = jax.lax.fori_loop(0, value_blocks, pairs_of, jnp.zeros((size, size), jnp.float32))
             d_q_n, d_k_n, pairs = decay.pull(q_n, k_n, d_weights)
-            # Values and the output's cotangent once more, as registers are few.
+            # Values and the output's cotangent are read twice, as registers are few.
             sums = tuple(jnp.zeros((rows, self.sizes.keys), jnp.float32) for rows in (size, size, 1))
             d_q_start, d_k_end, through = jax.lax.fori_loop(0, value_blocks, outside_of, sums)
             d_q_start, d_k_end = d_q_start * decay.from_start, d_k_end * decay.to_end
