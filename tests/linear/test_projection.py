@@ -133,6 +133,7 @@ def test_orders_that_do_not_exist_are_refused():
 
 
 @pytest.mark.slow
+@pytest.mark.torch
 def test_block_diagonal_is_torchs_channel_shuffle_and_grouped_linear():
     """As in the authors' code: rearrange "(group c) -> (c group)", then one product for each block."""
     torch = installed("torch")

@@ -7,7 +7,7 @@ from efficient_tx.models.pretrained import load_pretrained
 from tests.support.packages import installed
 from tests.support.published_vits import CLASSES, HEADS, HF, HIDDEN, LAYERS, PATCH, SIDE, WIDTH, close, images, vit
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.torch]
 
 SIZES = {
     "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "image_size": SIDE,
