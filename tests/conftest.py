@@ -85,7 +85,12 @@ def few_programs():
 # Files that take long, in that order; what takes a second or two fills the gaps at the end.
 LONGEST = (
     "tests/training/test_faults.py",
+    "tests/config/test_dead_keys.py",
+    "tests/lra/test_tasks.py",
     "tests/training/test_stages.py",
+    "tests/training/test_processes.py",
+    "tests/test_damage.py",
+    "tests/training/test_densify.py",
     "tests/lra/pathfinder/test_drawing.py",
     "tests/training/test_loop.py",
     "tests/test_train.py",
