@@ -137,9 +137,9 @@ def here(command: Callable[[], None], *arguments: object, data: Path | None = No
     return status, out.getvalue(), error.getvalue()
 
 
-def train_here(workdir: Path, *options: object, **settings) -> Result:
+def train_here(workdir: Path, *options: object, run: Sequence[str] = TINY, **settings) -> Result:
     """Runs train.py on the tiny run to its end, in this process."""
-    return here(efficient_tx.train.command, *TINY, f"--workdir={workdir}", *options, **settings)
+    return here(efficient_tx.train.command, *run, f"--workdir={workdir}", *options, **settings)
 
 
 def evaluate_here(*arguments: object, **settings) -> Result:

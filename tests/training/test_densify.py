@@ -8,12 +8,22 @@ import time
 import pytest
 
 from tests.support import toy
-from tests.support.command import SAMPLED, evaluate, finish, process_run, scratch, start, train, wait_for_step
+from tests.support.command import (
+    SAMPLED,
+    as_here,
+    evaluate_here,
+    finish,
+    finished_run,
+    scratch,
+    start,
+    train_here,
+    wait_for_step,
+)
 
 pytestmark = pytest.mark.slow
 
 DENSIFIED = [
-    "--config.linear.mlp.name=monarch", "--config.densify_at=17", "--config.densify_warmup=5",
+    *SAMPLED, "--config.linear.mlp.name=monarch", "--config.densify_at=17", "--config.densify_warmup=5",
     "--config.optimizer.structured_lr=True", "--config.keep=100",
 ]  # fmt: skip
 
@@ -25,9 +35,9 @@ def read(path):
 @functools.cache
 def densified_run():
     """Workdir and output of a run that nothing disturbed."""
-    process_run()  # The data are there by then.
+    finished_run()  # The data are there by then.
     path = scratch() / "densified"
-    status, out, error = train(path, *DENSIFIED, run=SAMPLED)
+    status, out, error = train_here(path, run=DENSIFIED)
     assert (status, error) == (0, "")
     return path, out
 
@@ -38,21 +48,18 @@ def validation(path, step):
 
 def test_a_run_ends_with_the_dense_model_and_is_evaluated_in_either_form():
     path, out = densified_run()
-    dense = read(process_run()[0] / "summary.json")["parameters"]
     summary = read(path / "summary.json")
+    dense = summary["parameters"]
     # Two layers of 16 × 32 as Monarch with 4 blocks: 4 · 4 · 4 + 4 · 8 · 4 numbers each.
     assert f"step 17/40  {dense - 2 * (16 * 32 - 192):,} parameters become {dense:,}\n" in out
-    assert out.count("first step: ") == 2 and summary["parameters"] == dense
-    processes = {
-        step: start("eval.py", f"--workdir={path}", f"--checkpoint={step}", "--split=validation") for step in (10, 20)
-    }
-    for step, process in processes.items():
-        status, _, error = finish(process)
+    assert out.count("first step: ") == 2
+    for step in (10, 20):
+        status, _, error = evaluate_here(f"--workdir={path}", f"--checkpoint={step}", "--split=validation")
         assert (status, error) == (0, "")
         result, line = read(path / f"eval_validation_{step}.json"), validation(path, step)
         assert result["accuracy"] == line["accuracy"] and result["loss"] == pytest.approx(line["loss"], rel=1e-5)
         assert result["parameters"] == (dense if step == 20 else dense - 640)
-    status, _, error = evaluate(f"--workdir={path}", "--checkpoint=last", "--set", "linear.mlp.blocks=2")
+    status, _, error = evaluate_here(f"--workdir={path}", "--checkpoint=last", "--set", "linear.mlp.blocks=2")
     assert (status, error.count("\n")) == (2, 1)
     assert "--set linear.mlp.blocks: the weights of step 40 are dense, as from step 17 on" in error
 
@@ -60,13 +67,13 @@ def test_a_run_ends_with_the_dense_model_and_is_evaluated_in_either_form():
 def test_killed_around_the_change_and_resumed_ends_with_the_same_lines(tmp_path):
     generator = random.Random(0)
     for _ in range(5):
-        run = start("train.py", *SAMPLED, *DENSIFIED, f"--workdir={tmp_path / 'run'}")
+        run = start("train.py", *DENSIFIED, f"--workdir={tmp_path / 'run'}", environment=as_here())
         if not (tmp_path / "run" / "metrics.jsonl").exists():
             wait_for_step(tmp_path / "run", 14)
         time.sleep(generator.uniform(0, 8))
         run.kill()
         finish(run)
-    status, _, error = train(tmp_path / "run", *DENSIFIED, run=SAMPLED)
+    status, _, error = train_here(tmp_path / "run", run=DENSIFIED)
     assert (status, error) == (0, "")
     assert toy.lines(tmp_path / "run") == toy.lines(densified_run()[0])
 
@@ -76,9 +83,10 @@ def test_another_run_starts_from_either_form_of_it(tmp_path):
     path, _ = densified_run()
     source = read(path / "summary.json")
     still = ["--config.optimizer.learning_rate=0.0", "--config.steps=1", f"--config.init_from={path}"]
-    status, out, error = train(tmp_path / "dense", *still, run=SAMPLED)
+    status, out, error = train_here(tmp_path / "dense", *still, run=SAMPLED)
     assert (status, error) == (0, "")
-    assert read(tmp_path / "dense" / "summary.json")["test_accuracy"] == source["test_accuracy"]
-    status, out, error = train(tmp_path / "monarch", *still, "--config.linear.mlp.name=monarch", run=SAMPLED)
+    result = read(tmp_path / "dense" / "summary.json")
+    assert (result["test_accuracy"], result["parameters"]) == (source["test_accuracy"], source["parameters"])
+    status, out, error = train_here(tmp_path / "monarch", *still, "--config.linear.mlp.name=monarch", run=SAMPLED)
     assert (status, error) == (0, "")
     assert ("projected" in out) == (source["best_step"] >= 17)
