@@ -134,15 +134,17 @@ def test_killed_at_random(tmp_path):
 def test_killed_while_data_are_generated(tmp_path):
     options = ["--config.task.train_size=60000", "--config.task.max_len=200", "--config.steps=2"]
     for delay in (0.3, 1.5, 3.0):
-        run = start("train.py", *SAMPLED, f"--workdir={tmp_path / 'run'}", *options, data=tmp_path / "data")
+        run = start(
+            "train.py", *TINY, f"--workdir={tmp_path / 'run'}", *options, data=tmp_path / "data", environment=as_here()
+        )
         while not any((tmp_path / "data").glob("listops/*")) and run.poll() is None:
             time.sleep(0.02)
         time.sleep(delay)
         run.kill()
         finish(run)
         assert not (tmp_path / "run").exists() or delay == 3.0
-    assert train(tmp_path / "run", *options, run=SAMPLED, data=tmp_path / "data")[0] == 0
-    assert train(tmp_path / "straight", *options, run=SAMPLED, data=tmp_path / "other")[0] == 0
+    assert train_here(tmp_path / "run", *options, data=tmp_path / "data")[0] == 0
+    assert train_here(tmp_path / "straight", *options, data=tmp_path / "other")[0] == 0
     assert toy.lines(tmp_path / "run") == toy.lines(tmp_path / "straight")
 
 
