@@ -13,7 +13,7 @@ from efficient_tx.data.batching import train_batches
 from efficient_tx.training import metrics
 from efficient_tx.training.step import clear_window, init_state, make_train_step, split_batch
 from tests.support import toy
-from tests.support.command import TINY, evaluate, finish, start, wait_for_step
+from tests.support.command import TINY, as_here, evaluate_here, finish, start, train_here, wait_for_step
 
 STEPS = 30
 
@@ -68,22 +68,18 @@ def test_thirty_steps_learn_and_four_devices_give_the_same_losses(name, data):
 @pytest.mark.slow
 def test_a_hybrid_trains_is_killed_resumes_and_is_evaluated(tmp_path):
     """Two mixers in turn, `:gla,softmax`: interrupted, it ends with the lines of one that was not."""
-    options = [*TINY, "--config.mixers=gla,softmax", "--config.model.layers=2"]
-
-    def run(workdir):
-        return start("train.py", *options, f"--workdir={workdir}")
-
-    status, _, error = finish(run(tmp_path / "straight"))
+    hybrid = [*TINY, "--config.mixers=gla,softmax", "--config.model.layers=2"]
+    status, _, error = train_here(tmp_path / "straight", run=hybrid)
     assert status == 0, error
-    killed = run(tmp_path / "run")
+    killed = start("train.py", *hybrid, f"--workdir={tmp_path / 'run'}", environment=as_here())
     wait_for_step(tmp_path / "run", 14)
     killed.kill()
     finish(killed)
-    status, out, error = finish(run(tmp_path / "run"))
+    status, out, error = train_here(tmp_path / "run", run=hybrid)
     assert (status, error) == (0, "") and "resuming from step" in out
     assert toy.lines(tmp_path / "run") == toy.lines(tmp_path / "straight")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["mixers"] == "gla,softmax"
-    status, out, error = evaluate(f"--workdir={tmp_path / 'run'}")
+    status, out, error = evaluate_here(f"--workdir={tmp_path / 'run'}")
     assert (status, error) == (0, "")
     test_accuracy = json.loads((tmp_path / "run" / "summary.json").read_text())["test_accuracy"]
     assert f"{test_accuracy:.4f}" in out
