@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from efficient_tx.kernels.flash_attention import block
 from efficient_tx.kernels.flash_attention.mask import Mask
 from efficient_tx.kernels.flash_attention.score import Score
 
@@ -27,45 +28,32 @@ def reason(score: Score, mask: Mask | None, platform: str) -> str | None:
             name = f"{type(score).__name__}{jax.tree_util.keystr(path)}"
             return f"a kernel takes one number a head of a score, {name} has shape {x.shape[1:]}"
     leaves = tuple(jax.ShapeDtypeStruct((), x.dtype) for _, x in numbers)
-    # The segments' shapes do not matter, nor do those of a mask's arrays.
-    segments = None if mask is None else jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.int32), mask.segments)
-    shape = None if mask is None else jax.tree.structure(mask)
-    return _reason(jax.tree.structure(score), leaves, shape, segments and _Tree.of(segments), platform)
-
-
-class _Tree(tuple):
-    """Leaves and structure of a tree, hashable."""
-
-    @classmethod
-    def of(cls, tree):
-        leaves, structure = jax.tree.flatten(tree)
-        return cls((tuple(leaves), structure))
+    return _reason(jax.tree.structure(score), leaves, None if mask is None else jax.tree.structure(mask), platform)
 
 
 @functools.lru_cache(maxsize=256)
-def _reason(score_tree, leaves, mask_tree, segments, platform):
-    number, integer = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
+def _reason(score_tree, leaves, mask_tree, platform):
+    # A block of two queries and two keys: shapes do not matter to what is elementwise.
+    float_, integer = (functools.partial(jax.ShapeDtypeStruct, dtype=dtype) for dtype in (jnp.float32, jnp.int32))
+    rows, columns, both = (2, 1), (1, 2), (2, 2)
 
-    def derivatives(leaves, dot, q_norm, k_norm, i, j, head):
-        def weights(leaves, dot, q_norm, k_norm):
-            score = jax.tree.unflatten(score_tree, leaves)
-            norms = (q_norm, k_norm) if score.needs_norms else (None, None)
-            logits = score.logits(dot, *norms, i, j, head)
-            return logits if score.normalise == "softmax" else score.weights(logits)
+    def of_score(leaves, dot, q_norm, k_norm, i, j, head, d_out, number):
+        score = jax.tree.unflatten(score_tree, leaves)
+        norms = (q_norm, k_norm) if score.needs_norms else (None, None)
+        return block.cotangents(score, block.Block(dot, *norms, i, j, head), d_out, number, number)
 
-        floating = [x if jnp.issubdtype(x.dtype, jnp.floating) else None for x in leaves]
-        values, pull = jax.vjp(
-            lambda floating, *others: weights([y if x is None else x for x, y in zip(floating, leaves)], *others),
-            floating, dot, q_norm, k_norm,
-        )  # fmt: skip
-        return pull(values)
-
-    checked = [("score", jax.make_jaxpr(derivatives)(leaves, number, number, number, integer, integer, integer))]
+    positions = integer(rows), integer(columns)
+    norms = float_(rows), float_(columns)
+    checked = [
+        ("score", of_score, (leaves, float_(both), *norms, *positions, integer(()), float_(both), float_(rows))),
+    ]
     if mask_tree is not None:
-        mask = jax.tree.unflatten(mask_tree, [None] * mask_tree.num_leaves)
-        segments = jax.tree.unflatten(segments[1], segments[0])
-        checked.append(("mask", jax.make_jaxpr(mask.allowed)(integer, integer, *segments)))
-    for what, jaxpr in checked:
+        # What the segments are does not matter, only where they stand.
+        mask = jax.tree.unflatten(mask_tree, [0] * mask_tree.num_leaves)
+        segments = (jax.tree.map(lambda _, s=s: integer(s), of) for of, s in zip(mask.segments, (rows, columns)))
+        checked.append(("mask", mask.allowed, (*positions, *segments)))
+    for what, function, arguments in checked:
+        jaxpr = jax.make_jaxpr(function)(*arguments)
         if any(jnp.ndim(x) for x in jaxpr.consts):
             return f"the {what} holds an array that is no field of it, which a kernel does not see"
         if unknown := sorted(_primitives(jaxpr.jaxpr) - PRIMITIVES[platform]):

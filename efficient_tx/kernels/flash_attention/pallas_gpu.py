@@ -21,6 +21,7 @@ from efficient_tx.kernels.flash_attention.blocks import Sizes, Visits, visits
 from efficient_tx.kernels.flash_attention.mask import Mask
 from efficient_tx.kernels.flash_attention.options import Options
 from efficient_tx.kernels.flash_attention.score import Score
+from efficient_tx.kernels.op import vary_alike
 from efficient_tx.kernels.shapes import result
 
 LEAST = jnp.finfo(jnp.float32).min / 2  # finite, so that a block without keys adds exp(−inf − LEAST) = 0
@@ -428,7 +429,7 @@ class Call(NamedTuple):
             return pl.BlockSpec((None, several, tokens), lambda *at: (*index(*at), 0))
 
         whole = pl.BlockSpec()
-        lists = [jnp.asarray(x) for x in seen]
+        lists, *_ = vary_alike(([jnp.asarray(x) for x in seen], query_side, key_side))
         numbers = jax.tree.leaves(self.score)
         operands = (query_side, key_side)
         kinds = dict.fromkeys(MATRICES, self.dtype)

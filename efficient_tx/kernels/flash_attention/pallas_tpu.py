@@ -25,6 +25,7 @@ from efficient_tx.kernels.flash_attention.blocks import Sizes, Visits, visits
 from efficient_tx.kernels.flash_attention.mask import Mask
 from efficient_tx.kernels.flash_attention.options import Options
 from efficient_tx.kernels.flash_attention.score import Score
+from efficient_tx.kernels.op import vary_alike
 from efficient_tx.kernels.shapes import result
 
 LANES = 128
@@ -421,7 +422,7 @@ class Call(NamedTuple):
         results, tree = jax.tree.flatten(out)
         out_specs = [spec(x, "k" if keys_first else "q") for x in results]
         leaves = [result(x.shape, x.dtype, (query_side, key_side)) for x in results]
-        lists = [jnp.asarray(x).reshape(-1) for x in seen]
+        lists, *_ = vary_alike(([jnp.asarray(x).reshape(-1) for x in seen], query_side, key_side))
         numbers = jax.tree.leaves(self.score)
         inputs = [*lists, *numbers]
 
