@@ -146,7 +146,7 @@ def test_decays_of_any_strength_in_float32(gate):
 # on GPUs several blocks of channels.
 PALLAS = {
     "pallas_tpu": pallas_tpu.BlockSizes(chunk=16, tokens=32),
-    "pallas_gpu": pallas_gpu.BlockSizes(chunk=16, keys=16, values=16),
+    "pallas_gpu": pallas_gpu.BlockSizes(chunk=16, keys=16, carried=16, values=16),
 }
 slow = pytest.mark.slow
 
@@ -255,12 +255,11 @@ def test_kernels_under_transformations(implementation):
 
 
 @pytest.mark.parametrize("implementation", PALLAS)
-def test_kernels_are_lowered_within_shard_map(implementation):
-    """Also where jax checks what varies over devices, and with the implementation's own block sizes."""
+def test_kernels_are_traced_within_shard_map(implementation):
+    """Where jax checks what varies over devices, and with the implementation's own block sizes."""
     arrays = [jax.ShapeDtypeStruct((2, 300, 4, 8), dtype) for dtype in (jnp.bfloat16, jnp.float32)]
     traced = sharded(partial(gradients, implementation=implementation)).trace(*arrays)
-    text = traced.lower(lowering_platforms=(implementation.removeprefix("pallas_").replace("gpu", "cuda"),)).as_text()
-    assert "gated_linear_attention_gradients" in text
+    assert "gated_linear_attention_gradients" in str(traced.jaxpr)
 
 
 @pytest.mark.quick

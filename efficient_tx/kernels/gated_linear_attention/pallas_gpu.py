@@ -33,12 +33,14 @@ class BlockSizes:
     Attributes:
       chunk: tokens whose pairs are computed at once.
       keys: channels of queries and keys.
+      carried: channels of keys of the states that a program carries.
       values: channels of values.
       warps: of 32 threads.
     """
 
     chunk: int = 64
     keys: int = 64
+    carried: int = 64
     values: int = 64
     warps: int = 8
 
@@ -69,6 +71,7 @@ def sizes(
         largest,
         chunk=fitting(q.shape[1], largest.chunk),
         keys=fitting(q.shape[3], largest.keys),
+        carried=fitting(q.shape[3], largest.carried),
         values=fitting(v.shape[3], largest.values),
     )
 
@@ -140,11 +143,12 @@ class Call:
         decays are those up to the token, and x is scaled.
         """
         batch, _, heads, head_dim, v_dim = self.shape
-        size, (chunks, key_blocks, value_blocks) = self.sizes.chunk, self.blocks
+        size, (chunks, _, value_blocks) = self.sizes.chunk, self.blocks
+        key_blocks = pl.cdiv(head_dim, self.sizes.carried)
 
         def kernel(x, y, log_decay, state, before, last):
             part, head, example = (pl.program_id(axis) for axis in range(3))
-            keys = channels(jax.lax.rem(part, jnp.int32(key_blocks)), self.sizes.keys)
+            keys = channels(jax.lax.rem(part, jnp.int32(key_blocks)), self.sizes.carried)
             values = channels(jax.lax.div(part, jnp.int32(key_blocks)), self.sizes.values)
             own = Head(example, head, heads, self.options.reverse)
             # The rows in such an order that a row's decay is that of the rows up to it.
