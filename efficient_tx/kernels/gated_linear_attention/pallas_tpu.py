@@ -102,7 +102,7 @@ def backward(
 
         def chunk(at):
             decay, start = grid.decay(at.read(log_decay)), end[...]
-            starts[at.number] = start
+            starts[at.number] = start.astype(starts.dtype)  # products round it anyway
             end[...] = decay.whole * start + grid.dot(at.read(v), at.read(k) * decay.to_end, "00")
 
         grid.for_chunks(chunk)
@@ -116,7 +116,7 @@ def backward(
         start_from(d_end, d_start)
 
         def chunk(at):
-            decay, start, d_end = grid.decay(at.read(log_decay)), starts[at.number], d_start[...]
+            decay, start, d_end = grid.decay(at.read(log_decay)), starts[at.number].astype(jnp.float32), d_start[...]
             q_n, k_n, v_n, d_n = (at.read(x) for x in (q, k, v, d_out))
             d_n *= options.scale
             q_start, k_end = q_n * decay.from_start, k_n * decay.to_end
@@ -225,7 +225,8 @@ class Grid:
     def states(self, *chunks: int) -> jax.ShapeDtypeStruct:
         """The shape of a result of one state a head, or of one a chunk and head."""
         *_, head_dim, v_dim = self.operands[4].shape
-        return result((self.batch, self.heads, *chunks, v_dim, head_dim), jnp.float32, self.operands)
+        dtype = self.dot.dtype if chunks else jnp.float32
+        return result((self.batch, self.heads, *chunks, v_dim, head_dim), dtype, self.operands)
 
     def decay(self, log_decay: jax.Array | None) -> NoDecay:
         """The decays of a chunk, from its log decays `[tokens, head_dim or 1]`."""
