@@ -1,21 +1,17 @@
 """block_attention: softmax attention of query blocks to listed key blocks."""
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from efficient_tx.checks import at_least
-from efficient_tx.kernels.block_attention import reference, xla
 from efficient_tx.kernels.block_attention.options import Options
-from efficient_tx.kernels.forward_mode import reverse_only
-from efficient_tx.kernels.implementations import choose
+from efficient_tx.kernels.op import Op
 from efficient_tx.kernels.shapes import check_shapes
 from efficient_tx.tokens.mask import bool_mask
 
-# Best first. Each module has `unsupported` and `forward`; all except the reference have `backward`.
-IMPLEMENTATIONS = {"xla": xla, "reference": reference}
+OP = Op("block_attention", ("xla", "reference"))
 
 
 def block_attention(
@@ -75,19 +71,16 @@ def block_attention(
     check_shapes(q, k, v)
     mask = bool_mask(mask)
     check_blocks(q, k, mask, blocks, block_size)
-    implementation = choose("block_attention", IMPLEMENTATIONS, implementation, interpret=interpret)
-    batch, queries, heads, head_dim = q.shape
-    keys = k.shape[1]
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
-    # Heads that share a list also share the gathers of their keys. A bias may differ between heads.
-    lists = (batch, blocks.shape[1] if bias is None else heads, *blocks.shape[2:])
-    blocks = jnp.broadcast_to(blocks, lists).astype(jnp.int32)
+    (batch, queries, heads, head_dim), keys = q.shape, k.shape[1]
+    if mask is not None:
+        # A zero weight times NaN or infinity in the padding would be NaN.
+        k, v = (jnp.where(mask[:, :, None, None], x, 0) for x in (k, v))
+        mask = pad(mask, block_size)
     if bias is not None:
+        lists = (batch, heads, *blocks.shape[2:])
         if jnp.broadcast_shapes(jnp.shape(bias), lists) != lists:
             raise ValueError(f"bias has shape {jnp.shape(bias)}: it must broadcast to the listed blocks, {lists}")
-        bias = jnp.broadcast_to(bias, lists).astype(dtype)
-    real = jnp.ones((batch, keys), bool) if mask is None else mask
-    arrays = [pad(x.astype(dtype), block_size) for x in (q, k, v)]
+        bias = jnp.broadcast_to(bias, lists).astype(jnp.promote_types(q.dtype, jnp.float32))[..., None]
     options = Options(
         block_size=block_size,
         queries=queries,
@@ -97,13 +90,9 @@ def block_attention(
         scale=head_dim**-0.5 if scale is None else float(scale),
         precision=jax.lax.Precision.HIGHEST if precision is None else precision,
     )
-    if implementation == "reference":
-        out, lse = reference.forward(*arrays, pad(real, block_size), blocks, bias, options)
-    else:
-        arrays = [reverse_only(x, "block_attention") for x in arrays]
-        bias = None if bias is None else reverse_only(bias, "block_attention")
-        out, lse = blockwise(implementation, options, *arrays, pad(real, block_size), blocks, bias)
-    out = out[:, :queries].astype(q.dtype)
+    arrays = *(pad(x, block_size) for x in (q, k, v)), mask, jnp.asarray(blocks, jnp.int32), bias
+    out, lse = OP(implementation, options, *arrays, interpret=interpret)
+    out = out[:, :queries]
     return (out, lse[:, :queries]) if return_lse else out
 
 
@@ -125,22 +114,3 @@ def check_blocks(q: jax.Array, k: jax.Array, mask: jax.Array | None, blocks: jax
             f"blocks is {blocks.dtype} {blocks.shape}: pass integers [{batch} or 1, {q.shape[2]} or 1, {count}, n],"
             f" for {q.shape[1]} queries in blocks of {block_size}"
         )
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def blockwise(implementation, options, q, k, v, real, blocks, bias):
-    """Output and log-sum-exp of a blockwise implementation; the gradient is its own backward pass."""
-    return IMPLEMENTATIONS[implementation].forward(q, k, v, real, blocks, bias, options)
-
-
-def blockwise_forward(implementation, options, q, k, v, real, blocks, bias):
-    out, lse = blockwise(implementation, options, q, k, v, real, blocks, bias)
-    return (out, lse), (q, k, v, real, blocks, bias, out, lse)
-
-
-def blockwise_backward(implementation, options, residuals, cotangents):
-    d_q, d_k, d_v, d_bias = IMPLEMENTATIONS[implementation].backward(*residuals, *cotangents, options)
-    return d_q, d_k, d_v, None, None, d_bias
-
-
-blockwise.defvjp(blockwise_forward, blockwise_backward)

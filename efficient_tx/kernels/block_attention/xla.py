@@ -1,14 +1,15 @@
-"""Block attention in XLA: memory linear in the lengths, forward and backward; written for CPUs.
+"""Block attention in XLA: memory linear in the lengths, forward and backward.
 
-A row is one block of queries with all its heads. Rows are independent: a chunk of rows gathers its key blocks and
-computes one batched product. So small blocks cost no more than large ones, and no whole array is transposed. A row
-processes all its keys at once and needs no running maximum. The backward pass recomputes the weights from the saved
-log-sum-exp.
+A row is one block of queries with all its heads. Rows are independent: a chunk of rows, of any examples, gathers its key
+blocks and computes one batched product. So small blocks cost no more than large ones, and no whole array is transposed.
+A row processes all its keys at once and needs no running maximum. The backward pass recomputes the weights from the
+saved log-sum-exp. On a CPU the weights of a chunk fit in the cache; elsewhere few chunks are large.
 
 A chunk of weights is never the transposed left factor of a product, because XLA's CPU backend runs that at a quarter of
 the speed. So the cotangents of keys and values are summed as `[dim, block]`.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -19,23 +20,33 @@ from efficient_tx.kernels.block_attention.options import Options
 # 1 MB of float32 weights per chunk. On two AVX-512 cores with 1 MB of L2 cache each, a quarter and four times of it are
 # slower at most block sizes.
 CHUNK_AREA = 512 * 512
+# 128 MB of float32 weights per chunk: enough for all units of a GPU or TPU.
+ACCELERATOR_AREA = 1 << 25
 
 
-def unsupported(*, interpret: bool) -> str | None:
-    """The reason why this implementation does not support the request, or None."""
-    return "interpret=True is for Pallas kernels, this one has nothing to interpret" if interpret else None
+def unsupported(options: Options, *operands: jax.Array) -> None:
+    """It supports everything."""
 
 
-def forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, real: jax.Array, blocks: jax.Array, bias: jax.Array | None,
-    options: Options,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """Output `[batch, padded queries, heads, v_dim]` and log-sum-exp `[batch, padded queries, heads]`.
+def sizes(options: Options, *operands: jax.Array) -> "Areas":
+    return Areas(CHUNK_AREA, ACCELERATOR_AREA)
 
-    `q`, `k`, `v` have one dtype, float32 or float64, and lengths that are multiples of the block size; `real` is bool
-    `[batch, padded keys]`, `blocks` int32 `[batch, heads or 1, query blocks, n]`, `bias` of the same shape or None.
-    """
-    grid = Grid.of(q, k, v, real, blocks, options)
+
+class Areas(NamedTuple):
+    """Weights per chunk of rows."""
+
+    cpu: int
+    accelerator: int
+
+
+def forward(options: Options, areas: Areas, *operands: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+    """Output and log-sum-exp; operands as in `Options`."""
+    chunked = (partial(chunked_forward, options, area) for area in areas)
+    return jax.lax.platform_dependent(*operands, **dict(zip(("cpu", "default"), chunked))), None
+
+
+def chunked_forward(options: Options, area: int, q, k, v, mask, blocks, bias) -> tuple[jax.Array, jax.Array]:
+    grid = Grid.of(options, area, q, k, v, mask, blocks, bias)
 
     def chunk(row):
         logits, _ = grid.logits(row)
@@ -46,21 +57,27 @@ def forward(
         found = total > 0
         total = jnp.where(found, total, 1)
         out = grid.dot("rqk,rkd->rqd", weights, grid.gather(grid.v, row)) / total
-        return grid.tokens(out), grid.tokens(jnp.where(found, jnp.log(total) + peak, -jnp.inf))
+        return grid.tokens(out).astype(q.dtype), grid.tokens(jnp.where(found, jnp.log(total) + peak, -jnp.inf))
 
     out, lse = jax.lax.map(chunk, grid.chunks(grid.rows(q, blocks, bias)))
     return grid.paste(out), grid.paste(lse)[..., 0]
 
 
-def backward(
-    q: jax.Array, k: jax.Array, v: jax.Array, real: jax.Array, blocks: jax.Array, bias: jax.Array | None,
-    out: jax.Array, lse: jax.Array, d_out: jax.Array, d_lse: jax.Array, options: Options,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:  # fmt: skip
-    """Cotangents of q, k, v and bias, from the inputs and outputs of `forward` and the cotangents of the outputs."""
-    grid = Grid.of(q, k, v, real, blocks, options)
+def backward(options: Options, areas: Areas, operands: tuple, outputs: tuple, saved: None, cotangents: tuple) -> tuple:
+    """Cotangents of q, k, v and the bias, and None for the mask and the blocks."""
+    chunked = (partial(chunked_backward, options, area) for area in areas)
+    arrays = operands, outputs, cotangents
+    d_q, d_k, d_v, d_bias = jax.lax.platform_dependent(*arrays, **dict(zip(("cpu", "default"), chunked)))
+    return d_q, d_k, d_v, None, None, d_bias
+
+
+def chunked_backward(options: Options, area: int, operands, outputs, cotangents) -> tuple:
+    (q, k, v, mask, blocks, bias), (out, lse), (d_out, d_lse) = operands, outputs, cotangents
+    grid = Grid.of(options, area, q, k, v, mask, blocks, bias)
     # A query without keys has logits −inf, so any finite offset gives zero weights.
     of_tokens = (out, d_out, d_lse[..., None], jnp.where(jnp.isfinite(lse), lse, 0)[..., None])
     rows = grid.rows(q, blocks, bias), tuple(grid.cut(x) for x in of_tokens)
+    with_bias = bias is not None and options.trained_bias
 
     def chunk(carry, rows):
         d_k, d_v = carry
@@ -74,17 +91,17 @@ def backward(
             grid.scatter_add(d_k, row, grid.dot("rqd,rqk->rdk", grid.heads_first(row.q), d_logits)),
             grid.scatter_add(d_v, row, grid.dot("rqd,rqk->rdk", d_out, weights)),
         )
-        d_bias = None if bias is None else d_logits.sum(1).reshape(*row.bias.shape, -1).sum(-1)
-        return carry, (grid.tokens(options.scale * grid.dot("rqk,rkd->rqd", d_logits, keys)), d_bias)
+        d_q = options.scale * grid.dot("rqk,rkd->rqd", d_logits, keys)
+        return carry, (grid.tokens(d_q).astype(q.dtype), grid.of_bias(d_logits, row) if with_bias else None)
 
     carry = tuple(
-        jnp.zeros_like(x, shape=(len(x), k.shape[2], x.shape[-1], options.block_size)) for x in (grid.k, grid.v)
+        jnp.zeros((len(x), k.shape[2], x.shape[-1], options.block_size), grid.dtype) for x in (grid.k, grid.v)
     )
     carry, (d_q, d_bias) = jax.lax.scan(chunk, carry, grid.chunks(rows))
     # The barrier keeps XLA from folding the transposition into the slow product.
     d_k, d_v = (x.transpose(0, 3, 1, 2) for x in jax.lax.optimization_barrier(carry))
-    d_bias = None if bias is None else grid.paste(d_bias[:, :, None]).swapaxes(1, 2)
-    return grid.paste(d_q), options.scale * d_k.reshape(k.shape), d_v.reshape(v.shape), d_bias
+    d_k, d_v = (options.scale * d_k).reshape(k.shape).astype(k.dtype), d_v.reshape(v.shape).astype(v.dtype)
+    return grid.paste(d_q), d_k, d_v, grid.paste(d_bias[:, :, None]).swapaxes(1, 2) if with_bias else None
 
 
 class Row(NamedTuple):
@@ -95,7 +112,7 @@ class Row(NamedTuple):
       block: index of the block within its example.
       first: index of the example's first key block among the key blocks of all examples.
       listed: `[lists, n]`, the key blocks of the example that the queries see, −1 for none.
-      bias: `[lists, n]` or None.
+      bias: `[lists, n, 1 or block]` or None.
     """
 
     q: jax.Array
@@ -114,11 +131,15 @@ class Grid(NamedTuple):
     Attributes:
       k, v: `[blocks, block, groups, dim]`.
       real: `[blocks, block]`.
+      area: weights per chunk.
+      dtype: of all arithmetic.
     """
 
     k: jax.Array
     v: jax.Array
     real: jax.Array
+    area: int
+    dtype: jnp.dtype
     lists: int
     listed: int
     heads: int
@@ -128,14 +149,16 @@ class Grid(NamedTuple):
     options: Options
 
     @classmethod
-    def of(
-        cls, q: jax.Array, k: jax.Array, v: jax.Array, real: jax.Array, blocks: jax.Array, options: Options
-    ) -> "Grid":
-        size = options.block_size
-        k, v, real = (x.reshape(-1, size, *x.shape[2:]) for x in (k, v, real))
-        batch, queries, heads, _ = q.shape
-        lists = k.shape[2] if blocks.shape[1] == 1 else heads
-        return cls(k, v, real, lists, blocks.shape[3], heads, batch, queries // size, len(k) // batch, options)
+    def of(cls, options: Options, area: int, q, k, v, mask, blocks, bias) -> "Grid":
+        size, (batch, queries, heads, _) = options.block_size, q.shape
+        if mask is None:
+            mask = jnp.broadcast_to(jnp.arange(k.shape[1]) < options.keys, k.shape[:2])
+        k, v, real = (x.reshape(-1, size, *x.shape[2:]) for x in (k, v, mask))
+        each = blocks.shape[1] if bias is None else max(blocks.shape[1], bias.shape[1])
+        lists, dtype = k.shape[2] if each == 1 else heads, jnp.promote_types(q.dtype, jnp.float32)
+        return cls(
+            k, v, real, area, dtype, lists, blocks.shape[3], heads, batch, queries // size, len(k) // batch, options
+        )
 
     def cut(self, x: jax.Array) -> jax.Array:
         """`[batch, padded queries, heads, dim]` as rows, `[rows, block, heads, dim]`."""
@@ -151,7 +174,8 @@ class Grid(NamedTuple):
         each = self.batch, self.query_blocks
 
         def lists(x):
-            return x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3])
+            x = jnp.broadcast_to(x, (self.batch, *x.shape[1:])).swapaxes(1, 2)
+            return x.reshape(-1, *x.shape[2:])
 
         return Row(
             q=self.cut(q),
@@ -168,7 +192,7 @@ class Grid(NamedTuple):
         """
         area = self.options.block_size**2 * self.listed * self.heads
         rows_in_all = self.batch * self.query_blocks
-        count = -(-rows_in_all // min(rows_in_all, max(1, CHUNK_AREA // area)))
+        count = -(-rows_in_all // min(rows_in_all, max(1, self.area // area)))
         size = -(-rows_in_all // count)
 
         def split(x):
@@ -180,7 +204,7 @@ class Grid(NamedTuple):
     def heads_first(self, x: jax.Array) -> jax.Array:
         """`[rows, block, heads, dim]` as `[rows · lists, queries, dim]`."""
         rows, block, _, dim = x.shape
-        x = x.reshape(rows, block, self.lists, -1, dim).transpose(0, 2, 3, 1, 4)
+        x = x.astype(self.dtype).reshape(rows, block, self.lists, -1, dim).transpose(0, 2, 3, 1, 4)
         return x.reshape(rows * self.lists, -1, dim)
 
     def tokens(self, x: jax.Array) -> jax.Array:
@@ -196,13 +220,9 @@ class Grid(NamedTuple):
         return found, (jnp.arange(self.lists) * self.k.shape[2] // self.lists)[:, None]
 
     def gather(self, x: jax.Array, row: Row) -> jax.Array:
-        """The listed blocks of `x` `[blocks, block, groups, dim]`, as `[rows · lists, n · block, dim]`; zero if masked.
-
-        A zero weight times NaN or infinity in the padding would be NaN.
-        """
+        """The listed blocks of `x` `[blocks, block, groups, dim]`, as `[rows · lists, n · block, dim]`."""
         block, group = self.places(row)
-        found = jnp.where(self.listed_keys(row)[..., None], x[block, :, group], 0)
-        return found.reshape(len(block) * self.lists, -1, x.shape[-1])
+        return x[block, :, group].astype(self.dtype).reshape(len(block) * self.lists, -1, x.shape[-1])
 
     def listed_keys(self, row: Row) -> jax.Array:
         """Which keys of the listed blocks are real, bool `[rows, lists or 1, n, block]`."""
@@ -228,9 +248,16 @@ class Grid(NamedTuple):
         def of_keys(x):
             return x.reshape(*x.shape[:2], 1, 1, self.listed * size)
 
-        bias = 0 if row.bias is None else row.bias[..., None]
+        bias = 0 if row.bias is None else row.bias
         logits += of_keys(jnp.where(self.listed_keys(row), bias, -jnp.inf)).astype(logits.dtype)
         query = (row.block[:, None] * size + inside)[:, None, None, :, None]
         seen = self.options.seen(query, of_keys(row.listed[..., None] * size + inside))
         logits = logits if seen is None else jnp.where(seen, logits, -jnp.inf)
         return logits.reshape(flat), keys
+
+    def of_bias(self, d_logits: jax.Array, row: Row) -> jax.Array:
+        """The cotangent of `row.bias` from that of the logits: sums over all that a number was added to."""
+        lists, n, size = row.bias.shape[1:]
+        d_bias = d_logits.sum(1).reshape(len(row.bias), self.lists, n, -1)
+        d_bias = d_bias if lists == self.lists else d_bias.sum(1, keepdims=True)
+        return d_bias if size > 1 else d_bias.sum(-1, keepdims=True)
