@@ -1,9 +1,17 @@
 """The static options of an implementation of block_attention."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+
+# Primitives that Pallas kernels have on blocks of integers and bools on all platforms. Not `sign`, a part of the operator
+# `//`: jax asks the default device what a TPU has for it, also if the program is for another one.
+ELEMENTWISE = frozenset(
+    "abs add and broadcast_in_dim convert_element_type copy div eq ge gt le lt max min mul ne neg not or rem select_n"
+    " shift_left shift_right_arithmetic shift_right_logical square sub xor".split()
+)
 
 
 class Options(NamedTuple):
@@ -39,3 +47,30 @@ class Options(NamedTuple):
             visible = self.visible(query, key)
             seen = visible if seen is None else seen & visible
         return seen
+
+    def foreign_to_kernels(self) -> str | None:
+        """The reason why no Pallas kernel can have `visible` in it, or None."""
+        if self.visible is None:
+            return None
+        position = jax.ShapeDtypeStruct((8, 8), jnp.int32)
+        traced = jax.make_jaxpr(self.visible)(position, position)
+        if any(jnp.ndim(x) for x in traced.consts):
+            return "visible looks up an array"
+        foreign = sorted(primitives(traced.jaxpr) - ELEMENTWISE)
+        return (
+            f"visible has the operation {foreign[0]}, kernels have none but {', '.join(sorted(ELEMENTWISE))}"
+            if foreign
+            else None
+        )
+
+
+def primitives(jaxpr: Any) -> set[str]:
+    """The names of the primitives in it."""
+    inner = [
+        x.jaxpr if hasattr(x, "jaxpr") else x
+        for equation in jaxpr.eqns
+        for x in equation.params.values()
+        if hasattr(x, "eqns") or hasattr(x, "jaxpr")
+    ]
+    names = {equation.primitive.name for equation in jaxpr.eqns} - {"pjit", "jit"}
+    return names.union(*map(primitives, inner))

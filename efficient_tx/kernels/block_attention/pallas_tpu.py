@@ -1,0 +1,494 @@
+"""Block attention on TPUs: the index lists are prefetched scalars, and steer which blocks are loaded.
+
+A program sees one block of queries of all heads that share a list (as many as fit), and the listed key blocks in steps
+of several ("slots") where blocks are small. A block that is not there is one that is loaded already: it costs no memory
+access, and a step without any block no arithmetic. The pass for keys and values goes by key blocks: the lists are
+sorted by them, so each is loaded once, and sums stay in VMEM. Formulas are in xla.py.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from efficient_tx.kernels.block_attention.lists import added, transposed, with_repeats
+from efficient_tx.kernels.block_attention.options import Options
+from efficient_tx.kernels.shapes import result
+
+# Lists are in scalar memory, 1 MB on a v5e.
+MOST_LISTED = 1 << 17
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSizes:
+    """Listed tokens of a step, at least one block, and query heads of a program, if they share a list."""
+
+    tokens: int = 256
+    heads: int = 8
+
+
+def unsupported(options: Options, q, k, v, mask, blocks, bias) -> str | None:
+    size, dtypes = options.block_size, {x.dtype for x in (q, k, v)}
+    if not dtypes <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}:
+        return f"it takes float32 and bfloat16, not {', '.join(sorted(map(str, dtypes)))}"
+    rows = 8 if jnp.dtype(jnp.bfloat16) not in dtypes else 16
+    if size % rows or size > 512:
+        return f"block_size is {size}: pass a multiple of {rows} up to 512"
+    if max(q.shape[3], v.shape[3]) > 256:
+        return f"head_dim is {q.shape[3]} and v_dim {v.shape[3]}: at most 256 fit in VMEM"
+    if not (q.size and k.size and v.size):
+        return "there is nothing to attend to"
+    if options.precision not in (jax.lax.Precision.HIGHEST, jax.lax.Precision.DEFAULT):
+        return f"precision is {options.precision}: TPU kernels have HIGHEST and DEFAULT"
+    if blocks.size + blocks.size // blocks.shape[3] * 2 > MOST_LISTED:
+        return f"the lists have {blocks.size} blocks: scalar memory holds {MOST_LISTED}"
+    return options.foreign_to_kernels()
+
+
+def sizes(options: Options, *operands: Any) -> BlockSizes:
+    return BlockSizes()
+
+
+def forward(
+    options: Options, sizes: BlockSizes, q, k, v, mask, blocks, bias, *, interpret: Any = False
+) -> tuple[tuple[jax.Array, jax.Array], None]:
+    """Output and log-sum-exp; operands as in `Options`."""
+    rows = added(options, mask, blocks, bias)
+    grid = Grid.of(options, sizes, q, k, v, blocks, rows)
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    shape = grid.batch, grid.heads, grid.query_blocks
+    width = grid.slots * options.block_size
+    out, lse = grid.by_query(
+        partial(attend, grid),
+        [(q, grid.of_queries(q.shape[3])), *grid.listed(k), *grid.listed(v), *grid.rows(rows)],
+        [
+            (q.shape[:3] + v.shape[3:], q.dtype, grid.of_queries(v.shape[3])),
+            ((*shape, 1, options.block_size), jnp.float32, grid.of_query_rows()),
+        ],
+        [(grid.together, options.block_size, x) for x in (v.shape[3], 1, 1)],
+        blocks,
+        (4 * (q.shape[3] + v.shape[3]), width),
+        interpret,
+    )
+    return (out.swapaxes(1, 2), lse.reshape(*shape[:2], -1).swapaxes(1, 2)), None
+
+
+def backward(
+    options: Options, sizes: BlockSizes, operands: tuple, outputs: tuple, saved: None, cotangents: tuple,
+    *, interpret: Any = False,
+) -> tuple:  # fmt: skip
+    """Cotangents of q, k, v and the bias, and None for the mask and the blocks."""
+    q, k, v, mask, blocks, bias = operands
+    (out, lse), (d_out, d_lse) = outputs, cotangents
+    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
+    lse = jnp.where(jnp.isfinite(lse), lse, 0)  # a query without keys has logits −inf
+    rows = added(options, mask, blocks, bias)
+    grid = Grid.of(options, sizes, q, k, v, blocks, rows)
+    q, k, v, d_out = (x.swapaxes(1, 2) for x in (q, k, v, d_out))
+    lse, delta = (
+        x.swapaxes(1, 2).reshape(grid.batch, grid.heads, grid.query_blocks, 1, -1) for x in (lse, delta)
+    )  # fmt: skip
+    with_bias = bias is not None and options.trained_bias
+
+    by_query = [(x, grid.of_queries(x.shape[3])) for x in (q, d_out)]
+    d_q, *d_rows = grid.by_query(
+        partial(pull_back_to_queries, grid, with_bias),
+        [*by_query, *((x, grid.of_query_rows()) for x in (lse, delta)), *grid.listed(k), *grid.listed(v)]
+        + grid.rows(rows),
+        [(q.shape, q.dtype, grid.of_queries(q.shape[3])), *grid.d_rows(with_bias)],
+        [(grid.together, options.block_size, x) for x in (q.shape[3], 1, 1)],
+        blocks,
+        (6 * q.shape[3] + 4 * v.shape[3], grid.slots * options.block_size),
+        interpret,
+    )
+    d_k, d_v = grid.by_key(partial(pull_back_to_keys, grid), q, k, v, d_out, lse, delta, rows, blocks, interpret)
+    d_bias = None
+    if with_bias:
+        d_rows = d_rows[0].reshape(*d_rows[0].shape[:3], -1, options.block_size)[:, :, :, : blocks.shape[3]]
+        d_bias = d_rows.sum(1, keepdims=True) if bias.shape[1] == 1 else d_rows
+        d_bias = d_bias if bias.shape[-1] > 1 else d_bias.sum(-1, keepdims=True)
+    return d_q.swapaxes(1, 2), d_k.swapaxes(1, 2), d_v.swapaxes(1, 2), None, None, d_bias
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The grid of a pass and the blocks of its operands, `[batch, heads, length, dim]`.
+
+    Attributes:
+      groups, repeats: heads of keys of a program, and query heads of each.
+      each: programs of an example.
+      share: neighbouring programs that have the same keys, because every query head has its own list.
+      lists: `(batch or 1, programs or 1)` of the index lists, of the added rows too.
+      slots: blocks of a step.
+    """
+
+    options: Options
+    batch: int
+    heads: int
+    query_blocks: int
+    key_blocks: int
+    n: int
+    groups: int
+    repeats: int
+    each: int
+    share: int
+    lists: tuple[int, int]
+    added: tuple[int, int] | None
+    slots: int
+    limit: int
+
+    @classmethod
+    def of(cls, options: Options, sizes: BlockSizes, q, k, v, blocks, rows) -> "Grid":
+        (batch, length, heads, dim), groups, size = q.shape, k.shape[2], options.block_size
+        slots = max(1, min(blocks.shape[3], sizes.tokens // size))
+        if blocks.shape[1] == 1 and (rows is None or rows.shape[1] == 1):
+            repeats, share = heads // groups, 1
+            # What a program holds of each token: inputs and outputs twice, since the next are on their way, and sums.
+            token = 4 * sum(-(-x // 128) * 128 for x in (dim, v.shape[3]))
+            held = size * token * (3 * repeats + 2) + 2 * slots * size * token
+            most = min(max(1, sizes.heads // repeats), max(1, (8 << 20) // held))
+            together = max(g for g in range(1, groups + 1) if groups % g == 0 and g <= most)
+            each = groups // together
+        else:
+            together, repeats, each, share = 1, 1, heads, heads // groups
+        return cls(
+            options, batch, heads, length // size, k.shape[1] // size, blocks.shape[3], together, repeats, each, share,
+            blocks.shape[:2], None if rows is None else rows.shape[:2], slots, sizes.tokens,
+        )  # fmt: skip
+
+    @property
+    def together(self) -> int:
+        """Query heads of a program."""
+        return self.groups * self.repeats
+
+    @property
+    def steps(self) -> int:
+        return -(-self.n // self.slots)
+
+    def place(self, b, p, counts: tuple[int, int]):
+        """The index of a program's list among those of all."""
+        return (b if counts[0] > 1 else 0) * counts[1] + (p if counts[1] > 1 else 0)
+
+    def at(self, b, p, i, step):
+        """Where in the flat lists those of a step start."""
+        return ((self.place(b, p, self.lists) * self.query_blocks + i) * self.steps + step) * self.slots
+
+    def of_queries(self, dim: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, self.together, self.options.block_size, dim), lambda b, p, i, step, _: (b, p, i, 0))
+
+    def of_query_rows(self) -> pl.BlockSpec:
+        """Numbers of the queries, `[batch, heads, query blocks, 1, block_size]`."""
+        shape = None, self.together, None, 1, self.options.block_size
+        return pl.BlockSpec(shape, lambda b, p, i, step, _: (b, p, i, 0, 0))
+
+    def listed(self, x: jax.Array) -> list:
+        """The array once for every slot."""
+
+        def spec(slot):
+            def index(b, p, i, step, listed):
+                block = listed[self.at(b, p, i, step) + slot]
+                return b, jax.lax.div(p, self.share), jnp.maximum(block, ~block), 0
+
+            return pl.BlockSpec((None, self.groups, self.options.block_size, x.shape[3]), index)
+
+        return [(x, spec(slot)) for slot in range(self.slots)]
+
+    def rows(self, rows: jax.Array | None) -> list:
+        if rows is None:
+            return []
+        rows = jnp.pad(rows, ((0, 0),) * 3 + ((0, self.steps * self.slots - self.n), (0, 0)))
+        rows = rows.reshape(-1, self.query_blocks, self.steps, 1, self.slots * self.options.block_size)
+        shape = None, None, None, 1, rows.shape[-1]
+        return [(rows, pl.BlockSpec(shape, lambda b, p, i, step, _: (self.place(b, p, self.added), i, step, 0, 0)))]
+
+    def d_rows(self, wanted: bool) -> list:
+        shape = self.batch, self.each, self.query_blocks, self.steps, 1, self.slots * self.options.block_size
+        spec = pl.BlockSpec((None,) * 4 + shape[4:], lambda b, p, i, step, _: (b, p, i, step, 0, 0))
+        return [(shape, jnp.float32, spec)] if wanted else []
+
+    def by_query(self, kernel, operands, results, scratch, blocks, cost, interpret) -> list[jax.Array]:
+        """A pass over the blocks of queries and, in order, their lists."""
+        missing = self.steps * self.slots - self.n
+        listed = jnp.pad(blocks, ((0, 0),) * 3 + ((0, missing),), constant_values=-1)
+        listed = with_repeats(listed.reshape(*self.lists, -1, self.slots)).reshape(-1)
+        grid = self.batch, self.each, self.query_blocks, self.steps
+        return self.call(kernel, grid, [listed], operands, results, scratch, cost, interpret)
+
+    def by_key(self, kernel, q, k, v, d_out, lse, delta, rows, blocks, interpret) -> list[jax.Array]:
+        """The pass over the blocks of keys and, in order, the blocks of queries that list them: d_k and d_v."""
+        size = self.options.block_size
+        slots = max(1, min(self.query_blocks, self.limit // size))
+        key, entries = transposed(blocks, self.key_blocks, slots)
+        steps = key.shape[-1]
+
+        def of_steps(x):
+            """Numbers of the queries of each step, `[batch, heads, steps, 1, slots · block_size]`."""
+            query = jnp.maximum(entries, 0) // self.n
+            query = query.reshape(*self.lists, steps * slots, 1, 1)
+            return jnp.take_along_axis(x, query, axis=2).reshape(self.batch, self.heads, steps, 1, slots * size)
+
+        def at(b, p, step):
+            return self.place(b, p, self.lists) * steps + step
+
+        def entry(b, p, step, entries, slot):
+            number = entries[at(b, p, step) * slots + slot]
+            return jnp.maximum(number, ~number)
+
+        def of_query(x, slot):
+            def index(b, p, step, key, entries):
+                return b, p, jax.lax.div(entry(b, p, step, entries, slot), self.n), 0
+
+            return x, pl.BlockSpec((None, self.together, size, x.shape[3]), index)
+
+        def of_entry(slot):
+            x = rows.reshape(-1, self.query_blocks * self.n, 1, size)
+
+            def index(b, p, step, key, entries):
+                return self.place(b, p, self.added), entry(b, p, step, entries, slot), 0, 0
+
+            return x, pl.BlockSpec((None, None, 1, size), index)
+
+        def of_key(x, share):
+            def index(b, p, step, key, entries):
+                return b, jax.lax.div(p, share), key[at(b, p, step)], 0
+
+            return pl.BlockSpec((None, self.groups, size, x.shape[3]), index)
+
+        numbers = pl.BlockSpec((None, self.together, None, 1, slots * size), lambda b, p, step, *_: (b, p, step, 0, 0))
+        operands = [
+            *(of_query(x, slot) for x in (q, d_out) for slot in range(slots)),
+            *((of_steps(x), numbers) for x in (lse, delta)),
+            *((x, of_key(x, self.share)) for x in (k, v)),
+            *([] if rows is None else map(of_entry, range(slots))),
+        ]
+        # With lists of their own, query heads that share keys have parts of the sums.
+        parts = jnp.float32 if self.share > 1 else k.dtype
+        results = [((self.batch, self.each * self.groups, *x.shape[2:]), parts, of_key(x, 1)) for x in (k, v)]
+        scratch = [(self.groups, size, x.shape[3]) for x in (k, v)]
+        entries = with_repeats(entries.reshape(*self.lists, steps, slots)).reshape(-1)
+        sums = self.call(
+            partial(kernel, slots, steps), (self.batch, self.each, steps), [key.reshape(-1), entries], operands, results,
+            scratch, (6 * q.shape[3] + 4 * v.shape[3], slots * size), interpret,
+        )  # fmt: skip
+        shape = self.batch, -1, self.share
+        return [x if self.share == 1 else x.reshape(*shape, *x.shape[2:]).sum(2).astype(k.dtype) for x in sums]
+
+    def call(self, kernel, grid, lists, operands, results, scratch, cost, interpret) -> list[jax.Array]:
+        arrays, in_specs = zip(*operands)
+        flops, width = cost
+        weights = self.options.block_size * width * self.together
+        for count in grid:
+            weights *= count
+        shapes = [result(shape, dtype, *arrays, *lists) for shape, dtype, _ in results]
+        return pl.pallas_call(
+            kernel,
+            shapes,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=len(lists),
+                grid=grid,
+                in_specs=in_specs,
+                out_specs=[spec for _, _, spec in results],
+                scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+            ),
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel",) * (len(grid) - 1) + ("arbitrary",),
+            ),
+            cost_estimate=pl.CostEstimate(
+                flops=weights * flops // 2,
+                transcendentals=weights,
+                bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*arrays, *shapes)),
+            ),
+            interpret=interpret,
+        )(*lists, *arrays)
+
+
+def attend(grid: Grid, lists, q, *refs) -> None:
+    refs = iter(refs)
+    k, v = take(refs, grid.slots), take(refs, grid.slots)
+    rows = next(refs) if grid.added else None
+    out, lse, sums, peaks, totals = refs
+    place = [pl.program_id(axis) for axis in range(4)]
+    first, step = place[2] * grid.options.block_size, place[3]
+
+    @pl.when(step == 0)
+    def _():
+        sums[...] = jnp.zeros_like(sums)
+        totals[...] = jnp.zeros_like(totals)
+        # Finite, so that a query without keys so far adds exp(−inf − peak) = 0, not exp(−inf + inf).
+        peaks[...] = jnp.full_like(peaks, jnp.finfo(jnp.float32).min / 2)
+
+    listed = [lists[grid.at(*place) + slot] for slot in range(grid.slots)]
+
+    @pl.when(some(listed))
+    def _():
+        size = grid.options.block_size
+        shape = size, grid.slots * size
+        query = first + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+        logits_of = masked(grid, query, positions(listed, shape, 1, size), None if rows is None else rows[...])
+
+        for h in range(grid.together):
+            keys, values = (stacked(x, h // grid.repeats) for x in (k, v))
+            logits = logits_of(dot(grid, q[h], keys, (1, 1)))
+            peak = jnp.maximum(peaks[h], logits.max(-1, keepdims=True))
+            weights, fade = jnp.exp(logits - peak), jnp.exp(peaks[h] - peak)
+            sums[h] = sums[h] * fade + dot(grid, weights.astype(values.dtype), values, (1, 0))
+            totals[h] = totals[h] * fade + weights.sum(-1, keepdims=True)
+            peaks[h] = peak
+
+    @pl.when(step == grid.steps - 1)
+    def _():
+        for h in range(grid.together):
+            found = totals[h] > 0
+            total = jnp.where(found, totals[h], 1)
+            out[h] = (sums[h] / total).astype(out.dtype)
+            lse[h] = turned(jnp.where(found, jnp.log(total) + peaks[h], -jnp.inf))
+
+
+def pull_back_to_queries(grid: Grid, with_bias: bool, lists, q, d_out, lse, delta, *refs) -> None:
+    refs = iter(refs)
+    k, v = take(refs, grid.slots), take(refs, grid.slots)
+    rows = next(refs) if grid.added else None
+    d_q = next(refs)
+    d_rows = next(refs) if with_bias else None
+    sums, lses, deltas = refs
+    place = [pl.program_id(axis) for axis in range(4)]
+    first, step = place[2] * grid.options.block_size, place[3]
+
+    @pl.when(step == 0)
+    def _():
+        sums[...] = jnp.zeros_like(sums)
+        for h in range(grid.together):
+            lses[h], deltas[h] = turned(lse[h]), turned(delta[h])
+
+    listed = [lists[grid.at(*place) + slot] for slot in range(grid.slots)]
+    if with_bias:
+        d_rows[...] = jnp.zeros_like(d_rows)
+
+    @pl.when(some(listed))
+    def _():
+        size = grid.options.block_size
+        shape = size, grid.slots * size
+        query = first + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+        logits_of = masked(grid, query, positions(listed, shape, 1, size), None if rows is None else rows[...])
+
+        for h in range(grid.together):
+            keys, values = (stacked(x, h // grid.repeats) for x in (k, v))
+            weights = jnp.exp(logits_of(dot(grid, q[h], keys, (1, 1))) - lses[h])
+            d_logits = weights * (dot(grid, d_out[h], values, (1, 1)) - deltas[h])
+            sums[h] += dot(grid, d_logits.astype(keys.dtype), keys, (1, 0))
+            if with_bias:
+                d_rows[...] += d_logits.sum(0, keepdims=True)
+
+    @pl.when(step == grid.steps - 1)
+    def _():
+        d_q[...] = (grid.options.scale * sums[...]).astype(d_q.dtype)
+
+
+def pull_back_to_keys(grid: Grid, slots: int, steps: int, key, entries, *refs) -> None:
+    """Blocks of weights are `[keys, queries]`: numbers of the queries are rows, and no product is of a transpose."""
+    refs = iter(refs)
+    q, d_out = take(refs, slots), take(refs, slots)
+    lse, delta, k, v = take(refs, 4)
+    rows = take(refs, slots) if grid.added else None
+    d_k, d_v, k_sums, v_sums = refs
+    step = pl.program_id(2)
+    at = grid.place(pl.program_id(0), pl.program_id(1), grid.lists) * steps
+    block = key[at + step]
+
+    @pl.when((step == 0) | (key[at + jnp.maximum(step - 1, 0)] != block))
+    def _():
+        k_sums[...] = jnp.zeros_like(k_sums)
+        v_sums[...] = jnp.zeros_like(v_sums)
+
+    listed = [entries[(at + step) * slots + slot] for slot in range(slots)]
+
+    @pl.when(some(listed))
+    def _():
+        size = grid.options.block_size
+        shape = size, slots * size
+        queries = [jnp.where(entry < 0, -1, jax.lax.div(entry, grid.n)) for entry in listed]
+        query = positions(queries, shape, 1, size)
+        keys = block * size + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+        added = None
+        if rows is not None:
+            added = turned(rows[0][...])
+            for slot in range(1, slots):
+                lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+                added = jnp.where(lane < slot * size, added, turned(rows[slot][...]))
+        logits_of = masked(grid, query, keys, added)
+
+        for h in range(grid.together):
+            g = h // grid.repeats
+            one_q, one_d = stacked(q, h), stacked(d_out, h)
+            weights = jnp.exp(logits_of(dot(grid, k[g], one_q, (1, 1))) - lse[h])
+            d_logits = weights * (dot(grid, v[g], one_d, (1, 1)) - delta[h])
+            k_sums[g] += dot(grid, d_logits.astype(one_q.dtype), one_q, (1, 0))
+            v_sums[g] += dot(grid, weights.astype(one_d.dtype), one_d, (1, 0))
+
+    @pl.when((step == steps - 1) | (key[at + jnp.minimum(step + 1, steps - 1)] != block))
+    def _():
+        d_k[...] = (grid.options.scale * k_sums[...]).astype(d_k.dtype)
+        d_v[...] = v_sums[...].astype(d_v.dtype)
+
+
+# A position that no list has: a block that is not there begins here.
+NOWHERE = 1 << 29
+
+
+def positions(listed: list, shape: tuple[int, int], axis: int, size: int) -> jax.Array:
+    """The positions of the tokens of the listed blocks, int32 `shape`, one after the other along an axis."""
+    offset = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+    found = offset
+    for slot, block in enumerate(listed):
+        start = jnp.where(block < 0, NOWHERE, block * size) - slot * size
+        found = start + offset if slot == 0 else jnp.where(offset < slot * size, found, start + offset)
+    return found
+
+
+def masked(grid: Grid, query: jax.Array, key: jax.Array, added: jax.Array | None):
+    """The function that makes logits of products of queries and keys at these positions."""
+    seen = (query < NOWHERE) & (key < grid.options.keys)
+    visible = grid.options.seen(query, key)
+    seen = seen if visible is None else seen & visible
+
+    def logits(product):
+        product *= grid.options.scale
+        return jnp.where(seen, product if added is None else product + added, -jnp.inf)
+
+    return logits
+
+
+def some(listed: list) -> jax.Array:
+    """Whether a block is there."""
+    found = listed[0] >= 0
+    for block in listed[1:]:
+        found |= block >= 0
+    return found
+
+
+def stacked(refs: list, head: int) -> jax.Array:
+    return refs[0][head] if len(refs) == 1 else jnp.concatenate([x[head] for x in refs], axis=0)
+
+
+def turned(x: jax.Array) -> jax.Array:
+    """A column `[n, 1]` as a row `[1, n]`, or the other way round."""
+    n, axis = max(x.shape), 0 if x.shape[1] == 1 else 1
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, (n, n), a) for a in (0, 1))
+    return jnp.where(row == column, x, 0).sum(axis, keepdims=True)
+
+
+def dot(grid: Grid, x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
+    """The product that contracts an axis of each, in float32; bfloat16 factors have no other precision."""
+    precision = grid.options.precision if x.dtype == y.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        x, y, (((axes[0],), (axes[1],)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def take(refs: Iterator, count: int) -> list:
+    return [next(refs) for _ in range(count)]
