@@ -11,7 +11,7 @@ from efficient_tx.kernels.op import Op
 from efficient_tx.kernels.shapes import check_shapes
 from efficient_tx.tokens.mask import bool_mask
 
-OP = Op("block_attention", ("pallas_tpu", "xla", "reference"))
+OP = Op("block_attention", ("pallas_tpu", "pallas_gpu", "xla", "reference"))
 
 
 def block_attention(

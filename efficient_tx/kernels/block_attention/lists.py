@@ -54,8 +54,8 @@ def transposed(blocks: jax.Array, key_blocks: int, slots: int) -> tuple[jax.Arra
     """The lists of the key blocks, which query blocks list them, cut into steps of `slots` entries of one key block.
 
     Returns:
-      The key block of each step in ascending order, int32 `[..., steps]`, every key block at least once; and the entries
-      of the steps as in `by_key_block`, `[..., steps, slots]`, −1 for none.
+      The key block of each step in ascending order, int32 `[..., steps]`, every key block at least once; and the
+      entries of the steps as in `by_key_block`, `[..., steps, slots]`, −1 for none.
     """
     *lead, queries, n = blocks.shape
     entries, starts = (x.reshape(-1, x.shape[-1]) for x in by_key_block(blocks, key_blocks))

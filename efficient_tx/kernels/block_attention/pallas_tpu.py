@@ -96,10 +96,10 @@ def backward(
     with_bias = bias is not None and options.trained_bias
 
     by_query = [(x, grid.of_queries(x.shape[3])) for x in (q, d_out)]
+    by_query += [(x, grid.of_query_rows()) for x in (lse, delta)]
     d_q, *d_rows = grid.by_query(
         partial(pull_back_to_queries, grid, with_bias),
-        [*by_query, *((x, grid.of_query_rows()) for x in (lse, delta)), *grid.listed(k), *grid.listed(v)]
-        + grid.rows(rows),
+        [*by_query, *grid.listed(k), *grid.listed(v), *grid.rows(rows)],
         [(q.shape, q.dtype, grid.of_queries(q.shape[3])), *grid.d_rows(with_bias)],
         [(grid.together, options.block_size, x) for x in (q.shape[3], 1, 1)],
         blocks,
@@ -272,8 +272,8 @@ class Grid:
         scratch = [(self.groups, size, x.shape[3]) for x in (k, v)]
         entries = with_repeats(entries.reshape(*self.lists, steps, slots)).reshape(-1)
         sums = self.call(
-            partial(kernel, slots, steps), (self.batch, self.each, steps), [key.reshape(-1), entries], operands, results,
-            scratch, (6 * q.shape[3] + 4 * v.shape[3], slots * size), interpret,
+            partial(kernel, slots, steps), (self.batch, self.each, steps), [key.reshape(-1), entries], operands,
+            results, scratch, (6 * q.shape[3] + 4 * v.shape[3], slots * size), interpret,
         )  # fmt: skip
         shape = self.batch, -1, self.share
         return [x if self.share == 1 else x.reshape(*shape, *x.shape[2:]).sum(2).astype(k.dtype) for x in sums]
