@@ -8,21 +8,22 @@ import jax.numpy as jnp
 
 # Primitives that Pallas kernels have on blocks of integers and bools on all platforms. Not `sign`, a part of the
 # operator `//`: jax asks the default device what a TPU has for it, also if the program is for another one.
-ELEMENTWISE = set(
-    "abs add and broadcast_in_dim convert_element_type copy div eq ge gt le lt max min mul ne neg not or rem select_n"
-    " shift_left shift_right_arithmetic shift_right_logical square sub xor".split()  # noqa: SIM905 as one text
-)
+ELEMENTWISE = {
+    "abs", "add", "and", "broadcast_in_dim", "convert_element_type", "copy", "div", "eq", "ge", "gt", "le",
+    "lt", "max", "min", "mul", "ne", "neg", "not", "or", "rem", "select_n", "shift_left",
+    "shift_right_arithmetic", "shift_right_logical", "square", "sub", "xor",
+}  # fmt: skip
 
 
 class Options(NamedTuple):
     """Static and hashable; see `block_attention`.
 
     Every implementation takes the operands q `[batch, padded queries, heads, head_dim]`, k `[batch, padded keys,
-    groups, head_dim]`, v `[batch, padded keys, groups, v_dim]`, the key mask bool `[batch, padded keys]` or None, blocks int32
-    `[batch or 1, heads or 1, query blocks, n]`, and the bias `[batch, heads or 1, query blocks, n, 1 or block_size]` or
-    None. Lengths are padded to whole blocks, masked keys and values are zero. It returns the output `[batch, padded
-    queries, heads, v_dim]` in the dtype of q and the log-sum-exp `[batch, padded queries, heads]` in float32 at least.
-    Nothing is saved for the backward pass but these.
+    groups, head_dim]`, v `[batch, padded keys, groups, v_dim]`, the key mask bool `[batch, padded keys]` or None, blocks
+    int32 `[batch or 1, heads or 1, query blocks, n]`, and the bias `[batch, heads or 1, query blocks, n, 1 or
+    block_size]` or None. Lengths are padded to whole blocks, masked keys and values are zero. It returns the output
+    `[batch, padded queries, heads, v_dim]` in the dtype of q and the log-sum-exp `[batch, padded queries, heads]` in
+    float32 at least. Nothing is saved for the backward pass but these.
 
     Attributes:
       queries, keys: the numbers without padding.

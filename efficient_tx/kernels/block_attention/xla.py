@@ -1,9 +1,9 @@
 """Block attention in XLA: memory linear in the lengths, forward and backward.
 
 A row is one block of queries with all its heads. Rows are independent: a chunk of rows, of any examples, gathers its
-key blocks and computes one batched product. So small blocks cost no more than large ones, and no whole array is transposed.
-A row processes all its keys at once and needs no running maximum. The backward pass recomputes the weights from the
-saved log-sum-exp. On a CPU the weights of a chunk fit in the cache; elsewhere few chunks are large.
+key blocks and computes one batched product. So small blocks cost no more than large ones, and no whole array is
+transposed. A row processes all its keys at once and needs no running maximum. The backward pass recomputes the weights
+from the saved log-sum-exp. On a CPU the weights of a chunk fit in the cache; elsewhere few chunks are large.
 
 A chunk of weights is never the transposed left factor of a product, because XLA's CPU backend runs that at a quarter of
 the speed. So the cotangents of keys and values are summed as `[dim, block]`.
