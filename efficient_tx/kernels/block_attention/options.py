@@ -19,7 +19,7 @@ class Options(NamedTuple):
     """Static and hashable; see `block_attention`.
 
     Every implementation takes the operands q `[batch, padded queries, heads, head_dim]`, k `[batch, padded keys,
-    groups, head_dim]`, v `[batch, padded keys, groups, v_dim]`, the key mask bool `[batch, padded keys]` or None, blocks
+    groups, head_dim]`, v `[batch, padded keys, groups, v_dim]`, a mask bool `[batch, padded keys]` or None, blocks
     int32 `[batch or 1, heads or 1, query blocks, n]`, and the bias `[batch, heads or 1, query blocks, n, 1 or
     block_size]` or None. Lengths are padded to whole blocks, masked keys and values are zero. It returns the output
     `[batch, padded queries, heads, v_dim]` in the dtype of q and the log-sum-exp `[batch, padded queries, heads]` in

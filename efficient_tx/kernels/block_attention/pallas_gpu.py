@@ -155,7 +155,7 @@ class Call:
         )
 
     def lists(self, blocks: jax.Array, rows: jax.Array | None) -> tuple[list, jax.Array]:
-        """The listed blocks, how many, and what is added to their logits; their order, in which absent ones are last."""
+        """The listed blocks, how many, and what is added to their logits; their order: absent ones last."""
         order = jnp.argsort(blocks < 0, axis=-1, stable=True)
         operands = [jnp.take_along_axis(blocks, order, axis=-1), (blocks >= 0).sum(-1, keepdims=True, dtype=jnp.int32)]
         if rows is not None:
