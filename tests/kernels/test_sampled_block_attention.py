@@ -36,7 +36,10 @@ def formula(q, k, v, choice, sizes):
 
 
 def drawn(r, queries, keys, sizes, samples):
-    """Any choice for two sequences: rows in any order, some empty, one query in none; samples in and out of a block."""
+    """Any choice for two sequences: rows in any order, some empty, one query in none; samples in and out of a block.
+
+    Of two groups, one sees the blocks of even and the other those of odd number.
+    """
     q_rows, k_rows = -(-queries // sizes.tile) * sizes.tile + sizes.tile, -(-keys // sizes.block) * sizes.block
     orders, places = [], []
     for n, rows in ((queries, q_rows), (keys, k_rows)):
@@ -49,9 +52,11 @@ def drawn(r, queries, keys, sizes, samples):
         orders, places = [*orders, order], [*places, place]
     left_out = orders[0][0, places[0][0, 0]]
     orders[0][0, places[0][0, left_out]], places[0][0, left_out] = queries, q_rows
-    block = r.integers(0, k_rows // sizes.block, (2, q_rows))
+    blocks = k_rows // sizes.block
+    group = r.integers(0, min(blocks, 2), (2, q_rows // sizes.tile))
+    of_row = group.repeat(sizes.tile, axis=1)
+    block = of_row + 2 * r.integers(0, (blocks - of_row + 1) // 2)
     block[orders[0] == queries] = -1
-    group = r.integers(0, 2, (2, q_rows // sizes.tile))
     real = [np.flatnonzero(order < keys) for order in orders[1]]
     sample = np.stack([r.choice(rows, (2, samples)) for rows in real])
     offset = np.where(r.random(sample.shape) < 0.3, -np.inf, r.normal(size=sample.shape))

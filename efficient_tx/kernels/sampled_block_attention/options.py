@@ -23,7 +23,8 @@ class Choice(NamedTuple):
       k_order: int32 `[sequences, key rows]`, the key in each row.
       k_place: int32 `[sequences, keys]`, the row of each key.
       block: int32 `[sequences, query rows]`, the block of key rows that a query sees; −1 in empty rows.
-      group: int32 `[sequences, query rows / tile]`, the sample group that the queries of a tile see.
+      group: int32 `[sequences, query rows / tile]`, the sample group that the queries of a tile see; all queries that
+        see one block see one group.
       sample: int32 `[sequences, groups, samples]`, the key rows of the sampled keys.
       offset: `[sequences, groups, samples]`, added to the logits of a sampled key; −inf removes the key.
     """

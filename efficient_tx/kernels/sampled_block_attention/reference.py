@@ -8,14 +8,11 @@ from efficient_tx.kernels.sampled_block_attention.options import Choice, Sizes, 
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def unsupported(*, interpret: bool) -> str | None:
-    """The reason why this implementation does not support the request, or None."""
-    return "interpret=True is for Pallas kernels, the plain formula has nothing to interpret" if interpret else None
+def unsupported(sizes: Sizes, *operands: jax.Array) -> None:
+    """The plain formula supports everything."""
 
 
-def forward(
-    sizes: Sizes, q: jax.Array, k: jax.Array, v: jax.Array, choice: Choice
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+def forward(sizes: Sizes, q: jax.Array, k: jax.Array, v: jax.Array, choice: Choice) -> tuple[jax.Array, jax.Array]:
     """Output and log-sum-exp; see `sampled_block_attention`."""
 
     def sequence(q, k, v, choice):

@@ -4,26 +4,47 @@ Memory is linear in the length, and the backward pass recomputes the weights. It
 tile of queries with the blocks that its rows see; rows are sorted by block, so these are few. As in
 `kernels/flash_attention/xla.py`, no block of weights is the transposed left factor of a product, which XLA's CPU
 backend runs at a quarter of the speed. So the cotangents of keys and values are summed as `[dim, keys]`.
+
+That is the form for CPUs; on GPUs and TPUs all sequences are computed at once, as in regrouped.py.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from efficient_tx.kernels.block_attention import xla as batched
+from efficient_tx.kernels.sampled_block_attention import regrouped
 from efficient_tx.kernels.sampled_block_attention.options import Choice, Sizes, rows_of
 
 
-def unsupported(*, interpret: bool) -> str | None:
-    """The reason why this implementation does not support the request, or None."""
-    return "interpret=True is for Pallas kernels, an XLA program has nothing to interpret" if interpret else None
+def unsupported(options: Sizes, *operands: jax.Array) -> None:
+    """It supports everything."""
 
 
-def forward(
-    sizes: Sizes, q: jax.Array, k: jax.Array, v: jax.Array, choice: Choice
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+def sizes(options: Sizes, *operands: jax.Array) -> None:
+    """Its blocks are those of the arguments."""
+
+
+def forward(options: Sizes, sizes: None, *operands) -> tuple[tuple[jax.Array, jax.Array], None]:
     """Output and log-sum-exp; see `sampled_block_attention`."""
+    outputs = jax.lax.platform_dependent(
+        *operands, cpu=partial(serial_forward, options), default=partial(regrouped.forward, batched, options)
+    )
+    return outputs, None
 
+
+def backward(options: Sizes, sizes: None, operands: tuple, outputs: tuple, saved: None, cotangents: tuple) -> tuple:
+    """Cotangents of q, k and v, and None for the choice."""
+    d_arrays = jax.lax.platform_dependent(
+        operands, outputs, cotangents,
+        cpu=partial(serial_backward, options), default=partial(regrouped.backward, batched, options),
+    )  # fmt: skip
+    return *d_arrays, None
+
+
+def serial_forward(sizes: Sizes, q: jax.Array, k: jax.Array, v: jax.Array, choice: Choice) -> tuple:
     def sequence(operands):
         q, k, v, choice = operands
         q, k, v = rows_of(q, choice.q_order), *(rows_of(x, choice.k_order) for x in (k, v))
@@ -60,8 +81,8 @@ def forward(
     return jax.lax.map(sequence, (q, k, v, choice))
 
 
-def backward(sizes, q, k, v, choice, out, lse, d_out, d_lse):
-    """Cotangents of q, k and v."""
+def serial_backward(sizes: Sizes, operands: tuple, outputs: tuple, cotangents: tuple) -> tuple:
+    (q, k, v, choice), (out, lse), (d_out, d_lse) = operands, outputs, cotangents
     # With the weights w of a row, d_logits = w ⊙ (d_out vᵀ − delta).
     delta = jnp.sum(out * d_out, axis=-1) - d_lse
     lse = jnp.where(jnp.isfinite(lse), lse, 0)  # a query without keys has only logits of −inf
