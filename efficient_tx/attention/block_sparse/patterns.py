@@ -133,7 +133,8 @@ class Elsewhere(NamedTuple):
     causal: bool
 
     def __call__(self, i: jax.Array, end: jax.Array) -> jax.Array:
-        own, block = i // self.stride, end // self.summary
+        # Positions are not negative, and the operator // takes more than TPU kernels have.
+        own, block = (jax.lax.div(x, jnp.full_like(x, n)) for x, n in ((i, self.stride), (end, self.summary)))
         return block < own if self.causal else block != own
 
 

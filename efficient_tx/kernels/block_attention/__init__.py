@@ -1,6 +1,7 @@
 """block_attention: softmax attention of query blocks to listed key blocks."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ def block_attention(
     implementation: str | None = None,
     interpret: bool = False,
     precision: jax.lax.PrecisionLike = None,
+    block_sizes: Any = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Softmax attention in which each block of queries sees only the blocks of keys listed for it.
 
@@ -52,13 +54,15 @@ def block_attention(
         Differentiable.
       visible: a finer pattern within the listed blocks: `visible(query, key)` gets two broadcastable int32 arrays of
         positions, counted from 0 in q and in k, and returns a bool array, True if the query sees the key. A hashable
-        function that depends only on its arguments.
+        function that depends only on its arguments; in Pallas kernels one of comparisons, arithmetic and `%`.
       return_lse: whether to return (output, log-sum-exp of the logits over the keys).
-      implementation: "reference" (the plain formula, memory queries × keys, differentiable in both modes), "xla"
-        (memory linear in the lengths, reverse mode only), or None: the best one that supports the arguments.
+      implementation: "reference" (the plain formula, memory queries × keys, differentiable in both modes), "xla",
+        "pallas_tpu", "pallas_gpu" (memory linear in the lengths, reverse mode only), or None: on each platform the best
+        one that supports the arguments.
       interpret: whether to run a Pallas kernel in interpret mode.
       precision: precision of the matrix products; None means full float32 (or float64), also on devices that round by
         default.
+      block_sizes: `BlockSizes` of the Pallas implementation that is named, or None: its own.
 
     Returns:
       `[batch, queries, heads, v_dim]` in the dtype of q, zero for a query without keys; with `return_lse` also
@@ -91,7 +95,7 @@ def block_attention(
         precision=jax.lax.Precision.HIGHEST if precision is None else precision,
     )
     arrays = *(pad(x, block_size) for x in (q, k, v)), mask, jnp.asarray(blocks, jnp.int32), bias
-    out, lse = OP(implementation, options, *arrays, interpret=interpret)
+    out, lse = OP(implementation, options, *arrays, interpret=interpret, sizes=block_sizes)
     out = out[:, :queries]
     return (out, lse[:, :queries]) if return_lse else out
 

@@ -55,8 +55,8 @@ def unsupported(options: Options, q, k, v, mask, blocks, bias) -> str | None:
 
 def sizes(options: Options, q, k, v, *others: Any) -> BlockSizes:
     if q.dtype == jnp.float32:
-        return BlockSizes(32, 32, 32, 32) if max(q.shape[3], v.shape[3]) > 64 else BlockSizes(64, 32, 32, 32)
-    return BlockSizes() if max(q.shape[3], v.shape[3]) <= 128 else BlockSizes(32, 32, 32, 32)
+        return BlockSizes(64, 32, 32, 32, warps=8)
+    return BlockSizes() if max(q.shape[3], v.shape[3]) <= 128 else BlockSizes(32, 32, 32, 32, warps=8)
 
 
 def forward(

@@ -20,8 +20,8 @@ from efficient_tx.kernels.block_attention.options import Options
 # 1 MB of float32 weights per chunk. On two AVX-512 cores with 1 MB of L2 cache each, a quarter and four times of it are
 # slower at most block sizes.
 CHUNK_AREA = 512 * 512
-# 128 MB of float32 weights per chunk: enough for all units of a GPU or TPU.
-ACCELERATOR_AREA = 1 << 25
+# 64 MB of float32 weights per chunk: enough for all units of a GPU or TPU.
+ACCELERATOR_AREA = 1 << 24
 
 
 def unsupported(options: Options, *operands: jax.Array) -> None:
