@@ -204,7 +204,7 @@ class Call:
 
     def call(self, kernel, grid, operands, results, flops: int) -> list[jax.Array]:
         arrays, in_specs = zip(*operands)
-        shapes = [result(shape, dtype, *arrays) for shape, dtype, _ in results]
+        shapes = [result(shape, dtype, arrays) for shape, dtype, _ in results]
         batch, length, heads, _ = self.queries
         weights = batch * length * heads * self.n * self.options.block_size
         return pl.pallas_call(

@@ -284,7 +284,7 @@ class Grid:
         weights = self.options.block_size * width * self.together
         for count in grid:
             weights *= count
-        shapes = [result(shape, dtype, *arrays, *lists) for shape, dtype, _ in results]
+        shapes = [result(shape, dtype, (arrays, lists)) for shape, dtype, _ in results]
         return pl.pallas_call(
             kernel,
             shapes,
