@@ -7,7 +7,7 @@ sorted by them, so each is loaded once, and sums stay in VMEM. Formulas are in x
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -60,22 +60,24 @@ def forward(
     """Output and log-sum-exp; operands as in `Options`."""
     rows = added(options, mask, blocks, bias)
     grid = Grid.of(options, sizes, q, k, v, blocks, rows)
-    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    dim, v_dim = grid.dim, grid.v_dim
+    q, k, v = map(grid.laid, (q, k, v))
     shape = grid.batch, grid.heads, grid.query_blocks
-    width = grid.slots * options.block_size
+    length = grid.query_blocks * options.block_size
+    of_out = (v_dim, length) if grid.last(v_dim) else (length, v_dim)
     out, lse = grid.by_query(
         partial(attend, grid),
-        [(q, grid.of_queries(q.shape[3])), *grid.listed(k), *grid.listed(v), *grid.rows(rows)],
+        [(q, grid.of_queries(dim)), *grid.listed(k, dim), *grid.listed(v, v_dim), *grid.rows(rows)],
         [
-            (q.shape[:3] + v.shape[3:], q.dtype, grid.of_queries(v.shape[3])),
+            ((*shape[:2], *of_out), q.dtype, grid.of_queries(v_dim)),
             ((*shape, 1, options.block_size), jnp.float32, grid.of_query_rows()),
         ],
-        [(grid.together, options.block_size, x) for x in (v.shape[3], 1, 1)],
+        [(grid.together, options.block_size, x) for x in (v_dim, 1, 1)],
         blocks,
-        (4 * (q.shape[3] + v.shape[3]), width),
+        (4 * (dim + v_dim), grid.slots * options.block_size),
         interpret,
     )
-    return (out.swapaxes(1, 2), lse.reshape(*shape[:2], -1).swapaxes(1, 2)), None
+    return (grid.unlaid(out, v_dim), lse.reshape(*shape[:2], -1).swapaxes(1, 2)), None
 
 
 def backward(
@@ -89,21 +91,22 @@ def backward(
     lse = jnp.where(jnp.isfinite(lse), lse, 0)  # a query without keys has logits −inf
     rows = added(options, mask, blocks, bias)
     grid = Grid.of(options, sizes, q, k, v, blocks, rows)
-    q, k, v, d_out = (x.swapaxes(1, 2) for x in (q, k, v, d_out))
+    dim, v_dim = grid.dim, grid.v_dim
+    q, k, v, d_out = map(grid.laid, (q, k, v, d_out))
     lse, delta = (
         x.swapaxes(1, 2).reshape(grid.batch, grid.heads, grid.query_blocks, 1, -1) for x in (lse, delta)
     )  # fmt: skip
     with_bias = bias is not None and options.trained_bias
 
-    by_query = [(x, grid.of_queries(x.shape[3])) for x in (q, d_out)]
+    by_query = [(q, grid.of_queries(dim)), (d_out, grid.of_queries(v_dim))]
     by_query += [(x, grid.of_query_rows()) for x in (lse, delta)]
     d_q, *d_rows = grid.by_query(
         partial(pull_back_to_queries, grid, with_bias),
-        [*by_query, *grid.listed(k), *grid.listed(v), *grid.rows(rows)],
-        [(q.shape, q.dtype, grid.of_queries(q.shape[3])), *grid.d_rows(with_bias)],
-        [(grid.together, options.block_size, x) for x in (q.shape[3], 1, 1)],
+        [*by_query, *grid.listed(k, dim), *grid.listed(v, v_dim), *grid.rows(rows)],
+        [(q.shape, q.dtype, grid.of_queries(dim)), *grid.d_rows(with_bias)],
+        [(grid.together, options.block_size, x) for x in (dim, 1, 1)],
         blocks,
-        (6 * q.shape[3] + 4 * v.shape[3], grid.slots * options.block_size),
+        (6 * dim + 4 * v_dim, grid.slots * options.block_size),
         interpret,
     )
     d_k, d_v = grid.by_key(partial(pull_back_to_keys, grid), q, k, v, d_out, lse, delta, rows, blocks, interpret)
@@ -112,14 +115,19 @@ def backward(
         d_rows = d_rows[0].reshape(*d_rows[0].shape[:3], -1, options.block_size)[:, :, :, : blocks.shape[3]]
         d_bias = d_rows.sum(1, keepdims=True) if bias.shape[1] == 1 else d_rows
         d_bias = d_bias if bias.shape[-1] > 1 else d_bias.sum(-1, keepdims=True)
-    return d_q.swapaxes(1, 2), d_k.swapaxes(1, 2), d_v.swapaxes(1, 2), None, None, d_bias
+    d_q, d_k, d_v = map(grid.unlaid, (d_q, d_k, d_v), (dim, dim, v_dim))
+    return d_q, d_k, d_v, None, None, d_bias
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """The grid of a pass and the blocks of its operands, `[batch, heads, length, dim]`.
+    """The grid of a pass and the blocks of its operands.
+
+    Those are `[batch, heads, length, dim]`, or `[batch, heads, dim, length]` where this takes less memory: the last
+    axis is padded to 128, and a block of it has 128 numbers or a multiple.
 
     Attributes:
+      dim, v_dim: of queries and keys, and of values.
       groups, repeats: heads of keys of a program, and query heads of each.
       each: programs of an example.
       share: neighbouring programs that have the same keys, because every query head has its own list.
@@ -128,6 +136,8 @@ class Grid:
     """
 
     options: Options
+    dim: int
+    v_dim: int
     batch: int
     heads: int
     query_blocks: int
@@ -157,8 +167,8 @@ class Grid:
         else:
             together, repeats, each, share = 1, 1, heads, heads // groups
         return cls(
-            options, batch, heads, length // size, k.shape[1] // size, blocks.shape[3], together, repeats, each, share,
-            blocks.shape[:2], None if rows is None else rows.shape[:2], slots, sizes.tokens,
+            options, dim, v.shape[3], batch, heads, length // size, k.shape[1] // size, blocks.shape[3], together,
+            repeats, each, share, blocks.shape[:2], None if rows is None else rows.shape[:2], slots, sizes.tokens,
         )  # fmt: skip
 
     @property
@@ -178,23 +188,47 @@ class Grid:
         """Where in the flat lists those of a step start."""
         return ((self.place(b, p, self.lists) * self.query_blocks + i) * self.steps + step) * self.slots
 
+    def last(self, dim: int) -> bool:
+        """Whether the length is the last axis."""
+        return dim % 128 != 0 and self.options.block_size % 128 == 0
+
+    def laid(self, x: jax.Array) -> jax.Array:
+        """`[batch, length, heads, dim]` as the operand of a pass."""
+        return x.transpose((0, 2, 3, 1) if self.last(x.shape[3]) else (0, 2, 1, 3))
+
+    def unlaid(self, x: jax.Array, dim: int) -> jax.Array:
+        """The inverse."""
+        return x.transpose((0, 3, 1, 2) if self.last(dim) else (0, 2, 1, 3))
+
+    def spec(self, heads: int, dim: int, place: Callable) -> pl.BlockSpec:
+        """A block of tokens of some heads; `place` returns the indices of example, heads and block."""
+        size = self.options.block_size
+        if not self.last(dim):
+            return pl.BlockSpec((None, heads, size, dim), lambda *at: (*place(*at), 0))
+
+        def index(*at):
+            b, h, block = place(*at)
+            return b, h, 0, block
+
+        return pl.BlockSpec((None, heads, dim, size), index)
+
     def of_queries(self, dim: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, self.together, self.options.block_size, dim), lambda b, p, i, step, _: (b, p, i, 0))
+        return self.spec(self.together, dim, lambda b, p, i, step, _: (b, p, i))
 
     def of_query_rows(self) -> pl.BlockSpec:
         """Numbers of the queries, `[batch, heads, query blocks, 1, block_size]`."""
         shape = None, self.together, None, 1, self.options.block_size
         return pl.BlockSpec(shape, lambda b, p, i, step, _: (b, p, i, 0, 0))
 
-    def listed(self, x: jax.Array) -> list:
+    def listed(self, x: jax.Array, dim: int) -> list:
         """The array once for every slot."""
 
         def spec(slot):
             def index(b, p, i, step, listed):
                 block = listed[self.at(b, p, i, step) + slot]
-                return b, jax.lax.div(p, self.share), jnp.maximum(block, ~block), 0
+                return b, jax.lax.div(p, self.share), jnp.maximum(block, ~block)
 
-            return pl.BlockSpec((None, self.groups, self.options.block_size, x.shape[3]), index)
+            return self.spec(self.groups, dim, index)
 
         return [(x, spec(slot)) for slot in range(self.slots)]
 
@@ -239,11 +273,11 @@ class Grid:
             number = entries[at(b, p, step) * slots + slot]
             return jnp.maximum(number, ~number)
 
-        def of_query(x, slot):
+        def of_query(slot, dim):
             def index(b, p, step, key, entries):
-                return b, p, jax.lax.div(entry(b, p, step, entries, slot), self.n), 0
+                return b, p, jax.lax.div(entry(b, p, step, entries, slot), self.n)
 
-            return x, pl.BlockSpec((None, self.together, size, x.shape[3]), index)
+            return self.spec(self.together, dim, index)
 
         def of_entry(slot):
             x = rows.reshape(-1, self.query_blocks * self.n, 1, size)
@@ -253,27 +287,30 @@ class Grid:
 
             return x, pl.BlockSpec((None, None, 1, size), index)
 
-        def of_key(x, share):
+        def of_key(share, dim):
             def index(b, p, step, key, entries):
-                return b, jax.lax.div(p, share), key[at(b, p, step)], 0
+                return b, jax.lax.div(p, share), key[at(b, p, step)]
 
-            return pl.BlockSpec((None, self.groups, size, x.shape[3]), index)
+            return self.spec(self.groups, dim, index)
 
         numbers = pl.BlockSpec((None, self.together, None, 1, slots * size), lambda b, p, step, *_: (b, p, step, 0, 0))
         operands = [
-            *(of_query(x, slot) for x in (q, d_out) for slot in range(slots)),
+            *((x, of_query(slot, dim)) for x, dim in ((q, self.dim), (d_out, self.v_dim)) for slot in range(slots)),
             *((of_steps(x), numbers) for x in (lse, delta)),
-            *((x, of_key(x, self.share)) for x in (k, v)),
+            *((x, of_key(self.share, dim)) for x, dim in ((k, self.dim), (v, self.v_dim))),
             *([] if rows is None else map(of_entry, range(slots))),
         ]
         # With lists of their own, query heads that share keys have parts of the sums.
         parts = jnp.float32 if self.share > 1 else k.dtype
-        results = [((self.batch, self.each * self.groups, *x.shape[2:]), parts, of_key(x, 1)) for x in (k, v)]
-        scratch = [(self.groups, size, x.shape[3]) for x in (k, v)]
+        results = [
+            ((self.batch, self.each * self.groups, *x.shape[2:]), parts, of_key(1, dim))
+            for x, dim in ((k, self.dim), (v, self.v_dim))
+        ]
+        scratch = [(self.groups, size, dim) for dim in (self.dim, self.v_dim)]
         entries = with_repeats(entries.reshape(*self.lists, steps, slots)).reshape(-1)
         sums = self.call(
             partial(kernel, slots, steps), (self.batch, self.each, steps), [key.reshape(-1), entries], operands,
-            results, scratch, (6 * q.shape[3] + 4 * v.shape[3], slots * size), interpret,
+            results, scratch, (6 * self.dim + 4 * self.v_dim, slots * size), interpret,
         )  # fmt: skip
         shape = self.batch, -1, self.share
         return [x if self.share == 1 else x.reshape(*shape, *x.shape[2:]).sum(2).astype(k.dtype) for x in sums]
@@ -332,8 +369,8 @@ def attend(grid: Grid, lists, q, *refs) -> None:
         logits_of = masked(grid, query, positions(listed, shape, 1, size), None if rows is None else rows[...])
 
         for h in range(grid.together):
-            keys, values = (stacked(x, h // grid.repeats) for x in (k, v))
-            logits = logits_of(dot(grid, q[h], keys, (1, 1)))
+            keys, values = (stacked(x, h // grid.repeats, size) for x in (k, v))
+            logits = logits_of(dot(grid, tokens(q, h, size), keys, (1, 1)))
             peak = jnp.maximum(peaks[h], logits.max(-1, keepdims=True))
             weights, fade = jnp.exp(logits - peak), jnp.exp(peaks[h] - peak)
             sums[h] = sums[h] * fade + dot(grid, weights.astype(values.dtype), values, (1, 0))
@@ -345,7 +382,7 @@ def attend(grid: Grid, lists, q, *refs) -> None:
         for h in range(grid.together):
             found = totals[h] > 0
             total = jnp.where(found, totals[h], 1)
-            out[h] = (sums[h] / total).astype(out.dtype)
+            put(out, h, sums[h] / total)
             lse[h] = turned(jnp.where(found, jnp.log(total) + peaks[h], -jnp.inf))
 
 
@@ -377,16 +414,17 @@ def pull_back_to_queries(grid: Grid, with_bias: bool, lists, q, d_out, lse, delt
         logits_of = masked(grid, query, positions(listed, shape, 1, size), None if rows is None else rows[...])
 
         for h in range(grid.together):
-            keys, values = (stacked(x, h // grid.repeats) for x in (k, v))
-            weights = jnp.exp(logits_of(dot(grid, q[h], keys, (1, 1))) - lses[h])
-            d_logits = weights * (dot(grid, d_out[h], values, (1, 1)) - deltas[h])
+            keys, values = (stacked(x, h // grid.repeats, size) for x in (k, v))
+            weights = jnp.exp(logits_of(dot(grid, tokens(q, h, size), keys, (1, 1))) - lses[h])
+            d_logits = weights * (dot(grid, tokens(d_out, h, size), values, (1, 1)) - deltas[h])
             sums[h] += dot(grid, d_logits.astype(keys.dtype), keys, (1, 0))
             if with_bias:
                 d_rows[...] += d_logits.sum(0, keepdims=True)
 
     @pl.when(step == grid.steps - 1)
     def _():
-        d_q[...] = (grid.options.scale * sums[...]).astype(d_q.dtype)
+        for h in range(grid.together):
+            put(d_q, h, grid.options.scale * sums[h])
 
 
 def pull_back_to_keys(grid: Grid, slots: int, steps: int, key, entries, *refs) -> None:
@@ -424,16 +462,17 @@ def pull_back_to_keys(grid: Grid, slots: int, steps: int, key, entries, *refs) -
 
         for h in range(grid.together):
             g = h // grid.repeats
-            one_q, one_d = stacked(q, h), stacked(d_out, h)
-            weights = jnp.exp(logits_of(dot(grid, k[g], one_q, (1, 1))) - lse[h])
-            d_logits = weights * (dot(grid, v[g], one_d, (1, 1)) - delta[h])
+            one_q, one_d = stacked(q, h, size), stacked(d_out, h, size)
+            weights = jnp.exp(logits_of(dot(grid, tokens(k, g, size), one_q, (1, 1))) - lse[h])
+            d_logits = weights * (dot(grid, tokens(v, g, size), one_d, (1, 1)) - delta[h])
             k_sums[g] += dot(grid, d_logits.astype(one_q.dtype), one_q, (1, 0))
             v_sums[g] += dot(grid, weights.astype(one_d.dtype), one_d, (1, 0))
 
     @pl.when((step == steps - 1) | (key[at + jnp.minimum(step + 1, steps - 1)] != block))
     def _():
-        d_k[...] = (grid.options.scale * k_sums[...]).astype(d_k.dtype)
-        d_v[...] = v_sums[...].astype(d_v.dtype)
+        for g in range(grid.groups):
+            put(d_k, g, grid.options.scale * k_sums[g])
+            put(d_v, g, v_sums[g])
 
 
 # A position that no list has: a block that is not there begins here.
@@ -471,8 +510,19 @@ def some(listed: list) -> jax.Array:
     return found
 
 
-def stacked(refs: list, head: int) -> jax.Array:
-    return refs[0][head] if len(refs) == 1 else jnp.concatenate([x[head] for x in refs], axis=0)
+def tokens(ref: Any, head: int, size: int) -> jax.Array:
+    """A block of a head, `[size, dim]`."""
+    return ref[head] if ref.shape[1] == size else ref[head].T
+
+
+def put(ref: Any, head: int, x: jax.Array) -> None:
+    """Writes `[size, dim]` as `tokens` reads it."""
+    ref[head] = (x if ref.shape[1] == len(x) else x.T).astype(ref.dtype)
+
+
+def stacked(refs: list, head: int, size: int) -> jax.Array:
+    parts = [tokens(ref, head, size) for ref in refs]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=0)
 
 
 def turned(x: jax.Array) -> jax.Array:
