@@ -6,30 +6,20 @@ access, and a step without any block no arithmetic. The pass for keys and values
 sorted by them, so each is loaded once, and sums stay in VMEM. Formulas are in xla.py.
 """
 
-import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from efficient_tx.kernels.block_attention.lists import added, transposed, with_repeats
+from efficient_tx.kernels.block_attention.lists import added
 from efficient_tx.kernels.block_attention.options import Options
-from efficient_tx.kernels.shapes import result
+from efficient_tx.kernels.block_attention.tpu_grid import BlockSizes, Grid
 
 # Lists are in scalar memory, 1 MB on a v5e.
 MOST_LISTED = 1 << 17
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockSizes:
-    """Listed tokens of a step, at least one block, and query heads of a program, if they share a list."""
-
-    tokens: int = 256
-    heads: int = 8
 
 
 def unsupported(options: Options, q, k, v, mask, blocks, bias) -> str | None:
@@ -117,231 +107,6 @@ def backward(
         d_bias = d_bias if bias.shape[-1] > 1 else d_bias.sum(-1, keepdims=True)
     d_q, d_k, d_v = map(grid.unlaid, (d_q, d_k, d_v), (dim, dim, v_dim))
     return d_q, d_k, d_v, None, None, d_bias
-
-
-@dataclasses.dataclass(frozen=True)
-class Grid:
-    """The grid of a pass and the blocks of its operands.
-
-    Those are `[batch, heads, length, dim]`, or `[batch, heads, dim, length]` where this takes less memory: the last
-    axis is padded to 128, and a block of it has 128 numbers or a multiple.
-
-    Attributes:
-      dim, v_dim: of queries and keys, and of values.
-      groups, repeats: heads of keys of a program, and query heads of each.
-      each: programs of an example.
-      share: neighbouring programs that have the same keys, because every query head has its own list.
-      lists: `(batch or 1, programs or 1)` of the index lists, of the added rows too.
-      slots: blocks of a step.
-    """
-
-    options: Options
-    dim: int
-    v_dim: int
-    batch: int
-    heads: int
-    query_blocks: int
-    key_blocks: int
-    n: int
-    groups: int
-    repeats: int
-    each: int
-    share: int
-    lists: tuple[int, int]
-    added: tuple[int, int] | None
-    slots: int
-    limit: int
-
-    @classmethod
-    def of(cls, options: Options, sizes: BlockSizes, q, k, v, blocks, rows) -> "Grid":
-        (batch, length, heads, dim), groups, size = q.shape, k.shape[2], options.block_size
-        slots = max(1, min(blocks.shape[3], sizes.tokens // size))
-        if blocks.shape[1] == 1 and (rows is None or rows.shape[1] == 1):
-            repeats, share = heads // groups, 1
-            # What a program holds of each token: inputs and outputs twice, since the next are on their way, and sums.
-            token = 4 * sum(-(-x // 128) * 128 for x in (dim, v.shape[3]))
-            held = size * token * (3 * repeats + 2) + 2 * slots * size * token
-            most = min(max(1, sizes.heads // repeats), max(1, (8 << 20) // held))
-            together = max(g for g in range(1, groups + 1) if groups % g == 0 and g <= most)
-            each = groups // together
-        else:
-            together, repeats, each, share = 1, 1, heads, heads // groups
-        return cls(
-            options, dim, v.shape[3], batch, heads, length // size, k.shape[1] // size, blocks.shape[3], together,
-            repeats, each, share, blocks.shape[:2], None if rows is None else rows.shape[:2], slots, sizes.tokens,
-        )  # fmt: skip
-
-    @property
-    def together(self) -> int:
-        """Query heads of a program."""
-        return self.groups * self.repeats
-
-    @property
-    def steps(self) -> int:
-        return -(-self.n // self.slots)
-
-    def place(self, b, p, counts: tuple[int, int]):
-        """The index of a program's list among those of all."""
-        return (b if counts[0] > 1 else 0) * counts[1] + (p if counts[1] > 1 else 0)
-
-    def at(self, b, p, i, step):
-        """Where in the flat lists those of a step start."""
-        return ((self.place(b, p, self.lists) * self.query_blocks + i) * self.steps + step) * self.slots
-
-    def last(self, dim: int) -> bool:
-        """Whether the length is the last axis."""
-        return dim % 128 != 0 and self.options.block_size % 128 == 0
-
-    def laid(self, x: jax.Array) -> jax.Array:
-        """`[batch, length, heads, dim]` as the operand of a pass."""
-        return x.transpose((0, 2, 3, 1) if self.last(x.shape[3]) else (0, 2, 1, 3))
-
-    def unlaid(self, x: jax.Array, dim: int) -> jax.Array:
-        """The inverse."""
-        return x.transpose((0, 3, 1, 2) if self.last(dim) else (0, 2, 1, 3))
-
-    def spec(self, heads: int, dim: int, place: Callable) -> pl.BlockSpec:
-        """A block of tokens of some heads; `place` returns the indices of example, heads and block."""
-        size = self.options.block_size
-        if not self.last(dim):
-            return pl.BlockSpec((None, heads, size, dim), lambda *at: (*place(*at), 0))
-
-        def index(*at):
-            b, h, block = place(*at)
-            return b, h, 0, block
-
-        return pl.BlockSpec((None, heads, dim, size), index)
-
-    def of_queries(self, dim: int) -> pl.BlockSpec:
-        return self.spec(self.together, dim, lambda b, p, i, step, _: (b, p, i))
-
-    def of_query_rows(self) -> pl.BlockSpec:
-        """Numbers of the queries, `[batch, heads, query blocks, 1, block_size]`."""
-        shape = None, self.together, None, 1, self.options.block_size
-        return pl.BlockSpec(shape, lambda b, p, i, step, _: (b, p, i, 0, 0))
-
-    def listed(self, x: jax.Array, dim: int) -> list:
-        """The array once for every slot."""
-
-        def spec(slot):
-            def index(b, p, i, step, listed):
-                block = listed[self.at(b, p, i, step) + slot]
-                return b, jax.lax.div(p, self.share), jnp.maximum(block, ~block)
-
-            return self.spec(self.groups, dim, index)
-
-        return [(x, spec(slot)) for slot in range(self.slots)]
-
-    def rows(self, rows: jax.Array | None) -> list:
-        if rows is None:
-            return []
-        rows = jnp.pad(rows, ((0, 0),) * 3 + ((0, self.steps * self.slots - self.n), (0, 0)))
-        rows = rows.reshape(-1, self.query_blocks, self.steps, 1, self.slots * self.options.block_size)
-        shape = None, None, None, 1, rows.shape[-1]
-        return [(rows, pl.BlockSpec(shape, lambda b, p, i, step, _: (self.place(b, p, self.added), i, step, 0, 0)))]
-
-    def d_rows(self, wanted: bool) -> list:
-        shape = self.batch, self.each, self.query_blocks, self.steps, 1, self.slots * self.options.block_size
-        spec = pl.BlockSpec((None,) * 4 + shape[4:], lambda b, p, i, step, _: (b, p, i, step, 0, 0))
-        return [(shape, jnp.float32, spec)] if wanted else []
-
-    def by_query(self, kernel, operands, results, scratch, blocks, cost, interpret) -> list[jax.Array]:
-        """A pass over the blocks of queries and, in order, their lists."""
-        missing = self.steps * self.slots - self.n
-        listed = jnp.pad(blocks, ((0, 0),) * 3 + ((0, missing),), constant_values=-1)
-        listed = with_repeats(listed.reshape(*self.lists, -1, self.slots)).reshape(-1)
-        grid = self.batch, self.each, self.query_blocks, self.steps
-        return self.call(kernel, grid, [listed], operands, results, scratch, cost, interpret)
-
-    def by_key(self, kernel, q, k, v, d_out, lse, delta, rows, blocks, interpret) -> list[jax.Array]:
-        """The pass over the blocks of keys and, in order, the blocks of queries that list them: d_k and d_v."""
-        size = self.options.block_size
-        slots = max(1, min(self.query_blocks, self.limit // size))
-        key, entries = transposed(blocks, self.key_blocks, slots)
-        steps = key.shape[-1]
-
-        def of_steps(x):
-            """Numbers of the queries of each step, `[batch, heads, steps, 1, slots · block_size]`."""
-            query = jnp.maximum(entries, 0) // self.n
-            query = query.reshape(*self.lists, steps * slots, 1, 1)
-            return jnp.take_along_axis(x, query, axis=2).reshape(self.batch, self.heads, steps, 1, slots * size)
-
-        def at(b, p, step):
-            return self.place(b, p, self.lists) * steps + step
-
-        def entry(b, p, step, entries, slot):
-            number = entries[at(b, p, step) * slots + slot]
-            return jnp.maximum(number, ~number)
-
-        def of_query(slot, dim):
-            def index(b, p, step, key, entries):
-                return b, p, jax.lax.div(entry(b, p, step, entries, slot), self.n)
-
-            return self.spec(self.together, dim, index)
-
-        def of_entry(slot):
-            x = rows.reshape(-1, self.query_blocks * self.n, 1, size)
-
-            def index(b, p, step, key, entries):
-                return self.place(b, p, self.added), entry(b, p, step, entries, slot), 0, 0
-
-            return x, pl.BlockSpec((None, None, 1, size), index)
-
-        def of_key(share, dim):
-            def index(b, p, step, key, entries):
-                return b, jax.lax.div(p, share), key[at(b, p, step)]
-
-            return self.spec(self.groups, dim, index)
-
-        numbers = pl.BlockSpec((None, self.together, None, 1, slots * size), lambda b, p, step, *_: (b, p, step, 0, 0))
-        operands = [
-            *((x, of_query(slot, dim)) for x, dim in ((q, self.dim), (d_out, self.v_dim)) for slot in range(slots)),
-            *((of_steps(x), numbers) for x in (lse, delta)),
-            *((x, of_key(self.share, dim)) for x, dim in ((k, self.dim), (v, self.v_dim))),
-            *([] if rows is None else map(of_entry, range(slots))),
-        ]
-        # With lists of their own, query heads that share keys have parts of the sums.
-        parts = jnp.float32 if self.share > 1 else k.dtype
-        results = [
-            ((self.batch, self.each * self.groups, *x.shape[2:]), parts, of_key(1, dim))
-            for x, dim in ((k, self.dim), (v, self.v_dim))
-        ]
-        scratch = [(self.groups, size, dim) for dim in (self.dim, self.v_dim)]
-        entries = with_repeats(entries.reshape(*self.lists, steps, slots)).reshape(-1)
-        sums = self.call(
-            partial(kernel, slots, steps), (self.batch, self.each, steps), [key.reshape(-1), entries], operands,
-            results, scratch, (6 * self.dim + 4 * self.v_dim, slots * size), interpret,
-        )  # fmt: skip
-        shape = self.batch, -1, self.share
-        return [x if self.share == 1 else x.reshape(*shape, *x.shape[2:]).sum(2).astype(k.dtype) for x in sums]
-
-    def call(self, kernel, grid, lists, operands, results, scratch, cost, interpret) -> list[jax.Array]:
-        arrays, in_specs = zip(*operands)
-        flops, width = cost
-        weights = self.options.block_size * width * self.together
-        for count in grid:
-            weights *= count
-        shapes = [result(shape, dtype, (arrays, lists)) for shape, dtype, _ in results]
-        return pl.pallas_call(
-            kernel,
-            shapes,
-            grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=len(lists),
-                grid=grid,
-                in_specs=in_specs,
-                out_specs=[spec for _, _, spec in results],
-                scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
-            ),
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel",) * (len(grid) - 1) + ("arbitrary",),
-            ),
-            cost_estimate=pl.CostEstimate(
-                flops=weights * flops // 2,
-                transcendentals=weights,
-                bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*arrays, *shapes)),
-            ),
-            interpret=interpret,
-        )(*lists, *arrays)
 
 
 def attend(grid: Grid, lists, q, *refs) -> None:
