@@ -19,7 +19,7 @@ from efficient_tx.kernels.block_attention.options import Options
 from efficient_tx.kernels.block_attention.tpu_grid import BlockSizes, Grid
 
 # Lists are in scalar memory, 1 MB on a v5e.
-MOST_LISTED = 1 << 17
+MOST_SCALARS = 200_000
 
 
 def unsupported(options: Options, q, k, v, mask, blocks, bias) -> str | None:
@@ -35,8 +35,11 @@ def unsupported(options: Options, q, k, v, mask, blocks, bias) -> str | None:
         return "there is nothing to attend to"
     if options.precision not in (jax.lax.Precision.HIGHEST, jax.lax.Precision.DEFAULT):
         return f"precision is {options.precision}: TPU kernels have HIGHEST and DEFAULT"
-    if blocks.size + blocks.size // blocks.shape[3] * 2 > MOST_LISTED:
-        return f"the lists have {blocks.size} blocks: scalar memory holds {MOST_LISTED}"
+    queries, n = blocks.shape[2:]
+    keys, slots = k.shape[1] // size, max(1, BlockSizes().tokens // size)
+    scalars = blocks.shape[0] * blocks.shape[1] * (queries * n + keys * slots) * (slots + 1) // slots
+    if scalars > MOST_SCALARS:
+        return f"its lists are {scalars} numbers: scalar memory holds {MOST_SCALARS}"
     return options.foreign_to_kernels()
 
 
