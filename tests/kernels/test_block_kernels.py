@@ -22,9 +22,9 @@ def near(query, key):
 
 
 def lists(r, batch, heads, queries, keys, n):
-    """Any key blocks, some twice, some none; the first block of queries has none."""
+    """Any key blocks, some twice, some none; the first of several blocks of queries has none."""
     blocks = r.integers(-1, keys, (batch, heads, queries, n)).astype(np.int32)
-    blocks[:, :, 0] = -1
+    blocks[:, :, : queries - 1][:, :, :1] = -1
     return blocks
 
 

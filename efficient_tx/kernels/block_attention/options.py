@@ -65,6 +65,11 @@ class Options(NamedTuple):
         )
 
 
+def alike(*arrays: jax.Array) -> list[jax.Array]:
+    """The arrays in one dtype, as the factors of a kernel's products must be."""
+    return [x.astype(jnp.result_type(*arrays)) for x in arrays]
+
+
 def primitives(jaxpr: Any) -> set[str]:
     """The names of the primitives in it."""
     inner = [

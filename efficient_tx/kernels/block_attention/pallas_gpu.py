@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from efficient_tx.kernels.block_attention.lists import added, by_key_block
-from efficient_tx.kernels.block_attention.options import Options
+from efficient_tx.kernels.block_attention.options import Options, alike
 from efficient_tx.kernels.shapes import result
 
 
@@ -65,12 +65,13 @@ def forward(
     """Output and log-sum-exp; operands as in `Options`."""
     rows = added(options, mask, blocks, bias)
     call = Call(options, sizes, q.shape, k.shape, blocks.shape[3], interpret)
+    dtype, (q, k, v) = q.dtype, alike(q, k, v)
     (batch, length, heads, dim), v_dim = q.shape, v.shape[3]
     out, lse = call.by_query(
         partial(attend, call),
         [(q, call.of_queries(dim)), (k, call.of_keys(dim)), (v, call.of_keys(v_dim)), *call.lists(blocks, rows)[0]],
         [
-            ((batch, length, heads, v_dim), q.dtype, call.of_queries(v_dim)),
+            ((batch, length, heads, v_dim), dtype, call.of_queries(v_dim)),
             ((batch, heads, length), jnp.float32, call.of_query_numbers()),
         ],
         4 * (dim + v_dim),
@@ -90,6 +91,7 @@ def backward(
     lse, delta = lse.swapaxes(1, 2), delta.swapaxes(1, 2)
     rows = added(options, mask, blocks, bias)
     call = Call(options, sizes, q.shape, k.shape, blocks.shape[3], interpret)
+    dtypes, (q, k, v, d_out) = (q.dtype, k.dtype, v.dtype), alike(q, k, v, d_out)
     dim, v_dim = q.shape[3], v.shape[3]
     with_bias = bias is not None and options.trained_bias
 
@@ -113,6 +115,7 @@ def backward(
         d_rows = jnp.where((blocks >= 0)[..., None], d_rows, 0)
         d_bias = d_rows.sum(1, keepdims=True) if bias.shape[1] == 1 else d_rows
         d_bias = d_bias if bias.shape[-1] > 1 else d_bias.sum(-1, keepdims=True)
+    d_q, d_k, d_v = (x.astype(dtype) for x, dtype in zip((d_q, d_k, d_v), dtypes))
     return d_q, d_k, d_v, None, None, d_bias
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from efficient_tx.kernels.block_attention.lists import added
-from efficient_tx.kernels.block_attention.options import Options
+from efficient_tx.kernels.block_attention.options import Options, alike
 from efficient_tx.kernels.block_attention.tpu_grid import BlockSizes, Grid
 
 # Lists are in scalar memory, 1 MB on a v5e.
@@ -54,7 +54,7 @@ def forward(
     rows = added(options, mask, blocks, bias)
     grid = Grid.of(options, sizes, q, k, v, blocks, rows)
     dim, v_dim = grid.dim, grid.v_dim
-    q, k, v = map(grid.laid, (q, k, v))
+    dtype, (q, k, v) = q.dtype, map(grid.laid, alike(q, k, v))
     shape = grid.batch, grid.heads, grid.query_blocks
     length = grid.query_blocks * options.block_size
     of_out = (v_dim, length) if grid.last(v_dim) else (length, v_dim)
@@ -62,7 +62,7 @@ def forward(
         partial(attend, grid),
         [(q, grid.of_queries(dim)), *grid.listed(k, dim), *grid.listed(v, v_dim), *grid.rows(rows)],
         [
-            ((*shape[:2], *of_out), q.dtype, grid.of_queries(v_dim)),
+            ((*shape[:2], *of_out), dtype, grid.of_queries(v_dim)),
             ((*shape, 1, options.block_size), jnp.float32, grid.of_query_rows()),
         ],
         [(grid.together, options.block_size, x) for x in (v_dim, 1, 1)],
@@ -85,7 +85,7 @@ def backward(
     rows = added(options, mask, blocks, bias)
     grid = Grid.of(options, sizes, q, k, v, blocks, rows)
     dim, v_dim = grid.dim, grid.v_dim
-    q, k, v, d_out = map(grid.laid, (q, k, v, d_out))
+    dtypes, (q, k, v, d_out) = (q.dtype, k.dtype, v.dtype), map(grid.laid, alike(q, k, v, d_out))
     lse, delta = (
         x.swapaxes(1, 2).reshape(grid.batch, grid.heads, grid.query_blocks, 1, -1) for x in (lse, delta)
     )  # fmt: skip
@@ -108,7 +108,7 @@ def backward(
         d_rows = d_rows[0].reshape(*d_rows[0].shape[:3], -1, options.block_size)[:, :, :, : blocks.shape[3]]
         d_bias = d_rows.sum(1, keepdims=True) if bias.shape[1] == 1 else d_rows
         d_bias = d_bias if bias.shape[-1] > 1 else d_bias.sum(-1, keepdims=True)
-    d_q, d_k, d_v = map(grid.unlaid, (d_q, d_k, d_v), (dim, dim, v_dim))
+    d_q, d_k, d_v = (grid.unlaid(x, n).astype(dtype) for x, n, dtype in zip((d_q, d_k, d_v), (dim, dim, v_dim), dtypes))
     return d_q, d_k, d_v, None, None, d_bias
 
 
