@@ -9,7 +9,7 @@ from efficient_tx.kernels.linear_scan.options import Options
 from efficient_tx.kernels.op import Op
 from efficient_tx.kernels.shapes import check_rank
 
-OP = Op("linear_scan", ("xla", "reference"))
+OP = Op("linear_scan", ("pallas_tpu", "pallas_gpu", "xla", "reference"))
 
 
 def linear_scan(
