@@ -1,0 +1,222 @@
+"""delta_rule against a loop in NumPy, its gradients, its states and its errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efficient_tx.kernels import delta_rule as uncompiled
+from efficient_tx.kernels import gated_linear_attention
+
+STATIC = ("scale", "reverse", "implementation", "interpret", "block_sizes")
+delta_rule = jax.jit(uncompiled, static_argnames=STATIC)
+
+LENGTH = 75  # no multiple of a chunk: two chunks of 64, or three of 32
+GATES = {
+    "none": lambda r, length: None,
+    "constant": lambda r, length: -r.exponential(0.2, 4),
+    "head": lambda r, length: forgetful(r, -r.exponential(0.3, (2, length, 4))),
+    "channel": lambda r, length: forgetful(r, -r.exponential(0.3, (2, length, 4, 6))),
+}
+
+
+def forgetful(r, log_decay):
+    """Now and then a very strong decay, of which exp of a cumulative sum, or a difference of two, has no digits."""
+    return np.where(r.random(log_decay.shape) < 0.1, r.choice([-300.0, -1e6, -np.inf], log_decay.shape), log_decay)
+
+
+def inputs(seed, gate, length=LENGTH, *, heads=4, groups=2, dim=6, v_dim=3, batch=2):
+    """q, k, v, beta, log_decay and the initial state; keys of length 1, beta up to 2, where a step is a reflection."""
+    r = np.random.default_rng(seed)
+    shapes = (heads, dim), (groups, dim), (groups, v_dim)
+    q, k, v = (r.normal(size=(batch, length, *shape)) for shape in shapes)
+    k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    beta, state = r.uniform(0, 2, (batch, length, heads)), r.normal(size=(batch, heads, dim, v_dim))
+    return q, k, v, beta, GATES[gate](r, length), state
+
+
+def call(arrays, run=delta_rule, **options):
+    q, k, v, beta, log_decay, state = arrays
+    return run(q, k, v, beta=beta, log_decay=log_decay, initial_state=state, **options)
+
+
+def formula(q, k, v, beta, log_decay, state, mask=None, scale=None):
+    """Token by token, in float64: the output, and the state after the last token."""
+    (batch, length, heads, dim), groups = q.shape, k.shape[2]
+    decay = np.ones((batch, length, heads, dim))
+    if log_decay is not None:
+        decay[:] = np.exp(log_decay.reshape(log_decay.shape + (1,) * (log_decay.ndim < 4)))
+    out = np.zeros((batch, length, heads, v.shape[-1]))
+    end = np.zeros((batch, heads, dim, v.shape[-1])) if state is None else state.astype(float)
+    for b, h in np.ndindex(batch, heads):
+        g = h // (heads // groups)
+        for t in range(length):
+            if mask is None or mask[b, t]:
+                end[b, h] *= decay[b, t, h][:, None]
+                end[b, h] += beta[b, t, h] * np.outer(k[b, t, g], v[b, t, g] - k[b, t, g] @ end[b, h])
+                out[b, t, h] = (dim**-0.5 if scale is None else scale) * q[b, t, h] @ end[b, h]
+    return out, end
+
+
+def value_and_gradients(arrays, weights, **options):
+    """The results, and the gradients of their sum with weights."""
+
+    def loss(arrays, weights):
+        results = call(arrays, uncompiled, **options)
+        return sum(jnp.sum(w * x) for w, x in zip(weights, results)), results
+
+    (_, results), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays, weights)
+    return results, gradients
+
+
+@pytest.mark.parametrize(
+    ("gate", "reverse"), [("channel", False), ("none", False), ("constant", False), ("head", True), ("channel", True)]
+)
+@pytest.mark.first(2)
+def test_equals_the_loop_and_its_gradients(gate, reverse):
+    """Values against NumPy, gradients against automatic differentiation of the recurrence, both in float64."""
+    arrays, r = inputs(0, gate), np.random.default_rng(1)
+    mask = None if gate == "none" else r.random((2, LENGTH)) < 0.7
+    tokens = [*arrays[:5], mask]
+    if reverse:
+        tokens = [None if x is None else x[:, ::-1] for x in tokens]
+    expected, end = formula(*tokens[:5], arrays[5], tokens[5], scale=0.7)
+    expected = (expected[:, ::-1] if reverse else expected), end
+    weights = [r.normal(size=x.shape) for x in expected]
+    options = {"mask": mask, "scale": 0.7, "reverse": reverse}
+    with jax.enable_x64(True):
+        ours, gradients = value_and_gradients(arrays, weights, implementation="xla", **options)
+        plain, plain_gradients = value_and_gradients(arrays, weights, implementation="reference", **options)
+    # Sums of at most 75 · 6 terms of order 1 in float64; the gradient of a constant decay sums 150 of those.
+    for results in (ours, plain):
+        for got, want in zip(results, expected):
+            np.testing.assert_allclose(got, want, atol=1e-12)
+    for got, want in zip(*map(jax.tree.leaves, (gradients, plain_gradients))):
+        assert np.abs(want).max() > 0.1
+        np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-11)
+
+
+def test_a_sequence_in_pieces_is_the_whole():
+    """The second piece is one token: what decoding does at every step."""
+    *tokens, state = inputs(2, "channel")
+    with jax.enable_x64(True):
+        whole, end = call((*tokens, state))
+        parts = []
+        for piece in (slice(0, 37), slice(37, 38), slice(38, None)):
+            out, state = call((*(x[:, piece] for x in tokens), state))
+            parts.append(out)
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=1e-13)  # float64 rounding
+    np.testing.assert_allclose(state, end, atol=1e-13)
+
+
+@pytest.mark.parametrize("gate", ["head", "channel"])
+def test_decays_of_any_strength_in_float32(gate):
+    """exp of a cumulative sum overflows here, and a difference of two cumulative sums has no digits left."""
+    arrays = list(inputs(3, gate))
+    arrays[4][0] = -np.random.default_rng(4).uniform(4, 11, arrays[4][0].shape)  # −480 a chunk
+    arrays = [x.astype(np.float32) for x in arrays]
+    got = value_and_gradients(arrays, [1.0, 1.0], implementation="xla")
+    with jax.enable_x64(True):
+        exact = [x.astype(np.float64) for x in arrays]
+        want = value_and_gradients(exact, [1.0, 1.0], implementation="reference")
+    np.testing.assert_allclose(want[0][0], formula(*exact)[0], atol=1e-12)
+    # Sums of at most 75 · 6 float32 products, which the decays only shorten.
+    for ours, plain in zip(*map(jax.tree.leaves, (got, want))):
+        np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-5 * max(1, np.abs(plain).max()))
+
+
+def test_keys_that_are_all_alike_lose_no_digits():
+    """Powers of the matrix of a chunk have binomial coefficients here; what is stored is always the last value."""
+    _, k, v, *_ = inputs(5, "none", groups=4)
+    k[:] = k[:, :1]
+    arrays = [x.astype(np.float32) for x in (k, k, v, np.ones((2, LENGTH, 4)))]
+    out, _ = delta_rule(*arrays[:3], beta=arrays[3], scale=1.0, implementation="xla")
+    np.testing.assert_allclose(out, arrays[2], atol=1e-5)  # float32 rounding
+
+
+@pytest.mark.quick
+def test_orthonormal_keys_are_recalled():
+    """After six keys at right angles, written with beta 1, each query that is a key reads its value."""
+    r = np.random.default_rng(6)
+    k = np.linalg.qr(r.normal(size=(2, 4, 6, 6)))[0].swapaxes(1, 2)
+    v, beta = r.normal(size=(2, 6, 4, 3)), np.ones((2, 6, 4))
+    with jax.enable_x64(True):
+        _, state = delta_rule(k, k, v, beta=beta)
+    np.testing.assert_allclose(np.einsum("blhk,bhkv->blhv", k, state), v, atol=1e-12)
+
+
+@pytest.mark.quick
+def test_keys_at_right_angles_need_no_correction():
+    """Where nothing is stored of a key it is gated linear attention with the values β v."""
+    q, _, v, beta, _, _ = inputs(7, "none", 6, groups=4)
+    k = np.broadcast_to(np.eye(6)[None, :, None], q.shape)
+    with jax.enable_x64(True):
+        out, state = delta_rule(q, k, v, beta=beta, scale=1.0)
+        plain, plain_state = gated_linear_attention(q, k, v * beta[..., None], scale=1.0)
+    np.testing.assert_allclose(out, plain, atol=1e-12)
+    np.testing.assert_allclose(state, plain_state, atol=1e-12)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_padding_is_an_identity_step_whatever_it_holds(implementation):
+    mask = np.broadcast_to(np.arange(LENGTH) % 3 > 0, (2, LENGTH)).copy()
+    mask[1] = False
+    tokens = [x.astype(np.float32) for x in inputs(8, "channel")[:5]]
+    hostile = [np.where(mask.reshape(2, LENGTH, *(1,) * (x.ndim - 2)), x, np.nan) for x in tokens]
+
+    def loss(tokens):
+        out, state = call((*tokens, None), uncompiled, mask=mask, implementation=implementation)
+        return out.sum() + state.sum(), (out, state)
+
+    gradients, (out, state) = jax.jit(jax.grad(loss, has_aux=True))(hostile)
+    alone, alone_state = call((*(x[:1, mask[0]] for x in tokens), None))
+    np.testing.assert_allclose(out[:1, mask[0]], alone, atol=1e-5)  # float32 sums in other groups
+    np.testing.assert_allclose(state[:1], alone_state, atol=1e-5)
+    assert (np.asarray(out)[~mask] == 0).all()
+    assert (state[1] == 0).all()
+    for gradient in gradients:
+        assert np.isfinite(gradient).all()
+        assert (np.asarray(gradient)[~mask] == 0).all()
+
+
+def test_bfloat16_inputs_are_computed_in_float32():
+    """Against the formula on the same rounded inputs: what is left is the rounding of the result, 2⁻⁹ relative."""
+    arrays = [jnp.asarray(x, jnp.bfloat16) for x in inputs(9, "head")[:5]]
+    expected, expected_state = formula(*(np.asarray(x, np.float64) for x in arrays), None)
+    out, state = call((*arrays, None), implementation="xla")
+    assert (out.dtype, state.dtype) == (jnp.bfloat16, jnp.float32)
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, rtol=2**-8, atol=1e-5)
+    np.testing.assert_allclose(state, expected_state, atol=1e-5)
+
+
+@pytest.mark.quick
+def test_the_reference_differentiates_forward_and_the_others_refuse():
+    arrays = inputs(0, "none", 5)
+    with jax.enable_x64(True):
+
+        def run(q, implementation):
+            return call((q, *arrays[1:]), uncompiled, implementation=implementation)[0]
+
+        _, tangent = jax.jvp(lambda q: run(q, "reference"), (arrays[0],), (arrays[0],))
+        np.testing.assert_allclose(tangent, run(arrays[0], "reference"), atol=1e-12)  # linear in q
+        with pytest.raises(NotImplementedError, match=r"delta_rule: forward-mode.*'reference' only"):
+            jax.jvp(lambda q: run(q, "xla"), (arrays[0],), (arrays[0],))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"implementation": "triton"}, "delta_rule has no implementation 'triton': choose one of"),
+        ({"interpret": True}, "interpret=True is for Pallas kernels"),
+        ({"mask": np.ones((2, 8), bool)}, r"mask has shape \(2, 8\).*\(2, 7\)"),
+        ({"beta": np.ones((2, 7, 2))}, r"beta has shape \(2, 7, 2\): pass \[batch, length, heads\], here \(2, 7, 4\)"),
+        ({"log_decay": np.zeros((2, 7))}, r"log_decay has shape \(2, 7\): pass \(2, 7, 4, 6\), \(2, 7, 4\), \(4,\) or"),
+        ({"initial_state": np.zeros((2, 4, 3, 6))}, r"initial_state has shape.*here it is \(2, 4, 6, 3\)"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(options, message):
+    q, k, v, beta, _, _ = inputs(0, "none", 7)
+    with pytest.raises(ValueError, match=message) as raised:
+        uncompiled(q, k, v, **{"beta": beta} | options)
+    assert "\n" not in str(raised.value)
