@@ -1,10 +1,10 @@
 """The gated delta rule in chunks, in XLA.
 
-With the corrections u_t = β_t (v_t − k_t exp(log_decay_t) S_{t−1}) in the place of values it is gated linear attention,
-and the chunks are those of `gated_linear_attention.xla`, D_ij too: the sum of log decays of the tokens after j up to i.
-The corrections of a chunk solve a linear system, since each depends on the earlier ones of its chunk:
+With the errors e_t = v_t − k_t exp(log_decay_t) S_{t−1}, of what the state holds of a key, it is gated linear attention
+with the values u_t = β_t e_t. So the chunks are those of `gated_linear_attention.xla`, D_ij too: the sum of log decays
+of the tokens after j up to i. An error depends on the earlier ones of its chunk, by a linear system:
 
-    (I + diag(β) M) U = diag(β) (V − K' S_start),    M_ij = Σ_c k_ic k_jc exp(D_ijc) for j < i, K' = K ⊙ exp(D_·,start).
+    (I + M diag(β)) E = V − K' S_start,    M_ij = Σ_c k_ic k_jc exp(D_ijc) for j < i, else 0,  K' = K ⊙ exp(D_·,start).
 
 This is the WY or UT representation of a product of Householder-like matrices (Yang et al. 2024, arXiv 2406.06484; gated
 2412.06464; per channel 2510.26692). The inverse of a unit lower triangular matrix is built from its diagonal blocks:
@@ -16,15 +16,15 @@ with the inverses of the blocks in X and what separates the pairs in N. The prod
 equal, is not used: for keys that are alike its powers have binomial coefficients, 10¹⁸ in a chunk of 64, and the digits
 of the inverse, whose entries are of order 1, are lost.
 
-The backward pass uses the saved corrections and recomputes the rest, the states at the starts of the chunks too. With X
-the inverse, Ū = (cotangent of the corrections as values), G = Xᵀ Ū and R̄ = diag(β) G,
+The backward pass uses the saved errors and recomputes the rest, the states at the starts of the chunks too. With Ū the
+cotangent of the values, as in gated linear attention,
 
-    V̄ = R̄,  K̄' = −R̄ S_startᵀ,  M̄ = −R̄ Uᵀ below the diagonal,  β̄_t = Σ_values G ⊙ (V − K' S_start − M U).
+    G = (I + diag(β) M)⁻ᵀ Ū,  V̄ = diag(β) G,  β̄_t = Σ_values G ⊙ E,  K̄' = −V̄ S_startᵀ,  M̄ = −V̄ Uᵀ below the diagonal.
 
-The cotangent of the decays follows as in gated linear attention; in M and K', the key k_i is in the place of a query.
+The cotangent of the decays follows as there; in M and K', the key k_i is in the place of a query.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,9 +51,9 @@ def forward(
     options: Options, size: int, q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, log_decay: jax.Array | None,
     state: jax.Array,
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:  # fmt: skip
-    """Output and the state after the last step, of the arrays that `reference.forward` describes, and the corrections.
+    """Output and the state after the last step, of the arrays that `reference.forward` describes, and the errors.
 
-    The corrections u are `[batch, length, heads, v_dim]`, in the dtype of the state.
+    The errors are `[batch, length, heads, v_dim]`, in the dtype of the state.
     """
     chunks = Chunks(q.shape[1], size, options)
     tokens = prepare(chunks, q, k, v, beta, log_decay, state.dtype)
@@ -61,47 +61,49 @@ def forward(
     def chunk(start, n):
         q_n, k_n, v_n, beta_n, log_decay_n = (chunks.slice(x, n) for x in tokens)
         decays = chunks.decays(log_decay_n)
-        system = System.of(chunks, k_n, beta_n, decays)
-        u = chunks.dot(system.inverse, beta_n * (v_n - chunks.dot(k_n * decays.from_start, start)))
+        solve = inverse(chunks, matrix(chunks, k_n, k_n, decays) * beta_n.mT)
+        error = chunks.dot(solve, v_n - chunks.dot(k_n * decays.from_start, start))
+        u = beta_n * error
         out = chunks.dot(chunks.weights(q_n, k_n, decays), u) + chunks.dot(q_n * decays.from_start, start)
         end = decays.whole * start + chunks.dot((k_n * decays.to_end).mT, u)
-        return end, (chunks.unslice(out), chunks.unslice(u))
+        return end, (chunks.unslice(out), chunks.unslice(error))
 
-    end, (out, u) = jax.lax.scan(chunk, state, jnp.arange(chunks.count), reverse=options.reverse)
-    return (chunks.join(out).astype(q.dtype), end), chunks.join(u)
+    end, (out, error) = jax.lax.scan(chunk, state, jnp.arange(chunks.count), reverse=options.reverse)
+    return (chunks.join(out).astype(q.dtype), end), chunks.join(error)
 
 
 def backward(
-    options: Options, size: int, arrays: tuple, outputs: Any, u: jax.Array, cotangents: tuple[jax.Array, jax.Array]
+    options: Options, size: int, arrays: tuple, outputs: Any, error: jax.Array, cotangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array | None, ...]:
     """Cotangents of q, k, v, beta, log_decay and the initial state, from those of the output and the final state."""
     *operands, state = arrays
     d_out, d_end = cotangents
-    chunks = Chunks(u.shape[1], size, options)
+    chunks = Chunks(error.shape[1], size, options)
     per_head = operands[4] is not None and operands[4].shape[-1] == 1
     tokens = prepare(chunks, *operands, state.dtype)
-    d_out, u = chunks.pad(d_out.astype(state.dtype)), chunks.pad(u)
+    d_out, error = chunks.pad(d_out.astype(state.dtype)), chunks.pad(error)
 
     def pass_over(start, n):
-        k_n, u_n, log_decay_n = (chunks.slice(x, n) for x in (tokens[1], u, tokens[4]))
+        k_n, beta_n, error_n, log_decay_n = (chunks.slice(x, n) for x in (tokens[1], tokens[3], error, tokens[4]))
         to_end, whole = chunks.decays_to_end(log_decay_n)
-        return whole * start + chunks.dot((k_n * to_end).mT, u_n), start
+        return whole * start + chunks.dot((k_n * to_end).mT, beta_n * error_n), start
 
     _, starts = jax.lax.scan(pass_over, state, jnp.arange(chunks.count), reverse=options.reverse)
 
     def chunk(d_end, n_and_start):
         n, start = n_and_start
-        q_n, k_n, v_n, beta_n, log_decay_n, u_n, d_n = (chunks.slice(x, n) for x in (*tokens, u, d_out))
+        q_n, k_n, _, beta_n, log_decay_n, error_n, d_n = (chunks.slice(x, n) for x in (*tokens, error, d_out))
         decays = chunks.decays(log_decay_n)
-        system = System.of(chunks, k_n, beta_n, decays)
         weights, pull = jax.vjp(lambda q, k: chunks.weights(q, k, decays), q_n, k_n)
+        pairs, pull_pairs = jax.vjp(lambda i, j: matrix(chunks, i, j, decays), k_n, k_n)
         q_start, k_start, k_end = q_n * decays.from_start, k_n * decays.from_start, k_n * decays.to_end
 
+        u_n = beta_n * error_n
         d_q, d_k = pull(chunks.dot(d_n, u_n.mT))
-        g = chunks.dot(system.inverse.mT, chunks.dot(weights.mT, d_n) + chunks.dot(k_end, d_end))
-        rest = v_n - chunks.dot(k_start, start) - chunks.dot(system.matrix, u_n)
-        d_v, d_beta = beta_n * g, (g * rest).sum(-1, keepdims=True)
-        d_k_query, d_k_key = system.pull(-chunks.dot(d_v, u_n.mT))
+        d_u = chunks.dot(weights.mT, d_n) + chunks.dot(k_end, d_end)
+        g = chunks.dot(inverse(chunks, beta_n * pairs).mT, d_u)
+        d_v, d_beta = beta_n * g, (g * error_n).sum(-1, keepdims=True)
+        d_k_query, d_k_key = pull_pairs(-chunks.dot(d_v, u_n.mT))
 
         d_q += chunks.dot(d_n, start.mT) * decays.from_start
         d_k_query -= chunks.dot(d_v, start.mT) * decays.from_start
@@ -132,25 +134,15 @@ def prepare(chunks: Chunks, q, k, v, beta, log_decay, dtype: jnp.dtype) -> tuple
     return q, k, v, chunks.pad(beta.astype(dtype)), log_decay
 
 
-class System(NamedTuple):
-    """The linear system of the corrections of a chunk.
+def matrix(chunks: Chunks, i: jax.Array, j: jax.Array, decays: Decays) -> jax.Array:
+    """M, `[batch, heads, tokens, tokens]`, of a chunk's keys in the place of queries and as keys."""
+    return jnp.where(chunks.levels() >= 0, chunks.weights(i, j, decays), 0)
 
-    Attributes:
-      matrix: M, `[batch, heads, tokens, tokens]`, zero on and above the diagonal.
-      inverse: (I + diag(β) M)⁻¹.
-      pull: cotangents of the keys, as those of token i and of token j of M_ij, from that of M.
-    """
 
-    matrix: jax.Array
-    inverse: jax.Array
-    pull: Any
-
-    @classmethod
-    def of(cls, chunks: Chunks, k: jax.Array, beta: jax.Array, decays: Decays) -> "System":
-        levels = chunks.levels()
-        matrix, pull = jax.vjp(lambda i, j: jnp.where(levels >= 0, chunks.weights(i, j, decays), 0), k, k)
-        inverse = jnp.eye(chunks.size, dtype=k.dtype) - jnp.where(levels == 0, beta * matrix, 0)
-        for level in range(1, chunks.size.bit_length() - 1):
-            between = jnp.where(levels == level, beta * matrix, 0)
-            inverse -= chunks.dot(chunks.dot(inverse, between), inverse)
-        return cls(matrix, inverse, pull)
+def inverse(chunks: Chunks, lower: jax.Array) -> jax.Array:
+    """The inverse of I + `lower`, whose entries on and above the diagonal are zero."""
+    levels = chunks.levels()
+    found = jnp.eye(chunks.size, dtype=lower.dtype) - jnp.where(levels == 0, lower, 0)
+    for level in range(1, chunks.size.bit_length() - 1):
+        found -= chunks.dot(chunks.dot(found, jnp.where(levels == level, lower, 0)), found)
+    return found
