@@ -1,5 +1,7 @@
 """delta_rule against a loop in NumPy, its gradients, its states and its errors."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 
 from efficient_tx.kernels import delta_rule as uncompiled
 from efficient_tx.kernels import gated_linear_attention
+from efficient_tx.kernels.delta_rule import pallas_tpu
+from tests.support.races import races_found, two_cores
 
 STATIC = ("scale", "reverse", "implementation", "interpret", "block_sizes")
 delta_rule = jax.jit(uncompiled, static_argnames=STATIC)
@@ -94,6 +98,103 @@ def test_equals_the_loop_and_its_gradients(gate, reverse):
     for got, want in zip(*map(jax.tree.leaves, (gradients, plain_gradients))):
         assert np.abs(want).max() > 0.1
         np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-11)
+
+
+# Chunks of 32 tokens: three of them, the last one not full.
+PALLAS = {"pallas_tpu": pallas_tpu.BlockSizes(chunk=32, tokens=64)}
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize("implementation", PALLAS)
+@pytest.mark.parametrize(
+    ("gate", "reverse", "length"),
+    [
+        ("head", False, LENGTH),
+        pytest.param("channel", True, LENGTH, marks=slow),
+        pytest.param("none", False, LENGTH, marks=slow),
+        pytest.param("channel", False, 1, marks=slow),
+    ],
+)
+def test_kernels_equal_the_recurrence_and_its_gradients(implementation, gate, reverse, length):
+    """One example is only padding."""
+    arrays = inputs(10, gate, length)
+    mask = np.broadcast_to([[True], [False]], (2, length))
+    with jax.enable_x64(True):
+        want = value_and_gradients(arrays, [1.0, 2.0], implementation="reference", reverse=reverse, mask=mask)
+    arrays = [None if x is None else x.astype(np.float32) for x in arrays]
+    got = value_and_gradients(
+        arrays, [1.0, 2.0], implementation=implementation, interpret=True, reverse=reverse, mask=mask,
+        block_sizes=PALLAS[implementation],
+    )  # fmt: skip
+    # Sums of at most 75 · 6 float32 products, which decays and corrections only shorten.
+    for ours, plain in zip(*map(jax.tree.leaves, (got, want))):
+        np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-5 * max(1, np.abs(plain).max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", PALLAS)
+def test_kernels_read_bfloat16(implementation):
+    """Products of factors that are rounded to 2⁻⁹, a few of them in a row, and sums of up to 75 of those."""
+    arrays = [jnp.asarray(x, jnp.bfloat16) for x in inputs(11, "head")[:5]]
+    got = value_and_gradients(
+        (*arrays, None), [1.0, 1.0], implementation=implementation, interpret=True, block_sizes=PALLAS[implementation]
+    )
+    with jax.enable_x64(True):
+        exact = [np.asarray(x, np.float64) for x in arrays]
+        want = value_and_gradients((*exact, None), [1.0, 1.0], implementation="reference")
+    for ours, plain in zip(*map(jax.tree.leaves, (got, want))):
+        np.testing.assert_allclose(np.asarray(ours, np.float64), plain, rtol=0, atol=2**-6 * np.abs(plain).max())
+
+
+@pytest.mark.slow
+def test_the_tpu_kernels_have_no_race():
+    """Two cores share the parallel axes, examples and heads."""
+    arrays = [x.astype(np.float32) for x in inputs(12, "channel", 40)]
+    options = {"implementation": "pallas_tpu", "block_sizes": pallas_tpu.BlockSizes(chunk=16, tokens=32)}
+    got = value_and_gradients(arrays, [1.0, 1.0], interpret=two_cores(), **options)
+    assert not races_found()
+    want = value_and_gradients(arrays, [1.0, 1.0], implementation="xla")
+    for ours, plain in zip(*map(jax.tree.leaves, (got, want))):
+        np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-5 * max(1, np.abs(plain).max()))
+
+
+def gradients(q, k, v, beta, log_decay, **options):
+    """Of the sum of squares of the output, recomputed in the backward pass."""
+    out = jax.checkpoint(lambda *arrays: call((*arrays, None), uncompiled, **options)[0])
+    arrays = q, k, v, beta, log_decay
+    return jax.grad(lambda *arrays: jnp.sum(jnp.square(out(*arrays))), tuple(range(5)))(*arrays)
+
+
+def sharded(run, **options):
+    """`run` with the batch over two devices."""
+    mesh = jax.make_mesh((2,), ("i",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("i")
+    return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, **options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", PALLAS)
+def test_kernels_under_transformations(implementation):
+    """The gradient of a checkpointed sum is the same mapped by vmap, by shard_map over devices, and by neither."""
+    arrays = [x.astype(np.float32) for x in inputs(13, "head", 40)[:5]]
+    run = partial(gradients, implementation=implementation, interpret=True, block_sizes=PALLAS[implementation])
+    whole = jax.jit(run)(*arrays)
+    mapped = jax.jit(jax.vmap(run))(*(x[:, None] for x in arrays))
+    parts = sharded(run, check_vma=False)(*arrays)  # the loops of jax's interpreter fail the check
+    for one, other, third in zip(whole, mapped, parts):
+        np.testing.assert_allclose(other[:, 0], one, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(third, one, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", PALLAS)
+def test_kernels_are_lowered_within_shard_map(implementation):
+    """jax checks what varies over devices, also of the initial state, which is the same in all."""
+    shapes = [(2, 300, 2, 64)] * 3 + [(2, 300, 2)] * 2
+    traced = sharded(partial(gradients, implementation=implementation)).trace(
+        *(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+    )
+    platform = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}[implementation]
+    assert "delta_rule_gradients" in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
 def test_a_sequence_in_pieces_is_the_whole():

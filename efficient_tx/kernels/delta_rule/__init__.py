@@ -10,7 +10,7 @@ from efficient_tx.kernels.gated_linear_attention.options import Options
 from efficient_tx.kernels.op import Op
 from efficient_tx.tokens.mask import bool_mask
 
-OP = Op("delta_rule", ("xla", "reference"))
+OP = Op("delta_rule", ("pallas_tpu", "pallas_gpu", "xla", "reference"))
 
 
 def delta_rule(

@@ -24,6 +24,7 @@ cotangent of the values, as in gated linear attention,
 The cotangent of the decays follows as there; in M and K', the key k_i is in the place of a query.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -140,9 +141,9 @@ def matrix(chunks: Chunks, i: jax.Array, j: jax.Array, decays: Decays) -> jax.Ar
 
 
 def inverse(chunks: Chunks, lower: jax.Array) -> jax.Array:
-    """The inverse of I + `lower`, whose entries on and above the diagonal are zero."""
-    levels = chunks.levels()
+    """The inverse of I + `lower`, which is zero on and above the diagonal; in full float32 (float64) always."""
+    levels, dot = chunks.levels(), partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     found = jnp.eye(chunks.size, dtype=lower.dtype) - jnp.where(levels == 0, lower, 0)
     for level in range(1, chunks.size.bit_length() - 1):
-        found -= chunks.dot(chunks.dot(found, jnp.where(levels == level, lower, 0)), found)
+        found -= dot(dot(found, jnp.where(levels == level, lower, 0)), found)
     return found

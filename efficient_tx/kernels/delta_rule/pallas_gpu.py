@@ -1,0 +1,252 @@
+"""The gated delta rule in chunks for GPUs, in Triton.
+
+Kernels and layouts are those of `gated_linear_attention.pallas_gpu`, with the values u_t = β_t e_t, and four more:
+
+    systems     the inverse of every chunk's linear system, in parallel; also the weights of its queries,
+    errors      the errors and the states before all chunks, one chunk after the other, in blocks of the values' channels,
+    cotangents  the same backwards: the cotangents of values, beta and states,
+    gradients   the cotangents of queries, keys and decays of a block of channels, in parallel.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from efficient_tx.kernels.delta_rule.chunk import inverse, matrix
+from efficient_tx.kernels.gated_linear_attention import pallas_gpu as linear_attention
+from efficient_tx.kernels.gated_linear_attention.options import Options
+from efficient_tx.kernels.gated_linear_attention.pallas_gpu import BlockSizes, Call, Head, channels, shared
+from efficient_tx.kernels.shapes import result
+
+LARGEST_HEAD_DIM = 256  # all channels of keys are in a program of `errors` and `cotangents`
+
+
+def unsupported(
+    options: Options, q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, log_decay: jax.Array | None,
+    state: jax.Array,
+) -> str | None:  # fmt: skip
+    """The reason why the kernels do not support the arguments, or None."""
+    if beta.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return f"dtype {beta.dtype}: it has float32, bfloat16 and float16"
+    if q.shape[3] > LARGEST_HEAD_DIM:
+        return f"head_dim {q.shape[3]}: tiles of at most {LARGEST_HEAD_DIM} fit on the chip"
+    return linear_attention.unsupported(options, q, k, v, log_decay, state)
+
+
+def sizes(options: Options, q: jax.Array, k: jax.Array, v: jax.Array, *_: Any) -> BlockSizes:
+    def fitting(size, largest):
+        return min(largest, max(16, pl.next_power_of_2(size)))
+
+    return BlockSizes(fitting(q.shape[1], 64), fitting(q.shape[3], 32), fitting(v.shape[3], 32), 8)
+
+
+def forward(
+    options: Options, sizes: BlockSizes, *arrays: jax.Array | None, interpret: Any = False
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """Output and the state after the last step, of the arrays that `reference.forward` describes, and the errors."""
+    q, k, v, beta, log_decay, state = arrays
+    call = Kernels(options, sizes, (q, k, v, log_decay, state), interpret)
+    (solve,) = call.systems(k, beta, log_decay)
+    error, starts, end = call.errors(solve, k, v, beta, log_decay, state)
+    return (call.values(q, k, call.corrections(beta, error), log_decay, starts), end), error
+
+
+def backward(
+    options: Options, sizes: BlockSizes, arrays: tuple, outputs: Any, error: jax.Array,
+    cotangents: tuple[jax.Array, jax.Array], *, interpret: Any = False,
+) -> tuple[jax.Array | None, ...]:  # fmt: skip
+    """Cotangents of q, k, v, beta, log_decay and the initial state, from those of the output and the final state."""
+    q, k, v, beta, log_decay, state = arrays
+    d_out, d_end = cotangents
+    call = Kernels(options, sizes, (q, k, v, log_decay, state), interpret)
+    u = call.corrections(beta, error)
+    starts, _ = call.states(k, u, log_decay, state)
+    solve, weights = call.systems(k, beta, log_decay, q)
+    d_v, d_beta, d_ends, d_start = call.cotangents(solve, weights, q, k, beta, log_decay, error, d_out, d_end)
+    d_q, d_k, d_log_decay = call.all_gradients(q, k, u, log_decay, d_out, d_v, starts, d_ends)
+    return d_q, shared(d_k, k), shared(d_v, v), d_beta, d_log_decay, d_start
+
+
+class Kernels(Call):
+    """The kernels for the arrays of a call; a program is one of (block, head, example)."""
+
+    def corrections(self, beta: jax.Array, error: jax.Array) -> jax.Array:
+        """The values u, `[batch, length, heads, v_dim]`, as precise as products read them."""
+        return (beta.astype(jnp.float32) * error).astype(self.dot.dtype)
+
+    def systems(self, k, beta, log_decay, q=None) -> list[jax.Array]:
+        """(I + M diag(β))⁻¹ of all chunks; or, with queries, (I + diag(β) M)⁻¹ and the weights of the queries."""
+        (batch, _, heads, _, _), (chunks, key_blocks, _), size = self.shape, self.blocks, self.sizes.chunk
+
+        def kernel(q, k, beta, log_decay, solve, weights):
+            n, head, example = (pl.program_id(axis) for axis in range(3))
+            own = Head(example, head, heads, self.options.reverse)
+            at, tokens = n * size + jnp.arange(size), jnp.arange(size)
+
+            def step(block, sums):
+                keys = channels(block, self.sizes.keys)
+                decay, k_n = self.decay(own, log_decay, at, keys), own.read(k, at, keys)
+                pairs = sums[0] + matrix(decay, k_n)
+                return (pairs,) if q is None else (pairs, sums[1] + decay.weights(own.read(q, at, keys), k_n))
+
+            nothing = jnp.zeros((size, size), jnp.float32)
+            sums = jax.lax.fori_loop(0, key_blocks, step, (nothing,) if q is None else (nothing,) * 2)
+            beta_n = own.read(beta, at, jnp.arange(1))
+            found = inverse(sums[0] * (beta_n.T if q is None else beta_n))
+            own.write_state(solve, n, tokens, tokens, found)
+            if q is not None:
+                own.write_state(weights, n, tokens, tokens, sums[1])
+
+        squares = ((batch, heads, chunks, size, size), jnp.float32)
+        found = self.launch(
+            kernel, "systems", chunks, (q, k, beta, log_decay), [squares, None if q is None else squares]
+        )
+        return [x for x in found if x is not None]
+
+    def errors(self, solve, k, v, beta, log_decay, state) -> list[jax.Array]:
+        """The errors, the states before all chunks and the last state."""
+        (batch, length, heads, head_dim, v_dim), (chunks, _, value_blocks) = self.shape, self.blocks
+        size, every_key = self.sizes.chunk, max(16, pl.next_power_of_2(self.shape[3]))
+
+        def kernel(solve, k, v, beta, log_decay, state, error, starts, last):
+            block, head, example = (pl.program_id(axis) for axis in range(3))
+            keys, values, tokens = jnp.arange(every_key), channels(block, self.sizes.values), jnp.arange(size)
+            own = Head(example, head, heads, self.options.reverse)
+
+            def step(n, start):
+                own.write_state(starts, n, values, keys, start)
+                at = n * size + tokens
+                decay, k_n = self.decay(own, log_decay, at, keys), own.read(k, at, keys)
+                rest = own.read(v, at, values) - self.dot(k_n * decay.from_start, start, "11")
+                error_n = self.dot(own.read_state(solve, n, tokens, tokens), rest)
+                own.write(error, at, values, error_n)
+                u_n = own.read(beta, at, jnp.arange(1)) * error_n
+                return decay.whole * start + self.dot(u_n, k_n * decay.to_end, "00")
+
+            first = own.read_state(state, 0, values, keys)
+            own.write_state(last, 0, values, keys, jax.lax.fori_loop(0, chunks, step, first))
+
+        error, starts, last = self.launch(
+            kernel, "errors", value_blocks, (solve, k, v, beta, log_decay, state.mT[:, :, None]),
+            [((batch, length, heads, v_dim), jnp.float32)]
+            + [((batch, heads, count, v_dim, head_dim), jnp.float32) for count in (chunks, 1)],
+        )  # fmt: skip
+        return error, starts, last[:, :, 0].mT
+
+    def cotangents(self, solve, weights, q, k, beta, log_decay, error, d_out, d_end) -> tuple[jax.Array, ...]:
+        """The cotangents of the values for every head, of beta, of the states after all chunks, and of the first."""
+        (batch, length, heads, head_dim, v_dim), (chunks, _, value_blocks) = self.shape, self.blocks
+        size, every_key = self.sizes.chunk, max(16, pl.next_power_of_2(self.shape[3]))
+
+        def kernel(solve, weights, q, k, beta, log_decay, error, d_out, d_end, d_v, d_beta, d_ends, d_start):
+            block, head, example = (pl.program_id(axis) for axis in range(3))
+            keys, values, tokens = jnp.arange(every_key), channels(block, self.sizes.values), jnp.arange(size)
+            own = Head(example, head, heads, self.options.reverse)
+
+            def step(turn, d_end):
+                n = chunks - 1 - turn
+                own.write_state(d_ends, n, values, keys, d_end)
+                at = n * size + tokens
+                decay, k_n = self.decay(own, log_decay, at, keys), own.read(k, at, keys)
+                d_n = self.options.scale * own.read(d_out, at, values)
+                d_u = self.dot(own.read_state(weights, n, tokens, tokens), d_n, "00")
+                d_u += self.dot(k_n * decay.to_end, d_end, "11")
+                g = self.dot(own.read_state(solve, n, tokens, tokens), d_u, "00")
+                by_beta = (g * own.read(error, at, values)).sum(1, keepdims=True)
+                own.write(d_beta, at, block + jnp.arange(1), by_beta)
+                d_v_n = own.read(beta, at, jnp.arange(1)) * g
+                own.write(d_v, at, values, d_v_n)
+                d_start = decay.whole * d_end + self.dot(d_n, own.read(q, at, keys) * decay.from_start, "00")
+                return d_start - self.dot(d_v_n, k_n * decay.from_start, "00")
+
+            last = own.read_state(d_end, 0, values, keys)
+            own.write_state(d_start, 0, values, keys, jax.lax.fori_loop(0, chunks, step, last))
+
+        d_v, d_beta, d_ends, d_start = self.launch(
+            kernel, "cotangents", value_blocks,
+            (solve, weights, q, k, beta, log_decay, error, d_out, d_end.mT[:, :, None]),
+            [((batch, length, heads, dim), jnp.float32) for dim in (v_dim, value_blocks)]
+            + [((batch, heads, count, v_dim, head_dim), jnp.float32) for count in (chunks, 1)],
+        )  # fmt: skip
+        return d_v, d_beta.sum(3, keepdims=True).astype(beta.dtype), d_ends, d_start[:, :, 0].mT
+
+    def all_gradients(self, q, k, u, log_decay, d_out, d_v, starts, d_ends) -> tuple[jax.Array | None, ...]:
+        """The cotangents of q, of k for every head, and of log_decay."""
+        (_, _, heads, _, _), (chunks, key_blocks, value_blocks) = self.shape, self.blocks
+        size = self.sizes.chunk
+
+        def kernel(q, k, u, log_decay, d_out, d_v, starts, d_ends, d_q, d_k, d_log_decay):
+            part, head, example = (pl.program_id(axis) for axis in range(3))
+            n, key_block = jax.lax.rem(part, jnp.int32(chunks)), jax.lax.div(part, jnp.int32(chunks))
+            keys, at = channels(key_block, self.sizes.keys), n * size + jnp.arange(size)
+            own = Head(example, head, heads, self.options.reverse)
+
+            def step(block, sums):
+                d_weights, d_matrix, d_q_start, d_k_start, d_k_end, through = sums
+                values = channels(block, self.sizes.values)
+                u_n, d_v_n = own.read(u, at, values), own.read(d_v, at, values)
+                d_n = self.options.scale * own.read(d_out, at, values)
+                start, d_end = (own.read_state(x, n, values, keys) for x in (starts, d_ends))
+                return (
+                    d_weights + self.dot(d_n, u_n, "11"),
+                    d_matrix - self.dot(d_v_n, u_n, "11"),
+                    d_q_start + self.dot(d_n, start),
+                    d_k_start - self.dot(d_v_n, start),
+                    d_k_end + self.dot(u_n, d_end),
+                    through + (start * d_end).sum(0, keepdims=True),
+                )
+
+            square, tile = (size, size), (size, self.sizes.keys)
+            sums = tuple(jnp.zeros(x, jnp.float32) for x in (square, square, tile, tile, tile, (1, self.sizes.keys)))
+            sums = jax.lax.fori_loop(0, value_blocks, step, sums)
+            d_weights, d_matrix, d_q_start, d_k_start, d_k_end, through = sums
+            decay = self.decay(own, log_decay, at, keys)
+            q_n, k_n = own.read(q, at, keys), own.read(k, at, keys)
+            d_q_start, d_k_start = d_q_start * decay.from_start, d_k_start * decay.from_start
+            d_k_end *= decay.to_end
+            d_q_n, d_k_n, pairs = decay.pull(q_n, k_n, d_weights)
+            own.write(d_q, at, keys, d_q_n + d_q_start)
+            d_matrix = jnp.where(decay.row > decay.column, d_matrix, 0)
+            d_k_query, d_k_key, more_pairs = decay.pull(k_n, k_n, d_matrix)
+            own.write(d_k, at, keys, d_k_n + d_k_query + d_k_key + d_k_start + d_k_end)
+            if d_log_decay is not None:
+                by_start = q_n * d_q_start + k_n * d_k_start
+                found = decay.d_log_decay(pairs + more_pairs, by_start, k_n * d_k_end, decay.whole * through)
+                own.write(d_log_decay, at, keys if log_decay.shape[3] > 1 else key_block + jnp.arange(1), found)
+
+        # Per head: the part of each block of channels.
+        per_head, of_decay = log_decay is not None and log_decay.shape[3] == 1, None
+        if log_decay is not None:
+            of_decay = (log_decay.shape, log_decay.dtype)
+            if per_head:
+                of_decay = ((*log_decay.shape[:3], key_blocks), jnp.float32)
+        d_q, d_k, d_log_decay = self.launch(
+            kernel, "gradients", chunks * key_blocks, (q, k, u, log_decay, d_out, d_v, starts, d_ends),
+            [(q.shape, q.dtype), (q.shape, jnp.float32), of_decay],
+        )  # fmt: skip
+        if per_head:
+            d_log_decay = d_log_decay.sum(3, keepdims=True).astype(log_decay.dtype)
+        return d_q, d_k, d_log_decay
+
+    def launch(self, kernel, name: str, parts: int, inputs: tuple, results: list) -> list[jax.Array | None]:
+        """Runs a kernel; arrays, and results as shape and dtype, may be None."""
+        batch, _, heads, *_ = self.shape
+        shapes = [None if x is None else result(*x, self.operands) for x in results]
+        arrays = [x for x in (*inputs, *shapes) if x is not None]
+        *_, head_dim, v_dim = self.operands[4].shape
+        return pl.pallas_call(
+            kernel,
+            out_shape=shapes,
+            grid=(parts, heads, batch),
+            compiler_params=plgpu.CompilerParams(num_warps=self.sizes.warps, num_stages=1),
+            cost_estimate=pl.CostEstimate(
+                flops=8 * batch * self.shape[1] * heads * self.sizes.chunk * max(head_dim, v_dim),
+                transcendentals=0 if self.operands[3] is None else 8 * self.operands[3].size,
+                bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays),
+            ),
+            interpret=self.interpret,
+            name=f"delta_rule_{name}",
+        )(*inputs)
