@@ -9,7 +9,7 @@ import pytest
 
 from efficient_tx.kernels import delta_rule as uncompiled
 from efficient_tx.kernels import gated_linear_attention
-from efficient_tx.kernels.delta_rule import pallas_tpu
+from efficient_tx.kernels.delta_rule import pallas_gpu, pallas_tpu
 from tests.support.races import races_found, two_cores
 
 STATIC = ("scale", "reverse", "implementation", "interpret", "block_sizes")
@@ -101,18 +101,26 @@ def test_equals_the_loop_and_its_gradients(gate, reverse):
 
 
 # Chunks of 32 tokens: three of them, the last one not full.
-PALLAS = {"pallas_tpu": pallas_tpu.BlockSizes(chunk=32, tokens=64)}
-slow = pytest.mark.slow
+PALLAS = {
+    "pallas_tpu": pallas_tpu.BlockSizes(chunk=32, tokens=64),
+    "pallas_gpu": pallas_gpu.BlockSizes(chunk=32, keys=16, values=16),
+}
 
 
-@pytest.mark.parametrize("implementation", PALLAS)
 @pytest.mark.parametrize(
-    ("gate", "reverse", "length"),
+    ("implementation", "gate", "reverse", "length"),
     [
-        ("head", False, LENGTH),
-        pytest.param("channel", True, LENGTH, marks=slow),
-        pytest.param("none", False, LENGTH, marks=slow),
-        pytest.param("channel", False, 1, marks=slow),
+        ("pallas_tpu", "head", False, LENGTH),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("pallas_tpu", "channel", True, LENGTH),
+                ("pallas_tpu", "none", False, LENGTH),
+                ("pallas_gpu", "head", False, LENGTH),
+                ("pallas_gpu", "channel", True, LENGTH),
+                ("pallas_gpu", "none", False, 1),
+            ]
+        ),
     ],
 )
 def test_kernels_equal_the_recurrence_and_its_gradients(implementation, gate, reverse, length):
@@ -149,8 +157,8 @@ def test_kernels_read_bfloat16(implementation):
 @pytest.mark.slow
 def test_the_tpu_kernels_have_no_race():
     """Two cores share the parallel axes, examples and heads."""
-    arrays = [x.astype(np.float32) for x in inputs(12, "channel", 40)]
-    options = {"implementation": "pallas_tpu", "block_sizes": pallas_tpu.BlockSizes(chunk=16, tokens=32)}
+    arrays = [x.astype(np.float32) for x in inputs(12, "channel", 20)]
+    options = {"implementation": "pallas_tpu", "block_sizes": pallas_tpu.BlockSizes(chunk=16, tokens=16)}
     got = value_and_gradients(arrays, [1.0, 1.0], interpret=two_cores(), **options)
     assert not races_found()
     want = value_and_gradients(arrays, [1.0, 1.0], implementation="xla")
@@ -176,7 +184,7 @@ def sharded(run, **options):
 @pytest.mark.parametrize("implementation", PALLAS)
 def test_kernels_under_transformations(implementation):
     """The gradient of a checkpointed sum is the same mapped by vmap, by shard_map over devices, and by neither."""
-    arrays = [x.astype(np.float32) for x in inputs(13, "head", 40)[:5]]
+    arrays = [x.astype(np.float32) for x in inputs(13, "head", 20)[:5]]
     run = partial(gradients, implementation=implementation, interpret=True, block_sizes=PALLAS[implementation])
     whole = jax.jit(run)(*arrays)
     mapped = jax.jit(jax.vmap(run))(*(x[:, None] for x in arrays))

@@ -3,7 +3,7 @@
 Kernels and layouts are those of `gated_linear_attention.pallas_gpu`, with the values u_t = β_t e_t, and four more:
 
     systems     the inverse of every chunk's linear system, in parallel; also the weights of its queries,
-    errors      the errors and the states before all chunks, one chunk after the other, in blocks of the values' channels,
+    errors      the errors and the states before all chunks, one chunk after the other, for some channels of values,
     cotangents  the same backwards: the cotangents of values, beta and states,
     gradients   the cotangents of queries, keys and decays of a block of channels, in parallel.
 """
@@ -21,7 +21,7 @@ from efficient_tx.kernels.gated_linear_attention.options import Options
 from efficient_tx.kernels.gated_linear_attention.pallas_gpu import BlockSizes, Call, Head, channels, shared
 from efficient_tx.kernels.shapes import result
 
-LARGEST_HEAD_DIM = 256  # all channels of keys are in a program of `errors` and `cotangents`
+LARGEST_HEAD_DIM = 256  # the states of all channels of keys are in a program of `errors` and `cotangents`
 
 
 def unsupported(
@@ -36,11 +36,16 @@ def unsupported(
     return linear_attention.unsupported(options, q, k, v, log_decay, state)
 
 
-def sizes(options: Options, q: jax.Array, k: jax.Array, v: jax.Array, *_: Any) -> BlockSizes:
+def sizes(
+    options: Options, q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, log_decay: jax.Array | None,
+    state: jax.Array,
+) -> BlockSizes:  # fmt: skip
     def fitting(size, largest):
         return min(largest, max(16, pl.next_power_of_2(size)))
 
-    return BlockSizes(fitting(q.shape[1], 64), fitting(q.shape[3], 32), fitting(v.shape[3], 32), 8)
+    # Decays per channel have more tiles: on fewer threads they spill.
+    warps = 8 if log_decay is None or log_decay.shape[3] == 1 else 16
+    return BlockSizes(fitting(q.shape[1], 64), fitting(q.shape[3], 32), fitting(v.shape[3], 32), warps)
 
 
 def forward(
@@ -65,7 +70,7 @@ def backward(
     u = call.corrections(beta, error)
     starts, _ = call.states(k, u, log_decay, state)
     solve, weights = call.systems(k, beta, log_decay, q)
-    d_v, d_beta, d_ends, d_start = call.cotangents(solve, weights, q, k, beta, log_decay, error, d_out, d_end)
+    d_v, d_beta, d_ends, d_start = call.cotangents(solve, weights, q, k, v, beta, log_decay, error, d_out, d_end)
     d_q, d_k, d_log_decay = call.all_gradients(q, k, u, log_decay, d_out, d_v, starts, d_ends)
     return d_q, shared(d_k, k), shared(d_v, v), d_beta, d_log_decay, d_start
 
@@ -86,21 +91,23 @@ class Kernels(Call):
             own = Head(example, head, heads, self.options.reverse)
             at, tokens = n * size + jnp.arange(size), jnp.arange(size)
 
-            def step(block, sums):
+            def pairs_of(block, pairs):
                 keys = channels(block, self.sizes.keys)
-                decay, k_n = self.decay(own, log_decay, at, keys), own.read(k, at, keys)
-                pairs = sums[0] + matrix(decay, k_n)
-                return (pairs,) if q is None else (pairs, sums[1] + decay.weights(own.read(q, at, keys), k_n))
+                return pairs + matrix(self.decay(own, log_decay, at, keys), own.read(k, at, keys))
 
-            nothing = jnp.zeros((size, size), jnp.float32)
-            sums = jax.lax.fori_loop(0, key_blocks, step, (nothing,) if q is None else (nothing,) * 2)
-            beta_n = own.read(beta, at, jnp.arange(1))
-            found = inverse(sums[0] * (beta_n.T if q is None else beta_n))
-            own.write_state(solve, n, tokens, tokens, found)
+            def weights_of(block, pairs):
+                keys = channels(block, self.sizes.keys)
+                decay = self.decay(own, log_decay, at, keys)
+                return pairs + decay.weights(own.read(q, at, keys), own.read(k, at, keys))
+
+            nothing, beta_n = jnp.zeros((size, size), jnp.float32), own.read(beta, at, jnp.arange(1))
+            pairs = jax.lax.fori_loop(0, key_blocks, pairs_of, nothing)
+            own.write_state(solve, n, tokens, tokens, inverse(pairs * (beta_n.T if q is None else beta_n)))
             if q is not None:
-                own.write_state(weights, n, tokens, tokens, sums[1])
+                pairs = jax.lax.fori_loop(0, key_blocks, weights_of, nothing)
+                own.write_state(weights, n, tokens, tokens, pairs)
 
-        squares = ((batch, heads, chunks, size, size), jnp.float32)
+        squares = ((batch, heads, chunks, size, size), self.dot.dtype)
         found = self.launch(
             kernel, "systems", chunks, (q, k, beta, log_decay), [squares, None if q is None else squares]
         )
@@ -108,70 +115,99 @@ class Kernels(Call):
 
     def errors(self, solve, k, v, beta, log_decay, state) -> list[jax.Array]:
         """The errors, the states before all chunks and the last state."""
-        (batch, length, heads, head_dim, v_dim), (chunks, _, value_blocks) = self.shape, self.blocks
-        size, every_key = self.sizes.chunk, max(16, pl.next_power_of_2(self.shape[3]))
+        (_, _, heads, _, v_dim), (chunks, _, value_blocks) = self.shape, self.blocks
 
         def kernel(solve, k, v, beta, log_decay, state, error, starts, last):
             block, head, example = (pl.program_id(axis) for axis in range(3))
-            keys, values, tokens = jnp.arange(every_key), channels(block, self.sizes.values), jnp.arange(size)
+            values, tokens = channels(block, self.sizes.values), jnp.arange(self.sizes.chunk)
             own = Head(example, head, heads, self.options.reverse)
 
             def step(n, start):
-                own.write_state(starts, n, values, keys, start)
-                at = n * size + tokens
-                decay, k_n = self.decay(own, log_decay, at, keys), own.read(k, at, keys)
-                rest = own.read(v, at, values) - self.dot(k_n * decay.from_start, start, "11")
-                error_n = self.dot(own.read_state(solve, n, tokens, tokens), rest)
+                self.write_states(own, starts, n, values, start)
+                at = n * self.sizes.chunk + tokens
+                error_n = own.read(v, at, values)
+                for keys, part in zip(self.every_key, start):
+                    decay = self.decay(own, log_decay, at, keys)
+                    error_n -= self.dot(own.read(k, at, keys) * decay.from_start, part, "11")
+                error_n = self.dot(own.read_state(solve, n, tokens, tokens), error_n)
                 own.write(error, at, values, error_n)
-                u_n = own.read(beta, at, jnp.arange(1)) * error_n
-                return decay.whole * start + self.dot(u_n, k_n * decay.to_end, "00")
+                u_n, end = own.read(beta, at, jnp.arange(1)) * error_n, []
+                for keys, part in zip(self.every_key, start):
+                    decay = self.decay(own, log_decay, at, keys)
+                    end.append(decay.whole * part + self.dot(u_n, own.read(k, at, keys) * decay.to_end, "00"))
+                return tuple(end)
 
-            first = own.read_state(state, 0, values, keys)
-            own.write_state(last, 0, values, keys, jax.lax.fori_loop(0, chunks, step, first))
+            end = jax.lax.fori_loop(0, chunks, step, self.read_states(own, state, values))
+            self.write_states(own, last, 0, values, end)
 
         error, starts, last = self.launch(
             kernel, "errors", value_blocks, (solve, k, v, beta, log_decay, state.mT[:, :, None]),
-            [((batch, length, heads, v_dim), jnp.float32)]
-            + [((batch, heads, count, v_dim, head_dim), jnp.float32) for count in (chunks, 1)],
+            [((*self.shape[:3], v_dim), jnp.float32), *self.of_states],
         )  # fmt: skip
         return error, starts, last[:, :, 0].mT
 
-    def cotangents(self, solve, weights, q, k, beta, log_decay, error, d_out, d_end) -> tuple[jax.Array, ...]:
+    def cotangents(self, solve, weights, q, k, v, beta, log_decay, error, d_out, d_end) -> tuple[jax.Array, ...]:
         """The cotangents of the values for every head, of beta, of the states after all chunks, and of the first."""
-        (batch, length, heads, head_dim, v_dim), (chunks, _, value_blocks) = self.shape, self.blocks
-        size, every_key = self.sizes.chunk, max(16, pl.next_power_of_2(self.shape[3]))
+        (_, _, heads, _, v_dim), (chunks, _, value_blocks) = self.shape, self.blocks
 
         def kernel(solve, weights, q, k, beta, log_decay, error, d_out, d_end, d_v, d_beta, d_ends, d_start):
             block, head, example = (pl.program_id(axis) for axis in range(3))
-            keys, values, tokens = jnp.arange(every_key), channels(block, self.sizes.values), jnp.arange(size)
+            values, tokens = channels(block, self.sizes.values), jnp.arange(self.sizes.chunk)
             own = Head(example, head, heads, self.options.reverse)
 
             def step(turn, d_end):
                 n = chunks - 1 - turn
-                own.write_state(d_ends, n, values, keys, d_end)
-                at = n * size + tokens
-                decay, k_n = self.decay(own, log_decay, at, keys), own.read(k, at, keys)
+                self.write_states(own, d_ends, n, values, d_end)
+                at = n * self.sizes.chunk + tokens
                 d_n = self.options.scale * own.read(d_out, at, values)
                 d_u = self.dot(own.read_state(weights, n, tokens, tokens), d_n, "00")
-                d_u += self.dot(k_n * decay.to_end, d_end, "11")
+                for keys, part in zip(self.every_key, d_end):
+                    decay = self.decay(own, log_decay, at, keys)
+                    d_u += self.dot(own.read(k, at, keys) * decay.to_end, part, "11")
                 g = self.dot(own.read_state(solve, n, tokens, tokens), d_u, "00")
                 by_beta = (g * own.read(error, at, values)).sum(1, keepdims=True)
                 own.write(d_beta, at, block + jnp.arange(1), by_beta)
-                d_v_n = own.read(beta, at, jnp.arange(1)) * g
+                d_v_n, d_start = own.read(beta, at, jnp.arange(1)) * g, []
                 own.write(d_v, at, values, d_v_n)
-                d_start = decay.whole * d_end + self.dot(d_n, own.read(q, at, keys) * decay.from_start, "00")
-                return d_start - self.dot(d_v_n, k_n * decay.from_start, "00")
+                for keys, part in zip(self.every_key, d_end):
+                    decay = self.decay(own, log_decay, at, keys)
+                    part = decay.whole * part + self.dot(d_n, own.read(q, at, keys) * decay.from_start, "00")
+                    d_start.append(part - self.dot(d_v_n, own.read(k, at, keys) * decay.from_start, "00"))
+                return tuple(d_start)
 
-            last = own.read_state(d_end, 0, values, keys)
-            own.write_state(d_start, 0, values, keys, jax.lax.fori_loop(0, chunks, step, last))
+            found = jax.lax.fori_loop(0, chunks, step, self.read_states(own, d_end, values))
+            self.write_states(own, d_start, 0, values, found)
 
         d_v, d_beta, d_ends, d_start = self.launch(
             kernel, "cotangents", value_blocks,
             (solve, weights, q, k, beta, log_decay, error, d_out, d_end.mT[:, :, None]),
-            [((batch, length, heads, dim), jnp.float32) for dim in (v_dim, value_blocks)]
-            + [((batch, heads, count, v_dim, head_dim), jnp.float32) for count in (chunks, 1)],
+            [
+                ((*self.shape[:3], v_dim), self.per_head(v)),
+                ((*self.shape[:3], value_blocks), jnp.float32),
+                *self.of_states,
+            ],
         )  # fmt: skip
         return d_v, d_beta.sum(3, keepdims=True).astype(beta.dtype), d_ends, d_start[:, :, 0].mT
+
+    @property
+    def of_states(self) -> list[tuple]:
+        """Shape and dtype of the states of all chunks, rounded as products round them, and of one."""
+        batch, _, heads, head_dim, v_dim = self.shape
+        counts = (self.blocks[0], self.dot.dtype), (1, jnp.float32)
+        return [((batch, heads, count, v_dim, head_dim), dtype) for count, dtype in counts]
+
+    @property
+    def every_key(self) -> list[jax.Array]:
+        """All channels of keys, in blocks."""
+        return [channels(jnp.int32(block), self.sizes.keys) for block in range(self.blocks[1])]
+
+    def read_states(self, own: Head, state: Any, values: jax.Array) -> tuple[jax.Array, ...]:
+        """A head's state for some channels of values, in blocks of those of keys."""
+        return tuple(own.read_state(state, 0, values, keys) for keys in self.every_key)
+
+    def write_states(self, own: Head, states: Any, n: jax.Array | int, values: jax.Array, parts: tuple) -> None:
+        for keys, part in zip(self.every_key, parts):
+            own.write_state(states, n, values, keys, part)
 
     def all_gradients(self, q, k, u, log_decay, d_out, d_v, starts, d_ends) -> tuple[jax.Array | None, ...]:
         """The cotangents of q, of k for every head, and of log_decay."""
@@ -184,34 +220,44 @@ class Kernels(Call):
             keys, at = channels(key_block, self.sizes.keys), n * size + jnp.arange(size)
             own = Head(example, head, heads, self.options.reverse)
 
-            def step(block, sums):
-                d_weights, d_matrix, d_q_start, d_k_start, d_k_end, through = sums
+            def of_values(block):
                 values = channels(block, self.sizes.values)
-                u_n, d_v_n = own.read(u, at, values), own.read(d_v, at, values)
                 d_n = self.options.scale * own.read(d_out, at, values)
+                return values, own.read(u, at, values), d_n, own.read(d_v, at, values)
+
+            def weights_of(block, d_weights):
+                _, u_n, d_n, _ = of_values(block)
+                return d_weights + self.dot(d_n, u_n, "11")
+
+            def matrix_of(block, d_matrix):
+                _, u_n, _, d_v_n = of_values(block)
+                return d_matrix - self.dot(d_v_n, u_n, "11")
+
+            def outside_of(block, sums):
+                (values, u_n, d_n, d_v_n), (d_q_start, d_k_start, d_k_end, through) = of_values(block), sums
                 start, d_end = (own.read_state(x, n, values, keys) for x in (starts, d_ends))
                 return (
-                    d_weights + self.dot(d_n, u_n, "11"),
-                    d_matrix - self.dot(d_v_n, u_n, "11"),
                     d_q_start + self.dot(d_n, start),
                     d_k_start - self.dot(d_v_n, start),
                     d_k_end + self.dot(u_n, d_end),
                     through + (start * d_end).sum(0, keepdims=True),
                 )
 
-            square, tile = (size, size), (size, self.sizes.keys)
-            sums = tuple(jnp.zeros(x, jnp.float32) for x in (square, square, tile, tile, tile, (1, self.sizes.keys)))
-            sums = jax.lax.fori_loop(0, value_blocks, step, sums)
-            d_weights, d_matrix, d_q_start, d_k_start, d_k_end, through = sums
-            decay = self.decay(own, log_decay, at, keys)
-            q_n, k_n = own.read(q, at, keys), own.read(k, at, keys)
-            d_q_start, d_k_start = d_q_start * decay.from_start, d_k_start * decay.from_start
-            d_k_end *= decay.to_end
+            # One after the other, and values once more each time, as registers are few.
+            q_n, k_n, decay = own.read(q, at, keys), own.read(k, at, keys), self.decay(own, log_decay, at, keys)
+            nothing = jnp.zeros((size, size), jnp.float32)
+            d_weights = jax.lax.fori_loop(0, value_blocks, weights_of, nothing)
             d_q_n, d_k_n, pairs = decay.pull(q_n, k_n, d_weights)
-            own.write(d_q, at, keys, d_q_n + d_q_start)
+            d_matrix = jax.lax.fori_loop(0, value_blocks, matrix_of, nothing)
             d_matrix = jnp.where(decay.row > decay.column, d_matrix, 0)
             d_k_query, d_k_key, more_pairs = decay.pull(k_n, k_n, d_matrix)
-            own.write(d_k, at, keys, d_k_n + d_k_query + d_k_key + d_k_start + d_k_end)
+            d_k_n += d_k_query + d_k_key
+            sums = tuple(jnp.zeros((rows, self.sizes.keys), jnp.float32) for rows in (size, size, size, 1))
+            d_q_start, d_k_start, d_k_end, through = jax.lax.fori_loop(0, value_blocks, outside_of, sums)
+            d_q_start, d_k_start = d_q_start * decay.from_start, d_k_start * decay.from_start
+            d_k_end *= decay.to_end
+            own.write(d_q, at, keys, d_q_n + d_q_start)
+            own.write(d_k, at, keys, d_k_n + d_k_start + d_k_end)
             if d_log_decay is not None:
                 by_start = q_n * d_q_start + k_n * d_k_start
                 found = decay.d_log_decay(pairs + more_pairs, by_start, k_n * d_k_end, decay.whole * through)
@@ -225,7 +271,7 @@ class Kernels(Call):
                 of_decay = ((*log_decay.shape[:3], key_blocks), jnp.float32)
         d_q, d_k, d_log_decay = self.launch(
             kernel, "gradients", chunks * key_blocks, (q, k, u, log_decay, d_out, d_v, starts, d_ends),
-            [(q.shape, q.dtype), (q.shape, jnp.float32), of_decay],
+            [(q.shape, q.dtype), (q.shape, self.per_head(k)), of_decay],
         )  # fmt: skip
         if per_head:
             d_log_decay = d_log_decay.sum(3, keepdims=True).astype(log_decay.dtype)
