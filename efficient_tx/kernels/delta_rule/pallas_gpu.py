@@ -36,16 +36,10 @@ def unsupported(
     return linear_attention.unsupported(options, q, k, v, log_decay, state)
 
 
-def sizes(
-    options: Options, q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, log_decay: jax.Array | None,
-    state: jax.Array,
-) -> BlockSizes:  # fmt: skip
-    def fitting(size, largest):
-        return min(largest, max(16, pl.next_power_of_2(size)))
-
-    # Decays per channel have more tiles: on fewer threads they spill.
-    warps = 8 if log_decay is None or log_decay.shape[3] == 1 else 16
-    return BlockSizes(fitting(q.shape[1], 64), fitting(q.shape[3], 32), fitting(v.shape[3], 32), warps)
+def sizes(options: Options, q: jax.Array, k: jax.Array, v: jax.Array, *_: Any) -> BlockSizes:
+    # Larger tiles spill.
+    chunk, keys, values = (min(32, max(16, pl.next_power_of_2(n))) for n in (q.shape[1], q.shape[3], v.shape[3]))
+    return BlockSizes(chunk, keys, values, 4)
 
 
 def forward(
