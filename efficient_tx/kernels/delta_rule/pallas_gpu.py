@@ -1,8 +1,9 @@
 """The gated delta rule in chunks for GPUs, in Triton.
 
-Kernels and layouts are those of `gated_linear_attention.pallas_gpu`, with the values u_t = β_t e_t, and four more:
+Kernels and layouts are those of `gated_linear_attention.pallas_gpu`, with the values u_t = β_t e_t, and five more:
 
-    systems     the inverse of every chunk's linear system, in parallel; also the weights of its queries,
+    systems     the inverse of every chunk's linear system, in parallel,
+    weights     the weights of its pairs of queries and keys, in parallel,
     errors      the errors and the states before all chunks, one chunk after the other, for some channels of values,
     cotangents  the same backwards: the cotangents of values, beta and states,
     gradients   the cotangents of queries, keys and decays of a block of channels, in parallel.
@@ -36,10 +37,15 @@ def unsupported(
     return linear_attention.unsupported(options, q, k, v, log_decay, state)
 
 
-def sizes(options: Options, q: jax.Array, k: jax.Array, v: jax.Array, *_: Any) -> BlockSizes:
-    # Larger tiles spill.
-    chunk, keys, values = (min(32, max(16, pl.next_power_of_2(n))) for n in (q.shape[1], q.shape[3], v.shape[3]))
-    return BlockSizes(chunk, keys, values, 4)
+def sizes(
+    options: Options, q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, log_decay: jax.Array | None, *_: Any
+) -> BlockSizes:
+    def fitting(size, largest):
+        return min(largest, max(16, pl.next_power_of_2(size)))
+
+    # Larger tiles spill; decays per channel have more of them.
+    keys = 32 if log_decay is None or log_decay.shape[3] == 1 else 16
+    return BlockSizes(fitting(q.shape[1], 32), fitting(q.shape[3], keys), fitting(v.shape[3], 32), 4)
 
 
 def forward(
@@ -48,7 +54,7 @@ def forward(
     """Output and the state after the last step, of the arrays that `reference.forward` describes, and the errors."""
     q, k, v, beta, log_decay, state = arrays
     call = Kernels(options, sizes, (q, k, v, log_decay, state), interpret)
-    (solve,) = call.systems(k, beta, log_decay)
+    solve = call.systems(k, beta, log_decay)
     error, starts, end = call.errors(solve, k, v, beta, log_decay, state)
     return (call.values(q, k, call.corrections(beta, error), log_decay, starts), end), error
 
@@ -63,7 +69,7 @@ def backward(
     call = Kernels(options, sizes, (q, k, v, log_decay, state), interpret)
     u = call.corrections(beta, error)
     starts, _ = call.states(k, u, log_decay, state)
-    solve, weights = call.systems(k, beta, log_decay, q)
+    solve, weights = call.systems(k, beta, log_decay, backwards=True), call.weights(q, k, log_decay)
     d_v, d_beta, d_ends, d_start = call.cotangents(solve, weights, q, k, v, beta, log_decay, error, d_out, d_end)
     d_q, d_k, d_log_decay = call.all_gradients(q, k, u, log_decay, d_out, d_v, starts, d_ends)
     return d_q, shared(d_k, k), shared(d_v, v), d_beta, d_log_decay, d_start
@@ -76,36 +82,51 @@ class Kernels(Call):
         """The values u, `[batch, length, heads, v_dim]`, as precise as products read them."""
         return (beta.astype(jnp.float32) * error).astype(self.dot.dtype)
 
-    def systems(self, k, beta, log_decay, q=None) -> list[jax.Array]:
-        """(I + M diag(β))⁻¹ of all chunks; or, with queries, (I + diag(β) M)⁻¹ and the weights of the queries."""
-        (batch, _, heads, _, _), (chunks, key_blocks, _), size = self.shape, self.blocks, self.sizes.chunk
+    def systems(self, k, beta, log_decay, *, backwards: bool = False) -> jax.Array:
+        """The inverse of I + M diag(β) of every chunk; backwards, of I + diag(β) M."""
+        (_, _, heads, _, _), (chunks, key_blocks, _), size = self.shape, self.blocks, self.sizes.chunk
 
-        def kernel(q, k, beta, log_decay, solve, weights):
+        def kernel(k, beta, log_decay, solve):
             n, head, example = (pl.program_id(axis) for axis in range(3))
             own = Head(example, head, heads, self.options.reverse)
             at, tokens = n * size + jnp.arange(size), jnp.arange(size)
 
-            def pairs_of(block, pairs):
+            def step(block, pairs):
                 keys = channels(block, self.sizes.keys)
                 return pairs + matrix(self.decay(own, log_decay, at, keys), own.read(k, at, keys))
 
-            def weights_of(block, pairs):
+            pairs = jax.lax.fori_loop(0, key_blocks, step, jnp.zeros((size, size), jnp.float32))
+            beta_n = own.read(beta, at, jnp.arange(1))
+            own.write_state(solve, n, tokens, tokens, inverse(pairs * (beta_n if backwards else beta_n.T)))
+
+        (solve,) = self.launch(kernel, "systems", chunks, (k, beta, log_decay), [self.of_squares])
+        return solve
+
+    def weights(self, q, k, log_decay) -> jax.Array:
+        """The weights of the pairs of queries and keys of every chunk."""
+        (_, _, heads, _, _), (chunks, key_blocks, _), size = self.shape, self.blocks, self.sizes.chunk
+
+        def kernel(q, k, log_decay, weights):
+            n, head, example = (pl.program_id(axis) for axis in range(3))
+            own = Head(example, head, heads, self.options.reverse)
+            at, tokens = n * size + jnp.arange(size), jnp.arange(size)
+
+            def step(block, pairs):
                 keys = channels(block, self.sizes.keys)
                 decay = self.decay(own, log_decay, at, keys)
                 return pairs + decay.weights(own.read(q, at, keys), own.read(k, at, keys))
 
-            nothing, beta_n = jnp.zeros((size, size), jnp.float32), own.read(beta, at, jnp.arange(1))
-            pairs = jax.lax.fori_loop(0, key_blocks, pairs_of, nothing)
-            own.write_state(solve, n, tokens, tokens, inverse(pairs * (beta_n.T if q is None else beta_n)))
-            if q is not None:
-                pairs = jax.lax.fori_loop(0, key_blocks, weights_of, nothing)
-                own.write_state(weights, n, tokens, tokens, pairs)
+            pairs = jax.lax.fori_loop(0, key_blocks, step, jnp.zeros((size, size), jnp.float32))
+            own.write_state(weights, n, tokens, tokens, pairs)
 
-        squares = ((batch, heads, chunks, size, size), self.dot.dtype)
-        found = self.launch(
-            kernel, "systems", chunks, (q, k, beta, log_decay), [squares, None if q is None else squares]
-        )
-        return [x for x in found if x is not None]
+        (weights,) = self.launch(kernel, "weights", chunks, (q, k, log_decay), [self.of_squares])
+        return weights
+
+    @property
+    def of_squares(self) -> tuple:
+        """Shape and dtype of a square of tokens of every chunk, rounded as products round them."""
+        batch, _, heads, *_ = self.shape
+        return (batch, heads, self.blocks[0], self.sizes.chunk, self.sizes.chunk), self.dot.dtype
 
     def errors(self, solve, k, v, beta, log_decay, state) -> list[jax.Array]:
         """The errors, the states before all chunks and the last state."""
