@@ -1,0 +1,65 @@
+"""The rungs that need no accelerator: interpreters, for every operation; compilers, for every case and target."""
+
+import random
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from importlib.metadata import packages_distributions
+from typing import Any
+
+import jax
+
+from efficient_tx.kernels.case import cases_of, label, small
+from efficient_tx.kernels.verify import accuracy, figures
+from efficient_tx.kernels.verify.cover import pairwise
+from efficient_tx.kernels.verify.plan import Compilation, faults
+from efficient_tx.kernels.verify.targets import TARGETS
+
+
+def missing(targets: Collection[str]) -> list[str]:
+    """What compiling for these targets needs and this machine lacks, a line each."""
+    platforms = {TARGETS[name].platform for name in targets}
+    have = {package for packages in packages_distributions().values() for package in packages}
+    lines = []
+    if "tpu" in platforms and "libtpu" not in have:
+        lines.append("no libtpu, which compiles for TPUs: pip install 'jax[tpu]'")
+    if "cuda" in platforms and "jax-cuda13-plugin" not in have:
+        version = jax.__version__
+        plugins = f"jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version}"
+        lines.append(f"no CUDA plugin of jax, which compiles for GPUs: pip install --no-deps {plugins}")
+    if "cuda" in platforms and not shutil.which("ptxas"):
+        lines.append("no ptxas on the path: install the CUDA toolkit")
+    return lines
+
+
+def interpreted(operations: Collection[str], progress: Callable[[str], Any]) -> Iterator[dict[str, Any]]:
+    """Runs a selection of the small cases of each operation, with fresh arrays.
+
+    Yields:
+      a row for each case and Pallas implementation: its errors beside float64, and the races of a TPU's.
+    """
+    seed = random.randrange(2**31)
+    for operation in operations:
+        rows = list(small(operation))
+        for values in (rows[number] for number in pairwise(rows)):
+            case = cases_of(operation).case(**values)
+            for implementation in ("pallas_tpu", "pallas_gpu"):
+                if implementation in case.without:
+                    continue
+                progress(f"{label(operation, values)} {implementation}, interpreted")
+                row = {"operation": operation, "case": label(operation, values), "implementation": implementation}
+                row |= accuracy.errors(case, seed, implementation=implementation, interpret=True)
+                row["races"] = accuracy.races(case, seed) if implementation == "pallas_tpu" else None
+                yield row
+
+
+def compilations(planned: Collection[Compilation], progress: Callable[[str], Any]) -> Iterator[dict[str, Any]]:
+    """Compiles what is planned. Yields a row for each: its figures, and under "faults" what it must not have."""
+    for number, compilation in enumerate(planned):
+        progress(f"{number} of {len(planned)} compiled; {compilation.name}")
+        row = {"name": compilation.name, "operation": compilation.operation, "target": compilation.target.name}
+        try:
+            program = compilation.run()
+        except jax.errors.JaxRuntimeError as error:
+            yield row | {"faults": [f"does not compile: {' '.join(str(error).split())[:200]}"]}
+        else:
+            yield row | {"faults": faults(compilation, program), "figures": figures.of_program(program)}

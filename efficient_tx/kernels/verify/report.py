@@ -1,0 +1,82 @@
+"""The table of what was verified, as Markdown."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from efficient_tx.kernels.verify import figures
+from efficient_tx.kernels.verify.targets import MIB, TARGETS
+
+
+def markdown(date: str, interpreted: Sequence[dict[str, Any]], compiled: Sequence[dict[str, Any]]) -> str:
+    """The page `benchmarks/kernels.md`."""
+    versions = ", ".join(f"{name} {version}" for name, version in figures.versions().items())
+    gates = ", ".join(name for name, target in TARGETS.items() if target.gate)
+    recorded = ", ".join(name for name, target in TARGETS.items() if not target.gate)
+    return "\n".join([
+        "# Kernels, verified without an accelerator", "",
+        f"By `python -m efficient_tx.kernels.verify --all` on {date}; {versions}.", "",
+        "No kernel was run on a TPU or a GPU for this page: neither its speed nor its rounding there is shown. "
+        f"Must compile and keep its limits: {gates}; recorded only: {recorded}.", "",
+        "Each row has the largest figure of all cases of an operation. Error: the largest of an entry beside the plain "
+        "formula in float64, as a share of the largest entry, in an interpreter (float32; bfloat16). On chip: MiB of "
+        "VMEM, or of shared memory of a block. Temporaries: of main memory, as a share of arguments and outputs.", "",
+        *table(HEAD, rows(interpreted, compiled)), "",
+        *faulty(compiled), "",
+    ])  # fmt: skip
+
+
+HEAD = (
+    "kernels", "target", "programs", "error", "races", "compile s", "on chip MiB", "temporaries", "registers",
+    "spills", "instructions", "faults",
+)  # fmt: skip
+
+
+def rows(interpreted: Sequence[dict[str, Any]], compiled: Sequence[dict[str, Any]]) -> list[tuple]:
+    found = []
+    for operation in dict.fromkeys(row["operation"] for row in compiled):
+        for name, target in TARGETS.items():
+            mine = [row for row in compiled if (row["operation"], row["target"]) == (operation, name)]
+            runs = [
+                row for row in interpreted
+                if (row["operation"], row["implementation"]) == (operation, target.implementation)
+            ]  # fmt: skip
+            if mine:
+                found.append((operation, name, len(mine), *of_runs(runs), *of_programs(mine)))
+    return found
+
+
+def of_runs(runs: Sequence[dict[str, Any]]) -> tuple:
+    errors = []
+    for narrow in (False, True):
+        some = [max(row["forward"], row["gradient"]) for row in runs if ("bfloat16" in row["case"]) == narrow]
+        errors.append(f"{max(some):.0e}" if some else "–")
+    races = [row["races"] for row in runs if row["races"] is not None]
+    return "; ".join(errors), sum(races) if races else "–"
+
+
+def of_programs(rows: Sequence[dict[str, Any]]) -> tuple:
+    programs = [row["figures"] for row in rows if "figures" in row]
+    kernels = [kernel for program in programs for kernel in program["kernels"]]
+
+    def largest(figure: str) -> Any:
+        return max((kernel[figure] for kernel in kernels if figure in kernel), default="–")
+
+    on_chip = largest("on_chip")
+    shares = [p["temporaries"] / (p["arguments"] + p["outputs"]) for p in programs]
+    return (
+        f"{sum(p['seconds'] for p in programs) / max(1, len(programs)):.1f}",
+        on_chip if on_chip == "–" else f"{on_chip / MIB:.2f}",
+        f"{max(shares):.2f}" if shares else "–",
+        largest("registers"), largest("spills"), largest("instructions"),
+        sum(bool(row["faults"]) for row in rows),
+    )  # fmt: skip
+
+
+def faulty(compiled: Sequence[dict[str, Any]]) -> list[str]:
+    lines = [f"- {row['name']}: {fault}" for row in compiled for fault in row["faults"]]
+    return ["## What must not be, or is only recorded", "", *lines] if lines else []
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(map(str, line)) + " |" for line in lines]
