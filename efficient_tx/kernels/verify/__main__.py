@@ -10,8 +10,11 @@ import sys
 
 # Set before jax is imported: OpenBLAS's threads collide with XLA's, and compiling for accelerators uses none.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
+# Where kernels run, what they compute is computed on the host, too.
 if "--hardware" not in sys.argv:
     os.environ["JAX_PLATFORMS"] = "cpu"
+elif platforms := os.environ.get("JAX_PLATFORMS"):
+    os.environ["JAX_PLATFORMS"] = ",".join(dict.fromkeys([*platforms.split(","), "cpu"]))
 
 from efficient_tx.commands import Parser, leave_quietly, run
 
@@ -24,6 +27,10 @@ require("train", "rich")
 
 import argparse
 import datetime
+import json
+import random
+import re
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -32,8 +39,8 @@ from rich.console import Console
 from efficient_tx.checks import nearest
 from efficient_tx.files import local_path, write
 from efficient_tx.kernels.case import OPERATIONS
-from efficient_tx.kernels.verify import figures, ladder, report
-from efficient_tx.kernels.verify.plan import everything
+from efficient_tx.kernels.verify import figures, hardware, ladder, report
+from efficient_tx.kernels.verify.plan import GATES, everything, selection
 from efficient_tx.kernels.verify.targets import TARGETS
 
 
@@ -78,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
     if not console.is_terminal:
         console = Console(width=160)
     try:
-        return without_accelerator(args, console)
+        return on_accelerator(args, console) if args.hardware else without_accelerator(args, console)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -89,10 +96,11 @@ def without_accelerator(args: argparse.Namespace, console: Console) -> int:
     if lacking := ladder.missing(args.targets):
         raise ValueError("; ".join(lacking))
     args.out.mkdir(parents=True, exist_ok=True)
-    planned = list(everything(args.kernels, args.targets))
     with console.status("starting") as status:
+        of_ci = selection(args.kernels, [name for name in args.targets if name in GATES])
+        planned = {c.name: c for c in of_ci + selection(args.kernels, args.targets, strength=3)}
         interpreted = list(ladder.interpreted(args.kernels, status.update))
-        compiled = list(ladder.compilations(planned, status.update))
+        compiled = list(ladder.compilations(planned.values(), status.update))
     page = report.markdown(datetime.date.today().isoformat(), interpreted, compiled)
     console.print(page, highlight=False, markup=False, soft_wrap=True)
     programs = {row["name"]: row["figures"] for row in compiled if "figures" in row}
@@ -104,6 +112,34 @@ def without_accelerator(args: argparse.Namespace, console: Console) -> int:
         console.print(f"wrote {args.out}/kernels.json; kernels.md has all kernels and targets, and was not written")
     failed = any(row["faults"] and TARGETS[row["target"]].gate for row in compiled)
     return int(failed or any(row["races"] for row in interpreted))
+
+
+# A run of --hardware is over within eight minutes: a compilation that has begun may take one of them.
+ERRORS_SECONDS, ALL_SECONDS = 180, 420
+
+
+def on_accelerator(args: argparse.Namespace, console: Console) -> int:
+    """Returns 1 if a kernel does not run, or is further from float64 than rounding explains."""
+    device, began, seed = hardware.accelerator(), time.monotonic(), random.randrange(2**31)
+    folder = args.out / "hardware"
+    folder.mkdir(parents=True, exist_ok=True)
+    head = {
+        "device": device.device_kind, "driver": hardware.driver(), "date": datetime.date.today().isoformat(),
+        "versions": figures.versions(), "seed": seed,
+    }  # fmt: skip
+    console.print(f"{head['device']}, driver {head['driver']}", highlight=False)
+    with console.status("starting") as status:
+        clock = hardware.Clock.start(ERRORS_SECONDS)
+        errors = list(hardware.checked(args.kernels, hardware.KERNELS[device.platform], clock, seed, status.update))
+        clock = hardware.Clock.start(ALL_SECONDS - (time.monotonic() - began))
+        times = list(hardware.timed(args.kernels, clock, seed, status.update))
+    for line in (*report.of_errors(errors), "", *report.of_times(times)):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    path = folder / f"{re.sub('[^a-z0-9]+', '-', device.device_kind.lower())}.json"
+    done = head | {"seconds": round(time.monotonic() - began), "errors": errors, "times": times}
+    write(path, json.dumps(done, indent=1) + "\n")
+    console.print(f"wrote {path} after {done['seconds']} s")
+    return int(any(not report.holds(row) for row in errors))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import jax
 
 from efficient_tx.kernels.case import cases_of, label, small
 from efficient_tx.kernels.verify import accuracy, figures
-from efficient_tx.kernels.verify.cover import pairwise
+from efficient_tx.kernels.verify.cover import cover
 from efficient_tx.kernels.verify.plan import Compilation, faults
 from efficient_tx.kernels.verify.targets import TARGETS
 
@@ -40,7 +40,7 @@ def interpreted(operations: Collection[str], progress: Callable[[str], Any]) -> 
     seed = random.randrange(2**31)
     for operation in operations:
         rows = list(small(operation))
-        for values in (rows[number] for number in pairwise(rows)):
+        for values in (rows[number] for number in cover(rows, 2)):
             case = cases_of(operation).case(**values)
             for implementation in ("pallas_tpu", "pallas_gpu"):
                 if implementation in case.without:

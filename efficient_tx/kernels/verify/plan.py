@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from efficient_tx.kernels.case import OPERATIONS, Case, cases_of, label, production
-from efficient_tx.kernels.verify.cover import pairwise
+from efficient_tx.kernels.verify.cover import cover
 from efficient_tx.kernels.verify.program import Program, compiled
 from efficient_tx.kernels.verify.targets import TARGETS, Target
 
@@ -17,6 +17,7 @@ PASSES = ("forward", "gradient")
 MOST_TEMPORARIES = 1.25
 # Widest head for which no register may be spilled, in kernels of less than float32.
 WIDEST = 128
+GATES = tuple(name for name, target in TARGETS.items() if target.gate)
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,15 @@ def everything(
                     yield Compilation(operation, values, which, TARGETS[target])
 
 
-def selection() -> list[Compilation]:
-    """Those of CI: for the targets that gate, every pair of values, passes and targets of an operation."""
-    gates = [name for name, target in TARGETS.items() if target.gate]
+def selection(
+    operations: Collection[str] = OPERATIONS, targets: Collection[str] = GATES, strength: int = 2
+) -> list[Compilation]:
+    """Those that have every pair (strength 2) or triple (3) of values, passes and targets of each operation."""
     chosen = []
-    for operation in OPERATIONS:
-        rows = list(everything([operation], gates))
+    for operation in operations:
+        rows = list(everything([operation], targets))
         of_row = [{**row.values, "which": row.which, "target": row.target.name} for row in rows]
-        chosen += [rows[number] for number in pairwise(of_row)]
+        chosen += [rows[number] for number in cover(of_row, strength)]
     return chosen
 
 

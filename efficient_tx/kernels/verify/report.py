@@ -80,3 +80,30 @@ def faulty(compiled: Sequence[dict[str, Any]]) -> list[str]:
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
     lines = [head, ["---"] * len(head), *rows]
     return ["| " + " | ".join(map(str, line)) + " |" for line in lines]
+
+
+def holds(row: dict[str, Any]) -> bool:
+    """Whether a kernel ran on the accelerator and its errors are those of rounding."""
+    return "failed" not in row and all(row[which] <= row["most"] for which in ("forward", "gradient"))
+
+
+def of_errors(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The table of errors on an accelerator."""
+
+    def figures_of(row):
+        if "failed" in row:
+            return row["failed"], "–", "–"
+        return f"{row['forward']:.1e}", f"{row['gradient']:.1e}", row["most"]
+
+    cells = [(row["name"], *figures_of(row), "yes" if holds(row) else "NO") for row in rows]
+    return table(("kernel", "error", "of gradients", "most", "holds"), cells)
+
+
+def of_times(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The table of milliseconds on an accelerator; a peer that did not run has its error's first words."""
+    names = list(dict.fromkeys(name for row in rows for name in (*row["milliseconds"], *row["failed"])))
+
+    def cell(row, name):
+        return f"{row['milliseconds'][name]:.3f}" if name in row["milliseconds"] else row["failed"].get(name, "–")[:40]
+
+    return table(("milliseconds", *names), [(row["name"], *(cell(row, name) for name in names)) for row in rows])

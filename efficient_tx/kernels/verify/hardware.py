@@ -1,0 +1,167 @@
+"""The kernels on the accelerator of this machine: their errors beside float64 on the host, and times beside others'."""
+
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from efficient_tx.kernels.case import Case, cases_of, label, production, small
+from efficient_tx.kernels.verify import accuracy
+from efficient_tx.kernels.verify.cover import cover
+
+# The largest error of an entry, as a share of the largest entry: float32 rounds 2⁻²⁴ and sums of thousands add up;
+# bfloat16 rounds 2⁻⁹, at every intermediate result that an operation has.
+MOST_ERROR = {"float32": 1e-4, "bfloat16": 4e-2}
+
+# The implementation whose kernels are for a platform, by jax's name of a device's platform.
+KERNELS = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
+
+BATCH_SECONDS, BATCHES = 0.02, 7  # of calls between two synchronisations, and how many such
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Ends a part of the work in time.
+
+    Attributes:
+      seconds: that there are.
+      began: when.
+    """
+
+    seconds: float
+    began: float
+
+    @classmethod
+    def start(cls, seconds: float) -> "Clock":
+        return cls(seconds, time.monotonic())
+
+    def spent(self) -> bool:
+        return time.monotonic() - self.began > self.seconds
+
+
+def accelerator() -> jax.Device:
+    """The first accelerator.
+
+    Raises:
+      ValueError: there is none.
+    """
+    device = jax.devices()[0]
+    if device.platform not in KERNELS:
+        raise ValueError(f"jax finds no accelerator, only {device.platform}: --all verifies what needs none")
+    return device
+
+
+def driver() -> str:
+    """The version of the driver, as the vendor's tool or jax's client tells it."""
+    if tool := shutil.which("nvidia-smi"):
+        asked = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(asked, capture_output=True, text=True)
+        if done.returncode == 0 and done.stdout:
+            return done.stdout.splitlines()[0].strip()
+    return " ".join(jax.devices()[0].client.platform_version.split())
+
+
+def rounds(operations: Collection[str], rows_of: Callable[[str], Iterator]) -> list[tuple[str, dict[str, Any]]]:
+    """A selection of each operation's cases with every pair of values, by turns: those that cover most come first."""
+    found = []
+    for operation in operations:
+        rows = list(rows_of(operation))
+        found += [(turn, operation, rows[number]) for turn, number in enumerate(cover(rows, 2))]
+    return [(operation, values) for _, operation, values in sorted(found, key=lambda one: one[0])]
+
+
+def checked(
+    operations: Collection[str],
+    implementation: str,
+    clock: Clock,
+    seed: int,
+    progress: Callable[[str], Any],
+    **how: Any,
+) -> Iterator[dict[str, Any]]:
+    """Runs small cases forward and backward. Yields a row for each that there was time for: its errors, or "failed"."""
+    for operation, values in rounds(operations, small):
+        case = cases_of(operation).case(**values)
+        if clock.spent() or implementation in case.without:
+            continue
+        name = label(operation, values)
+        progress(f"error of {name}")
+        row = {"name": name, "implementation": implementation}
+        try:
+            row |= accuracy.errors(case, seed, implementation=implementation, **how)
+        except Exception as error:  # a kernel that does not run is a finding; the others run on
+            yield row | {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        else:
+            yield row | {"most": MOST_ERROR[dtype_of(case)]}
+
+
+def dtype_of(case: Case) -> str:
+    """The narrowest of its floating dtypes that has a limit of its own."""
+    names = {x.dtype.name for x in case.arrays if jnp.issubdtype(x.dtype, jnp.inexact)}
+    return "float32" if names <= {"float32", "float64"} else "bfloat16"
+
+
+def timed(
+    operations: Collection[str], clock: Clock, seed: int, progress: Callable[[str], Any],
+    rows_of: Callable[[str], Iterator] = production,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Times production cases: the operation as it chooses, its XLA form, and its peers. Yields a row for each pass."""
+    for operation, values in rounds(operations, rows_of):
+        module = cases_of(operation)
+        case = module.case(**values)
+        others = module.peers(**values) if hasattr(module, "peers") else {}
+        functions = {
+            "ours": case.function,
+            "xla": lambda *a, case=case: case.function(*a, implementation="xla"),
+        } | others
+        for which in ("forward", "gradient"):
+            if clock.spent():
+                return
+            progress(f"time of {label(operation, values)} {which}")
+            row = {"name": f"{label(operation, values)} {which}", "milliseconds": {}, "failed": {}}
+            for name, function in functions.items():
+                one = Case(function, case.arrays, case.draws)
+                try:
+                    row["milliseconds"][name] = 1e3 * seconds_of(one, which, seed)
+                except Exception as error:  # out of memory, or a peer without this case: it has no time
+                    row["failed"][name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            yield row
+
+
+def seconds_of(case: Case, which: str, seed: int) -> float:
+    """The median time of a call, over batches of calls that are awaited together."""
+    arrays = on_device(case, seed)
+    arguments = (arrays,) if which == "forward" else (arrays, jax.tree.map(jnp.ones_like, zeros(case.outputs())))
+    call = jax.jit(getattr(case, which)())
+    jax.block_until_ready(call(*arguments))
+
+    def run(times: int) -> float:
+        began = time.perf_counter()
+        for _ in range(times):
+            found = call(*arguments)
+        jax.block_until_ready(found)
+        return time.perf_counter() - began
+
+    times = max(1, round(BATCH_SECONDS / max(run(1), 1e-6)))
+    return statistics.median(run(times) for _ in range(BATCHES)) / times
+
+
+def zeros(shapes: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+def on_device(case: Case, seed: int) -> tuple[jax.Array, ...]:
+    """Arrays of the case, standard normal ones drawn on the device: they may be large."""
+    r, keys = np.random.default_rng(seed), jax.random.split(jax.random.key(seed), len(case.arrays))
+    return tuple(
+        jnp.asarray(case.draws[n](r, x.shape), x.dtype)
+        if n in case.draws
+        else jax.random.normal(keys[n], x.shape, x.dtype)
+        for n, x in enumerate(case.arrays)
+    )
