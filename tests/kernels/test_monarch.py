@@ -1,4 +1,4 @@
-"""The Monarch product: both implementations against the dense matrix of the definition, gradients, chunks, errors."""
+"""The Monarch product: all implementations against the dense matrix of the definition, gradients, chunks, errors."""
 
 import importlib
 from functools import partial
@@ -7,11 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 from efficient_tx.kernels import monarch
+from efficient_tx.kernels.case import Case, shape
+from efficient_tx.kernels.monarch import pallas_gpu, pallas_tpu
+from efficient_tx.kernels.verify import accuracy
 
 kernel = importlib.import_module("efficient_tx.kernels.monarch")
-xla = importlib.import_module("efficient_tx.kernels.monarch.xla")
+layout = importlib.import_module("efficient_tx.kernels.monarch.layout")
 
 # (k, q, p), (l, s, r): square, neither of q and l divides the other, few blocks to many, slices of rank 3.
 SHAPES = [((3, 6, 4), (3, 4, 6)), ((3, 4, 5), (2, 7, 6)), ((1, 6, 2), (6, 3, 1)), ((4, 9, 2), (3, 5, 12))]
@@ -20,8 +24,8 @@ SHAPES = [((3, 6, 4), (3, 4, 6)), ((3, 4, 5), (2, 7, 6)), ((1, 6, 2), (6, 3, 1))
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch):
     """Of 4 to 12 tokens, so that few tokens are several chunks; the second shape is too wide to be computed again."""
-    monkeypatch.setattr(xla, "CHUNK", 4)
-    monkeypatch.setattr(xla, "NARROW", 4)
+    monkeypatch.setattr(layout, "CHUNK", 4)
+    monkeypatch.setattr(layout, "NARROW", 4)
 
 
 def arrays(shapes, tokens, seed=0):
@@ -62,9 +66,9 @@ def test_equals_its_dense_matrix_and_so_do_the_gradients(shapes, implementation)
 @pytest.mark.quick
 def test_how_tokens_are_cut():
     """At least CHUNK and the width of a block, less than twice that where a divisor allows, else all at once."""
-    assert [xla.chunk_count(tokens, 3) for tokens in (1, 7, 8, 24, 23, 22)] == [1, 1, 2, 6, 1, 1]
-    assert [xla.chunk_count(24, width) for width in (5, 12, 13, 100)] == [4, 2, 1, 1]
-    assert xla.chunk_count(66, 1) == 11  # of 6 tokens: neither 16 nor 15 to 12 chunks divide them
+    assert [layout.chunk_count(tokens, 3) for tokens in (1, 7, 8, 24, 23, 22)] == [1, 1, 2, 6, 1, 1]
+    assert [layout.chunk_count(24, width) for width in (5, 12, 13, 100)] == [4, 2, 1, 1]
+    assert layout.chunk_count(66, 1) == 11  # of 6 tokens: neither 16 nor 15 to 12 chunks divide them
 
 
 @pytest.mark.quick
@@ -77,15 +81,18 @@ def test_small_inputs_take_the_reference_and_have_forward_mode():
 
 
 @pytest.mark.quick
-def test_large_inputs_take_chunks_on_the_cpu_and_all_at_once_elsewhere(monkeypatch):
+def test_large_inputs_take_chunks_on_the_cpu_and_kernels_elsewhere(monkeypatch):
     monkeypatch.setattr(kernel, "SMALL", 24 * 12)
     given = [jnp.asarray(array, jnp.float32) for array in arrays(SHAPES[0], 24)]
     program = jax.jit(jax.value_and_grad(lambda *given: monarch(*given).sum(), (0, 1, 2)))
-    loops = {
-        platform: jax.export.export(program, platforms=[platform])(*given).mlir_module().count("stablehlo.while")
-        for platform in ("cpu", "cuda", "tpu")
-    }
+    loops, kernels = {}, {}
+    for platform in ("cpu", "cuda", "tpu"):
+        text = program.trace(*given).lower(lowering_platforms=(platform,)).as_text()
+        loops[platform] = text.count("stablehlo.while")
+        kernels[platform] = text.count("tpu_custom_call") + text.count("xla.gpu.triton")
     assert loops == {"cpu": 2, "cuda": 0, "tpu": 0}
+    # Forward two, backward four, and a chunk's hidden layer again: the blocks are narrow.
+    assert kernels["cpu"] == 0 and min(kernels["cuda"], kernels["tpu"]) == 7
 
 
 @pytest.mark.parametrize("shapes", SHAPES[:2])
@@ -96,8 +103,10 @@ def test_all_at_once_is_the_same_product(monkeypatch, shapes):
     with jax.enable_x64(True):
         call = jax.value_and_grad(lambda *given: jnp.sin(monarch(*given, implementation="xla")).sum(), (0, 1, 2))
         expected = call(*given)
+        jax.clear_caches()  # else the program for the CPU is there already
         monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-11), call(*given), expected)  # float64 rounding
+    jax.clear_caches()
 
 
 def test_maps_and_second_derivatives():
@@ -146,7 +155,11 @@ def test_dtypes_promote_and_batches_may_be_empty(implementation):
         (((2, 12), (3, 6), (3, 4, 6)), {}, r"pass \[k, q, p\] and \[l, s, r\]"),
         (((2, 12), (3, 6, 4), (3, 4, 5)), {}, "k·q = 18 and l·r = 15 must be equal"),
         (((2, 13), (3, 6, 4), (3, 4, 6)), {}, "its last axis must be k·p = 12"),
-        (((2, 12), (3, 6, 4), (3, 4, 6)), {"implementation": "einsum"}, "choose one of xla, reference"),
+        (
+            ((2, 12), (3, 6, 4), (3, 4, 6)),
+            {"implementation": "einsum"},
+            "choose one of pallas_tpu, pallas_gpu, xla, reference",
+        ),
         (((2, 12), (3, 6, 4), (3, 4, 6)), {"interpret": True}, "interpret=True is for Pallas kernels"),
     ],
 )
@@ -154,3 +167,74 @@ def test_errors_are_one_line(shapes, options, words):
     with pytest.raises(ValueError, match=words) as caught:
         monarch(*map(jnp.zeros, shapes), **options)
     assert "\n" not in str(caught.value)
+
+
+SMALL_TILES = {"pallas_tpu": pallas_tpu.BlockSizes(16, 3, 4), "pallas_gpu": pallas_gpu.BlockSizes(16, 16, 16)}
+PALLAS = sorted(SMALL_TILES)
+
+
+def small_case(shapes, tokens, dtype="float32"):
+    (k, _, p), _ = shapes
+    return Case(monarch, (shape(dtype, tokens, k * p), *(shape(dtype, *sizes) for sizes in shapes)))
+
+
+@pytest.mark.parametrize("implementation", PALLAS)
+@pytest.mark.first(2)
+@pytest.mark.parametrize(
+    ("shapes", "tokens", "dtype", "tiles"),
+    [
+        (SHAPES[0], 44, "float32", True),  # chunks of 11 tokens, in tiles of 16
+        (SHAPES[1], 1, "float32", False),
+        (SHAPES[1], 23, "bfloat16", False),
+        (SHAPES[2], 24, "float32", False),
+        (SHAPES[3], 24, "bfloat16", False),
+        (((32, 8, 8), (8, 16, 32)), 200, "float32", False),  # a TPU's program has 32 of 32 blocks
+    ],
+)
+def test_kernels_equal_the_formula_forward_and_backward(shapes, tokens, dtype, tiles, implementation):
+    options = {"block_sizes": SMALL_TILES[implementation]} if tiles else {}
+    found = accuracy.errors(
+        small_case(shapes, tokens, dtype), 0, implementation=implementation, interpret=True, **options
+    )
+    # Rounding of sums of at most 200 products; the hidden layer and its cotangent are rounded to bfloat16.
+    most = 2e-6 if dtype == "float32" else 1e-2
+    assert max(found.values()) < most
+
+
+@pytest.mark.slow
+def test_the_tpu_kernels_do_not_race():
+    assert accuracy.races(small_case(SHAPES[0], 44), 0) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", PALLAS)
+def test_kernels_map_rematerialise_and_run_in_shards(implementation):
+    x, w1, w2 = (jnp.asarray(array, jnp.float32) for array in arrays(SHAPES[0], 8))
+    call = partial(monarch, implementation=implementation, interpret=True)
+
+    def slopes(function):
+        return jax.jit(jax.grad(lambda *given: jnp.sin(function(*given)).sum(), (0, 1, 2)))(x, w1, w2)
+
+    mesh = jax.make_mesh((2,), ("devices",), axis_types=(AxisType.Auto,))
+    specs = PartitionSpec("devices"), PartitionSpec(), PartitionSpec()
+    sharded = jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("devices"))
+    expected = slopes(monarch)
+    for function in (jax.vmap(call, (0, None, None)), jax.checkpoint(call), sharded):
+        # float32 rounding; sin is no more than the identity at its steepest.
+        jax.tree.map(partial(np.testing.assert_allclose, atol=2e-4, rtol=1e-5), slopes(function), expected)
+
+
+@pytest.mark.quick
+def test_what_kernels_refuse_is_said_in_one_line():
+    x, w1, w2 = map(jnp.zeros, ((2, 15), (3, 4, 5), (6, 7, 2)))
+    with pytest.raises(ValueError, match="4 hidden channels cannot be dealt to 6 output groups"):
+        monarch(x, w1, w2, implementation="pallas_tpu", interpret=True)
+    with pytest.raises(ValueError, match="there are no tokens"):
+        monarch(x[:0], w1, w2, implementation="pallas_gpu", interpret=True)
+    with pytest.raises(ValueError, match="not float16"):
+        monarch(*(array.astype(jnp.float16) for array in (x, w1, w2)), implementation="pallas_tpu")
+    large = [shape("bfloat16", *sizes) for sizes in ((128, 32768), (2, 16384, 16384), (2, 16384, 16384))]
+    with pytest.raises(ValueError, match="MiB of on-chip memory"):
+        jax.eval_shape(partial(monarch, implementation="pallas_tpu"), *large)
+    with pytest.raises(ValueError, match="block sizes are those of one implementation"):
+        monarch(x, w1, w2, block_sizes=pallas_gpu.BlockSizes())

@@ -4,15 +4,15 @@ import jax
 import jax.numpy as jnp
 
 
-def unsupported(*, interpret: bool) -> str | None:
-    """The reason why this implementation does not support the request, or None."""
-    return "interpret=True is for Pallas kernels, the plain formula has nothing to interpret" if interpret else None
+def unsupported(options: None, *arrays: jax.Array) -> None:
+    """It supports everything."""
 
 
-def forward(x: jax.Array, w1: jax.Array, w2: jax.Array) -> jax.Array:
+def forward(options: None, x: jax.Array, w1: jax.Array, w2: jax.Array) -> jax.Array:
     """The product `[..., s·l]` of x `[..., k·p]`, w1 `[k, q, p]` and w2 `[l, s, r]`, all of one dtype."""
     k, _, p = w1.shape
     l, s, r = w2.shape
-    batch = x.shape[:-1]
-    hidden = jnp.einsum("...kp,kqp->...kq", x.reshape(*batch, k, p), w1)
-    return jnp.einsum("...rl,lsr->...sl", hidden.reshape(*batch, r, l), w2).reshape(*batch, s * l)
+    batch, precision = x.shape[:-1], jax.lax.Precision.HIGHEST
+    hidden = jnp.einsum("...kp,kqp->...kq", x.reshape(*batch, k, p), w1, precision=precision)
+    out = jnp.einsum("...rl,lsr->...sl", hidden.reshape(*batch, r, l), w2, precision=precision)
+    return out.reshape(*batch, s * l)

@@ -12,29 +12,27 @@ input.
 Devices other than CPUs run the same program on all chunks at once.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
-# Smallest number of tokens per chunk: the fastest on two AVX-512 cores with 1 MB of cache each. A chunk also has at
-# least as many tokens as a block is wide. Otherwise reading the weights and summing their gradients costs more than the
-# cache saves.
-CHUNK = 128
-# Largest block width for which the backward pass recomputes the hidden layer; with 128 it is not faster.
-NARROW = 64
+from efficient_tx.kernels.monarch.layout import Layout
+
+einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
-def unsupported(*, interpret: bool) -> str | None:
-    """The reason why this implementation does not support the request, or None."""
-    return "interpret=True is for Pallas kernels, this one has nothing to interpret" if interpret else None
+def unsupported(options: None, *arrays: jax.Array) -> None:
+    """It supports everything."""
 
 
-def chunk_count(tokens: int, width: int) -> int:
-    """The number of equal chunks of at least CHUNK and `width` tokens, less than twice as long; 1 if there is none."""
-    most = max(1, tokens // max(CHUNK, width))
-    return next((count for count in range(most, most // 2, -1) if tokens % count == 0), 1)
+def sizes(options: None, *arrays: jax.Array) -> None:
+    """Its chunks are a part of the layout of the hidden layer."""
 
 
-def forward(x: jax.Array, w1: jax.Array, w2: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+def forward(
+    options: None, sizes: None, x: jax.Array, w1: jax.Array, w2: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
     """The product `[tokens, s·l]` of x `[tokens, k·p]`, w1 `[k, q, p]` and w2 `[l, s, r]`, all of one dtype.
 
     Also returns the hidden layer by chunks of c tokens, `[chunks, l, r, c]`, if the backward pass does not recompute
@@ -45,13 +43,14 @@ def forward(x: jax.Array, w1: jax.Array, w2: jax.Array) -> tuple[jax.Array, jax.
         cpu=lambda x, *weights: jax.lax.map(lambda x: ahead(x, *weights), x),
         default=jax.vmap(ahead, (0, None, None)),
     )  # fmt: skip
-    return out.reshape(x.shape[0], w2.shape[0] * w2.shape[1]), hidden if w1.shape[2] > NARROW else None
+    return out.reshape(x.shape[0], w2.shape[0] * w2.shape[1]), Layout.of(x, w1, w2).saved(hidden)
 
 
 def backward(
-    x: jax.Array, w1: jax.Array, w2: jax.Array, hidden: jax.Array | None, d_out: jax.Array
+    options: None, sizes: None, arrays: tuple, out: jax.Array, hidden: jax.Array | None, d_out: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Cotangents of x, w1 and w2."""
+    x, w1, w2 = arrays
     l, s, _ = w2.shape
     chunked = in_chunks(x, w1, w2)
     chunks = chunked, hidden, d_out.reshape(*chunked.shape[:2], s, l)
@@ -77,20 +76,20 @@ def backward(
 
 def in_chunks(x: jax.Array, w1: jax.Array, w2: jax.Array) -> jax.Array:
     """x as `[chunks, c, k, p]`."""
-    tokens, (k, _, p) = x.shape[0], w1.shape
-    return x.reshape(chunk_count(tokens, max(w1.shape[1:] + w2.shape[1:])), -1, k, p)
+    k, _, p = w1.shape
+    return x.reshape(Layout.of(x, w1, w2).chunks, -1, k, p)
 
 
 def ahead(x: jax.Array, w1: jax.Array, w2: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Output `[c, s, l]` and hidden layer `[l, r, c]` of a chunk x `[c, k, p]`, with w1 `[k, q, p]`, w2 `[l, r, s]`."""
     hidden = hide(x, w1, w2)
-    return jnp.einsum("lrc,lrs->lcs", hidden, w2).transpose(1, 2, 0), hidden
+    return einsum("lrc,lrs->lcs", hidden, w2).transpose(1, 2, 0), hidden
 
 
 def hide(x: jax.Array, w1: jax.Array, w2: jax.Array) -> jax.Array:
     """The hidden layer `[l, r, c]`."""
     l, r, _ = w2.shape
-    return jnp.einsum("kqp,kcp->kqc", w1, x.swapaxes(0, 1)).reshape(r, l, -1).swapaxes(0, 1)
+    return einsum("kqp,kcp->kqc", w1, x.swapaxes(0, 1)).reshape(r, l, -1).swapaxes(0, 1)
 
 
 def back(
@@ -101,7 +100,7 @@ def back(
     wide = jnp.promote_types(w1.dtype, jnp.float32)
     hidden = hide(x, w1, w2) if hidden is None else hidden
     d_out = d_out.transpose(2, 0, 1)
-    d_hidden = jnp.einsum("lrs,lcs->lrc", w2, d_out).swapaxes(0, 1).reshape(k, q, -1)
-    d_w1 = jnp.einsum("kqc,kcp->kqp", d_hidden, x.swapaxes(0, 1), preferred_element_type=wide)
-    d_w2 = jnp.einsum("lrc,lcs->lrs", hidden, d_out, preferred_element_type=wide)
-    return jnp.einsum("kqc,kqp->kcp", d_hidden, w1).swapaxes(0, 1), d_w1, d_w2
+    d_hidden = einsum("lrs,lcs->lrc", w2, d_out).swapaxes(0, 1).reshape(k, q, -1)
+    d_w1 = einsum("kqc,kcp->kqp", d_hidden, x.swapaxes(0, 1), preferred_element_type=wide)
+    d_w2 = einsum("lrc,lcs->lrs", hidden, d_out, preferred_element_type=wide)
+    return einsum("kqc,kqp->kcp", d_hidden, w1).swapaxes(0, 1), d_w1, d_w2
