@@ -96,12 +96,14 @@ def without_accelerator(args: argparse.Namespace, console: Console) -> int:
     if lacking := ladder.missing(args.targets):
         raise ValueError("; ".join(lacking))
     args.out.mkdir(parents=True, exist_ok=True)
+    tpu = any(TARGETS[name].platform == "tpu" for name in args.targets)
     with console.status("starting") as status:
         of_ci = selection(args.kernels, [name for name in args.targets if name in GATES])
         planned = {c.name: c for c in of_ci + selection(args.kernels, args.targets, strength=3)}
         interpreted = list(ladder.interpreted(args.kernels, status.update))
+        moved = list(ladder.accounts(args.kernels, status.update)) if tpu else []
         compiled = list(ladder.compilations(planned.values(), status.update))
-    page = report.markdown(datetime.date.today().isoformat(), interpreted, compiled)
+    page = report.markdown(datetime.date.today().isoformat(), interpreted, moved, compiled)
     console.print(page, highlight=False, markup=False, soft_wrap=True)
     programs = {row["name"]: row["figures"] for row in compiled if "figures" in row}
     figures.store(args.out / "kernels.json", programs, (compilation.name for compilation in everything()))

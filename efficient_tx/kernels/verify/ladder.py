@@ -7,12 +7,14 @@ from importlib.metadata import packages_distributions
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from efficient_tx.kernels.case import cases_of, label, small
+from efficient_tx.kernels.case import cases_of, label, nbytes, production, small
 from efficient_tx.kernels.verify import accuracy, figures
 from efficient_tx.kernels.verify.cover import cover
 from efficient_tx.kernels.verify.plan import Compilation, faults
 from efficient_tx.kernels.verify.targets import TARGETS
+from efficient_tx.kernels.verify.traffic import traffic
 
 
 def missing(targets: Collection[str]) -> list[str]:
@@ -50,6 +52,32 @@ def interpreted(operations: Collection[str], progress: Callable[[str], Any]) -> 
                 row |= accuracy.errors(case, seed, implementation=implementation, interpret=True)
                 row["races"] = accuracy.races(case, seed) if implementation == "pallas_tpu" else None
                 yield row
+
+
+# Cases whose traffic is counted: few, and of at most so many bytes, because the program around is run on the host.
+COUNTED, LARGEST = 3, 1 << 26
+
+
+def accounts(operations: Collection[str], progress: Callable[[str], Any]) -> Iterator[dict[str, Any]]:
+    """Counts the bytes that TPU kernels move, on some production cases of each operation.
+
+    Yields:
+      a row for each kernel of a case: the bytes, the lower bound, and their ratio.
+    """
+    for operation in operations:
+        fitting = []
+        for values in production(operation):
+            case = cases_of(operation).case(**values)
+            if "pallas_tpu" not in case.without and nbytes((case.arrays, case.outputs())) <= LARGEST:
+                fitting.append(values)
+        for values in (fitting[number] for number in cover(fitting, 2)[:COUNTED]):
+            case = cases_of(operation).case(**values)
+            progress(f"{label(operation, values)}: bytes moved")
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (case.arrays, case.outputs()))
+            least = case.traffic(min(target.on_chip for target in TARGETS.values())) if case.traffic else 0.0
+            for found in traffic(case.gradient(implementation="pallas_tpu", interpret=True), *zeros):
+                row = {"operation": operation, "case": label(operation, values), "kernel": found.kernel}
+                yield row | {"moved": found.moved, "least": max(found.once, least), "ratio": found.ratio(least)}
 
 
 def compilations(planned: Collection[Compilation], progress: Callable[[str], Any]) -> Iterator[dict[str, Any]]:

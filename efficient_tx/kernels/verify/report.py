@@ -6,8 +6,10 @@ from typing import Any
 from efficient_tx.kernels.verify import figures
 from efficient_tx.kernels.verify.targets import MIB, TARGETS
 
+Rows = Sequence[dict[str, Any]]
 
-def markdown(date: str, interpreted: Sequence[dict[str, Any]], compiled: Sequence[dict[str, Any]]) -> str:
+
+def markdown(date: str, interpreted: Rows, moved: Rows, compiled: Rows) -> str:
     """The page `benchmarks/kernels.md`."""
     versions = ", ".join(f"{name} {version}" for name, version in figures.versions().items())
     gates = ", ".join(name for name, target in TARGETS.items() if target.gate)
@@ -19,19 +21,22 @@ def markdown(date: str, interpreted: Sequence[dict[str, Any]], compiled: Sequenc
         f"Must compile and keep its limits: {gates}; recorded only: {recorded}.", "",
         "Each row has the largest figure of all cases of an operation. Error: the largest of an entry beside the plain "
         "formula in float64, as a share of the largest entry, in an interpreter (float32; bfloat16). On chip: MiB of "
-        "VMEM, or of shared memory of a block. Temporaries: of main memory, as a share of arguments and outputs.", "",
-        *table(HEAD, rows(interpreted, compiled)), "",
+        "VMEM, or of shared memory of a block. I/O: bytes that a kernel moves from and to main memory by its grid "
+        "and block specs, as a multiple of the lower bound. Temporaries: of main memory, as a share of arguments and "
+        "outputs. Registers are of a thread; spills are bytes (GPU) or instructions (TPU); instructions are of PTX, or "
+        "bundles.", "",
+        *table(HEAD, rows(interpreted, moved, compiled)), "",
         *faulty(compiled), "",
     ])  # fmt: skip
 
 
 HEAD = (
-    "kernels", "target", "programs", "error", "races", "compile s", "on chip MiB", "temporaries", "registers",
+    "kernels", "target", "programs", "error", "races", "I/O", "compile s", "on chip MiB", "temporaries", "registers",
     "spills", "instructions", "faults",
 )  # fmt: skip
 
 
-def rows(interpreted: Sequence[dict[str, Any]], compiled: Sequence[dict[str, Any]]) -> list[tuple]:
+def rows(interpreted: Rows, moved: Rows, compiled: Rows) -> list[tuple]:
     found = []
     for operation in dict.fromkeys(row["operation"] for row in compiled):
         for name, target in TARGETS.items():
@@ -41,11 +46,13 @@ def rows(interpreted: Sequence[dict[str, Any]], compiled: Sequence[dict[str, Any
                 if (row["operation"], row["implementation"]) == (operation, target.implementation)
             ]  # fmt: skip
             if mine:
-                found.append((operation, name, len(mine), *of_runs(runs), *of_programs(mine)))
+                ratios = [row["ratio"] for row in moved if row["operation"] == operation and target.platform == "tpu"]
+                io = f"{max(ratios):.2f}" if ratios else "–"
+                found.append((operation, name, len(mine), *of_runs(runs), io, *of_programs(mine)))
     return found
 
 
-def of_runs(runs: Sequence[dict[str, Any]]) -> tuple:
+def of_runs(runs: Rows) -> tuple:
     errors = []
     for narrow in (False, True):
         some = [max(row["forward"], row["gradient"]) for row in runs if ("bfloat16" in row["case"]) == narrow]
@@ -54,7 +61,7 @@ def of_runs(runs: Sequence[dict[str, Any]]) -> tuple:
     return "; ".join(errors), sum(races) if races else "–"
 
 
-def of_programs(rows: Sequence[dict[str, Any]]) -> tuple:
+def of_programs(rows: Rows) -> tuple:
     programs = [row["figures"] for row in rows if "figures" in row]
     kernels = [kernel for program in programs for kernel in program["kernels"]]
 
@@ -72,7 +79,7 @@ def of_programs(rows: Sequence[dict[str, Any]]) -> tuple:
     )  # fmt: skip
 
 
-def faulty(compiled: Sequence[dict[str, Any]]) -> list[str]:
+def faulty(compiled: Rows) -> list[str]:
     lines = [f"- {row['name']}: {fault}" for row in compiled for fault in row["faults"]]
     return ["## What must not be, or is only recorded", "", *lines] if lines else []
 
@@ -87,7 +94,7 @@ def holds(row: dict[str, Any]) -> bool:
     return "failed" not in row and all(row[which] <= row["most"] for which in ("forward", "gradient"))
 
 
-def of_errors(rows: Sequence[dict[str, Any]]) -> list[str]:
+def of_errors(rows: Rows) -> list[str]:
     """The table of errors on an accelerator."""
 
     def figures_of(row):
@@ -99,7 +106,7 @@ def of_errors(rows: Sequence[dict[str, Any]]) -> list[str]:
     return table(("kernel", "error", "of gradients", "most", "holds"), cells)
 
 
-def of_times(rows: Sequence[dict[str, Any]]) -> list[str]:
+def of_times(rows: Rows) -> list[str]:
     """The table of milliseconds on an accelerator; a peer that did not run has its error's first words."""
     names = list(dict.fromkeys(name for row in rows for name in (*row["milliseconds"], *row["failed"])))
 
