@@ -20,6 +20,7 @@ from efficient_tx.kernels.shapes import result
 
 LANES, ROWS = 128, 16  # of a tile of memory; half as many rows would do in float32
 VMEM = 14 << 20  # bytes for the blocks and tiles of a kernel; the smallest grant is 16 MiB
+UNROLLED = 4  # output groups of one step of a loop; more code takes longer to compile and is not faster
 MOST_BLOCKS = 128  # of a program, whose products are unrolled
 
 # The axes of each kernel's grid that cores may share: not those that it sums over.
@@ -35,7 +36,10 @@ MEANING = {
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
-    """Tokens, input blocks, and outputs of each output group of a tile; they divide their axes, tokens may not."""
+    """Tokens, input blocks, and outputs of each output group of a tile.
+
+    Tokens are a multiple of 128, and may be more than there are; the others divide their axes.
+    """
 
     tokens: int
     blocks: int
@@ -81,7 +85,7 @@ def candidates(m: Layout) -> list[BlockSizes]:
     """The sizes that a TPU's memory allows, best first."""
     shares = [n for n in range(1, m.k) if m.k % n == n * m.p % LANES == n * m.q // m.l % ROWS == 0]
     parts = [n for n in range(m.s, 0, -1) if m.s % n == n * m.l % LANES == n % ROWS == 0]
-    tokens = [n for n in (2 * LANES, LANES) if n < m.c] or [m.c]
+    tokens = [n for n in (2 * LANES, LANES) if n <= max(m.c, LANES)]
     return [
         BlockSizes(t, blocks, outputs)
         for t in tokens for blocks in [*shares[:1], *[m.k] * (not shares)] for outputs in parts or [m.s]
@@ -127,9 +131,12 @@ class Plan:
 
         def kernel(x, w1, hidden, rows):
             for i in range(self.sizes.blocks):
-                rows[i * m.q : (i + 1) * m.q] = self.dot(w1[i], x[:, i * m.p : (i + 1) * m.p], 1, 1)
-            for l in range(m.l):
-                hidden[l] = self.group(rows, l).astype(self.dtype)
+                self.put(rows, slice(i * m.q, (i + 1) * m.q), self.dot(w1[i], x[:, i * m.p : (i + 1) * m.p], 1, 1))
+
+            def step(l):
+                hidden[l] = self.take(rows, self.of_group(rows, l)).astype(self.dtype)
+
+            self.for_groups(step)
 
         return self.by_input("hide", kernel, (self.x(x), w1), (m.chunks, m.l, m.r, m.c), "xwh")
 
@@ -139,7 +146,7 @@ class Plan:
         def kernel(d_hidden, w1, d_x, rows):
             self.spread(rows, d_hidden)
             for i in range(self.sizes.blocks):
-                of_block = rows[i * m.q : (i + 1) * m.q].astype(self.dtype)
+                of_block = self.take(rows, slice(i * m.q, (i + 1) * m.q)).astype(self.dtype)
                 d_x[:, i * m.p : (i + 1) * m.p] = self.dot(of_block, w1[i], 0, 0).astype(self.dtype)
 
         shape = m.chunks, m.c, m.k * m.p
@@ -151,7 +158,7 @@ class Plan:
         def kernel(d_hidden, x, d_w1, rows):
             self.zero_at_first(d_w1)
             self.spread(rows, d_hidden)
-            real = self.real(rows[...], 1).astype(self.dtype)
+            real = self.real(self.take(rows), 1).astype(self.dtype)
             for i in range(self.sizes.blocks):
                 of_block = self.real(x[:, i * m.p : (i + 1) * m.p], 0)
                 d_w1[i] += self.dot(real[i * m.q : (i + 1) * m.q], of_block, 1, 0)
@@ -163,9 +170,11 @@ class Plan:
         m = self.layout
 
         def kernel(hidden, w2, out, rows):
-            for l in range(m.l):
-                rows[pl.ds(l, self.sizes.outputs, m.l), :] = self.dot(w2[l], hidden[l], 1, 0)
-            out[...] = rows[...].T.astype(self.dtype)
+            def step(l):
+                self.put(rows, self.of_group(rows, l), self.dot(w2[l], hidden[l], 1, 0))
+
+            self.for_groups(step)
+            out[...] = self.take(rows).T.astype(self.dtype)
 
         shape = m.chunks, m.c, m.s * m.l
         return self.by_output("show", kernel, (hidden, w2), shape, "hwy").reshape(m.tokens, -1)
@@ -175,9 +184,12 @@ class Plan:
 
         def kernel(d_out, w2, d_hidden, rows, total):
             self.zero_at_first(total, (2,))
-            rows[...] = d_out[...].astype(jnp.float32).T
-            for l in range(m.l):
-                total[l] += self.dot(w2[l], self.group(rows, l).astype(self.dtype), 0, 0)
+            self.put(rows, slice(None), d_out[...].astype(jnp.float32).T)
+
+            def step(l):
+                total[l] += self.dot(w2[l], self.take(rows, self.of_group(rows, l)).astype(self.dtype), 0, 0)
+
+            self.for_groups(step)
 
             @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
             def _():
@@ -192,9 +204,14 @@ class Plan:
 
         def kernel(d_out, hidden, d_w2, rows):
             self.zero_at_first(d_w2)
-            rows[...] = self.real(d_out[...].astype(jnp.float32).T, 1)
-            for l in range(m.l):
-                d_w2[l] += self.dot(self.group(rows, l).astype(self.dtype), self.real(hidden[l], 1), 1, 1)
+            self.put(rows, slice(None), self.real(d_out[...].astype(jnp.float32).T, 1))
+
+            def step(l):
+                d_w2[l] += self.dot(
+                    self.take(rows, self.of_group(rows, l)).astype(self.dtype), self.real(hidden[l], 1), 1, 1
+                )
+
+            self.for_groups(step)
 
         found = self.by_output("d_w2", kernel, (self.y(d_out), hidden), (m.l, m.s, m.r), "yhw")
         return found.astype(self.dtype)
@@ -204,14 +221,43 @@ class Plan:
 
     y = x
 
-    def group(self, rows, l: int):
+    def for_groups(self, step) -> None:
+        """Calls `step(l)` for every output group: unrolled where they are few, else in a loop of some at a time."""
+        at_once = (
+            next(n for n in (UNROLLED, 2, 1) if self.layout.l % n == 0) if self.layout.l > UNROLLED else self.layout.l
+        )
+
+        def some(number, _):
+            for l in range(at_once):
+                step(number * at_once + l)
+
+        jax.lax.fori_loop(0, self.layout.l // at_once, some, None)
+
+    def of_group(self, rows, l):
         """The rows of an output group."""
-        return rows[pl.ds(l, rows.shape[0] // self.layout.l, self.layout.l), :]
+        return pl.ds(l, rows.shape[1] // self.layout.l, self.layout.l)
+
+    def tile(self, channels: int):
+        """Scratch memory for channels and tokens, `[tokens / 128, channels, 128]`: strided rows are of 128 lanes."""
+        lanes = min(LANES, self.sizes.tokens)
+        return pltpu.VMEM((self.sizes.tokens // lanes, channels, lanes), jnp.float32)
+
+    def take(self, rows, where=slice(None)):
+        """Some rows of such a tile, `[channels, tokens]`."""
+        return jnp.concatenate([rows[n, where, :] for n in range(rows.shape[0])], axis=1)
+
+    def put(self, rows, where, value) -> None:
+        lanes = rows.shape[2]
+        for n in range(rows.shape[0]):
+            rows[n, where, :] = value[:, n * lanes : (n + 1) * lanes]
 
     def spread(self, rows, hidden) -> None:
         """Writes the output groups' rows of a tile to their places."""
-        for l in range(self.layout.l):
-            rows[pl.ds(l, rows.shape[0] // self.layout.l, self.layout.l), :] = hidden[l].astype(jnp.float32)
+
+        def step(l):
+            self.put(rows, self.of_group(rows, l), hidden[l].astype(jnp.float32))
+
+        self.for_groups(step)
 
     def real(self, tile, axis: int):
         """Zeros beyond the last token; `axis` is that of tokens."""
@@ -239,7 +285,7 @@ class Plan:
             "h": ((None, m.l, n * m.q // m.l, t), lambda i, g, j: (g, 0, i, j)),
         }
         grid = m.k // n, m.chunks, math.ceil(m.c / t)
-        scratch = [pltpu.VMEM((n * m.q, t), jnp.float32)]
+        scratch = [self.tile(n * m.q)]
         return self.run(name, kernel, operands, shape, [blocks[kind] for kind in kinds], grid, scratch)
 
     def by_output(self, name, kernel, operands, shape, kinds: str, *scratch):
@@ -255,7 +301,7 @@ class Plan:
             blocks = {kind: (block, lambda i, g, j, at=at: at(g, j, i)) for kind, (block, at) in blocks.items()}
         grid = m.chunks, math.ceil(m.c / t), m.s // n
         grid = (grid[2], *grid[:2]) if summed else grid
-        scratch = [pltpu.VMEM((n * m.l, t), jnp.float32), *scratch]
+        scratch = [self.tile(n * m.l), *scratch]
         return self.run(name, kernel, operands, shape, [blocks[kind] for kind in kinds], grid, scratch)
 
     def run(self, name, kernel, operands, shape, blocks, grid, scratch):

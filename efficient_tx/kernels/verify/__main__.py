@@ -117,7 +117,7 @@ def without_accelerator(args: argparse.Namespace, console: Console) -> int:
 
 
 # A run of --hardware is over within eight minutes: a compilation that has begun may take one of them.
-ERRORS_SECONDS, ALL_SECONDS = 180, 420
+ERRORS_SECONDS, STEPS_SECONDS, ALL_SECONDS = 160, 60, 420
 
 
 def on_accelerator(args: argparse.Namespace, console: Console) -> int:
@@ -133,12 +133,13 @@ def on_accelerator(args: argparse.Namespace, console: Console) -> int:
     with console.status("starting") as status:
         clock = hardware.Clock.start(ERRORS_SECONDS)
         errors = list(hardware.checked(args.kernels, hardware.KERNELS[device.platform], clock, seed, status.update))
+        steps = list(hardware.trained(hardware.Clock.start(STEPS_SECONDS), status.update))
         clock = hardware.Clock.start(ALL_SECONDS - (time.monotonic() - began))
         times = list(hardware.timed(args.kernels, clock, seed, status.update))
-    for line in (*report.of_errors(errors), "", *report.of_times(times)):
+    for line in (*report.of_errors(errors), "", *report.of_steps(steps), "", *report.of_times(times)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     path = folder / f"{re.sub('[^a-z0-9]+', '-', device.device_kind.lower())}.json"
-    done = head | {"seconds": round(time.monotonic() - began), "errors": errors, "times": times}
+    done = head | {"seconds": round(time.monotonic() - began), "errors": errors, "training": steps, "times": times}
     write(path, json.dumps(done, indent=1) + "\n")
     console.print(f"wrote {path} after {done['seconds']} s")
     return int(any(not report.holds(row) for row in errors))

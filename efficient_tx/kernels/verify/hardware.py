@@ -15,6 +15,7 @@ import numpy as np
 from efficient_tx.kernels.case import Case, cases_of, label, production, small
 from efficient_tx.kernels.verify import accuracy
 from efficient_tx.kernels.verify.cover import cover
+from efficient_tx.kernels.verify.training import MIXERS, listops_step
 
 # The largest error of an entry, as a share of the largest entry: float32 rounds 2⁻²⁴ and sums of thousands add up;
 # bfloat16 rounds 2⁻⁹, at every intermediate result that an operation has.
@@ -139,17 +140,38 @@ def seconds_of(case: Case, which: str, seed: int) -> float:
     arrays = on_device(case, seed)
     arguments = (arrays,) if which == "forward" else (arrays, jax.tree.map(jnp.ones_like, zeros(case.outputs())))
     call = jax.jit(getattr(case, which)())
-    jax.block_until_ready(call(*arguments))
+    return median_seconds(lambda _: call(*arguments))
+
+
+def median_seconds(call: Callable[[Any], Any]) -> float:
+    """The median time of a call that takes the result of the one before, after two that do not count."""
+    found = jax.block_until_ready(call(None))
 
     def run(times: int) -> float:
+        nonlocal found
         began = time.perf_counter()
         for _ in range(times):
-            found = call(*arguments)
+            found = call(found)
         jax.block_until_ready(found)
         return time.perf_counter() - began
 
     times = max(1, round(BATCH_SECONDS / max(run(1), 1e-6)))
     return statistics.median(run(times) for _ in range(BATCHES)) / times
+
+
+def trained(clock: Clock, progress: Callable[[str], Any], **sizes: int) -> Iterator[dict[str, Any]]:
+    """Times the paper's training step with each mixer, on one device. Yields a row: tokens a second, or "failed"."""
+    for mixer in MIXERS:
+        if clock.spent():
+            return
+        progress(f"training step with {mixer}")
+        try:
+            step, first, batch = listops_step(mixer, jax.local_devices()[:1], **sizes)
+            seconds = median_seconds(lambda state, step=step, first=first, batch=batch: step(state or first, batch))
+        except Exception as error:  # as in `timed`
+            yield {"name": mixer, "failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+        else:
+            yield {"name": mixer, "tokens_per_second": batch["mask"].size / seconds}
 
 
 def zeros(shapes: Any) -> Any:

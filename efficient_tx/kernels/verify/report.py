@@ -114,3 +114,9 @@ def of_times(rows: Rows) -> list[str]:
         return f"{row['milliseconds'][name]:.3f}" if name in row["milliseconds"] else row["failed"].get(name, "–")[:40]
 
     return table(("milliseconds", *names), [(row["name"], *(cell(row, name) for name in names)) for row in rows])
+
+
+def of_steps(rows: Rows) -> list[str]:
+    """The table of training steps on an accelerator."""
+    cells = [(row["name"], row.get("failed") or f"{row['tokens_per_second']:,.0f}") for row in rows]
+    return table(("training step, ListOps 2048", "tokens a second"), cells)

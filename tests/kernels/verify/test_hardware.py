@@ -55,9 +55,20 @@ def test_times_are_of_both_passes_and_of_peers_that_run(cases, monkeypatch):
     assert "TypeError" in report.of_times(rows)[-1]
 
 
+@pytest.mark.slow
+def test_tokens_a_second_are_those_of_the_training_step(monkeypatch):
+    monkeypatch.setattr(hardware, "BATCHES", 1)
+    monkeypatch.setattr(hardware, "MIXERS", ("softmax", "none"))
+    ran, failed = hardware.trained(hardware.Clock.start(99), lambda text: None, length=16, batch=2)
+    assert ran["name"] == "softmax" and ran["tokens_per_second"] > 0
+    assert failed == {"name": "none", "failed": "KeyError: 'none'"}
+    assert report.of_steps([ran, failed])[-1] == "| none | KeyError: 'none' |"
+
+
 def test_nothing_is_begun_when_the_time_is_over(cases):
     clock = hardware.Clock.start(0)
     assert not list(hardware.checked(["op"], "pallas_tpu", clock, 0, lambda text: None))
+    assert not list(hardware.trained(clock, lambda text: None))
     assert not list(hardware.timed(["op"], clock, 0, lambda text: None))
 
 
