@@ -223,15 +223,18 @@ class Plan:
 
     def for_groups(self, step) -> None:
         """Calls `step(l)` for every output group: unrolled where they are few, else in a loop of some at a time."""
-        at_once = (
-            next(n for n in (UNROLLED, 2, 1) if self.layout.l % n == 0) if self.layout.l > UNROLLED else self.layout.l
-        )
+        groups = self.layout.l
+        if groups <= UNROLLED:
+            for l in range(groups):
+                step(l)
+            return
+        at_once = next(n for n in (UNROLLED, 2, 1) if groups % n == 0)
 
         def some(number, _):
             for l in range(at_once):
                 step(number * at_once + l)
 
-        jax.lax.fori_loop(0, self.layout.l // at_once, some, None)
+        jax.lax.fori_loop(0, groups // at_once, some, None)
 
     def of_group(self, rows, l):
         """The rows of an output group."""
@@ -244,12 +247,12 @@ class Plan:
 
     def take(self, rows, where=slice(None)):
         """Some rows of such a tile, `[channels, tokens]`."""
-        return jnp.concatenate([rows[n, where, :] for n in range(rows.shape[0])], axis=1)
+        return jnp.concatenate([rows.at[n][where, :] for n in range(rows.shape[0])], axis=1)
 
     def put(self, rows, where, value) -> None:
         lanes = rows.shape[2]
         for n in range(rows.shape[0]):
-            rows[n, where, :] = value[:, n * lanes : (n + 1) * lanes]
+            rows.at[n][where, :] = value[:, n * lanes : (n + 1) * lanes]
 
     def spread(self, rows, hidden) -> None:
         """Writes the output groups' rows of a tile to their places."""
