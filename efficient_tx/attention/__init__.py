@@ -12,6 +12,7 @@ from efficient_tx.attention.block_sparse.bigbird import BigBird, bigbird
 from efficient_tx.attention.block_sparse.local import Local, local
 from efficient_tx.attention.block_sparse.longformer import Longformer, longformer
 from efficient_tx.attention.block_sparse.sparse import Sparse, sparse
+from efficient_tx.attention.exact.custom import Custom, custom
 from efficient_tx.attention.exact.kernelized import Kernelized, kernelized
 from efficient_tx.attention.exact.sigmoid import Sigmoid, sigmoid
 from efficient_tx.attention.exact.softmax import Softmax, softmax
@@ -38,6 +39,7 @@ ATTENTION: dict[str, type[Mixer]] = {
     "softmax": Softmax,
     "kernelized": Kernelized,
     "sigmoid": Sigmoid,
+    "custom": Custom,
     "skyformer": Skyformer,
     "soft": Soft,
     "nystromformer": Nystromformer,
@@ -98,6 +100,7 @@ __all__ = [
     "S3",
     "BigBird",
     "Cosformer",
+    "Custom",
     "Fourier",
     "Hyper",
     "Kernelized",
@@ -124,6 +127,7 @@ __all__ = [
     "as_attention_fn",
     "bigbird",
     "cosformer",
+    "custom",
     "fourier",
     "gla",
     "gla_step",

@@ -19,6 +19,7 @@ from efficient_tx.config.names import (
     task_module,
     task_sizes,
 )
+from efficient_tx.config.objects import with_objects
 from efficient_tx.linear import densify, structured_learning_rates
 from efficient_tx.task import Objective, Task
 from efficient_tx.training.objective import CLASSIFICATION
@@ -73,10 +74,13 @@ def build_linear(section: ConfigDict, where: str) -> Callable[..., nnx.Module]:
 def build_mixer(name: str, section: ConfigDict, linear: Callable[..., nnx.Module]) -> Callable[..., nnx.Module]:
     """A factory of one token mixer; errors of its constructor name the mixer's config section."""
 
+    where = f"attention.{section_name(name)}"
+
     def make(features, **sizes):
-        with at(f"attention.{section_name(name)}"):
+        with at(where):
+            cls = mixer_class(name)
             try:
-                return mixer_class(name)(features, linear=linear, **sizes, **section)
+                return cls(features, linear=linear, **sizes, **with_objects(cls, section, where))
             except (TypeError, NotImplementedError) as error:  # a class of the user's own
                 raise ValueError(blame(error)) from None
 

@@ -74,10 +74,18 @@ def structure_class(name: str, where: str) -> type[Weight]:
 
 
 def _class(name: str, table: Mapping[str, type], base: type, where: str, of: str) -> type:
-    module, colon, attribute = name.partition(":")
-    if not colon:
+    if ":" not in name:
         with at():
             return lookup(table, name, where)
+    found = attribute(name, where)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ConfigError(where, f"is {name!r}: that is no subclass of {of}")
+    return found
+
+
+def attribute(name: str, where: str) -> Any:
+    """What "module:name" names, of a module that a config may name. Raises ConfigError for the key `where`."""
+    module, _, last = name.partition(":")
     if fault := trust.refusal(module):
         raise ConfigError(where, f"is {name!r}: {fault}")
     try:
@@ -86,11 +94,9 @@ def _class(name: str, table: Mapping[str, type], base: type, where: str, of: str
         raise ConfigError(where, f"is {name!r}: {error} ({_looked_in()})") from None
     except Exception as error:  # out of a module of the user's own
         raise ConfigError(where, f"is {name!r}, which cannot be imported: {blame(error)}") from None
-    found = getattr(home, attribute, None)
+    found = getattr(home, last, None)
     if found is None:
-        raise ConfigError(where, f"is {name!r}: the module {module} has no {attribute}")
-    if not (isinstance(found, type) and issubclass(found, base)):
-        raise ConfigError(where, f"is {name!r}: that is no subclass of {of}")
+        raise ConfigError(where, f"is {name!r}: the module {module} has no {last}")
     return found
 
 

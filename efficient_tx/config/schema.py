@@ -21,6 +21,7 @@ from efficient_tx.config.names import (
     structure_class,
     task_module,
 )
+from efficient_tx.config.objects import kind_of
 from efficient_tx.signatures import constructor
 from efficient_tx.training import workdir
 from efficient_tx.training.optimizer import make_optimizer
@@ -92,8 +93,8 @@ def make_config(module: str, argument: str = "", /, **settings: Any) -> ConfigDi
 def options(call: Callable | type, given: set[str] = frozenset()) -> ConfigDict:
     """A config section: the keyword arguments with defaults of a function, or of a class and its bases.
 
-    An argument with the default None becomes a placeholder of its annotated type. Arguments in `given`, and those that
-    a class inherits from flax, are left out.
+    An argument with the default None becomes a placeholder of its annotated type, or of text for the name of an object.
+    Arguments in `given`, and those that a class inherits from flax, are left out.
     """
     section = ConfigDict()
     for name, parameter in signature(call).parameters.items():
@@ -101,7 +102,7 @@ def options(call: Callable | type, given: set[str] = frozenset()) -> ConfigDict:
             continue
         if parameter.default is None:
             kinds = [kind for kind in get_args(parameter.annotation) if kind is not NoneType]
-            section[name] = placeholder(kinds[0])
+            section[name] = placeholder(str if kind_of(parameter.annotation) else kinds[0])
         else:
             section[name] = parameter.default
     return section

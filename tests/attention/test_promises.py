@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from efficient_tx.attention import ATTENTION, MultiHead
+from efficient_tx.kernels.flash_attention import prefix, window
 from tests.support.mixers import (
     FEATURES,
     LENGTHS,
@@ -161,6 +162,8 @@ MODES = [
     ("softmax", {"positions": "rope"}),
     ("softmax", {"positions": "rope2d", "max_len": 49}),
     ("sigmoid", {"qk_norm": True, "layer_scale": 0.1}),
+    ("custom", {"score": "alibi", "mask": window(6) | prefix(2)}),
+    ("custom", {"score": "gaussian", "mask": ~window(3), "causal": True}),
     ("skyformer", {"choice": "kmeans"}),
     ("skyformer", {"choice": "leverage", "inverse": "iteration"}),
     ("skyformer", {"accumulate": 2}),

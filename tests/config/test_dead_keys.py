@@ -55,6 +55,8 @@ OTHER = {
     "attention.tensor.k2_bias": 0.5,
     "attention.soft.norm_epsilon": 0.1,
     "attention.sigmoid.layer_scale": 0.1,
+    "attention.custom.score": "soft_cap",
+    "attention.custom.mask": "window(3)",
     "attention.pool.kind": "max",
     "attention.nystromformer.landmarks": 4,
     "attention.skeinformer.columns": 4,
