@@ -86,3 +86,28 @@ def cotangents(
 
 def spread(x: jax.Array, block: Block) -> jax.Array:
     return jnp.broadcast_to(x, block.dot.shape)
+
+
+def saved_and_delta(
+    score: Score, outputs: tuple, total: jax.Array | None, cotangents: tuple, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array] | None:
+    """`saved` and `delta` of `cotangents` above, `[batch, queries, heads]`; None for a score that is not normalised."""
+    if score.normalise is None:
+        return None
+    (out, lse), (d_out, d_lse) = outputs, cotangents
+    # A query without keys has lse −inf and logits −inf, so any finite number gives zero weights.
+    saved = total if lse is None else jnp.where(jnp.isfinite(lse), lse, 0)
+    delta = jnp.sum(out.astype(dtype) * d_out.astype(dtype), axis=-1)
+    return saved, delta if d_lse is None else delta - d_lse
+
+
+def parameters(score: Score) -> list[jax.Array]:
+    """The arrays of a score that have cotangents."""
+    return [x for x in jax.tree.leaves(score) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+
+def with_parameters(score: Score, found: list[jax.Array]) -> Score:
+    """The score with these in place of its `parameters`, and None for its other arrays."""
+    leaves, tree = jax.tree.flatten(score)
+    rest = iter(found)
+    return jax.tree.unflatten(tree, [next(rest) if jnp.issubdtype(x.dtype, jnp.floating) else None for x in leaves])

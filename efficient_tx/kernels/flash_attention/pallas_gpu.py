@@ -8,23 +8,23 @@ in. Everything stays in registers; arrays are read where they lie, `[batch, leng
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from efficient_tx.kernels.flash_attention import block, elementwise
+from efficient_tx.kernels.flash_attention import block
 from efficient_tx.kernels.flash_attention.block import Block
-from efficient_tx.kernels.flash_attention.blocks import Sizes, Visits, visits
+from efficient_tx.kernels.flash_attention.blocks import Visits, visits
+from efficient_tx.kernels.flash_attention.call import LEAST, MATRICES, Call
+from efficient_tx.kernels.flash_attention.call import unsupported as reason_against
 from efficient_tx.kernels.flash_attention.mask import Mask
 from efficient_tx.kernels.flash_attention.options import Options
 from efficient_tx.kernels.flash_attention.score import Score
 from efficient_tx.kernels.op import vary_alike
 from efficient_tx.kernels.shapes import result
-
-LEAST = jnp.finfo(jnp.float32).min / 2  # finite, so that a block without keys adds exp(−inf − LEAST) = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,15 +44,9 @@ class BlockSizes:
     stages: int = 2
 
 
-def unsupported(options: Options, q, k, v, score: Score, mask: Mask | None, pairs) -> str | None:
+def unsupported(options: Options, *arrays: Any) -> str | None:
     """The reason why this implementation does not support the request, or None."""
-    if pairs is not None:
-        return "it takes key masks [batch, keys] and Masks: one of all pairs is quadratic in the length"
-    if q.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"it takes float32 and bfloat16, not {q.dtype}"
-    if max(q.shape[3], v.shape[3]) > 256:
-        return f"its heads have at most 256 dims, these {max(q.shape[3], v.shape[3])}"
-    return score.unsupported("cuda") or elementwise.reason(score, mask, "cuda")
+    return reason_against("cuda", *arrays)
 
 
 def sizes(options: Options, q: jax.Array, k: jax.Array, v: jax.Array, *others) -> BlockSizes:
@@ -81,10 +75,10 @@ def forward(
     pairs: None, *, interpret: Any = False,
 ) -> tuple[tuple[jax.Array, jax.Array | None], jax.Array | None]:  # fmt: skip
     """As `xla.forward`."""
-    call = Call.of(options, sizes, sizes.queries, sizes.keys, q, k, v, score, mask, interpret)
+    call = gpu_call(options, sizes, sizes.queries, sizes.keys, q, k, v, score, mask, interpret)
     seen, _ = visits(mask, call.sizes)
-    query_side = {"q": q, **call.norms("q", q), **segments("q", mask)}
-    key_side = {"k": k, "v": v, **call.norms("k", k), **segments("k", mask)}
+    query_side = {"q": q, **call.norms("q", q), **call.segments("q")}
+    key_side = {"k": k, "v": v, **call.norms("k", k), **call.segments("k")}
 
     def kernel(lists, numbers, query_side, key_side, out, saved):
         i, head, example = (pl.program_id(axis) for axis in range(3))
@@ -138,31 +132,24 @@ def backward(
 ) -> tuple:  # fmt: skip
     """As `xla.backward`."""
     q, k, v, score, mask, _ = arrays
-    (out, lse), (d_out, d_lse) = outputs, cotangents
     for_queries, for_keys = (
-        Call.of(options, sizes, *blocks, q, k, v, score, mask, interpret)
+        gpu_call(options, sizes, *blocks, *arrays[:5], interpret)
         for blocks in ((sizes.stays, sizes.visits), (sizes.visits, sizes.stays))
     )
-    query_side = {"q": q, "d_out": d_out.astype(q.dtype), **for_keys.norms("q", q), **segments("q", mask)}
-    key_side = {"k": k, "v": v, **for_keys.norms("k", k), **segments("k", mask)}
-    if score.normalise is not None:
-        # A query without keys has lse −inf and logits −inf, so any finite number gives zero weights.
-        saved = total if lse is None else jnp.where(jnp.isfinite(lse), lse, 0)
-        delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
-        delta = delta if d_lse is None else delta - d_lse
-        query_side |= {"saved": saved.swapaxes(1, 2), "delta": delta.swapaxes(1, 2)}
+    d_out = cotangents[0].astype(q.dtype)
+    query_side = {"q": q, "d_out": d_out, **for_keys.norms("q", q), **for_keys.segments("q")}
+    key_side = {"k": k, "v": v, **for_keys.norms("k", k), **for_keys.segments("k")}
+    statistics = block.saved_and_delta(score, outputs, total, cotangents, jnp.float32) or ()
+    query_side |= {name: x.swapaxes(1, 2) for name, x in zip(("saved", "delta"), statistics)}
     d_q, d_leaves = _for_queries(for_queries, visits(mask, for_queries.sizes)[0], query_side, key_side)
     d_k, d_v = _for_keys(for_keys, visits(mask, for_keys.sizes)[1], query_side, key_side)
-    found = iter(d_leaves)
-    leaves, tree = jax.tree.flatten(score)
-    d_score = [next(found) if jnp.issubdtype(x.dtype, jnp.floating) else None for x in leaves]
-    return d_q, d_k, d_v, jax.tree.unflatten(tree, d_score), None, None
+    return d_q, d_k, d_v, block.with_parameters(score, d_leaves), None, None
 
 
-def _for_queries(call: "Call", seen: Visits, query_side: dict, key_side: dict) -> tuple[jax.Array, list[jax.Array]]:
+def _for_queries(call: "GPUCall", seen: Visits, query_side: dict, key_side: dict) -> tuple[jax.Array, list[jax.Array]]:
     """Cotangents of the queries and of the score's parameters `[heads]`."""
     rows, q = call.sizes.query_block, query_side["q"]
-    leaves = [x for x in jax.tree.leaves(call.score) if jnp.issubdtype(x.dtype, jnp.floating)]
+    leaves = block.parameters(call.score)
 
     def kernel(lists, numbers, query_side, key_side, d_q, d_numbers):
         i, head, example = (pl.program_id(axis) for axis in range(3))
@@ -201,7 +188,7 @@ def _for_queries(call: "Call", seen: Visits, query_side: dict, key_side: dict) -
     return d_q["q"], [x.sum((0, 2)) for x in d_numbers.values()]
 
 
-def _for_keys(call: "Call", seen: Visits, query_side: dict, key_side: dict) -> tuple[jax.Array, jax.Array]:
+def _for_keys(call: "GPUCall", seen: Visits, query_side: dict, key_side: dict) -> tuple[jax.Array, jax.Array]:
     """Cotangents of keys and values, summed over the heads that share them."""
     rows, k, v = call.sizes.key_block, key_side["k"], key_side["v"]
 
@@ -246,33 +233,13 @@ def _for_keys(call: "Call", seen: Visits, query_side: dict, key_side: dict) -> t
     return found["k"], found["v"]
 
 
-MATRICES = ("q", "k", "v", "d_out", "out")  # `[batch, length, heads, dim]`; else a number a token, or of a block
+@dataclasses.dataclass(frozen=True)
+class GPUCall(Call):
+    """With arrays as they are; `dims` of the matrices, which are padded to powers of two in registers."""
 
-
-class Call(NamedTuple):
-    """What the kernels of one call share."""
-
-    options: Options
     programs: BlockSizes
-    sizes: Sizes
-    batch: int
-    heads: int
-    groups: int
     dims: dict[str, int]
     dtype: jnp.dtype
-    score: Score
-    mask: Mask | None
-    interpret: Any
-
-    @classmethod
-    def of(cls, options, programs, query_block, key_block, q, k, v, score, mask, interpret) -> "Call":
-        sizes = Sizes(q.shape[1], k.shape[1], query_block, key_block)
-        dims = {"q": q.shape[3], "k": q.shape[3], "v": v.shape[3], "d_out": v.shape[3], "out": v.shape[3]}
-        return cls(options, programs, sizes, len(q), q.shape[2], k.shape[2], dims, q.dtype, score, mask, interpret)
-
-    @property
-    def repeats(self) -> int:
-        return self.heads // self.groups
 
     @property
     def q_dim(self) -> int:
@@ -299,21 +266,6 @@ class Call(NamedTuple):
             return {}
         squares = jnp.square(x.astype(jnp.float32)).sum(-1)
         return {f"{name}_norm": self.options.scale / 2 * squares.swapaxes(1, 2)}
-
-    def side(self, name: str) -> tuple[int, int]:
-        """Length, and size of a block."""
-        return (self.sizes.queries, self.sizes.query_block) if name == "q" else (self.sizes.keys, self.sizes.key_block)
-
-    def score_of(self, numbers: list, head: jax.Array) -> Score:
-        return jax.tree.unflatten(jax.tree.structure(self.score), [x[head] for x in numbers])
-
-    def dot(self, x: jax.Array, y: jax.Array, transposed: bool = False) -> jax.Array:
-        """x @ y, or x @ y.T, in float32; x is rounded to the dtype of y, which is that of the inputs."""
-        exact = y.dtype == jnp.float32
-        return jax.lax.dot_general(
-            x.astype(y.dtype), y, (((1,), (1 if transposed else 0,)), ((), ())),
-            precision=self.options.precision if exact else None, preferred_element_type=jnp.float32,
-        )  # fmt: skip
 
     def inside(self, shape: tuple[int, ...], dim: int | None, side: str, number: jax.Array, test: bool) -> Any:
         """Which elements of a block exist, None if all do."""
@@ -362,12 +314,8 @@ class Call(NamedTuple):
         keys_first: bool = False,
     ) -> Block:  # fmt: skip
         """Query block `i` with key block `j`."""
-        queries, keys, query_block, key_block = self.sizes
-        shape = (key_block, query_block) if keys_first else (query_block, key_block)
         first, second = ("k", "q") if keys_first else ("q", "k")
-        dot = self.options.scale * self.dot(stays[first], visited[second], transposed=True)
-        if self.options.bias:
-            dot += self.options.bias
+        product = self.dot(stays[first], visited[second], transposed=True)
 
         def broadcast(x, side):
             return x[:, None] if side == first else x[None]
@@ -375,20 +323,11 @@ class Call(NamedTuple):
         numbers = {}
         for side, of in ((first, stays), (second, visited)):
             numbers |= {name: broadcast(x, side) for name, x in of.items() if name not in MATRICES}
-        row = broadcast(i * query_block + jnp.arange(query_block, dtype=jnp.int32), "q")
-        column = broadcast(j * key_block + jnp.arange(key_block, dtype=jnp.int32), "k")
-        position, allowed = row + (keys - queries), None
-        if test:
-            allowed = jnp.broadcast_to((row < queries) & (column < keys), shape)
-            if self.mask is not None:
-                named = (
-                    jax.tree.unflatten(
-                        jax.tree.structure(of), [numbers[f"{side}_{n}"] for n in range(len(jax.tree.leaves(of)))]
-                    )
-                    for side, of in zip("qk", self.mask.segments)
-                )
-                allowed &= jnp.broadcast_to(self.mask.allowed(position, column, *named), shape)
-        return Block(dot, numbers.get("q_norm"), numbers.get("k_norm"), position, column, head, allowed)
+        row, column = (
+            broadcast(start * size + jnp.arange(size, dtype=jnp.int32), side)
+            for side, start, size in (("q", i, self.sizes.query_block), ("k", j, self.sizes.key_block))
+        )
+        return self.block_of(product, numbers, row, column, head, test)
 
     def visit(self, seen: Visits, lists: tuple, example: jax.Array, row: jax.Array, step: Callable, carry: Any) -> Any:
         """Runs `carry = step(number, test, carry)` for all blocks that are visited from `row`."""
@@ -449,23 +388,17 @@ class Call(NamedTuple):
             ],
             out_specs=[{n: spec(n, shape, stays) for n, shape in of.items()} for of in out],
             compiler_params=plgpu.CompilerParams(num_warps=self.programs.warps, num_stages=self.programs.stages),
-            cost_estimate=pl.CostEstimate(
-                flops=2 * self.batch * self.heads * self.sizes.queries * self.sizes.keys * products,
-                transcendentals=self.batch * self.heads * self.sizes.queries * self.sizes.keys,
-                bytes_accessed=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(operands)),
-            ),
+            cost_estimate=self.cost(products, operands),
             interpret=self.interpret,
             name=name,
         )(lists, numbers, *operands)
         return tuple(found)
 
 
-def segments(side: str, mask: Mask | None) -> dict[str, jax.Array]:
-    """The mask's segments of queries or keys, `[batch or 1, length]`, in the order of their tree."""
-    if mask is None:
-        return {}
-    found = jax.tree.leaves(mask.segments["qk".index(side)])
-    return {f"{side}_{n}": x.astype(jnp.int32) for n, x in enumerate(found)}
+def gpu_call(options, programs, query_block, key_block, q, k, v, score, mask, interpret) -> GPUCall:
+    dims = {"q": q.shape[3], "k": q.shape[3], "v": v.shape[3], "d_out": v.shape[3], "out": v.shape[3]}
+    more = {"programs": programs, "dims": dims, "dtype": q.dtype}
+    return GPUCall.of(options, query_block, key_block, q, k, score, mask, interpret, **more)
 
 
 def padded(size: int) -> int:

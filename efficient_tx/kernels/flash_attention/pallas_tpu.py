@@ -12,16 +12,18 @@ forms x y and x yᵀ, which need no transposition. So the kernel for keys has bl
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from efficient_tx.kernels.flash_attention import block, elementwise
+from efficient_tx.kernels.flash_attention import block
 from efficient_tx.kernels.flash_attention.block import Block
-from efficient_tx.kernels.flash_attention.blocks import Sizes, Visits, visits
+from efficient_tx.kernels.flash_attention.blocks import Visits, visits
+from efficient_tx.kernels.flash_attention.call import LEAST, MATRICES, Call
+from efficient_tx.kernels.flash_attention.call import unsupported as reason_against
 from efficient_tx.kernels.flash_attention.mask import Mask
 from efficient_tx.kernels.flash_attention.options import Options
 from efficient_tx.kernels.flash_attention.score import Score
@@ -29,7 +31,6 @@ from efficient_tx.kernels.op import vary_alike
 from efficient_tx.kernels.shapes import result
 
 LANES = 128
-LEAST = jnp.finfo(jnp.float32).min / 2  # finite, so that a block without keys adds exp(−inf − LEAST) = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,15 +43,9 @@ class BlockSizes:
     backward_keys: int = 512
 
 
-def unsupported(options: Options, q, k, v, score: Score, mask: Mask | None, pairs) -> str | None:
+def unsupported(options: Options, *arrays: Any) -> str | None:
     """The reason why this implementation does not support the request, or None."""
-    if pairs is not None:
-        return "it takes key masks [batch, keys] and Masks: one of all pairs is quadratic in the length"
-    if q.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"it takes float32 and bfloat16, not {q.dtype}"
-    if max(q.shape[3], v.shape[3]) > 256:
-        return f"its heads have at most 256 dims, these {max(q.shape[3], v.shape[3])}"
-    return score.unsupported("tpu") or elementwise.reason(score, mask, "tpu")
+    return reason_against("tpu", *arrays)
 
 
 def sizes(options: Options, q: jax.Array, k: jax.Array, *others) -> BlockSizes:
@@ -70,10 +65,10 @@ def forward(
     pairs: None, *, interpret: Any = False,
 ) -> tuple[tuple[jax.Array, jax.Array | None], jax.Array | None]:  # fmt: skip
     """As `xla.forward`."""
-    call = Call.of(options, sizes.queries, sizes.keys, q, k, score, mask, interpret)
+    call = TPUCall.of(options, sizes.queries, sizes.keys, q, k, score, mask, interpret)
     seen, _ = visits(mask, call.sizes)
-    query_side = {"q": by_head(q), **segments("q", mask)}
-    key_side = {"k": by_head(k), "v": by_head(v), **segments("k", mask)}
+    query_side = {"q": by_head(q), **call.segments("q")}
+    key_side = {"k": by_head(k), "v": by_head(v), **call.segments("k")}
     rows, v_dim = sizes.queries, v.shape[3]
 
     def kernel(lists, numbers, query_side, key_side, out, saved, scratch):
@@ -87,7 +82,7 @@ def forward(
             fill_columns(columns, query_side)
 
         def step(j, test):
-            visited = call.visited(key_side, j, test, call.sizes.keys, sizes.keys)
+            visited = call.visited(key_side, "k", j, test)
             of = call.block(columns, visited, i, j, head, test)
             values = visited["v"]
             if score.normalise == "softmax":
@@ -146,30 +141,21 @@ def backward(
 ) -> tuple:  # fmt: skip
     """As `xla.backward`."""
     q, k, v, score, mask, _ = arrays
-    (out, lse), (d_out, d_lse) = outputs, cotangents
-    call = Call.of(options, sizes.backward_queries, sizes.backward_keys, q, k, score, mask, interpret)
+    call = TPUCall.of(options, sizes.backward_queries, sizes.backward_keys, q, k, score, mask, interpret)
     of_queries, of_keys = visits(mask, call.sizes)
-    d_out = d_out.astype(q.dtype)
-    query_side = {"q": by_head(q), "d_out": by_head(d_out), **segments("q", mask)}
-    key_side = {"k": by_head(k), "v": by_head(v), **segments("k", mask)}
-    if score.normalise is not None:
-        # A query without keys has lse −inf and logits −inf, so any finite number gives zero weights.
-        saved = total if lse is None else jnp.where(jnp.isfinite(lse), lse, 0)
-        delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
-        delta = delta if d_lse is None else delta - d_lse
-        query_side |= {"saved": by_head(saved[..., None]), "delta": by_head(delta[..., None])}
+    query_side = {"q": by_head(q), "d_out": by_head(cotangents[0].astype(q.dtype)), **call.segments("q")}
+    key_side = {"k": by_head(k), "v": by_head(v), **call.segments("k")}
+    statistics = block.saved_and_delta(score, outputs, total, cotangents, jnp.float32) or ()
+    query_side |= {name: by_head(x[..., None]) for name, x in zip(("saved", "delta"), statistics)}
     d_q, d_leaves = _for_queries(call, of_queries, query_side, key_side)
     d_k, d_v = _for_keys(call, of_keys, query_side, key_side)
-    found = iter(d_leaves)
-    leaves, tree = jax.tree.flatten(score)
-    d_score = [next(found) if jnp.issubdtype(x.dtype, jnp.floating) else None for x in leaves]
-    return *(by_token(x) for x in (d_q, d_k, d_v)), jax.tree.unflatten(tree, d_score), None, None
+    return *(by_token(x) for x in (d_q, d_k, d_v)), block.with_parameters(score, d_leaves), None, None
 
 
-def _for_queries(call: "Call", seen: Visits, query_side: dict, key_side: dict) -> tuple[jax.Array, list[jax.Array]]:
+def _for_queries(call: "TPUCall", seen: Visits, query_side: dict, key_side: dict) -> tuple[jax.Array, list[jax.Array]]:
     """Cotangents of the queries and of the score's parameters `[heads]`."""
-    rows, keys = call.sizes.query_block, call.sizes.key_block
-    leaves = [x for x in jax.tree.leaves(call.score) if jnp.issubdtype(x.dtype, jnp.floating)]
+    rows = call.sizes.query_block
+    leaves = block.parameters(call.score)
 
     def kernel(lists, numbers, query_side, key_side, d_q, d_numbers, scratch):
         example, head, i, n = (pl.program_id(axis) for axis in range(4))
@@ -183,7 +169,7 @@ def _for_queries(call: "Call", seen: Visits, query_side: dict, key_side: dict) -
             fill_columns(columns, query_side)
 
         def step(j, test):
-            visited = call.visited(key_side, j, test, call.sizes.keys, keys)
+            visited = call.visited(key_side, "k", j, test)
             of = call.block(columns, visited, i, j, head, test)
             d_values = call.dot(columns["d_out"][...], visited["v"])
             saved, delta = (columns[x][:, :1] if x in columns else None for x in ("saved", "delta"))
@@ -225,7 +211,7 @@ def _for_queries(call: "Call", seen: Visits, query_side: dict, key_side: dict) -
     return d_q, [x[..., 0].sum((0, 2, 3)) for x in d_numbers]
 
 
-def _for_keys(call: "Call", seen: Visits, query_side: dict, key_side: dict) -> tuple[jax.Array, jax.Array]:
+def _for_keys(call: "TPUCall", seen: Visits, query_side: dict, key_side: dict) -> tuple[jax.Array, jax.Array]:
     """Cotangents of keys and values, summed over the heads that share them."""
     rows = call.sizes.key_block
 
@@ -242,7 +228,7 @@ def _for_keys(call: "Call", seen: Visits, query_side: dict, key_side: dict) -> t
             fill_columns(columns, key_side)
 
         def step(i, test):
-            visited = call.visited(query_side, i, test, call.sizes.queries, call.sizes.query_block)
+            visited = call.visited(query_side, "q", i, test)
             of = call.block(columns, visited, i, j, head, test, keys_first=True)
             d_values = call.dot(columns["v"][...], visited["d_out"])
             saved, delta = (visited.get(x) for x in ("saved", "delta"))
@@ -281,86 +267,41 @@ def _for_keys(call: "Call", seen: Visits, query_side: dict, key_side: dict) -> t
     )
 
 
-MATRICES = ("q", "k", "v", "d_out")  # of the operands; all others are one number a query or key
+class TPUCall(Call):
+    """With arrays `[batch, heads, dim, length]`."""
 
+    def segments(self, side: str) -> dict[str, jax.Array]:
+        return {name: x[:, None, None] for name, x in super().segments(side).items()}
 
-class Call(NamedTuple):
-    """What the kernels of one call share."""
-
-    options: Options
-    sizes: Sizes
-    batch: int
-    heads: int
-    groups: int
-    score: Score
-    mask: Mask | None
-    interpret: Any
-
-    @classmethod
-    def of(cls, options, query_block, key_block, q, k, score, mask, interpret) -> "Call":
-        sizes = Sizes(q.shape[1], k.shape[1], query_block, key_block)
-        return cls(options, sizes, q.shape[0], q.shape[2], k.shape[2], score, mask, interpret)
-
-    @property
-    def repeats(self) -> int:
-        return self.heads // self.groups
-
-    def score_of(self, numbers: list, head: jax.Array) -> Score:
-        return jax.tree.unflatten(jax.tree.structure(self.score), [x[head] for x in numbers])
-
-    def dot(self, x: jax.Array, y: jax.Array, transposed: bool = False) -> jax.Array:
-        """x @ y, or x @ y.T, in float32; x is rounded to the dtype of y, which is that of the inputs."""
-        exact = y.dtype == jnp.float32
-        return jax.lax.dot_general(
-            x.astype(y.dtype), y, (((1,), (1 if transposed else 0,)), ((), ())),
-            precision=self.options.precision if exact else None, preferred_element_type=jnp.float32,
-        )  # fmt: skip
-
-    def visited(self, side: dict, number: jax.Array, test: bool, length: int, size: int) -> dict[str, jax.Array]:
+    def visited(self, refs: dict, side: str, number: jax.Array, test: bool) -> dict[str, jax.Array]:
         """Block `number` of the visited side; what lies behind the end holds anything, and becomes 0 in matrices."""
+        length, size = self.side(side)
 
         def real(x):
             token = number * size + jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
             return jnp.where(token < length, x, jnp.zeros_like(x))
 
         ragged = test and length % size
-        return {name: real(x[...]) if ragged and name in MATRICES else x[...] for name, x in side.items()}
+        return {name: real(x[...]) if ragged and name in MATRICES else x[...] for name, x in refs.items()}
 
     def block(
         self, columns: dict, visited: dict, i: jax.Array, j: jax.Array, head: jax.Array, test: bool,
         keys_first: bool = False,
     ) -> Block:  # fmt: skip
         """Query block `i` with key block `j`; `columns` has the side that stays."""
-        queries, keys, query_block, key_block = self.sizes
-        shape = (key_block, query_block) if keys_first else (query_block, key_block)
         stays, goes = ("k", "q") if keys_first else ("q", "k")
-        dot = self.options.scale * self.dot(columns[stays][...], visited[goes])
-        if self.options.bias:
-            dot += self.options.bias
+        product = self.dot(columns[stays][...], visited[goes])
         numbers = {name: x[:, :1] for name, x in columns.items() if name not in MATRICES}
         numbers |= {name: x for name, x in visited.items() if name not in MATRICES}
         if self.score.needs_norms:
             for name, x, axis in ((stays, columns[stays][...], 1), (goes, visited[goes], 0)):
                 squares = jnp.square(x.astype(jnp.float32)).sum(axis, keepdims=True)
                 numbers[f"{name}_norm"] = self.options.scale / 2 * squares
-        axes = (1, 0) if keys_first else (0, 1)
-        of_axis = [
-            start * size + jax.lax.broadcasted_iota(jnp.int32, (size, 1) if axis == 0 else (1, size), axis)
-            for start, size, axis in zip((i, j), (query_block, key_block), axes)
-        ]
-        row, column = of_axis
-        position, allowed = row + (keys - queries), None
-        if test:
-            allowed = jnp.broadcast_to((row < queries) & (column < keys), shape)
-            if self.mask is not None:
-                named = (
-                    jax.tree.unflatten(
-                        jax.tree.structure(of), [numbers[f"{side}_{n}"] for n in range(len(jax.tree.leaves(of)))]
-                    )
-                    for side, of in zip("qk", self.mask.segments)
-                )
-                allowed &= jnp.broadcast_to(self.mask.allowed(position, column, *named), shape)
-        return Block(dot, numbers.get("q_norm"), numbers.get("k_norm"), position, column, head, allowed)
+        row, column = (
+            start * size + jax.lax.broadcasted_iota(jnp.int32, (size, 1) if side == stays else (1, size), side != stays)
+            for side, start, size in (("q", i, self.sizes.query_block), ("k", j, self.sizes.key_block))
+        )
+        return self.block_of(product, numbers, row, column, head, test)
 
     def visit(self, seen: Visits, lists: tuple, example: jax.Array, row: jax.Array, n: jax.Array, step: Any) -> None:
         """Runs `step(number, test)` for the nth block that is visited from `row`, if there is one."""
@@ -409,7 +350,7 @@ class Call(NamedTuple):
                 head = 0 if x.shape[1] == 1 else head if side == "q" else group
                 return example if x.shape[0] > 1 else 0, head, 0, i if side == "q" else j
 
-            tokens = self.sizes.query_block if side == "q" else self.sizes.key_block
+            _, tokens = self.side(side)
             if x.ndim == 5:
                 return pl.BlockSpec(
                     (None, None, None, *x.shape[3:]), lambda *indices: (*index(*indices)[:2], indices[2], 0, 0)
@@ -431,7 +372,6 @@ class Call(NamedTuple):
             outputs = jax.tree.unflatten(tree, results)
             kernel(prefetched[:3], prefetched[3:], query_refs, key_refs, *outputs, scratch_refs)
 
-        area = self.batch * self.heads * self.sizes.queries * self.sizes.keys
         found = pl.pallas_call(
             body,
             out_shape=leaves,
@@ -445,23 +385,11 @@ class Call(NamedTuple):
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel",) * 3 + ("arbitrary",) * (len(grid) - 3)
             ),
-            cost_estimate=pl.CostEstimate(
-                flops=2 * area * products,
-                transcendentals=area,
-                bytes_accessed=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((query_side, key_side, leaves))),
-            ),
+            cost_estimate=self.cost(products, (query_side, key_side, leaves)),
             interpret=self.interpret,
             name=name,
         )(*inputs, query_side, key_side)
         return jax.tree.unflatten(tree, found)
-
-
-def segments(side: str, mask: Mask | None) -> dict[str, jax.Array]:
-    """The mask's segments of queries or keys, `[batch or 1, 1, 1, length]`, in the order of their tree."""
-    if mask is None:
-        return {}
-    found = jax.tree.leaves(mask.segments["qk".index(side)])
-    return {f"{side}_{n}": x.astype(jnp.int32)[:, None, None] for n, x in enumerate(found)}
 
 
 def by_head(x: jax.Array) -> jax.Array:

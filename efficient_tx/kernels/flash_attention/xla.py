@@ -108,16 +108,11 @@ def backward(
     """Cotangents of q, k, v and the score."""
     q, k, v, score, mask, _ = arrays
     dtypes, groups = [x.dtype for x in (q, k, v)], k.shape[2]
-    (out, lse), (d_out, d_lse) = outputs, cotangents
     grid = Grid(options, sizes, visits(mask, sizes)[0])
     q, k, v = grid.operands(q, k, v)
-    d_out = d_out.astype(q.dtype)
-    rows = []
-    if score.normalise is not None:
-        # A query without keys has lse −inf and logits −inf, so any finite number gives zero weights.
-        saved = total if lse is None else jnp.where(jnp.isfinite(lse), lse, 0)
-        delta = jnp.sum(out.astype(q.dtype) * d_out, axis=-1) - (0 if d_lse is None else d_lse)
-        rows = [grid.pad_queries(x[..., None]) for x in (saved, delta)]
+    d_out = cotangents[0].astype(q.dtype)
+    statistics = block.saved_and_delta(score, outputs, total, cotangents, q.dtype) or ()
+    rows = [grid.pad_queries(x[..., None]) for x in statistics]
     q_segments, k_segments = grid.segments(mask)
 
     def head(example, head, q, k, v, d_out, *rows):
@@ -149,7 +144,7 @@ def backward(
             return tuple(carry), (d_q if d_q_norm is None else d_q + grid.query_slice(q, i) * d_q_norm)
 
         d_k_norm = jnp.zeros_like(k.T[:1]) if score.needs_norms else None
-        d_score = jax.tree.map(lambda x: jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.floating) else None, one)
+        d_score = block.with_parameters(one, [jnp.zeros_like(x) for x in block.parameters(one)])
         carry = (jnp.zeros_like(k.T), d_k_norm, jnp.zeros_like(v.T), d_score)
         carry, d_q = jax.lax.scan(block_of_queries, carry, jnp.arange(grid.query_blocks))
         # The barrier keeps XLA from folding the transposition into the slow product.
@@ -160,13 +155,9 @@ def backward(
 
     d_q, d_k, d_v, *d_leaves = each_head(head, q, k, v, grid.pad_queries(d_out), *rows)
     d_k, d_v = (x[:, : sizes.keys].reshape(len(x), sizes.keys, groups, -1, x.shape[-1]).sum(3) for x in (d_k, d_v))
-    leaves, tree = jax.tree.flatten(score)
-    d_leaves = iter(d_leaves)
-    d_score = [
-        next(d_leaves).sum((0, 1)).reshape(x.shape) if jnp.issubdtype(x.dtype, jnp.floating) else None for x in leaves
-    ]
+    d_leaves = [y.sum((0, 1)).reshape(x.shape) for x, y in zip(block.parameters(score), d_leaves)]
     found = (x.astype(dtype) for x, dtype in zip((d_q[:, : sizes.queries], d_k, d_v), dtypes))
-    return *found, jax.tree.unflatten(tree, d_score), None, None
+    return *found, block.with_parameters(score, d_leaves), None, None
 
 
 class Grid(NamedTuple):
