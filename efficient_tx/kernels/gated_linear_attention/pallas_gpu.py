@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from efficient_tx.kernels.gated_linear_attention.chunk import ChannelDecay, HeadDecay, NoDecay, Products, finite
+from efficient_tx.kernels.gated_linear_attention.chunk import ChannelDecay, HeadDecay, NoDecay, Products, finite, levels
 from efficient_tx.kernels.gated_linear_attention.options import Options
 from efficient_tx.kernels.shapes import result
 
@@ -132,10 +132,6 @@ class Call:
         sizes = self.sizes
         return pl.cdiv(length, sizes.chunk), pl.cdiv(head_dim, sizes.keys), pl.cdiv(v_dim, sizes.values)
 
-    def per_head(self, x: jax.Array) -> jnp.dtype:
-        """The dtype of a cotangent for each head: that of `x`, unless heads share it and theirs are added."""
-        return x.dtype if self.operands[1].shape[2] == self.shape[2] else jnp.dtype(jnp.float32)
-
     def states(self, x, y, log_decay, state, *, backwards: bool = False) -> tuple[jax.Array, jax.Array]:
         """The states before all chunks and the last one, from `state` `[batch, heads, head_dim, v_dim]`.
 
@@ -180,6 +176,7 @@ class Call:
                 ((batch, heads, chunks, v_dim, head_dim), self.dot.dtype),
                 ((batch, heads, 1, v_dim, head_dim), jnp.float32),
             ],
+            products=1,
         )  # fmt: skip
         return found, last[:, :, 0].mT
 
@@ -220,7 +217,8 @@ class Call:
 
         (out,) = self.call(
             kernel, "values", chunks * value_blocks, (q, k, x, log_decay, states),
-            (((batch, length, heads, v_dim), self.per_head(x) if backwards else q.dtype),),
+            (((batch, length, heads, v_dim), x.dtype if backwards else q.dtype),),
+            products=self.for_weights + 2,
         )  # fmt: skip
         return out
 
@@ -273,7 +271,8 @@ class Call:
         d_q, d_k, d_log_decay = self.call(
             kernel, "gradients", chunks * key_blocks,
             (q, k, v, log_decay, d_out, starts, d_ends),
-            ((q.shape, q.dtype), (q.shape, self.per_head(k)), of_decay),
+            ((q.shape, q.dtype), (q.shape, k.dtype), of_decay),
+            products=3 * self.for_weights + 3,
         )  # fmt: skip
         if per_head:
             d_log_decay = d_log_decay.sum(3, keepdims=True).astype(log_decay.dtype)
@@ -287,16 +286,31 @@ class Call:
             return HeadDecay(self.dot, own.read(log_decay, at, jnp.arange(1)))
         return ChannelDecay(self.dot, own.read(log_decay, at, keys))
 
-    def call(self, kernel, name: str, parts: int, inputs: tuple, results: tuple) -> list[jax.Array | None]:
-        batch, _, heads, *_ = self.shape
+    def call(self, kernel, name: str, parts: int, inputs: tuple, results: tuple, products: int) -> list:
+        """The results of a kernel of so many programs a head; its cost is estimated from the products of a chunk."""
+        batch, length, heads, head_dim, v_dim = self.shape
+        results = [None if x is None else result(*x, self.operands) for x in results]
+        arrays = [x for x in (*inputs, *results) if x is not None]
+        cost = pl.CostEstimate(
+            flops=2 * products * batch * length * heads * head_dim * max(self.sizes.chunk, v_dim),
+            transcendentals=0 if self.operands[3] is None else 8 * self.operands[3].size,
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays),
+        )
         return pl.pallas_call(
             kernel,
-            out_shape=[None if x is None else result(*x, self.operands) for x in results],
+            out_shape=results,
             grid=(parts, heads, batch),
             compiler_params=plgpu.CompilerParams(num_warps=self.sizes.warps, num_stages=1),
+            cost_estimate=cost,
             interpret=self.interpret,
             name=f"gated_linear_attention_{name}",
         )(*inputs)
+
+    @property
+    def for_weights(self) -> int:
+        """Products of a chunk for the weights of its pairs."""
+        log_decay = self.operands[3]
+        return 1 if log_decay is None or log_decay.shape[3] == 1 else levels(self.sizes.chunk)
 
 
 def channels(block: jax.Array, size: int) -> jax.Array:

@@ -133,9 +133,8 @@ def backward(
         grid.for_chunks(chunk, backwards=True)
 
     # Of every head, also where heads share keys and values: they are added afterwards.
-    of_k, of_v = (x.dtype if x.shape[1] == grid.heads else jnp.float32 for x in (k, v))
     found = (
-        grid.like(q), grid.like(k, dtype=of_k), grid.like(v, dtype=of_v),
+        grid.like(q), grid.like(k), grid.like(v),
         None if log_decay is None else grid.like(log_decay),
     )  # fmt: skip
     *found, d_start = grid.call(
