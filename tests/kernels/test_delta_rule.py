@@ -195,14 +195,13 @@ def test_kernels_under_transformations(implementation):
 
 
 @pytest.mark.parametrize("implementation", PALLAS)
-def test_kernels_are_lowered_within_shard_map(implementation):
+def test_kernels_are_traced_within_shard_map(implementation):
     """jax checks what varies over devices, also of the initial state, which is the same in all."""
     shapes = [(2, 300, 2, 64)] * 3 + [(2, 300, 2)] * 2
     traced = sharded(partial(gradients, implementation=implementation)).trace(
         *(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
     )
-    platform = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}[implementation]
-    assert "delta_rule_gradients" in traced.lower(lowering_platforms=(platform,)).as_text()
+    assert "delta_rule_gradients" in str(traced.jaxpr)
 
 
 def test_a_sequence_in_pieces_is_the_whole():

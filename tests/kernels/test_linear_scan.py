@@ -165,12 +165,11 @@ def test_kernels_under_transformations(implementation):
 
 
 @pytest.mark.parametrize("implementation", PALLAS)
-def test_kernels_are_lowered_within_shard_map(implementation):
+def test_kernels_are_traced_within_shard_map(implementation):
     """Two kernels forward and, with other results, backward: jax checks what varies over devices."""
     arrays = [jax.ShapeDtypeStruct((4, 300, 3), dtype) for dtype in (jnp.bfloat16, jnp.float32)]
     traced = sharded(partial(gradients, implementation=implementation), False).trace(*arrays)
-    text = traced.lower(lowering_platforms=(implementation.removeprefix("pallas_").replace("gpu", "cuda"),)).as_text()
-    assert "linear_scan_backward" in text
+    assert "linear_scan_backward" in str(traced.jaxpr)
 
 
 def test_a_sequence_in_pieces_is_the_whole():
