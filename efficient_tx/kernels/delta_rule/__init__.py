@@ -50,8 +50,8 @@ def delta_rule(
       scale: factor of the output; None means head_dim^-½.
       mask: bool `[batch, length]`, True for real tokens. Padding does not change the state, and its output is zero.
       reverse: whether to run from the last token to the first. The final state is then the one at the first token.
-      implementation: "reference" (the recurrence, differentiable in both modes), "xla" (in chunks, memory linear in the
-        length, reverse mode only), or None: the best one that supports the arguments.
+      implementation: "reference" (the recurrence, differentiable in both modes), "xla", "pallas_tpu", "pallas_gpu" (in
+        chunks, memory linear in the length, reverse mode only), or None: the best one that supports the arguments.
       interpret: whether to run a Pallas kernel in interpret mode.
       precision: precision of the matrix products; None means full float32 (or float64), also on devices that round by
         default.

@@ -30,8 +30,8 @@ def linear_scan(
       initial_state: `[batch, dim]`; None means zeros.
       reverse: whether to run from the last token to the first: h_t = exp(log_decay_t) h_{t+1} + x_t. The final state is
         then the one at the first token.
-      implementation: "reference" (one token at a time, differentiable in both modes), "xla" (the fastest on every
-        platform, memory linear in the length, reverse mode only), or None: the best one that supports the arguments.
+      implementation: "reference" (one token at a time, differentiable in both modes), "xla", "pallas_tpu", "pallas_gpu"
+        (memory linear in the length, reverse mode only), or None: the best one that supports the arguments.
       interpret: whether to run a Pallas kernel in interpret mode.
       block_sizes: the `BlockSizes` of the Pallas implementation that is named; None means its own.
 
