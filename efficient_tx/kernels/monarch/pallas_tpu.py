@@ -48,13 +48,13 @@ class BlockSizes:
     def bytes(self, m: Layout, width: int) -> int:
         """Of on-chip memory for the largest of the kernels; the arrays' numbers have `width` bytes.
 
-        Blocks are there twice: one is computed with while the next one is copied.
+        Blocks are there twice: one is computed with while the next one is copied. So are tiles: one on its way.
         """
         inputs, hidden, hidden_all = self.blocks * m.p, self.blocks * m.q, m.l * m.r
         outputs = self.outputs * m.l
         first, second = hidden * m.p, outputs * m.r
-        by_input = 2 * width * self.tokens * (inputs + hidden) + 4 * self.tokens * hidden
-        by_output = 2 * width * self.tokens * (outputs + hidden_all) + 4 * self.tokens * (outputs + hidden_all)
+        by_input = 2 * width * self.tokens * (inputs + hidden) + 2 * 4 * self.tokens * hidden
+        by_output = 2 * width * self.tokens * (outputs + hidden_all) + 4 * self.tokens * (2 * outputs + hidden_all)
         return max(by_input + 2 * 4 * first, by_output + 2 * 4 * second)
 
 
@@ -158,9 +158,10 @@ class Plan:
         def kernel(d_hidden, x, d_w1, rows):
             self.zero_at_first(d_w1)
             self.spread(rows, d_hidden)
-            real = self.real(self.take(rows), 1).astype(self.dtype)
+            left = self.left()
+            real = self.real(self.take(rows), 1, left).astype(self.dtype)
             for i in range(self.sizes.blocks):
-                of_block = self.real(x[:, i * m.p : (i + 1) * m.p], 0)
+                of_block = self.real(x[:, i * m.p : (i + 1) * m.p], 0, left)
                 d_w1[i] += self.dot(real[i * m.q : (i + 1) * m.q], of_block, 1, 0)
 
         found = self.by_input("d_w1", kernel, (d_hidden, self.x(x)), (m.k, m.q, m.p), "hxw")
@@ -204,11 +205,12 @@ class Plan:
 
         def kernel(d_out, hidden, d_w2, rows):
             self.zero_at_first(d_w2)
-            self.put(rows, slice(None), self.real(d_out[...].astype(jnp.float32).T, 1))
+            left = self.left()  # an interpreter does not know a grid's indices within a loop
+            self.put(rows, slice(None), self.real(d_out[...].astype(jnp.float32).T, 1, left))
 
             def step(l):
                 d_w2[l] += self.dot(
-                    self.take(rows, self.of_group(rows, l)).astype(self.dtype), self.real(hidden[l], 1), 1, 1
+                    self.take(rows, self.of_group(rows, l)).astype(self.dtype), self.real(hidden[l], 1, left), 1, 1
                 )
 
             self.for_groups(step)
@@ -262,11 +264,14 @@ class Plan:
 
         self.for_groups(step)
 
-    def real(self, tile, axis: int):
+    def left(self):
+        """The number of tokens from the first one of a tile, of a grid whose last axis has the tiles of tokens."""
+        return self.layout.c - pl.program_id(2) * self.sizes.tokens
+
+    def real(self, tile, axis: int, left):
         """Zeros beyond the last token; `axis` is that of tokens."""
         if self.layout.c % self.sizes.tokens == 0:
             return tile
-        left = self.layout.c - pl.program_id(2) * self.sizes.tokens
         return jnp.where(jax.lax.broadcasted_iota(jnp.int32, tile.shape, axis) < left, tile, 0)
 
     def zero_at_first(self, total, axes: tuple[int, ...] = (1, 2)) -> None:

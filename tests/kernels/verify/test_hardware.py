@@ -32,7 +32,7 @@ def cases(monkeypatch):
 
 
 def test_errors_of_small_cases_are_checked(cases):
-    rows = list(hardware.checked(["op"], "pallas_tpu", hardware.Clock.start(99), 0, lambda text: None))
+    rows = list(hardware.checked(["op"], "pallas_tpu", hardware.Clock.start(9999), 0, lambda text: None))
     assert [row["name"] for row in rows] == ["op 3 float32", "op 3 bfloat16"]
     assert [row["most"] for row in rows] == [1e-4, 4e-2]
     assert all(map(report.holds, rows)) and "yes" in report.of_errors(rows)[-1]
@@ -40,14 +40,14 @@ def test_errors_of_small_cases_are_checked(cases):
 
 
 def test_a_kernel_that_fails_is_a_finding(cases):
-    rows = list(hardware.checked(["op"], "pallas_gpu", hardware.Clock.start(99), 0, lambda text: None))
+    rows = list(hardware.checked(["op"], "pallas_gpu", hardware.Clock.start(9999), 0, lambda text: None))
     assert [row["failed"] for row in rows] == ["RuntimeError: a kernel fails"] * 2
     assert not any(map(report.holds, rows)) and "NO" in report.of_errors(rows)[-1]
 
 
 def test_times_are_of_both_passes_and_of_peers_that_run(cases, monkeypatch):
     monkeypatch.setattr(hardware, "BATCH_SECONDS", 1e-4)
-    rows = list(hardware.timed(["op"], hardware.Clock.start(99), 0, lambda text: None))
+    rows = list(hardware.timed(["op"], hardware.Clock.start(9999), 0, lambda text: None))
     assert len(rows) == 2 * 2 * 2
     for row in rows:
         assert row["milliseconds"].keys() == {"ours", "xla", "slower"} and min(row["milliseconds"].values()) > 0
@@ -59,7 +59,7 @@ def test_times_are_of_both_passes_and_of_peers_that_run(cases, monkeypatch):
 def test_tokens_a_second_are_those_of_the_training_step(monkeypatch):
     monkeypatch.setattr(hardware, "BATCHES", 1)
     monkeypatch.setattr(hardware, "MIXERS", ("softmax", "none"))
-    ran, failed = hardware.trained(hardware.Clock.start(99), lambda text: None, length=16, batch=2)
+    ran, failed = hardware.trained(hardware.Clock.start(9999), lambda text: None, length=16, batch=2)
     assert ran["name"] == "softmax" and ran["tokens_per_second"] > 0
     assert failed == {"name": "none", "failed": "KeyError: 'none'"}
     assert report.of_steps([ran, failed])[-1] == "| none | KeyError: 'none' |"
