@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from tests.support import toy
-from tests.support.command import evaluate, finish, scratch, start
+from tests.support import ROOT, toy
+from tests.support.command import evaluate_here, scratch, train_here
 from tests.support.fetched import fetched
 
 # config, the data set that it needs, its settings
@@ -26,7 +26,7 @@ RUNS = {
     ),
     "pathfinder": ("lra_pathfinder.py:skyformer", None, {"task.contour_length": 6, "model.positions": "rope2d"}),
     "pathfinder, legacy mask": ("lra_pathfinder.py:skyformer", None, {"task.legacy_mask": True, "model.pool": "cls"}),
-    "path-x": ("lra_pathx.py:skyformer", None, {"batch_size": 2}),
+    "path-x": ("lra_pathx.py:skyformer", None, {}),
     "recall": ("recall.py:gla", None, {"attention.gla.conv": 4}),
     "recall, needle": ("recall.py:linear", None, {"task.kind": "needle", "task.max_len": 128}),
     "recall, parity": ("recall.py:softmax", None, {"task.kind": "parity", "task.max_len": 32}),
@@ -56,14 +56,14 @@ def test_twenty_steps_and_an_evaluation(run, tmp_path):
     model = {} if config.startswith(("vit", "soft")) else TINY_MODEL
     settings = TINY | model | {"task.data_dir": fetched(data) if data else scratch() / "data"} | settings
     options = [f"--config.{key}={value}" for key, value in settings.items()]
-    status, out, error = finish(start("train.py", f"--config=configs/{config}", f"--workdir={tmp_path}", *options))
+    status, out, error = train_here(tmp_path, *options, run=[f"--config={ROOT}/configs/{config}"])
     assert status == 0, error
     lines = toy.lines(tmp_path)
     assert [(line["step"], line["split"]) for line in lines] == [
         (step, split) for step in (10, 20) for split in ("train", "validation")
     ]
     assert all(0 < line["loss"] < 20 and 0 <= line["accuracy"] <= 1 for line in lines)
-    status, table, error = evaluate(f"--workdir={tmp_path}")
+    status, table, error = evaluate_here(f"--workdir={tmp_path}")
     assert status == 0, error
     row = json.loads((tmp_path / "eval_test_best.json").read_text())
     summary = json.loads((tmp_path / "summary.json").read_text())
