@@ -227,7 +227,10 @@ def test_forward_mode_is_refused_elsewhere_by_a_line_that_names_the_reference():
             {"score": "gaussian", "return_lse": True},
             "return_lse needs a score normalised like softmax, Gaussian is not",
         ),
-        ({"implementation": "pallas_tpu"}, "no implementation 'pallas_tpu': choose one of xla, reference"),
+        (
+            {"implementation": "pallas"},
+            "no implementation 'pallas': choose one of pallas_tpu, pallas_gpu, xla, reference",
+        ),
         ({"interpret": True}, "interpret=True is for Pallas kernels"),
         ({"mask": np.ones((2, 8), bool)}, r"mask has shape \(2, 8\).*\(2, 7\)"),
     ],

@@ -153,7 +153,7 @@ def backward(
 
 
 def _for_queries(call: "TPUCall", seen: Visits, query_side: dict, key_side: dict) -> tuple[jax.Array, list[jax.Array]]:
-    """Cotangents of the queries and of the score's parameters `[heads]`."""
+    """Cotangents of the queries, and of the score's parameters `[heads]`, which the kernel sums for every query."""
     rows = call.sizes.query_block
     leaves = block.parameters(call.score)
 
@@ -178,7 +178,7 @@ def _for_queries(call: "TPUCall", seen: Visits, query_side: dict, key_side: dict
             if d_norm is not None:
                 sums["norm"][...] += jnp.broadcast_to(d_norm.sum(1, keepdims=True), sums["norm"].shape)
             for x, y in zip(sums["numbers"], jax.tree.leaves(d_score)):
-                x[...] += jnp.broadcast_to(y.sum(0, keepdims=True).sum(1, keepdims=True), x.shape)
+                x[...] += jnp.broadcast_to(y.sum(1, keepdims=True), x.shape)
 
         call.visit(seen, lists, example, i, n, step)
 
@@ -189,26 +189,26 @@ def _for_queries(call: "TPUCall", seen: Visits, query_side: dict, key_side: dict
                 found += columns["q"][...].astype(jnp.float32) * sums["norm"][:, :1]
             d_q[...] = (call.options.scale * found).T.astype(d_q.dtype)
             for x, y in zip(d_numbers, sums["numbers"]):
-                x[...] = y[...]
+                x[...] = as_row(y[:, :1])
 
     q = query_side["q"]
-    number = pltpu.VMEM((1, LANES), jnp.float32)
+    number = pltpu.VMEM((rows, LANES), jnp.float32)
     d_q, d_numbers = call.run(
         kernel,
         seen,
         query_side,
         key_side,
         name="flash_attention_queries",
-        out=(call.of_tokens("q", q.shape[2], q.dtype), [call.of_blocks(LANES) for _ in leaves]),
+        out=(call.of_tokens("q", q.shape[2], q.dtype), [call.of_tokens("q", 1, jnp.float32) for _ in leaves]),
         scratch={
             "acc": pltpu.VMEM((rows, q.shape[2]), jnp.float32),
-            "norm": pltpu.VMEM((rows, LANES), jnp.float32) if call.score.needs_norms else [],
+            "norm": number if call.score.needs_norms else [],
             "numbers": [number for _ in leaves],
             "columns": column_scratch(query_side, rows),
         },
         products=2 * q.shape[2] + key_side["v"].shape[2],
     )
-    return d_q, [x[..., 0].sum((0, 2, 3)) for x in d_numbers]
+    return d_q, [x.sum((0, 2, 3)) for x in d_numbers]
 
 
 def _for_keys(call: "TPUCall", seen: Visits, query_side: dict, key_side: dict) -> tuple[jax.Array, jax.Array]:
@@ -318,11 +318,6 @@ class TPUCall(Call):
         heads, length = (self.heads, self.sizes.queries) if side == "q" else (self.groups, self.sizes.keys)
         return jax.ShapeDtypeStruct((self.batch, heads, dim, length), dtype)
 
-    def of_blocks(self, size: int) -> jax.ShapeDtypeStruct:
-        """An output of `size` numbers a block of queries."""
-        blocks = math.ceil(self.sizes.queries / self.sizes.query_block)
-        return jax.ShapeDtypeStruct((self.batch, self.heads, blocks, 1, size), jnp.float32)
-
     def run(
         self, kernel: Any, seen: Visits, query_side: dict, key_side: dict, *, name: str, out: tuple, scratch: dict,
         products: int, keys_first: bool = False,
@@ -351,10 +346,6 @@ class TPUCall(Call):
                 return example if x.shape[0] > 1 else 0, head, 0, i if side == "q" else j
 
             _, tokens = self.side(side)
-            if x.ndim == 5:
-                return pl.BlockSpec(
-                    (None, None, None, *x.shape[3:]), lambda *indices: (*index(*indices)[:2], indices[2], 0, 0)
-                )
             return pl.BlockSpec((None, None, x.shape[2], tokens), index)
 
         in_specs = [
