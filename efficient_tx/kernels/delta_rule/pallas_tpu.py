@@ -76,7 +76,7 @@ def backward(
 
         def chunk(at):
             decay, start = grid.decay(at.read(log_decay)), end[...]
-            starts[at.number] = start
+            starts[at.number] = start.astype(starts.dtype)  # products round it anyway
             u_n = at.read(beta) * at.read(error)
             end[...] = decay.whole * start + grid.dot(u_n, at.read(k) * decay.to_end, "00")
 
@@ -91,7 +91,7 @@ def backward(
         start_from(d_end, d_start)
 
         def chunk(at):
-            decay, start, d_end = grid.decay(at.read(log_decay)), starts[at.number], d_start[...]
+            decay, start, d_end = grid.decay(at.read(log_decay)), starts[at.number].astype(jnp.float32), d_start[...]
             q_n, k_n, beta_n, error_n = (at.read(x) for x in (q, k, beta, error))
             d_n, u_n = options.scale * at.read(d_out), beta_n * error_n
             weights, solve = decay.weights(q_n, k_n), inverse(beta_n * matrix(decay, k_n))
