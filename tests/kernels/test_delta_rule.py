@@ -103,7 +103,7 @@ def test_equals_the_loop_and_its_gradients(gate, reverse):
 # Chunks of 32 tokens: three of them, the last one not full.
 PALLAS = {
     "pallas_tpu": pallas_tpu.BlockSizes(chunk=32, tokens=64),
-    "pallas_gpu": pallas_gpu.BlockSizes(chunk=32, keys=16, values=16),
+    "pallas_gpu": pallas_gpu.BlockSizes(chunk=32, keys=16, carried=16, values=16),
 }
 
 

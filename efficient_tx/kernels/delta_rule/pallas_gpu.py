@@ -44,8 +44,9 @@ def sizes(
         return min(largest, max(16, pl.next_power_of_2(size)))
 
     # Larger tiles spill; decays per channel have more of them.
-    keys = 32 if log_decay is None or log_decay.shape[3] == 1 else 16
-    return BlockSizes(fitting(q.shape[1], 32), fitting(q.shape[3], keys), fitting(v.shape[3], 32), 4)
+    keys = fitting(q.shape[3], 32 if log_decay is None or log_decay.shape[3] == 1 else 16)
+    values = fitting(v.shape[3], 32)
+    return BlockSizes(chunk=fitting(q.shape[1], 32), keys=keys, carried=keys, values=values, warps=4)
 
 
 def forward(
@@ -197,7 +198,7 @@ class Kernels(Call):
             kernel, "cotangents", value_blocks,
             (solve, weights, q, k, beta, log_decay, error, d_out, d_end.mT[:, :, None]),
             [
-                ((*self.shape[:3], v_dim), self.per_head(v)),
+                ((*self.shape[:3], v_dim), v.dtype),
                 ((*self.shape[:3], value_blocks), jnp.float32),
                 *self.of_states,
             ],
@@ -286,7 +287,7 @@ class Kernels(Call):
                 of_decay = ((*log_decay.shape[:3], key_blocks), jnp.float32)
         d_q, d_k, d_log_decay = self.launch(
             kernel, "gradients", chunks * key_blocks, (q, k, u, log_decay, d_out, d_v, starts, d_ends),
-            [(q.shape, q.dtype), (q.shape, self.per_head(k)), of_decay],
+            [(q.shape, q.dtype), (q.shape, k.dtype), of_decay],
         )  # fmt: skip
         if per_head:
             d_log_decay = d_log_decay.sum(3, keepdims=True).astype(log_decay.dtype)
