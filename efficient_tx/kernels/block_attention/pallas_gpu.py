@@ -223,6 +223,7 @@ class Call:
                 bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*arrays, *shapes)),
             ),
             interpret=self.interpret,
+            name=f"block_attention_{kernel.func.__name__}",
         )(*arrays)
 
 

@@ -248,4 +248,5 @@ class Grid:
                 bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*arrays, *shapes)),
             ),
             interpret=interpret,
+            name=f"block_attention_{kernel.func.__name__}",
         )(*lists, *arrays)
