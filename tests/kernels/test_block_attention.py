@@ -200,7 +200,7 @@ def test_forward_mode_works_in_the_reference_and_is_refused_elsewhere():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"implementation": "pallas"}, "no implementation 'pallas': choose one of xla, reference"),
+        ({"implementation": "pallas"}, "no implementation 'pallas': choose one of pallas_tpu, pallas_gpu, xla"),
         ({"interpret": True}, "interpret=True is for Pallas kernels"),
         ({"mask": np.ones((2, 8), bool)}, r"mask has shape \(2, 8\).*\(2, 7\)"),
         ({"block_size": 0}, "block_size is 0"),
