@@ -20,6 +20,9 @@ layout = importlib.import_module("efficient_tx.kernels.monarch.layout")
 # (k, q, p), (l, s, r): square, neither of q and l divides the other, few blocks to many, slices of rank 3.
 SHAPES = [((3, 6, 4), (3, 4, 6)), ((3, 4, 5), (2, 7, 6)), ((1, 6, 2), (6, 3, 1)), ((4, 9, 2), (3, 5, 12))]
 
+# From jax 0.12 on, Triton's kernels are lowered where there is a GPU.
+ACCELERATORS = ("tpu", "cuda") if jax.__version_info__ < (0, 12) else ("tpu",)
+
 
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch):
@@ -86,13 +89,13 @@ def test_large_inputs_take_chunks_on_the_cpu_and_kernels_elsewhere(monkeypatch):
     given = [jnp.asarray(array, jnp.float32) for array in arrays(SHAPES[0], 24)]
     program = jax.jit(jax.value_and_grad(lambda *given: monarch(*given).sum(), (0, 1, 2)))
     loops, kernels = {}, {}
-    for platform in ("cpu", "cuda", "tpu"):
+    for platform in ("cpu", *ACCELERATORS):
         text = program.trace(*given).lower(lowering_platforms=(platform,)).as_text()
         loops[platform] = text.count("stablehlo.while")
         kernels[platform] = text.count("tpu_custom_call") + text.count("xla.gpu.triton")
-    assert loops == {"cpu": 2, "cuda": 0, "tpu": 0}
+    assert loops == {"cpu": 2} | dict.fromkeys(ACCELERATORS, 0)
     # Forward two, backward four, and a chunk's hidden layer again: the blocks are narrow.
-    assert kernels["cpu"] == 0 and min(kernels["cuda"], kernels["tpu"]) == 7
+    assert kernels == {"cpu": 0} | dict.fromkeys(ACCELERATORS, 7)
 
 
 @pytest.mark.parametrize("shapes", SHAPES[:2])
@@ -242,7 +245,7 @@ def test_what_kernels_refuse_is_said_in_one_line():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("platform", ACCELERATORS)
 def test_kernels_know_what_varies_over_shards(platform):
     mesh = jax.make_mesh((2,), ("devices",), axis_types=(AxisType.Auto,))
     specs = PartitionSpec("devices"), PartitionSpec(), PartitionSpec()
