@@ -126,13 +126,14 @@ def pytest_xdist_make_scheduler(config, log):
     from xdist.scheduler import LoadScopeScheduling
 
     from efficient_tx.attention import ATTENTION
+    from efficient_tx.kernels.case import OPERATIONS
     from efficient_tx.linear import LINEAR
 
     class ByRow(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file, _, test = nodeid.partition("::")
             row = re.search(r"\[(\w+)", test)
-            return f"{file} {row[1]}" if row and row[1] in (*ATTENTION, *LINEAR) else file
+            return f"{file} {row[1]}" if row and row[1] in (*ATTENTION, *LINEAR, *OPERATIONS) else file
 
     config.option.loadscopereorder = False  # xdist's own order is by the number of tests, not by how long they take
     return ByRow(config, log)

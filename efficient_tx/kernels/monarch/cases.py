@@ -9,7 +9,7 @@ AXES = {
     "blocks": (4, 32),
     "dtype": ("bfloat16", "float32"),
 }
-SMALL = {"tokens": (1, 200), "widths": ("64x128", "96x32")}
+SMALL = {"tokens": (1, 200), "widths": ("64x128", "96x32"), "blocks": (4, 8)}
 
 
 def case(tokens: int, widths: str, blocks: int, dtype: str) -> Case:
