@@ -77,7 +77,7 @@ def flash_attention(
 
     Raises:
       ValueError: shapes that do not fit, a float mask, or an implementation that does not support the arguments.
-      TypeError: a Score or Mask that is no frozen dataclass.
+      TypeError: a Score or Mask that is no frozen dataclass, or does not give what it should for a block.
       NotImplementedError: forward-mode differentiation, with an implementation other than "reference"; a Pallas kernel
         in a program for another platform.
     """
@@ -116,11 +116,15 @@ def split_mask(mask: jax.Array | Mask | None, q: jax.Array, k: jax.Array) -> tup
         mask.check()
         for name, segments, length in zip(("q_segments", "k_segments"), mask.segments, (queries, keys)):
             for x in jax.tree.leaves(segments):
+                if not jnp.issubdtype(x.dtype, jnp.integer):
+                    raise ValueError(f"mask has {name} of dtype {x.dtype}: pass integers")
                 if x.shape not in ((batch, length), (1, length)):
                     raise ValueError(
                         f"mask has {name} of shape {x.shape}: pass [batch or 1, length], {(batch, length)}"
                     )
         return mask, None
+    if callable(mask):
+        raise TypeError(f"mask is {mask.__name__} itself: call it, a Mask is an instance")
     mask = bool_mask(mask)
     if mask.shape == (batch, keys):
         return Padding(mask.astype(jnp.int32)), None

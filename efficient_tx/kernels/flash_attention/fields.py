@@ -22,6 +22,7 @@ class ArrayFields:
         """Raises TypeError, one line, for what jax could not trace: fields that are no fields, or cannot be hashed."""
         kind = type(self).__name__
         own = [name for base in type(self).__mro__ for name in _own_annotations(base)]
+        own += [name for name in vars(self) if name != "_children"]
         known = {field.name for field in dataclasses.fields(self)}
         if missing := [name for name in own if name not in known]:
             wanted = f"decorate {kind} with @dataclasses.dataclass(frozen=True)"
@@ -32,6 +33,9 @@ class ArrayFields:
             except TypeError:
                 wanted = "a field is an array, or can be hashed as a number, text or tuple can"
                 raise TypeError(f"{kind}.{name} is a {type(value).__name__}: {wanted}") from None
+        for value in (getattr(self, name) for name in self._split()[0]):
+            if isinstance(value, ArrayFields):
+                value.check()
 
     def _split(self):
         """The names of the children, and name and value of the static fields."""

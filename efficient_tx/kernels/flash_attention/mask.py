@@ -34,8 +34,10 @@ class Mask(ArrayFields):
     """A mask of one's own is a frozen dataclass that overrides `allowed`; `&`, `|` and `~` combine masks.
 
     Its fields are static, except two that it may have: `q_segments` and `k_segments`, numbers of queries `[batch or 1,
-    queries]` and keys `[batch or 1, keys]`, which arrive in `allowed`.
+    queries]` and keys `[batch or 1, keys]`, which arrive in `allowed`. An array is combined as its `padding`.
     """
+
+    __array_ufunc__ = None  # `array & mask` is a mask, not an array of masks
 
     def allowed(self, i: jax.Array, j: jax.Array, q_segment: Any, k_segment: Any) -> jax.Array:
         """Whether query i sees key j: bool, elementwise, broadcast to a block of any shape.
@@ -65,11 +67,33 @@ class Mask(ArrayFields):
                 full.append(np.logical_and.reduceat(allowed.all(0), starts))
         return Coverage(np.stack(any_), np.stack(full))
 
-    def __and__(self, other: "Mask") -> "Mask":
-        return And(self, other)
+    def check(self) -> None:
+        """Raises TypeError, one line, for an array that is no segments and an `allowed` that is not bool of a block."""
+        super().check()
+        kind, segments = type(self).__name__, ("q_segments", "k_segments")
+        for name in self._split()[0]:
+            if name not in segments and not isinstance(getattr(self, name), Mask):
+                raise TypeError(f"{kind}.{name} is an array: a mask's are q_segments and k_segments, others are tuples")
+        i, j = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((3, 1), (1, 2)))
+        q_segment, k_segment = (jax.tree.map(lambda _, x=x: x, of) for of, x in zip(self.segments, (i, j)))
+        found = jax.eval_shape(lambda *of: jnp.asarray(self.allowed(*of)), i, j, q_segment, k_segment)
+        if found.dtype != bool or np.broadcast_shapes(found.shape, (3, 2)) != (3, 2):
+            raise TypeError(f"{kind}.allowed gave {found.dtype} {found.shape} for i (3, 1) and j (1, 2): {WANTED}")
 
-    def __or__(self, other: "Mask") -> "Mask":
-        return Or(self, other)
+    def __bool__(self) -> bool:
+        raise TypeError("a Mask is neither true nor false: combine masks by &, | and ~, not by and, or and not")
+
+    def __and__(self, other: "Mask | jax.Array") -> "Mask":
+        return And(self, as_mask(other))
+
+    def __or__(self, other: "Mask | jax.Array") -> "Mask":
+        return Or(self, as_mask(other))
+
+    def __rand__(self, other: jax.Array) -> "Mask":
+        return And(as_mask(other), self)
+
+    def __ror__(self, other: jax.Array) -> "Mask":
+        return Or(as_mask(other), self)
 
     def __invert__(self) -> "Mask":
         return Not(self)
@@ -85,6 +109,7 @@ class Mask(ArrayFields):
         return None
 
 
+WANTED = "it must be bool, of a shape that broadcasts to (3, 2)"
 UNKNOWN = Coverage(True, False)
 MOST_PAIRS = 2.0**28
 
@@ -218,6 +243,15 @@ class Padding(Mask):
 
     def coverage(self, i, j, q_segment, k_segment):
         return UNKNOWN if k_segment is None else Coverage(k_segment.high > 0, k_segment.low > 0)
+
+
+def as_mask(other: Mask | jax.Array) -> Mask:
+    """What a mask is combined with. Raises TypeError for anything but a mask or a key mask."""
+    if isinstance(other, Mask):
+        return other
+    if not hasattr(other, "dtype"):
+        raise TypeError(f"a Mask is combined with Masks and key masks, not with a {type(other).__name__}")
+    return padding(other)
 
 
 def causal() -> Mask:

@@ -1,6 +1,8 @@
 """Scores: what the weight of a key for a query is, in a few lines of elementwise JAX."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -172,27 +174,71 @@ def as_score(score: str | Score, *, heads: int, bias: float, dtype: jnp.dtype) -
 
     Raises:
       OptionError: an unknown name, something that is no score, or a parameter whose first axis is not heads.
-      TypeError: a score that is no frozen dataclass, or has a field that is neither an array nor hashable.
+      TypeError: a score that is no frozen dataclass, has a field that is neither an array nor hashable, or gives other
+        than floats of the block's shape.
     """
     if isinstance(score, str):
         if score not in SCORES:
             raise OptionError("score", score, f"choose one of {', '.join(SCORES)}, or pass a Score")
         score = SCORES[score]()
+    name = score.__name__ if isinstance(score, type) else type(score).__name__
     if not isinstance(score, Score):
-        raise OptionError("score", score, f"choose one of {', '.join(SCORES)}, or pass an instance of a Score")
+        value, own = (name, f"the object {name}()") if isinstance(score, type) else (score, "an instance of a Score")
+        raise OptionError("score", value, f"choose one of {', '.join(SCORES)}, or pass {own}")
     score.check()
     if score.normalise not in ("softmax", "sum", None):
-        raise OptionError("score", score, f"its normalise is {score.normalise!r}: choose 'softmax', 'sum' or None")
+        raise OptionError("score", name, f"its normalise is {score.normalise!r}: choose 'softmax', 'sum' or None")
     score = score.given(heads=heads, bias=bias)
+    if not isinstance(score, Score):
+        raise OptionError("score", name, f"its given() made a {type(score).__name__}: return a Score")
 
     def of_heads(path, x):
         if jnp.ndim(x) and x.shape[0] != heads:
-            name = f"{type(score).__name__}{jax.tree_util.keystr(path)}"
-            raise OptionError("score", name, f"its shape is {x.shape}: pass one number or [heads, ...], here {heads}")
+            field = f"{name}{jax.tree_util.keystr(path)}"
+            raise OptionError("score", field, f"its shape is {x.shape}: pass one number or [heads, ...], here {heads}")
         x = jnp.asarray(x, dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype)
         return x if x.ndim else jnp.broadcast_to(x, heads)
 
-    return jax.tree_util.tree_map_with_path(of_heads, score)
+    score = jax.tree_util.tree_map_with_path(of_heads, score)
+    leaves, tree = jax.tree.flatten(score)
+    check_elementwise(tree, tuple(jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in leaves), jnp.dtype(dtype))
+    return score
+
+
+@functools.lru_cache(maxsize=256)
+def check_elementwise(tree: Any, leaves: tuple[jax.ShapeDtypeStruct, ...], dtype: jnp.dtype) -> None:
+    """Raises TypeError, one line, where a score of one head does not give a block of floats for a block."""
+    dot, q_norm, k_norm = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((3, 2), (3, 1), (1, 2)))
+    i, j, head = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((3, 1), (1, 2), ()))
+
+    score = jax.tree.unflatten(tree, leaves)
+    kind, needs_norms = type(score).__name__, score.needs_norms
+
+    def run(with_norms, leaves, dot, q_norm, k_norm, i, j, head):
+        score = jax.tree.unflatten(tree, leaves)
+        logits = score.logits(dot, *((q_norm, k_norm) if with_norms else (None, None)), i, j, head)
+        return {"logits": logits} | ({} if score.normalise == "softmax" else {"weights": score.weights(logits)})
+
+    block = (leaves, dot, q_norm, k_norm, i, j, head)
+    try:
+        found = jax.eval_shape(functools.partial(run, needs_norms), *block)
+    except TypeError:
+        if needs_norms or not evaluates(functools.partial(run, True), *block):
+            return  # An implementation says why it cannot compute the score.
+        raise TypeError(f"{kind}.logits looks at q_norm or k_norm: give {kind} the line needs_norms = True") from None
+    for method, x in found.items():
+        if getattr(x, "shape", None) != (3, 2) or not jnp.issubdtype(x.dtype, jnp.floating):
+            gave = f"{x.dtype} {x.shape}" if hasattr(x, "dtype") else f"a {type(x).__name__}"
+            wanted = "it must be of floats, of the block's shape"
+            raise TypeError(f"{kind}.{method} gave {gave} for a block {dtype} (3, 2): {wanted}")
+
+
+def evaluates(function: Callable, *arrays: Any) -> bool:
+    try:
+        jax.eval_shape(function, *arrays)
+    except TypeError:
+        return False
+    return True
 
 
 def alibi_slopes(heads: int) -> np.ndarray:
