@@ -199,7 +199,9 @@ EXAMPLES = {
         mask=causal() | documents(IMAGES - (IMAGES == 0), IMAGES),
         seen=lambda b, i, j: j <= i or IMAGES[b, i] == IMAGES[b, j] > 0,
     ),
-    "flamingo": Example(mask=documents(MEDIA, np.arange(LENGTH)[None] // 4), seen=lambda b, i, j: j // 4 == MEDIA[0, i]),
+    "flamingo": Example(
+        mask=documents(MEDIA, np.arange(LENGTH)[None] // 4), seen=lambda b, i, j: j // 4 == MEDIA[0, i]
+    ),
     "jagged": Example(
         mask=causal() & padding(np.arange(LENGTH) < np.array(LENGTHS)[:, None]),
         seen=lambda b, i, j: j <= i and j < LENGTHS[b],
