@@ -5,17 +5,6 @@ python -m efficient_tx.kernels.verify --all --kernels=monarch --targets=h100,v5e
 python -m efficient_tx.kernels.verify --hardware
 """
 
-import os
-import sys
-
-# Set before jax is imported: OpenBLAS's threads collide with XLA's, and compiling for accelerators uses none.
-os.environ["OPENBLAS_NUM_THREADS"] = "1"
-# Where kernels run, what they compute is computed on the host, too.
-if "--hardware" not in sys.argv:
-    os.environ["JAX_PLATFORMS"] = "cpu"
-elif platforms := os.environ.get("JAX_PLATFORMS"):
-    os.environ["JAX_PLATFORMS"] = ",".join(dict.fromkeys([*platforms.split(","), "cpu"]))
-
 from efficient_tx.commands import Parser, leave_quietly, run
 
 if __name__ == "__main__":
@@ -30,10 +19,12 @@ import datetime
 import json
 import random
 import re
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 from rich.console import Console
 
 from efficient_tx.checks import nearest
@@ -81,6 +72,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> int:
     args = parse(argv)
+    # Compiling for accelerators uses none; what kernels compute on one is computed on the host, too.
+    platforms = jax.config.jax_platforms.split(",") if args.hardware and jax.config.jax_platforms else []
+    if args.all or platforms:
+        jax.config.update("jax_platforms", ",".join(dict.fromkeys([*platforms, "cpu"])))
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
