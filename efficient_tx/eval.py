@@ -169,7 +169,7 @@ def settings_of(row: Mapping[str, Any]) -> str:
 def file_name(row: Mapping[str, Any]) -> str:
     """eval_<split>_<checkpoint>[_<set>].json"""
     parts = ["eval", row["split"], row["checkpoint"], *filter(None, [settings_of(row)])]
-    return re.sub(r"[^\w.=,*+-]", "-", "_".join(parts)) + ".json"
+    return re.sub(r"[^\w.=,*+()&|~-]", "-", "_".join(parts)) + ".json"
 
 
 def table(protocol: str, rows: list[tuple[str, Mapping[str, Any]]]) -> Table:

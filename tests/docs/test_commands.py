@@ -12,7 +12,9 @@ from tests.support.command import scratch
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", "docs/your_own_mixer.md", "docs/your_own_task.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/your_own_mixer.md", "docs/your_own_score.md", "docs/your_own_task.md"]
+)
 def test_training_and_evaluation_run(page, tmp_path):
     write_files(page, tmp_path)
     environment = os.environ | {"EFFICIENT_TX_DATA": str(scratch() / "data"), "PYTHONPATH": str(ROOT)}

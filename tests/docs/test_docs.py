@@ -37,7 +37,8 @@ def test_commands_exist_with_their_flags(page, tmp_path, monkeypatch):
     if any(path.parent == tmp_path for path in files):  # a user's own folder
         monkeypatch.chdir(tmp_path)
         monkeypatch.syspath_prepend(tmp_path)
-        monkeypatch.delitem(sys.modules, "my_mixers", raising=False)  # of another folder
+        for module in ("my_mixers", "my_scores"):
+            monkeypatch.delitem(sys.modules, module, raising=False)  # of another folder
     else:
         monkeypatch.chdir(ROOT)
     for words in commands(page):

@@ -1,18 +1,23 @@
-"""docs/your_own_mixer.md and docs/your_own_task.md: their files do what the pages say."""
+"""docs/your_own_mixer.md, your_own_score.md and your_own_task.md: their files do what the pages say."""
 
+import dataclasses
 import importlib
 import re
 import sys
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
 from efficient_tx.config.build import build_task
+from efficient_tx.config.check import check
 from efficient_tx.config.keys import section_of
 from efficient_tx.config.load import ConfigFile
 from efficient_tx.config.names import mixer_class, parse_mixers, task_sizes
 from efficient_tx.data.batching import check_examples, collate
+from efficient_tx.kernels import flash_attention
+from efficient_tx.kernels.flash_attention import Mask, Score, causal, window
 from tests.docs.pages import write_files
 from tests.support import ROOT
 from tests.support.mixers import check_padding
@@ -20,12 +25,13 @@ from tests.support.mixers import check_padding
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The working directory of a new user, with the files of both pages."""
-    for page in ("docs/your_own_mixer.md", "docs/your_own_task.md"):
+    """The working directory of a new user, with the files of the pages."""
+    for page in ("docs/your_own_mixer.md", "docs/your_own_score.md", "docs/your_own_task.md"):
         write_files(page, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "my_mixers", raising=False)  # of another folder
+    for module in ("my_mixers", "my_scores"):
+        monkeypatch.delitem(sys.modules, module, raising=False)  # of another folder
     return tmp_path
 
 
@@ -59,7 +65,7 @@ def test_own_objective_is_a_regression(folder):
 def documented(page):
     """The lines of a page's table of mistakes, as patterns: "..." stands for anything."""
     table = (ROOT / page).read_text(encoding="utf-8").split("| mistake | line |")[1].split("\n\n")[0]
-    lines = [row.split(" | ", 1)[1].strip(" |`") for row in table.strip().splitlines()[1:]]
+    lines = [row.split(" | ", 1)[1].strip(" |`").replace("\\|", "|") for row in table.strip().splitlines()[1:]]
     return [re.escape(line).replace(re.escape("..."), ".*") for line in lines]
 
 
@@ -89,6 +95,71 @@ def test_mistakes_in_a_mixer_print_what_the_page_says(folder, config, typed):
             section_of(made, key)
     message = getattr(error.value, "rule", error.value)  # the flag stands in front of the rest
     assert_documented("docs/your_own_mixer.md", message)
+
+
+def test_the_score_of_five_lines_is_its_formula(folder):
+    """With one slope for all heads, as it comes; and the mask beside it."""
+    mine = importlib.import_module("my_scores")
+    q, k, v = np.random.default_rng(0).normal(size=(3, 1, 50, 2, 4))
+    i, j = np.arange(50)[:, None], np.arange(50)
+    logits = np.einsum("ihd,jhd->hij", q[0], k[0]) / 2 - np.log1p(abs(i - j))
+    weights = np.exp(logits) * ((abs(i - j) < 32) | (j < 4))
+    expected = np.einsum("hij,jhd->ihd", weights / weights.sum(-1, keepdims=True), v[0])
+    with jax.enable_x64(True):
+        out = flash_attention(q, k, v, score=mine.LogDistance(), mask=mine.near)
+    np.testing.assert_allclose(out[0], expected, atol=1e-12)  # sums of 50 terms of order 1 in float64
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("score", "my_scores:LogDistanse"), ("score", "alibj"), ("score", "my_scores:near"), ("mask", "near(3)")],
+)
+def test_mistakes_in_a_config_of_scores_print_what_the_page_says(folder, key, value):
+    config = ConfigFile("quickstart:custom").resolve({f"attention.custom.{key}": value, "task.max_len": 16})
+    with pytest.raises(ValueError) as error:
+        check(config)
+    assert_documented("docs/your_own_score.md", error.value)
+
+
+def test_mistakes_in_a_score_or_mask_print_what_the_page_says(folder):
+    """Each line of the page that is not about a config, by a call that makes the mistake."""
+    mine = importlib.import_module("my_scores")
+    frozen = dataclasses.dataclass(frozen=True)
+
+    def score(name, **members):
+        return frozen(type(name, (Score,), members))()
+
+    def mask(name, allowed, *fields):
+        return frozen(type(name, (Mask,), {"allowed": allowed, "__annotations__": dict.fromkeys(fields, Any)}))
+
+    class Plain(Score):
+        slope: float = 1.0
+
+    class Listed(Score):
+        sizes: Any
+
+    mistakes = [
+        lambda: {"score": mine.LogDistance},
+        lambda: {"score": Plain()},
+        lambda: {"score": frozen(Listed)([1, 2])},
+        lambda: {"score": mine.LogDistance(np.ones(3))},
+        lambda: {"score": score("Compared", logits=lambda self, dot, *_: dot > 0)},
+        lambda: {"score": score("Summed", logits=lambda self, dot, *_: dot.sum(-1, keepdims=True))},
+        lambda: {"score": score("Normed", logits=lambda self, dot, q_norm, k_norm, *_: dot - q_norm - k_norm)},
+        lambda: {"score": score("Unweighted", normalise=None)},
+        lambda: {"mask": mask("Counted", lambda self, i, j, *_: i - j)()},
+        lambda: {"mask": mask("Tabled", lambda self, i, j, *_: self.table[i] < j, "table")(np.ones(5))},
+        lambda: {"mask": causal() and window(3)},
+        lambda: {"mask": window},
+    ]
+    x, lines = np.ones((2, 5, 4, 8), np.float32), set()
+    for mistake in mistakes:
+        with pytest.raises((ValueError, TypeError, NotImplementedError)) as error:
+            flash_attention(x, x, x, **mistake())
+        assert "\n" not in str(error.value)
+        assert_documented("docs/your_own_score.md", error.value)
+        lines.add(str(error.value))
+    assert len(lines) == len(documented("docs/your_own_score.md")) - 4  # those of a config
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,7 @@ def check_elementwise(tree: Any, leaves: tuple[jax.ShapeDtypeStruct, ...], dtype
     block = (leaves, dot, q_norm, k_norm, i, j, head)
     try:
         found = jax.eval_shape(functools.partial(run, needs_norms), *block)
-    except TypeError:
+    except (TypeError, ValueError):
         if needs_norms or not evaluates(functools.partial(run, True), *block):
             return  # An implementation says why it cannot compute the score.
         raise TypeError(f"{kind}.logits looks at q_norm or k_norm: give {kind} the line needs_norms = True") from None
@@ -236,7 +236,7 @@ def check_elementwise(tree: Any, leaves: tuple[jax.ShapeDtypeStruct, ...], dtype
 def evaluates(function: Callable, *arrays: Any) -> bool:
     try:
         jax.eval_shape(function, *arrays)
-    except TypeError:
+    except (TypeError, ValueError):
         return False
     return True
 
