@@ -1,36 +1,24 @@
-"""One function of a head, run for all heads of all examples: in turn on CPUs, at once on accelerators."""
+"""One function of a head, run for all heads of all examples: in turn, or at once.
+
+A CPU keeps one head in its cache, so it takes one after another; an accelerator is filled by all of them only. The
+function takes the index of an example and of a head and `[length, dim]` of each array, and returns a tuple of arrays
+`[length, dim]`; the arrays are `[batch, length, heads, dim]`, of any lengths and dims, and so are the results.
+"""
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 
-def each_head(function: Callable, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """`function(example, head, *slices)` for every head of every example.
-
-    A CPU keeps one head in its cache, so it takes one after another; an accelerator is filled by all of them only.
-
-    Args:
-      function: takes the two indices and each array's `[length, dim]` of that head; returns a tuple of arrays
-        `[length, dim]`.
-      *arrays: `[batch, length, heads, dim]`, of any lengths and dims.
-
-    Returns:
-      The results as `[batch, length, heads, dim]`.
-    """
-    return jax.lax.platform_dependent(*arrays, cpu=partial(_in_turn, function), default=partial(_at_once, function))
-
-
-def _at_once(function, *arrays):
+def at_once(function: Callable, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     batch, _, heads, _ = arrays[0].shape
     axes = (0, *(1 for _ in arrays))
     of_example = jax.vmap(function, (None, *axes), 1)
     return jax.vmap(of_example, (0, None, *(0 for _ in arrays)))(jnp.arange(batch), jnp.arange(heads), *arrays)
 
 
-def _in_turn(function, *arrays):
+def in_turn(function: Callable, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     batch, _, heads, _ = arrays[0].shape
 
     def head(n, results):

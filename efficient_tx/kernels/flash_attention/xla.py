@@ -8,7 +8,8 @@ A block of weights is never the transposed left factor of a product, because XLA
 the speed. So the cotangents of keys and values are summed as `[dim, keys]`.
 """
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +20,13 @@ from efficient_tx.kernels.flash_attention.blocks import Sizes, Visits, visits
 from efficient_tx.kernels.flash_attention.mask import Mask
 from efficient_tx.kernels.flash_attention.options import Options
 from efficient_tx.kernels.flash_attention.score import Score
-from efficient_tx.kernels.heads import each_head
+from efficient_tx.kernels.heads import at_once, in_turn
 
 # 1 MB of float32 weights: the fastest size on two AVX-512 cores with 1 MB of L2 cache each, among the sizes tried that
 # still skip most of the masked or future keys.
 BLOCK_AREA = 512 * 512
+# An accelerator computes a block of all heads of all examples at once.
+SIDE_AT_ONCE = 128
 
 
 def unsupported(options: Options, q, k, v, score, mask, pairs) -> str | None:
@@ -47,14 +50,39 @@ def sizes(options: Options, q: jax.Array, k: jax.Array, *others) -> Sizes:
     return Sizes(queries, keys, equal_blocks(queries, max(side, BLOCK_AREA // key_block)), key_block)
 
 
-def forward(
-    options: Options, sizes: Sizes, q: jax.Array, k: jax.Array, v: jax.Array, score: Score, mask: Mask | None,
-    pairs: None,
-) -> tuple[tuple[jax.Array, jax.Array | None], jax.Array | None]:  # fmt: skip
+def forward(options: Options, sizes: Sizes, *arrays: Any) -> tuple[tuple[jax.Array, jax.Array | None], Any]:
     """(Output, log-sum-exp or None) and for normalise="sum" the sums of weights `[batch, queries, heads]`, else None.
 
     Arguments as of `reference.forward`.
     """
+    return jax.lax.platform_dependent(
+        *arrays,
+        cpu=partial(_forward, in_turn, options, sizes),
+        default=partial(_forward, at_once, options, smaller(sizes)),
+    )
+
+
+def backward(
+    options: Options, sizes: Sizes, arrays: tuple, outputs: tuple, total: jax.Array | None, cotangents: tuple
+) -> tuple:
+    """Cotangents of q, k, v and the score."""
+    return jax.lax.platform_dependent(
+        arrays,
+        outputs,
+        total,
+        cotangents,
+        cpu=partial(_backward, in_turn, options, sizes),
+        default=partial(_backward, at_once, options, smaller(sizes)),
+    )
+
+
+def smaller(sizes: Sizes) -> Sizes:
+    return sizes._replace(
+        query_block=min(sizes.query_block, SIDE_AT_ONCE), key_block=min(sizes.key_block, SIDE_AT_ONCE)
+    )
+
+
+def _forward(each_head, options, sizes, q, k, v, score, mask, pairs):
     grid = Grid(options, sizes, visits(mask, sizes)[0])
     out_dtype, (q, k, v) = q.dtype, grid.operands(q, k, v)
     q_segments, k_segments = grid.segments(mask)
@@ -102,10 +130,7 @@ def forward(
     return (out.astype(out_dtype), lse), total
 
 
-def backward(
-    options: Options, sizes: Sizes, arrays: tuple, outputs: tuple, total: jax.Array | None, cotangents: tuple
-) -> tuple:
-    """Cotangents of q, k, v and the score."""
+def _backward(each_head, options, sizes, arrays, outputs, total, cotangents):
     q, k, v, score, mask, _ = arrays
     dtypes, groups = [x.dtype for x in (q, k, v)], k.shape[2]
     grid = Grid(options, sizes, visits(mask, sizes)[0])
