@@ -63,13 +63,24 @@ def of_product(equation):
 def of_inner(equation, count):
     """What `count` says of the jaxprs inside an equation, as often as they run."""
     name, params = equation.primitive.name, equation.params
-    inner = [
-        count(getattr(value, "jaxpr", value)) for value in jax.tree.leaves(params, is_leaf=is_jaxpr) if is_jaxpr(value)
-    ]
+    inside = jaxprs_in(equation)
     if name == "cond":
+        inner = [count(jaxpr) for jaxpr in inside if not has_kernel(jaxpr)]  # kernels are for another platform
         assert len(set(inner)) == 1, f"the branches make {inner} multiplications"
         return inner[0]
-    return sum(inner) * (params["length"] if name == "scan" else 1)
+    return sum(map(count, inside)) * (params["length"] if name == "scan" else 1)
+
+
+def has_kernel(jaxpr):
+    """Whether there is a Pallas kernel in a jaxpr or in one inside it."""
+    return any(
+        equation.primitive.name == "pallas_call" or any(map(has_kernel, jaxprs_in(equation))) for equation in jaxpr.eqns
+    )
+
+
+def jaxprs_in(equation):
+    leaves = jax.tree.leaves(equation.params, is_leaf=is_jaxpr)
+    return [getattr(value, "jaxpr", value) for value in leaves if is_jaxpr(value)]
 
 
 def is_jaxpr(value):
