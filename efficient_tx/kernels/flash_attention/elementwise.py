@@ -13,9 +13,9 @@ from efficient_tx.kernels.flash_attention.score import Score
 COMMON = frozenset({
     "abs", "add", "add_any", "and", "broadcast_in_dim", "ceil", "clamp", "convert_element_type", "copy", "cos",
     "custom_jvp_call", "div", "eq", "exp", "exp2", "floor", "ge", "gt", "integer_pow", "jit", "le", "log", "log1p",
-    "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "or", "pjit", "pow", "rem", "round", "rsqrt",
-    "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sqrt", "square",
-    "stop_gradient", "sub", "tan", "tanh", "xor",
+    "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "one_minus_square", "or", "pjit", "pow", "rem",
+    "round", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin",
+    "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor",
 })  # fmt: skip
 PRIMITIVES = {"tpu": COMMON, "cuda": COMMON}
 
