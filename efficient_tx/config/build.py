@@ -81,7 +81,9 @@ def build_mixer(name: str, section: ConfigDict, linear: Callable[..., nnx.Module
             cls = mixer_class(name)
             try:
                 return cls(features, linear=linear, **sizes, **with_objects(cls, section, where))
-            except (TypeError, NotImplementedError) as error:  # a class of the user's own
+            except ValueError:
+                raise
+            except Exception as error:  # in a class or a score of the user's own
                 raise ValueError(blame(error)) from None
 
     return make

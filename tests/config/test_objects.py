@@ -127,7 +127,10 @@ def test_other_text_is_no_mask_and_runs_nothing(text):
         ({"score": "json:loads"}, "config.attention.custom.score is 'json:loads': it is in "),
         ({"score": "alibj"}, "config.attention.custom.score is 'alibj': choose one of softmax, "),
         ({"mask": "my_objects:Sized"}, "config.attention.custom.mask is 'my_objects:Sized', which cannot be made: Ty"),
-        ({"score": "my_objects:Lost"}, "config.mixers is 'custom': NameError: name 'lost' is not defined ("),
+        (
+            {"score": "my_objects:Lost"},
+            "config.attention.custom cannot be used: NameError: name 'lost' is not defined (",
+        ),
     ],
 )
 def test_mistakes_are_one_line_before_anything_is_written(typed, line):
