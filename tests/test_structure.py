@@ -81,6 +81,9 @@ COMMANDS = {
 }  # fmt: skip
 
 
+COMMAND_FOLDERS = ("efficient_tx/compare/commands/", "efficient_tx/kernels/verify/")
+
+
 def literals(path):
     """Line and text of each string in a file, docstrings aside."""
     tree = ast.parse(path.read_text())
@@ -103,7 +106,7 @@ def test_library_messages_name_no_flag():
     found = {}
     for path in sorted([*(ROOT / "efficient_tx").rglob("*.py"), *(ROOT / "lra").rglob("*.py")]):
         name = path.relative_to(ROOT).as_posix()
-        if name not in COMMANDS and not name.startswith("efficient_tx/compare/commands/"):
+        if name not in COMMANDS and not name.startswith(COMMAND_FOLDERS):
             found |= {f"{name}:{line}": text for line, text in flags_in(path)}
     # A whole command to copy, and the mark in README.md, are no flags of the caller's own.
     assert {

@@ -13,9 +13,11 @@ import jax.numpy as jnp
 
 def at_once(function: Callable, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     batch, _, heads, _ = arrays[0].shape
-    axes = (0, *(1 for _ in arrays))
-    of_example = jax.vmap(function, (None, *axes), 1)
-    return jax.vmap(of_example, (0, None, *(0 for _ in arrays)))(jnp.arange(batch), jnp.arange(heads), *arrays)
+    number = jnp.arange(batch * heads)
+    flat = (x.swapaxes(1, 2).reshape(batch * heads, x.shape[1], x.shape[3]) for x in arrays)
+    # One vmap over both: two would trace everything twice as long.
+    found = jax.vmap(function)(number // heads, number % heads, *flat)
+    return tuple(x.reshape(batch, heads, *x.shape[1:]).swapaxes(1, 2) for x in found)
 
 
 def in_turn(function: Callable, *arrays: jax.Array) -> tuple[jax.Array, ...]:
