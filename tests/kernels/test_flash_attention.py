@@ -118,6 +118,16 @@ def test_bfloat16_inputs_are_computed_in_float32(score):
     np.testing.assert_allclose(out.astype(np.float32), expected, rtol=2**-8, atol=1e-5)
 
 
+def test_of_several_dtypes_none_is_rounded_to_a_narrower_one():
+    """Values that are sums, float32, with bfloat16 queries: only the result has the queries' dtype."""
+    q, k, v = (x.astype(np.float32) for x in arrays(0, 9, 17))
+    narrow = q.astype(jnp.bfloat16)
+    out = flash_attention(narrow, k, 1000 * v, score="gaussian")
+    assert out.dtype == jnp.bfloat16
+    exact = flash_attention(narrow.astype(np.float32), k, 1000 * v, score="gaussian")
+    np.testing.assert_array_equal(out, exact.astype(jnp.bfloat16))
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_large_logits_neither_overflow_nor_vanish(implementation):
     q, k, v = arrays(0, 20, 40)

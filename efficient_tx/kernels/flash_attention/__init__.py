@@ -88,7 +88,9 @@ def flash_attention(
         k, v = (jnp.where(real[:, :, None, None], x, 0) for x in (k, v))
     if causal:
         mask = Causal() if mask is None else Causal() & mask
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    # Of several dtypes the widest: the keys and values of a low-rank method are sums, float32 where queries are not.
+    operands = [x.astype(jnp.result_type(q, k, v)) for x in (q, k, v)]
+    dtype = jnp.promote_types(operands[0].dtype, jnp.float32)
     bias = float(bias)
     score = as_score(score, heads=q.shape[2], bias=bias, dtype=dtype)
     if return_lse and score.normalise != "softmax":
@@ -98,8 +100,8 @@ def flash_attention(
         bias=bias,
         precision=jax.lax.Precision.HIGHEST if precision is None else precision,
     )
-    arrays = (q, k.astype(q.dtype), v.astype(q.dtype), score, mask, pairs)
-    out, lse = OP(implementation, options, *arrays, interpret=interpret, sizes=block_sizes)
+    out, lse = OP(implementation, options, *operands, score, mask, pairs, interpret=interpret, sizes=block_sizes)
+    out = out.astype(q.dtype)
     return (out, lse) if return_lse else out
 
 
