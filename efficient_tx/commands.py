@@ -40,6 +40,21 @@ def no_flag(argument: str, known: Collection[str], *, of: str = "") -> str:
     return f"{argument!r} is no flag{of}: flags begin with two dashes, as {near}{equals}{value}"
 
 
+def names_of(known: Collection[str], noun: str) -> Callable[[str], list[str]]:
+    """The parser of a flag that lists some of the `known` names, each a `noun`. It returns them in the known order."""
+
+    def names(text: str) -> list[str]:
+        for name in text.split(","):
+            if name not in known:
+                near = nearest(name, known)
+                raise argparse.ArgumentTypeError(
+                    f"{name!r} is no {noun}: choose of {', '.join(known)} (nearest: {near!r})"
+                )
+        return [name for name in known if name in text.split(",")]
+
+    return names
+
+
 _own_process = False
 
 

@@ -1,11 +1,8 @@
 """Flags of the commands: parsers of their values; a wrong value ends in one line."""
 
 import argparse
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-from efficient_tx.checks import nearest
 from efficient_tx.files import local_path
 
 
@@ -37,18 +34,3 @@ def positive(text: str) -> float:
     if not number > 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
     return number
-
-
-def keys_of(table: Mapping[str, Any], noun: str) -> Callable[[str], list[str]]:
-    """The parser of a flag that names keys of a table, each a `noun`. It returns them in the order of the table."""
-
-    def keys(text: str) -> list[str]:
-        for name in text.split(","):
-            if name not in table:
-                near = nearest(name, table)
-                raise argparse.ArgumentTypeError(
-                    f"{name!r} is no {noun}: choose of {', '.join(table)} (nearest: {near!r})"
-                )
-        return [name for name in table if name in text.split(",")]
-
-    return keys

@@ -6,9 +6,10 @@ from rich.console import Console
 
 from efficient_tx.attention import ATTENTION
 from efficient_tx.checks import OptionError
+from efficient_tx.commands import names_of
 from efficient_tx.compare.attention import plots, report
 from efficient_tx.compare.attention.measure import Settings, compare
-from efficient_tx.compare.flags import keys_of, path, positive, whole, wholes
+from efficient_tx.compare.flags import path, positive, whole, wholes
 from efficient_tx.compare.timing import machine
 from efficient_tx.files import write
 
@@ -18,7 +19,7 @@ HELP = "parameters, errors, time and memory of the attention variants"
 def add_flags(parser: argparse.ArgumentParser) -> None:
     add, default = parser.add_argument, Settings(())
     add("--lengths", type=wholes, default=(1024, 4096, 16384), help="default 1024,4096,16384")
-    add("--variants", type=keys_of(ATTENTION, "variant"), default=list(ATTENTION), metavar="A,B", help="default: all")
+    add("--variants", type=names_of(ATTENTION, "variant"), default=list(ATTENTION), metavar="A,B", help="default: all")
     add("--budget", type=whole, default=default.budget, help="keys, landmarks or features that a query meets")
     add("--max_seconds", type=positive, default=default.max_seconds,
         help="calls that would take longer, as the shorter lengths predict, are not made: — in the tables")  # fmt: skip

@@ -4,7 +4,8 @@ import argparse
 
 from rich.console import Console
 
-from efficient_tx.compare.flags import keys_of, path, positive, whole, wholes
+from efficient_tx.commands import names_of
+from efficient_tx.compare.flags import path, positive, whole, wholes
 from efficient_tx.compare.linear import plots, report, weights
 from efficient_tx.compare.linear.measure import Settings, compare, project
 from efficient_tx.compare.timing import machine
@@ -18,7 +19,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add, default = parser.add_argument, Settings(())
     add("--features", type=wholes, default=(1024, 2048), help="widths that are timed; default 1024,2048")
     add("--tokens", type=whole, default=default.tokens, help=f"default {default.tokens}")
-    add("--structures", type=keys_of(LINEAR, "structure"), default=list(LINEAR), metavar="A,B",
+    add("--structures", type=names_of(LINEAR, "structure"), default=list(LINEAR), metavar="A,B",
         help="default: all; dense is timed in any case")  # fmt: skip
     add("--rounds", type=whole, default=default.rounds, help="turns in which all are timed; medians are shown")
     add("--share", type=positive, default=default.share,

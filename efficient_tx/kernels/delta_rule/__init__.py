@@ -3,9 +3,8 @@
 from collections.abc import Hashable
 
 import jax
-import jax.numpy as jnp
 
-from efficient_tx.kernels import gated_linear_attention
+from efficient_tx.kernels.gated_linear_attention import check_shapes, operands
 from efficient_tx.kernels.gated_linear_attention.options import Options
 from efficient_tx.kernels.op import Op
 from efficient_tx.tokens.mask import bool_mask
@@ -66,21 +65,10 @@ def delta_rule(
       NotImplementedError: forward-mode differentiation, with an implementation other than "reference".
     """
     mask = bool_mask(mask)
-    gated_linear_attention.check_shapes(q, k, v, log_decay, initial_state, mask)
-    batch, length, heads, head_dim = q.shape
+    check_shapes(q, k, v, log_decay, initial_state, mask)
+    batch, length, heads, _ = q.shape
     if beta.shape != (batch, length, heads):
         raise ValueError(f"beta has shape {beta.shape}: pass [batch, length, heads], here {(batch, length, heads)}")
-    if log_decay is not None and log_decay.ndim < 4:
-        log_decay = jnp.broadcast_to(log_decay, (batch, length, heads))[..., None]
-    tokens = (q, k, v, beta[..., None], log_decay)
-    if mask is not None:
-        # An identity step: no decay, nothing corrected, nothing read.
-        tokens = [None if x is None else jnp.where(mask[:, :, None, None], x, 0) for x in tokens]
-    state = jnp.zeros((batch, heads, head_dim, v.shape[-1])) if initial_state is None else initial_state
-    options = Options(
-        head_dim**-0.5 if scale is None else float(scale),
-        bool(reverse),
-        jax.lax.Precision.HIGHEST if precision is None else precision,
-    )
-    state = state.astype(jnp.promote_types(jnp.result_type(q), jnp.float32))
-    return OP(implementation, options, *tokens, state, interpret=interpret, sizes=block_sizes)
+    arrays = operands(q, k, v, beta[..., None], log_decay=log_decay, initial_state=initial_state, mask=mask)
+    options = Options.of(q, scale, reverse, precision)
+    return OP(implementation, options, *arrays, interpret=interpret, sizes=block_sizes)

@@ -29,7 +29,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from efficient_tx.kernels.gated_linear_attention.options import Options
 from efficient_tx.kernels.gated_linear_attention.xla import Chunks, Decays
@@ -113,11 +112,8 @@ def backward(
         d_start = decays.whole * d_end + chunks.dot(q_start.mT, d_n) - chunks.dot(k_start.mT, d_v)
         found = [d_q, d_k + d_k_query, d_v, d_beta]
         if log_decay_n is not None:
-            terms = q_n * d_q + k_n * (d_k_query - d_k)
             by_end = (k_n * d_k_end).sum(-2) + (decays.whole * start * d_end).sum(-1)
-            if per_head:
-                terms, by_end = (x.sum(-1, keepdims=True) for x in (terms, by_end))
-            found.append(chunks.dot(np.triu(chunks.ones(terms.dtype)), terms) + by_end[..., None, :])
+            found.append(chunks.d_log_decay(q_n * d_q + k_n * (d_k_query - d_k), by_end, per_head))
         return d_start, [chunks.unslice(x) for x in found]
 
     d_start, found = jax.lax.scan(chunk, d_end, (jnp.arange(chunks.count), starts), reverse=not options.reverse)

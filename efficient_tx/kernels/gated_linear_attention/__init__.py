@@ -65,21 +65,28 @@ def gated_linear_attention(
     """
     mask = bool_mask(mask)
     check_shapes(q, k, v, log_decay, initial_state, mask)
+    arrays = operands(q, k, v, log_decay=log_decay, initial_state=initial_state, mask=mask)
+    options = Options.of(q, scale, reverse, precision)
+    return OP(implementation, options, *arrays, interpret=interpret, sizes=block_sizes)
+
+
+def operands(
+    q: jax.Array, k: jax.Array, v: jax.Array, *more: jax.Array, log_decay: jax.Array | None,
+    initial_state: jax.Array | None, mask: jax.Array | None,
+) -> list[jax.Array | None]:  # fmt: skip
+    """The operands of the recurrence: the tokens' arrays, the decay per channel or per head, and the state.
+
+    All arrays of tokens are `[batch, length, heads, ...]`; a masked token is an identity step, nothing decays, is added
+    or read.
+    """
     batch, length, heads, head_dim = q.shape
     if log_decay is not None and log_decay.ndim < 4:
         log_decay = jnp.broadcast_to(log_decay, (batch, length, heads))[..., None]
-    tokens = (q, k, v, log_decay)
+    tokens = [q, k, v, *more, log_decay]
     if mask is not None:
-        # An identity step: no decay, nothing added, nothing read.
         tokens = [None if x is None else jnp.where(mask[:, :, None, None], x, 0) for x in tokens]
     state = jnp.zeros((batch, heads, head_dim, v.shape[-1])) if initial_state is None else initial_state
-    options = Options(
-        head_dim**-0.5 if scale is None else float(scale),
-        bool(reverse),
-        jax.lax.Precision.HIGHEST if precision is None else precision,
-    )
-    state = state.astype(jnp.promote_types(jnp.result_type(q), jnp.float32))
-    return OP(implementation, options, *tokens, state, interpret=interpret, sizes=block_sizes)
+    return [*tokens, state.astype(jnp.promote_types(jnp.result_type(q), jnp.float32))]
 
 
 def check_shapes(

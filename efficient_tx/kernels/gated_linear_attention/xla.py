@@ -89,11 +89,8 @@ def backward(
         d_start = decays.whole * d_end + chunks.dot((q_n * decays.from_start).mT, d_n)
         found = [d_q, d_k, d_v]
         if log_decay_n is not None:
-            terms = q_n * d_q - k_n * d_k
             by_end = (k_n * d_k_end).sum(-2) + (decays.whole * start * d_end).sum(-1)
-            if per_head:
-                terms, by_end = (x.sum(-1, keepdims=True) for x in (terms, by_end))
-            found.append(chunks.dot(np.triu(chunks.ones(terms.dtype)), terms) + by_end[..., None, :])
+            found.append(chunks.d_log_decay(q_n * d_q - k_n * d_k, by_end, per_head))
         return d_start, [chunks.unslice(x) for x in found]
 
     d_start, found = jax.lax.scan(chunk, d_end, (jnp.arange(chunks.count), starts), reverse=not options.reverse)
@@ -168,6 +165,12 @@ class Chunks(NamedTuple):
 
     def ones(self, dtype: jnp.dtype) -> np.ndarray:
         return np.ones((self.size, self.size), dtype)
+
+    def d_log_decay(self, terms: jax.Array, by_end: jax.Array, per_head: bool) -> jax.Array:
+        """The cotangent of a chunk's decays, from that by every token, and that by the state at the end."""
+        if per_head:
+            terms, by_end = (x.sum(-1, keepdims=True) for x in (terms, by_end))
+        return self.dot(np.triu(self.ones(terms.dtype)), terms) + by_end[..., None, :]
 
     def levels(self) -> np.ndarray:
         """The level that separates query i (row) and key j: half blocks of 2^level tokens; −1: j = i, −2: j > i."""

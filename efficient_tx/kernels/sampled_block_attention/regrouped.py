@@ -5,6 +5,8 @@ block, and those of its samples, which stand behind the keys as if they were mor
 bias of the listed key, −inf for samples in the block itself. There are at most (queries / tile + blocks) tiles.
 """
 
+from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -51,6 +53,19 @@ def backward(
         return jax.vmap(one)(x[:, :, 0], choice)
 
     return tiles.back(d_q), of_keys(d_k), of_keys(d_v)
+
+
+def through(listed: ModuleType) -> tuple[Callable, Callable, Callable, Callable]:
+    """`unsupported`, `sizes`, `forward` and `backward` of an implementation by these kernels of block_attention."""
+
+    def through_forward(options, sizes, *operands, interpret=False):
+        return forward(listed, options, *operands, interpret=interpret), None
+
+    def through_backward(options, sizes, operands, outputs, saved, cotangents, *, interpret=False):
+        return *backward(listed, options, operands, outputs, cotangents, interpret=interpret), None
+
+    # Block sizes are block_attention's own.
+    return partial(unsupported, listed), lambda *_: None, through_forward, through_backward
 
 
 def options(sizes: Sizes, q: jax.Array, k: jax.Array, *others: Any) -> Options:

@@ -5,7 +5,7 @@ python -m efficient_tx.kernels.verify --all --kernels=monarch --targets=h100,v5e
 python -m efficient_tx.kernels.verify --hardware
 """
 
-from efficient_tx.commands import Parser, leave_quietly, run
+from efficient_tx.commands import Parser, leave_quietly, names_of, run
 
 if __name__ == "__main__":
     leave_quietly()
@@ -21,33 +21,17 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 from rich.console import Console
 
-from efficient_tx.checks import nearest
 from efficient_tx.files import local_path, write
 from efficient_tx.kernels.case import OPERATIONS
 from efficient_tx.kernels.verify import figures, hardware, ladder, report
 from efficient_tx.kernels.verify.plan import GATES, everything, selection
 from efficient_tx.kernels.verify.targets import TARGETS
-
-
-def names_of(known: Sequence[str], noun: str) -> Callable[[str], list[str]]:
-    """The parser of a flag that lists some of the `known` names."""
-
-    def names(text: str) -> list[str]:
-        for name in text.split(","):
-            if name not in known:
-                near = nearest(name, known)
-                raise argparse.ArgumentTypeError(
-                    f"{name!r} is no {noun}: choose of {', '.join(known)} (nearest: {near})"
-                )
-        return [name for name in known if name in text.split(",")]
-
-    return names
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
