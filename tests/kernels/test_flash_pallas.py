@@ -9,6 +9,8 @@ import pytest
 
 from efficient_tx.kernels import flash_attention
 from efficient_tx.kernels.flash_attention import SCORES, causal, documents, padding, prefix, window
+from efficient_tx.kernels.flash_attention.elementwise import PRIMITIVES
+from efficient_tx.kernels.op import PLATFORMS
 
 KERNELS = ("pallas_tpu", "pallas_gpu")
 SIZES = {name: importlib.import_module(f"efficient_tx.kernels.flash_attention.{name}").BlockSizes for name in KERNELS}
@@ -147,6 +149,78 @@ def test_is_traced_within_shard_map(kernel):
     mapped = jax.shard_map(gradient, mesh=mesh, in_specs=(spec, spec, whole), out_specs=(spec, whole))
     text = str(jax.jit(mapped).trace(inputs(KEYS, KEYS, 2, 1, 16, 16), IDS, np.ones(2, np.float32)).jaxpr)
     assert "flash_attention_queries" in text and "flash_attention_keys" in text
+
+
+def integer(x):
+    return jax.lax.convert_element_type(x, jnp.int32)
+
+
+# A function of every primitive that a score may use; those of calls and constants are in all of them.
+FUNCTIONS = {
+    name: getattr(jax.lax, name)
+    for name in (
+        "abs", "ceil", "cos", "exp", "exp2", "floor", "log", "log1p", "logistic", "neg", "round", "rsqrt", "sign",
+        "sin", "sqrt", "square", "stop_gradient", "tan", "tanh",
+    )
+} | {
+    "clamp": lambda x: jax.lax.clamp(-x, x, x),
+    "integer_pow": lambda x: jax.lax.integer_pow(x, 3),
+    "rem": lambda x: jax.lax.rem(x, jnp.full_like(x, 3)),
+} | {
+    name: lambda x, name=name: getattr(jax.lax, name)(x, x + 1)
+    for name in ("add", "div", "max", "min", "mul", "pow", "sub")
+} | {
+    name: lambda x, name=name: jnp.where(getattr(jax.lax, name)(x, x + 1), x, 0.0)
+    for name in ("eq", "ge", "gt", "le", "lt", "ne")
+} | {
+    name: lambda x, name=name: jnp.where(getattr(jax.lax, f"bitwise_{name}")(x > 0, x < 1), x, 0.0)
+    for name in ("and", "or", "xor")
+} | {
+    "not": lambda x: jnp.where(jax.lax.bitwise_not(x > 0), x, 0.0),
+} | {
+    name: lambda x, name=name: getattr(jax.lax, name)(integer(x), integer(x)).astype(x.dtype)
+    for name in ("shift_left", "shift_right_arithmetic", "shift_right_logical")
+}  # fmt: skip
+STRUCTURAL = {
+    "add_any", "broadcast_in_dim", "convert_element_type", "copy", "custom_jvp_call", "jit", "one_minus_square", "pjit",
+    "select_n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.slow
+def test_what_a_score_may_use_is_what_a_kernel_is_lowered_with(kernel):
+    """Every primitive of a platform's list in one score; one that is not on it is a reason."""
+    platform = PLATFORMS[kernel]
+    if platform == "cuda" and jax.__version_info__ >= (0, 12):
+        platform = None  # which lowers Triton kernels only where there is a GPU
+    listed = PRIMITIVES[PLATFORMS[kernel]] - STRUCTURAL
+    assert listed <= FUNCTIONS.keys()
+
+    class All(SCORES["softmax"]):
+        names = sorted(listed)
+
+        def logits(self, dot, q_norm, k_norm, i, j, head):
+            return sum(FUNCTIONS[name](dot) for name in self.names)
+
+    text = str(jax.make_jaxpr(lambda x: All().logits(x, None, None, 0, 0, 0))(np.float32(1)))
+    assert all(f" {name}" in text for name in listed)
+    arrays = [jax.ShapeDtypeStruct((1, 16, 1, 16), jnp.float32)] * 3
+
+    def loss(q, k, v):
+        return flash_attention(q, k, v, score=All(), implementation=kernel).sum()
+
+    traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*arrays)
+    if platform is not None:
+        traced.lower(lowering_platforms=(platform,))
+    (missing,) = FUNCTIONS.keys() - listed
+
+    class Other(SCORES["softmax"]):
+        def logits(self, dot, q_norm, k_norm, i, j, head):
+            return FUNCTIONS[missing](dot)
+
+    with pytest.raises(ValueError, match=f"the score needs {missing}, which a kernel cannot compute"):
+        jax.eval_shape(lambda q, k, v: flash_attention(q, k, v, score=Other(), implementation=kernel), *arrays)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -9,15 +9,16 @@ from efficient_tx.kernels.flash_attention import block
 from efficient_tx.kernels.flash_attention.mask import Mask
 from efficient_tx.kernels.flash_attention.score import Score
 
-# What Mosaic (TPU) and Triton (GPU) compute elementwise; tests/kernels/test_ahead_of_time.py compiles each.
+# What Mosaic (TPU) and Triton (GPU) compute elementwise; tests/kernels/test_flash_pallas.py lowers all of them.
 COMMON = frozenset({
     "abs", "add", "add_any", "and", "broadcast_in_dim", "ceil", "clamp", "convert_element_type", "copy", "cos",
     "custom_jvp_call", "div", "eq", "exp", "exp2", "floor", "ge", "gt", "integer_pow", "jit", "le", "log", "log1p",
     "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "one_minus_square", "or", "pjit", "pow", "rem",
-    "round", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin",
+    "rsqrt", "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sin",
     "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor",
 })  # fmt: skip
-PRIMITIVES = {"tpu": COMMON, "cuda": COMMON}
+# Mosaic asks for the sign the chip that is there, and there is none where a program is compiled ahead of time.
+PRIMITIVES = {"tpu": COMMON | {"round"}, "cuda": COMMON | {"sign"}}
 
 
 def reason(score: Score, mask: Mask | None, platform: str) -> str | None:
