@@ -123,6 +123,31 @@ def test_blocks_that_it_empties_are_skipped_and_those_it_fills_are_not_tested(na
                         assert (column in order) == block.any() and (column in order[:full]) == whole
 
 
+def test_a_users_mask_is_evaluated_once_for_its_sizes():
+    """On the host, where all positions are looked at: not again for the passes, platforms and layers of a program."""
+    evaluated = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Counted(Mask):
+        def allowed(self, i, j, q_segment, k_segment):
+            if isinstance(i, np.ndarray):
+                evaluated.append((int(i[0, 0]), i.size))
+            return (i + j) % 7 != 3
+
+    def trace(batch):
+        x = jax.ShapeDtypeStruct((batch, 700, 1, 16), jnp.float32)
+        return jax.jit(jax.grad(lambda q, k, v: flash_attention(q, k, v, mask=Counted() & causal()).sum())).trace(
+            x, x, x
+        )
+
+    trace(1)
+    first = len(evaluated)
+    trace(2)
+    assert len(evaluated) == first > 0
+    _, seen = np.unique(evaluated, axis=0, return_counts=True)
+    assert seen.max() <= 2  # of one block of queries with blocks of keys of two sizes
+
+
 def test_lists_of_what_is_known_when_traced_are_no_longer_than_needed():
     """A window's lists are as long as the window is wide, at any length: memory and grid are linear."""
     seen, _ = visits(causal() & window(128), Sizes(65536, 65536, 128, 128))

@@ -57,15 +57,8 @@ class Mask(ArrayFields):
         pairs = (i.high.max() - i.low.min() + 1.0) * (j.high.max() - j.low.min() + 1)
         if any(x is not None for x in self.segments) or pairs > MOST_PAIRS:
             return UNKNOWN
-        keys, starts = np.arange(j.low[0, 0], j.high[0, -1] + 1, dtype=np.int32), j.low[0] - j.low[0, 0]
-        any_, full = [], []
-        with jax.ensure_compile_time_eval():
-            for low, high in zip(i.low[:, 0], i.high[:, 0]):
-                rows = np.arange(low, high + 1, dtype=np.int32)[:, None]
-                allowed = np.broadcast_to(self.allowed(rows, keys[None], None, None), (rows.size, keys.size))
-                any_.append(np.logical_or.reduceat(allowed.any(0), starts))
-                full.append(np.logical_and.reduceat(allowed.all(0), starts))
-        return Coverage(np.stack(any_), np.stack(full))
+        bounds = (tuple(x.ravel().tolist()) for x in (*i, *j))
+        return _evaluated(jax.tree.structure(self), *bounds)
 
     def check(self) -> None:
         """Raises TypeError, one line, for an array that is no segments and an `allowed` that is not bool of a block."""
@@ -110,6 +103,23 @@ class Mask(ArrayFields):
 
 
 WANTED = "it must be bool, of a shape that broadcasts to (3, 2)"
+
+
+@functools.lru_cache(maxsize=64)  # every implementation and pass of a program asks, and every layer and batch
+def _evaluated(mask: Any, i_low: tuple, i_high: tuple, j_low: tuple, j_high: tuple) -> Coverage:
+    """By `allowed` of all pairs of positions within the bounds; `mask` is the structure of one without arrays."""
+    mask = jax.tree.unflatten(mask, [])
+    keys, starts = np.arange(j_low[0], j_high[-1] + 1, dtype=np.int32), np.array(j_low) - j_low[0]
+    any_, full = [], []
+    with jax.ensure_compile_time_eval():
+        for low, high in zip(i_low, i_high):
+            rows = np.arange(low, high + 1, dtype=np.int32)[:, None]
+            allowed = np.broadcast_to(mask.allowed(rows, keys[None], None, None), (rows.size, keys.size))
+            any_.append(np.logical_or.reduceat(allowed.any(0), starts))
+            full.append(np.logical_and.reduceat(allowed.all(0), starts))
+    return Coverage(np.stack(any_), np.stack(full))
+
+
 UNKNOWN = Coverage(True, False)
 MOST_PAIRS = 2.0**28
 
