@@ -17,8 +17,8 @@ COMMON = frozenset({
     "rsqrt", "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sin",
     "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor",
 })  # fmt: skip
-# Mosaic asks for the sign the chip that is there, and there is none where a program is compiled ahead of time.
-PRIMITIVES = {"tpu": COMMON | {"round"}, "cuda": COMMON | {"sign"}}
+# The sign, of which // is made, is lowered for the TPU that is there: ahead of time `jax.set_mesh` has to name one.
+PRIMITIVES = {"tpu": COMMON | {"round", "sign"}, "cuda": COMMON | {"sign"}}
 
 
 def reason(score: Score, mask: Mask | None, platform: str) -> str | None:
