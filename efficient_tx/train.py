@@ -280,24 +280,21 @@ def main(asked: command_line.Run) -> int:
     try:
         run(asked)
     except RunError as error:
-        print(f"{error.flag}; {again}" if error.resumable else error.flag, file=sys.stderr)
+        status = processes.last_words(f"{error.flag}; {again}" if error.resumable else error.flag, error.status)
         if error.together:
             processes.part()
-        return error.status
+        return status
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1 or commands.out_of_memory(error):
             raise
-        print(f"{processes.Lost.of(error)}; {again}", file=sys.stderr)
-        return processes.Lost.status
+        return processes.last_words(f"{processes.Lost.of(error)}; {again}", processes.Lost.status)
     except FloatingPointError as error:
         # What jax raises under debug_nans.
-        print(f"not finite: a NaN came up in {place_of_nan(error)}", file=sys.stderr)
-        return NonFinite.status
+        return processes.last_words(f"not finite: a NaN came up in {place_of_nan(error)}", NonFinite.status)
     except (KeyboardInterrupt, SystemExit) as stop:
         # Outside the loop there is nothing to save: data, checkpoints and lines are written whole or not at all.
         status = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
-        print(f"stopped by {signal.Signals(status - 128).name}; {again}", file=sys.stderr)
-        return status
+        return processes.last_words(f"stopped by {signal.Signals(status - 128).name}; {again}", status)
     return 0
 
 

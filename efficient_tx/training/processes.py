@@ -197,7 +197,21 @@ def lost(said: str, count: int) -> str:
 
 
 _ending = threading.Lock()
+_status = Lost.status
 _kept: list[Any] = []  # ctypes does not keep what C calls back
+
+
+def last_words(line: str, status: int) -> int:
+    """Prints the line with which this process ends, and returns its exit status.
+
+    When another process is lost, the main thread learns it from a collective operation, and another thread by jaxlib's
+    abort(). Who comes first has the word, and its status stays.
+    """
+    global _status
+    if not _kept or _ending.acquire(blocking=False):
+        _status = status
+        print(line, file=sys.stderr, flush=True)
+    return status
 
 
 def ending_in_a_line(line: Callable[[str], str]) -> None:
@@ -220,7 +234,7 @@ def ending_in_a_line(line: Callable[[str], str]) -> None:
         if _ending.acquire(blocking=False):
             said = log.read_text(errors="replace") if log.exists() else ""
             print(f"{line(said)}; jaxlib's words: {log}", file=sys.stderr, flush=True)
-        os._exit(Lost.status)
+        os._exit(_status)
 
     _kept.append(aborted)
     libc = ctypes.CDLL(None)

@@ -2,9 +2,12 @@
 
 import contextlib
 import copy
+import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -110,6 +113,25 @@ def test_a_state_that_is_not_everybodys_is_not_saved(monkeypatch, tmp_path):
     assert checkpoints.steps() == [1]
 
 
+@pytest.mark.parametrize(("before", "said", "status"), [("", "of jaxlib", 1), ("last_words('mine', 3)", "mine", 3)])
+def test_who_learns_first_of_a_loss_has_the_last_word(tmp_path, before, said, status):
+    lines = [
+        "import os",
+        "from efficient_tx.training.processes import ending_in_a_line, last_words",
+        "ending_in_a_line(lambda words: 'of jaxlib')",
+        before,
+        "os.abort()",
+    ]
+    ended = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+    )
+    (line,) = ended.stderr.splitlines()
+    assert line.partition(";")[0] == said and ended.returncode == status
+
+
 @contextlib.contextmanager
 def pair(workdir, *options, of_second=()):
     """The two processes of a tiny run, which has no end within the test."""
@@ -144,6 +166,7 @@ def test_each_ends_in_a_line_when_it_loses_the_other(tmp_path, what):
         status, _, error = finish(each[1 - victim])
         # The time-out of 10 s is not kept to the second, and the machine may be busy.
         assert time.monotonic() - since < 60
+        assert error.count("\n") == 2, error
         waits, said = error.splitlines()
         assert waits.startswith(f"process {1 - victim} waits for process {victim} of the run at 127.0.0.1:")
         assert status == 1 and said.startswith(line)
