@@ -1,7 +1,7 @@
 """The seam between an operation and its implementations: one gradient rule and one choice for every platform.
 
 Which device a program is for is known only when it is lowered: the default backend may be a CPU while the program is
-compiled for a TPU. So all platforms' choices are traced, and `jax.lax.platform_dependent` keeps one of them.
+compiled for a TPU. So a call has a choice for every platform, of which `kernels/platform.py` keeps one.
 """
 
 import dataclasses
@@ -12,10 +12,9 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
 
 from efficient_tx.kernels.forward_mode import reverse_only
+from efficient_tx.kernels.platform import by_platform
 
 # The platform, by jax's name, that an implementation of an accelerator is compiled for.
 PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}
@@ -150,11 +149,10 @@ class Plan:
             alternatives[platform] = partial(function, self.options, sizes, **keywords)
         if [*alternatives] == ["default"]:
             return alternatives["default"](*args)
-        if "default" not in alternatives:
-            ((platform, function),) = alternatives.items()
-            what = f"{self.op.name}: implementation={self.chosen[0][1]!r} runs on {platform}"
-            return jax.lax.platform_dependent(*args, **{platform: function}, default=partial(refuse, function, what))
-        return jax.lax.platform_dependent(*args, **alternatives)
+        (platform, name, _), *_ = self.chosen
+        only = f"{self.op.name}: implementation={name!r} runs on {platform} only"
+        other = "this program is for another platform: pass interpret=True, or None"
+        return by_platform(alternatives, *args, missing=f"{only}, and {other}")
 
 
 @partial(jax.jit, static_argnums=0)
@@ -204,21 +202,3 @@ def vary_alike(arrays: Any) -> Any:
 
     every = frozenset().union(*map(axes, jax.tree.leaves(arrays)))
     return jax.tree.map(mark, arrays)
-
-
-_refuse = Primitive("refuse_platform")
-
-
-def refuse(function, what: str, *args: Any) -> Any:
-    """Stands for `function(*args)` in a program for another platform; lowering it raises."""
-    number, _ = vary_alike((_refuse.bind(what=what), args))
-    return jax.tree.map(lambda x: jnp.full(x.shape, number).astype(x.dtype), jax.eval_shape(function, *args))
-
-
-def _raise(*_, what: str):
-    raise NotImplementedError(f"{what} only, and this program is for another platform: pass interpret=True, or None")
-
-
-_refuse.def_impl(_raise)
-_refuse.def_abstract_eval(lambda *, what: jax.core.ShapedArray((), jnp.float32))
-mlir.register_lowering(_refuse, _raise)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from efficient_tx.kernels import linear_scan as uncompiled
-from efficient_tx.kernels.linear_scan import pallas_gpu, pallas_tpu
+from efficient_tx.kernels.linear_scan import pallas_gpu, pallas_tpu, xla
 from tests.support.races import races_found, two_cores
 
 STATIC = ("reverse", "implementation", "interpret", "block_sizes")
@@ -69,7 +69,7 @@ def test_equals_the_loop_and_its_gradients(kind, reverse):
 @pytest.mark.parametrize("reverse", [False, True])
 def test_the_associative_scan_of_accelerators_is_the_same(monkeypatch, reverse):
     """It is in no program for a CPU, so it is put there, at a length that no other test has a program of."""
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+    monkeypatch.setattr(xla, "by_platform", lambda alternatives, *args: alternatives["default"](*args))
     arrays = inputs(2, "complex", length=41)
     with jax.enable_x64(True):
         plain, plain_gradients = value_and_gradients(arrays, [1.0, 2.0], implementation="reference", reverse=reverse)

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from efficient_tx.kernels import monarch
 from efficient_tx.kernels.case import Case, shape
-from efficient_tx.kernels.monarch import pallas_gpu, pallas_tpu
+from efficient_tx.kernels.monarch import pallas_gpu, pallas_tpu, xla
 from efficient_tx.kernels.verify import accuracy
 
 kernel = importlib.import_module("efficient_tx.kernels.monarch")
@@ -107,7 +107,7 @@ def test_all_at_once_is_the_same_product(monkeypatch, shapes):
         call = jax.value_and_grad(lambda *given: jnp.sin(monarch(*given, implementation="xla")).sum(), (0, 1, 2))
         expected = call(*given)
         jax.clear_caches()  # else the program for the CPU is there already
-        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+        monkeypatch.setattr(xla, "by_platform", lambda alternatives, *args: alternatives["default"](*args))
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-11), call(*given), expected)  # float64 rounding
     jax.clear_caches()
 

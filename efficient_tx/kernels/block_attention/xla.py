@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from efficient_tx.kernels.block_attention.options import Options
+from efficient_tx.kernels.platform import by_platform
 
 # 1 MB of float32 weights per chunk. On two AVX-512 cores with 1 MB of L2 cache each, a quarter and four times of it are
 # slower at most block sizes.
@@ -33,16 +34,16 @@ def sizes(options: Options, *operands: jax.Array) -> "Areas":
 
 
 class Areas(NamedTuple):
-    """Weights per chunk of rows."""
+    """Weights per chunk of rows, on CPUs and elsewhere."""
 
     cpu: int
-    accelerator: int
+    default: int
 
 
 def forward(options: Options, areas: Areas, *operands: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
     """Output and log-sum-exp; operands as in `Options`."""
-    chunked = (partial(chunked_forward, options, area) for area in areas)
-    return jax.lax.platform_dependent(*operands, **dict(zip(("cpu", "default"), chunked))), None
+    chunked = {name: partial(chunked_forward, options, area) for name, area in areas._asdict().items()}
+    return by_platform(chunked, *operands), None
 
 
 def chunked_forward(options: Options, area: int, q, k, v, mask, blocks, bias) -> tuple[jax.Array, jax.Array]:
@@ -65,9 +66,8 @@ def chunked_forward(options: Options, area: int, q, k, v, mask, blocks, bias) ->
 
 def backward(options: Options, areas: Areas, operands: tuple, outputs: tuple, saved: None, cotangents: tuple) -> tuple:
     """Cotangents of q, k, v and the bias, and None for the mask and the blocks."""
-    chunked = (partial(chunked_backward, options, area) for area in areas)
-    arrays = operands, outputs, cotangents
-    d_q, d_k, d_v, d_bias = jax.lax.platform_dependent(*arrays, **dict(zip(("cpu", "default"), chunked)))
+    chunked = {name: partial(chunked_backward, options, area) for name, area in areas._asdict().items()}
+    d_q, d_k, d_v, d_bias = by_platform(chunked, operands, outputs, cotangents)
     return d_q, d_k, d_v, None, None, d_bias
 
 

@@ -21,6 +21,7 @@ from efficient_tx.kernels.flash_attention.mask import Mask
 from efficient_tx.kernels.flash_attention.options import Options
 from efficient_tx.kernels.flash_attention.score import Score
 from efficient_tx.kernels.heads import at_once, in_turn
+from efficient_tx.kernels.platform import by_platform
 
 # 1 MB of float32 weights: the fastest size on two AVX-512 cores with 1 MB of L2 cache each, among the sizes tried that
 # still skip most of the masked or future keys.
@@ -55,25 +56,22 @@ def forward(options: Options, sizes: Sizes, *arrays: Any) -> tuple[tuple[jax.Arr
 
     Arguments as of `reference.forward`.
     """
-    return jax.lax.platform_dependent(
-        *arrays,
-        cpu=partial(_forward, in_turn, options, sizes),
-        default=partial(_forward, at_once, options, smaller(sizes)),
-    )
+    alternatives = {
+        "cpu": partial(_forward, in_turn, options, sizes),
+        "default": partial(_forward, at_once, options, smaller(sizes)),
+    }
+    return by_platform(alternatives, *arrays)
 
 
 def backward(
     options: Options, sizes: Sizes, arrays: tuple, outputs: tuple, total: jax.Array | None, cotangents: tuple
 ) -> tuple:
     """Cotangents of q, k, v and the score."""
-    return jax.lax.platform_dependent(
-        arrays,
-        outputs,
-        total,
-        cotangents,
-        cpu=partial(_backward, in_turn, options, sizes),
-        default=partial(_backward, at_once, options, smaller(sizes)),
-    )
+    alternatives = {
+        "cpu": partial(_backward, in_turn, options, sizes),
+        "default": partial(_backward, at_once, options, smaller(sizes)),
+    }
+    return by_platform(alternatives, arrays, outputs, total, cotangents)
 
 
 def smaller(sizes: Sizes) -> Sizes:

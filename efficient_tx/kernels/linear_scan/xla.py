@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from efficient_tx.kernels.linear_scan import reference
 from efficient_tx.kernels.linear_scan.options import Options
+from efficient_tx.kernels.platform import by_platform
 
 
 def unsupported(options: Options, *arrays: jax.Array) -> None:
@@ -43,7 +44,7 @@ def forward(
         states = scan(decay, x.astype(state.dtype), state, options.reverse)
         return states, last(states, state, options.reverse)
 
-    return jax.lax.platform_dependent(x, log_decay, state, cpu=serial, default=parallel), ()
+    return by_platform({"cpu": serial, "default": parallel}, x, log_decay, state), ()
 
 
 def backward(options: Options, sizes: None, arrays: tuple, outputs: tuple, saved: tuple, cotangents: tuple):
@@ -71,7 +72,7 @@ def backward(options: Options, sizes: None, arrays: tuple, outputs: tuple, saved
 
     before = previous(states, state, options.reverse)
     operands = log_decay.astype(state.dtype), before, d_states, d_end
-    d_x, d_log_decay, d_start = jax.lax.platform_dependent(*operands, cpu=serial, default=parallel)
+    d_x, d_log_decay, d_start = by_platform({"cpu": serial, "default": parallel}, *operands)
     return d_x.astype(x.dtype), d_log_decay.astype(log_decay.dtype), d_start
 
 

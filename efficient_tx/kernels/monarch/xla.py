@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from efficient_tx.kernels.monarch.layout import Layout
+from efficient_tx.kernels.platform import by_platform
 
 einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
@@ -38,11 +39,12 @@ def forward(
     Also returns the hidden layer by chunks of c tokens, `[chunks, l, r, c]`, if the backward pass does not recompute
     it.
     """
-    out, hidden = jax.lax.platform_dependent(
-        in_chunks(x, w1, w2), w1, w2.mT,
-        cpu=lambda x, *weights: jax.lax.map(lambda x: ahead(x, *weights), x),
-        default=jax.vmap(ahead, (0, None, None)),
-    )  # fmt: skip
+
+    def in_turn(chunks, *weights):
+        return jax.lax.map(lambda chunk: ahead(chunk, *weights), chunks)
+
+    at_once = jax.vmap(ahead, (0, None, None))
+    out, hidden = by_platform({"cpu": in_turn, "default": at_once}, in_chunks(x, w1, w2), w1, w2.mT)
     return out.reshape(x.shape[0], w2.shape[0] * w2.shape[1]), Layout.of(x, w1, w2).saved(hidden)
 
 
@@ -70,7 +72,7 @@ def backward(
         d_x, d_w1, d_w2 = jax.vmap(back, (0, 0, 0, None, None))(*chunks, w1, w2)
         return d_x, d_w1.sum(0), d_w2.sum(0)
 
-    d_x, d_w1, d_w2 = jax.lax.platform_dependent(chunks, w1, w2.mT, cpu=one_by_one, default=at_once)
+    d_x, d_w1, d_w2 = by_platform({"cpu": one_by_one, "default": at_once}, chunks, w1, w2.mT)
     return d_x.reshape(x.shape), d_w1.astype(w1.dtype), d_w2.mT.astype(w2.dtype)
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from efficient_tx.kernels.block_attention import xla as batched
+from efficient_tx.kernels.platform import by_platform
 from efficient_tx.kernels.sampled_block_attention import regrouped
 from efficient_tx.kernels.sampled_block_attention.options import Choice, Sizes, rows_of
 
@@ -29,18 +30,14 @@ def sizes(options: Sizes, *operands: jax.Array) -> None:
 
 def forward(options: Sizes, sizes: None, *operands) -> tuple[tuple[jax.Array, jax.Array], None]:
     """Output and log-sum-exp; see `sampled_block_attention`."""
-    outputs = jax.lax.platform_dependent(
-        *operands, cpu=partial(serial_forward, options), default=partial(regrouped.forward, batched, options)
-    )
-    return outputs, None
+    alternatives = {"cpu": partial(serial_forward, options), "default": partial(regrouped.forward, batched, options)}
+    return by_platform(alternatives, *operands), None
 
 
 def backward(options: Sizes, sizes: None, operands: tuple, outputs: tuple, saved: None, cotangents: tuple) -> tuple:
     """Cotangents of q, k and v, and None for the choice."""
-    d_arrays = jax.lax.platform_dependent(
-        operands, outputs, cotangents,
-        cpu=partial(serial_backward, options), default=partial(regrouped.backward, batched, options),
-    )  # fmt: skip
+    alternatives = {"cpu": partial(serial_backward, options), "default": partial(regrouped.backward, batched, options)}
+    d_arrays = by_platform(alternatives, operands, outputs, cotangents)
     return *d_arrays, None
 
 
