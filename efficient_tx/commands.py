@@ -134,7 +134,8 @@ class _Stream(io.FileIO):
 def _streams() -> Iterator[list[str]]:
     """Standard output and error that never raise, while open; yields a list, of the reason why output was lost.
 
-    Characters that a stream's encoding lacks are escaped. Streams that a caller has replaced are left as they are.
+    Characters that a stream's encoding lacks are escaped. Streams that somebody else replaces, before or meanwhile, are
+    left as they are.
     """
     before, lost = (sys.stdout, sys.stderr), []
 
@@ -158,10 +159,12 @@ def _streams() -> Iterator[list[str]]:
 
     sys.stderr = opened(sys.stderr, sys.__stderr__, lambda reason: None)
     sys.stdout = opened(sys.stdout, sys.__stdout__, say)
+    ours = (sys.stdout, sys.stderr)
     try:
         yield lost
     finally:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         _end_at_interrupt()
-        sys.stdout, sys.stderr = before
+        now = (sys.stdout, sys.stderr)
+        sys.stdout, sys.stderr = (old if one is own else one for old, own, one in zip(before, ours, now))

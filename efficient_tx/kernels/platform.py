@@ -1,9 +1,9 @@
 """A function that is another one on every platform, of which a program holds, and traces, its own alone.
 
 Which device a program is for is known only when it is lowered: the default backend may be a CPU while the program is
-compiled for a TPU. `jax.lax.platform_dependent` therefore traces all alternatives of each call, and tracing a kernel of
-Pallas takes longer than what a CPU user runs. Here one alternative is traced for the shapes of the results, the one for
-the default backend, and another one only if the program turns out to be for its platform.
+compiled for a TPU. So `jax.lax.platform_dependent` traces all alternatives of each call, and tracing a Pallas kernel
+takes longer than what a CPU user runs. Here one alternative is traced for the shapes of the results, a CPU's, and
+another one only if the program turns out to be for its platform.
 """
 
 import dataclasses
@@ -48,8 +48,8 @@ class Choice:
         return Choice(alternatives, self.missing)
 
     def bind(self, arrays: list) -> list:
-        here = self.name(jax.default_backend().replace("gpu", "cuda"))
-        shaping = here if here in self.alternatives else next(iter(self.alternatives))
+        # Not the default backend's: to ask for it starts it, and a run of several processes joins them before.
+        shaping = next(name for name in ("cpu", "default", *self.alternatives) if name in self.alternatives)
         jaxpr = jax.jit(self.alternatives[shaping]).trace(*arrays).jaxpr
         return _by_platform.bind(*arrays, choice=self, shaping=shaping, jaxpr=jaxpr)
 

@@ -1,5 +1,9 @@
 """The choice of a function by platform: whose program it is in, what is traced, and that it is differentiated."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +33,7 @@ def test_a_program_has_the_function_of_its_platform_and_others_are_not_traced(pl
     lowered = jax.jit(chosen(traced)).trace(X).lower(lowering_platforms=platforms)
     own = {{"tpu": 2.0, "cuda": 3.0}.get(platform, 5.0) for platform in platforms}
     assert {f for f in (2.0, 3.0, 5.0) if f"dense<{f:e}>" in lowered.as_text()} == own
-    # The default's for the shapes, as these tests run on CPUs.
+    # The default's for the shapes.
     assert sorted(traced) == sorted({5.0} | own)
 
 
@@ -61,6 +65,19 @@ def test_derivatives_of_any_order_are_those_of_the_function():
         lambda f: jax.grad(lambda x: jax.checkpoint(f)(x).sum())(X),
     ):
         jax.tree.map(np.testing.assert_array_equal, derive(of), derive(formula))
+
+
+def test_shapes_are_known_before_there_is_a_device():
+    """A run of several processes checks its config and joins the others before jax's backend starts."""
+    lines = [
+        "import jax, jax.numpy as jnp",
+        "from efficient_tx.kernels import flash_attention",
+        "x = jax.ShapeDtypeStruct((1, 8, 2, 4), jnp.float32)",
+        "assert jax.eval_shape(lambda x: flash_attention(x, x, x), x) == x",
+        "jax.config.update('jax_num_cpu_devices', 3)  # refused once the backend has started",
+        "assert jax.device_count() == 3",
+    ]
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
 
 
 def test_a_platform_without_a_function_is_told_when_it_is_lowered():

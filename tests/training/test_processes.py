@@ -113,6 +113,25 @@ def test_a_state_that_is_not_everybodys_is_not_saved(monkeypatch, tmp_path):
     assert checkpoints.steps() == [1]
 
 
+def test_what_nobody_foresaw_is_told_with_its_traceback(tmp_path):
+    """Though C++ writes its standard error to a file by then."""
+    lines = [
+        "from efficient_tx import commands",
+        "from efficient_tx.training.processes import ending_in_a_line",
+        "def main():",
+        "    ending_in_a_line(lambda words: 'of jaxlib')",
+        "    raise TypeError('unforeseen')",
+        "commands.run(main)",
+    ]
+    ended = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+    )
+    assert ended.returncode == 1 and ended.stderr.endswith("TypeError: unforeseen\n")
+
+
 @pytest.mark.parametrize(("before", "said", "status"), [("", "of jaxlib", 1), ("last_words('mine', 3)", "mine", 3)])
 def test_who_learns_first_of_a_loss_has_the_last_word(tmp_path, before, said, status):
     lines = [
