@@ -1,7 +1,10 @@
 """The kernels compiled for TPUs and GPUs that are not there, at the sizes at which they are used (`pytest -m aot`).
 
-Needs what `.[aot]` names, and ptxas: without them it fails, and the plain `pytest` does not run it.
+Needs what `.[aot]` names: without it they fail, and the plain `pytest` does not run it.
 """
+
+import json
+import warnings
 
 import pytest
 
@@ -28,6 +31,9 @@ def test_the_selection_is_small():
 def test_compiles_within_its_limits_and_figures_have_not_grown(compilation):
     program = compilation.run()
     assert faults(compilation, program) == []
-    stored = figures.read(ROOT / "benchmarks" / "kernels.json")
-    assert compilation.name in stored, "run `python -m efficient_tx.kernels.verify --all`, commit benchmarks/kernels.*"
-    assert figures.grown(stored[compilation.name], figures.of_program(program)) == []
+    before = json.loads((ROOT / "benchmarks" / "kernels.json").read_text())
+    assert compilation.name in before["programs"], "run `python -m efficient_tx.kernels.verify --all` and commit"
+    if figures.comparable(before):
+        assert figures.grown(before["programs"][compilation.name], figures.of_program(program)) == []
+    else:
+        warnings.warn(f"figures are not compared: they are those of {before['versions']}", stacklevel=1)

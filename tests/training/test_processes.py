@@ -185,13 +185,14 @@ def test_each_ends_in_a_line_when_it_loses_the_other(tmp_path, what):
         status, _, error = finish(each[1 - victim])
         # The time-out of 10 s is not kept to the second, and the machine may be busy.
         assert time.monotonic() - since < 60
-        assert error.count("\n") == 2, error
-        waits, said = error.splitlines()
+        waits, *others, said = error.splitlines()
+        # One of the two makes the data, if no test has made them.
+        assert all(line.startswith("waiting for another process that generates") for line in others), error
         assert waits.startswith(f"process {1 - victim} waits for process {victim} of the run at 127.0.0.1:")
         assert status == 1 and said.startswith(line)
         if number == signal.SIGINT:
             status, _, error = finish(each[victim])
-            assert status == 130 and error.splitlines()[1].startswith("stopped by SIGINT; the same command goes on: ")
+            assert status == 130 and error.splitlines()[-1].startswith("stopped by SIGINT; the same command goes on: ")
 
 
 @pytest.mark.slow
@@ -200,7 +201,7 @@ def test_two_configs_do_not_train_together(tmp_path):
         for process in each:
             status, _, error = finish(process)
             assert status == 2
-            assert error.splitlines()[1] == (
+            assert error.splitlines()[-1] == (
                 "the processes of the run differ: optimizer.learning_rate is 0.002 in process 0 and 0.01 in process 1"
             )
     assert not (tmp_path / "run").exists()

@@ -21,8 +21,9 @@ import random
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -75,17 +76,16 @@ def without_accelerator(args: argparse.Namespace, console: Console) -> int:
     if lacking := ladder.missing(args.targets):
         raise ValueError("; ".join(lacking))
     args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "kernels.json"
     tpu = any(TARGETS[name].platform == "tpu" for name in args.targets)
     with console.status("starting") as status:
         of_ci = selection(args.kernels, [name for name in args.targets if name in GATES])
         planned = {c.name: c for c in of_ci + selection(args.kernels, args.targets, strength=3)}
         interpreted = list(ladder.interpreted(args.kernels, status.update))
         moved = list(ladder.accounts(args.kernels, status.update)) if tpu else []
-        compiled = list(ladder.compilations(planned.values(), status.update))
+        compiled = list(kept(ladder.compilations(planned.values(), figures.read(path), status.update), path))
     page = report.markdown(datetime.date.today().isoformat(), interpreted, moved, compiled)
     console.print(page, highlight=False, markup=False, soft_wrap=True)
-    programs = {row["name"]: row["figures"] for row in compiled if "figures" in row}
-    figures.store(args.out / "kernels.json", programs, (compilation.name for compilation in everything()))
     if set(args.kernels) == set(OPERATIONS) and set(args.targets) == set(TARGETS):
         write(args.out / "kernels.md", page)
         console.print(f"wrote {args.out}/kernels.json, kernels.md")
@@ -93,6 +93,20 @@ def without_accelerator(args: argparse.Namespace, console: Console) -> int:
         console.print(f"wrote {args.out}/kernels.json; kernels.md has all kernels and targets, and was not written")
     failed = any(row["faults"] and TARGETS[row["target"]].gate for row in compiled)
     return int(failed or any(row["races"] for row in interpreted))
+
+
+KEEP_EVERY = 20
+
+
+def kept(rows: Iterator[dict[str, Any]], path: Path) -> Iterator[dict[str, Any]]:
+    """The rows, and their figures in a file meanwhile: who is interrupted goes on with the same command."""
+    known, programs = {compilation.name for compilation in everything()}, {}
+    for number, row in enumerate(rows):
+        programs |= {row["name"]: row["figures"]} if "figures" in row else {}
+        if number % KEEP_EVERY == KEEP_EVERY - 1:
+            figures.store(path, programs, known)
+        yield row
+    figures.store(path, programs, known)
 
 
 # A run of --hardware is over within eight minutes: a compilation that has begun may take one of them.

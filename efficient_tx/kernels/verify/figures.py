@@ -3,16 +3,16 @@
 import datetime
 import json
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from efficient_tx.files import write
-from efficient_tx.kernels.verify.program import Program
+from efficient_tx.kernels.verify.program import Kernel, Program, ptxas_version
 
-# Packages that the figures depend on.
+# Packages that the figures depend on, as they do on ptxas.
 COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin")
 # How much larger than before a figure may be: compilers' choices move by a few per cent with any change.
 GROWTH = 1.1
@@ -25,14 +25,25 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "none"
-    return found
+    return found | {"ptxas": ptxas_version()}
+
+
+def comparable(stored: Mapping[str, Any]) -> bool:
+    """Whether what is stored was compiled by the compilers that are here: others may choose otherwise."""
+    now = versions()
+    return all(stored["versions"].get(name) == now[name] for name in (*COMPILERS, "ptxas"))
 
 
 def of_program(program: Program) -> dict[str, Any]:
     """What is stored of a program, as JSON has it; figures that a platform does not have are left out."""
     kernels = [{name: x for name, x in asdict(kernel).items() if x is not None} for kernel in program.kernels]
-    figures = {name: getattr(program, name) for name in ("arguments", "outputs", "temporaries", "loops")}
+    figures = {name: getattr(program, name) for name in ("source", "arguments", "outputs", "temporaries", "loops")}
     return {"seconds": round(program.seconds, 2), **figures, "kernels": kernels}
+
+
+def to_program(figures: Mapping[str, Any]) -> Program:
+    """The program that `of_program` was given, but for its text."""
+    return Program(**{**figures, "kernels": tuple(Kernel(**kernel) for kernel in figures["kernels"])}, text="")
 
 
 def grown(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -53,13 +64,14 @@ def grown(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Programs by name; empty where there is no file."""
-    return json.loads(path.read_text())["programs"] if path.exists() else {}
+    """The figures of programs by name that can be compared with those of now; empty where there are none."""
+    stored = json.loads(path.read_text()) if path.exists() else {"programs": {}}
+    return stored["programs"] if stored["programs"] and comparable(stored) else {}
 
 
-def store(path: Path, programs: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Writes programs beside those that are stored there and still `known`, with date and versions."""
-    kept = {name: figures for name, figures in read(path).items() if name in set(known)}
+def store(path: Path, programs: Mapping[str, Any], known: Collection[str]) -> None:
+    """Writes programs beside those that are stored there, by the same compilers, and still `known`."""
+    kept = {name: figures for name, figures in read(path).items() if name in known}
     everything = dict(sorted((kept | dict(programs)).items()))
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(figures)}" for name, figures in everything.items())
     head = json.dumps({"date": datetime.date.today().isoformat(), "versions": versions()})[:-1]

@@ -1,8 +1,7 @@
 """The rungs that need no accelerator: interpreters, for every operation; compilers, for every case and target."""
 
 import random
-import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib.metadata import packages_distributions
 from typing import Any
 
@@ -13,6 +12,8 @@ from efficient_tx.kernels.case import cases_of, label, nbytes, production, small
 from efficient_tx.kernels.verify import accuracy, figures
 from efficient_tx.kernels.verify.cover import cover
 from efficient_tx.kernels.verify.plan import Compilation, faults
+from efficient_tx.kernels.verify.program import digest, ptxas
+from efficient_tx.kernels.verify.program import program as compile_program
 from efficient_tx.kernels.verify.targets import TARGETS
 from efficient_tx.kernels.verify.traffic import traffic
 
@@ -28,8 +29,11 @@ def missing(targets: Collection[str]) -> list[str]:
         version = jax.__version__
         plugins = f"jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version}"
         lines.append(f"no CUDA plugin of jax, which compiles for GPUs: pip install --no-deps {plugins}")
-    if "cuda" in platforms and not shutil.which("ptxas"):
-        lines.append("no ptxas on the path: install the CUDA toolkit")
+    if "cuda" in platforms:
+        try:
+            ptxas()
+        except FileNotFoundError as error:
+            lines.append(str(error))
     return lines
 
 
@@ -80,13 +84,21 @@ def accounts(operations: Collection[str], progress: Callable[[str], Any]) -> Ite
                 yield row | {"moved": found.moved, "least": max(found.once, least), "ratio": found.ratio(least)}
 
 
-def compilations(planned: Collection[Compilation], progress: Callable[[str], Any]) -> Iterator[dict[str, Any]]:
-    """Compiles what is planned. Yields a row for each: its figures, and under "faults" what it must not have."""
+def compilations(
+    planned: Collection[Compilation], stored: Mapping[str, Any], progress: Callable[[str], Any]
+) -> Iterator[dict[str, Any]]:
+    """Compiles what is planned and not yet `stored` with the same source.
+
+    Yields:
+      a row for each: its figures, and under "faults" what it must not have.
+    """
     for number, compilation in enumerate(planned):
         progress(f"{number} of {len(planned)} compiled; {compilation.name}")
         row = {"name": compilation.name, "operation": compilation.operation, "target": compilation.target.name}
+        lowered, known = compilation.lowered(), stored.get(compilation.name)
         try:
-            program = compilation.run()
+            same = known is not None and known["source"] == digest(lowered)
+            program = figures.to_program(known) if same else compile_program(lowered, compilation.target)
         except jax.errors.JaxRuntimeError as error:
             yield row | {"faults": [f"does not compile: {' '.join(str(error).split())[:200]}"]}
         else:

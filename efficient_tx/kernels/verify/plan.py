@@ -4,11 +4,12 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from efficient_tx.kernels.case import OPERATIONS, Case, cases_of, label, production
 from efficient_tx.kernels.verify.cover import cover
-from efficient_tx.kernels.verify.program import Program, compiled
+from efficient_tx.kernels.verify.program import Program, lowered, program
 from efficient_tx.kernels.verify.targets import TARGETS, Target
 
 PASSES = ("forward", "gradient")
@@ -36,11 +37,14 @@ class Compilation:
     def case(self) -> Case:
         return cases_of(self.operation).case(**self.values)
 
-    def run(self) -> Program:
-        """Compiles it as a user's program would be: the operation chooses the implementation."""
+    def lowered(self) -> jax.stages.Lowered:
+        """Lowers it as a user's program would be: the operation chooses the implementation."""
         case = self.case()
         arguments = (case.arrays,) if self.which == "forward" else (case.arrays, case.outputs())
-        return compiled(getattr(case, self.which)(), *arguments, target=self.target)
+        return lowered(getattr(case, self.which)(), *arguments, target=self.target)
+
+    def run(self) -> Program:
+        return program(self.lowered(), self.target)
 
 
 def everything(

@@ -3,6 +3,8 @@
 For a TPU libtpu schedules every kernel; for a GPU XLA stops at PTX, which ptxas of the CUDA toolkit assembles here.
 """
 
+import hashlib
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -10,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +51,7 @@ class Kernel:
 @dataclass(frozen=True)
 class Program:
     """Attributes:
+    source: a digest of what was compiled.
     seconds: time of the compilation.
     arguments, outputs, temporaries: bytes of main memory.
     loops: number of loops of the program, outside of kernels.
@@ -55,6 +59,7 @@ class Program:
     text: the compiled program.
     """
 
+    source: str
     seconds: float
     arguments: int
     outputs: int
@@ -64,20 +69,25 @@ class Program:
     text: str
 
 
-def compiled(function: Callable, *arguments: Any, target: Target) -> Program:
-    """Compiles a function of shapes and dtypes (trees of them) for a target.
-
-    Raises:
-      jax.errors.JaxRuntimeError: the compiler's word, where a kernel is not legal or does not fit.
-      FileNotFoundError: there is no ptxas on the path.
-    """
+def lowered(function: Callable, *arguments: Any, target: Target) -> jax.stages.Lowered:
+    """Lowers a function of shapes and dtypes (trees of them) for a target."""
     on = SingleDeviceSharding(target.devices()[0])
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on), arguments)
-    return program(jax.jit(function).lower(*placed), target)
+    return jax.jit(function).lower(*placed)
+
+
+def digest(lowered: jax.stages.Lowered) -> str:
+    """Changes with what is compiled, and with the lines at which the kernels stand in their files."""
+    return hashlib.sha256(lowered.as_text().encode()).hexdigest()[:12]
 
 
 def program(lowered: jax.stages.Lowered, target: Target) -> Program:
-    """Compiles what was lowered for devices of a target. See `compiled`."""
+    """Compiles what was lowered for devices of a target.
+
+    Raises:
+      jax.errors.JaxRuntimeError: the compiler's word, where a kernel is not legal or does not fit.
+      FileNotFoundError: there is no ptxas.
+    """
     folder = Path(tempfile.mkdtemp(prefix="program-"))
     began = time.perf_counter()
     try:
@@ -92,7 +102,7 @@ def program(lowered: jax.stages.Lowered, target: Target) -> Program:
         shutil.rmtree(folder)
     memory = done.memory_analysis()
     sizes = memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes
-    return Program(seconds, *sizes, len(LOOP.findall(text)), tuple(dict.fromkeys(kernels)), text)
+    return Program(digest(lowered), seconds, *sizes, len(LOOP.findall(text)), tuple(dict.fromkeys(kernels)), text)
 
 
 def compile_anew(lowered: jax.stages.Lowered, options: dict[str, str]) -> jax.stages.Compiled:
@@ -157,10 +167,38 @@ def gpu_kernels(text: str, folder: Path, target: Target) -> list[Kernel]:
     return kernels
 
 
+def ptxas() -> str:
+    """NVIDIA's assembler, of the package nvidia-cuda-nvcc or else on the path.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    try:
+        package = importlib.util.find_spec("nvidia.cu13")
+    except ModuleNotFoundError:
+        package = None
+    for folder in package.submodule_search_locations if package else ():
+        if (path := Path(folder) / "bin" / "ptxas").exists():
+            return str(path)
+    if found := shutil.which("ptxas"):
+        return found
+    raise FileNotFoundError("no ptxas: pip install nvidia-cuda-nvcc, or put that of a CUDA toolkit on the path")
+
+
+@cache
+def ptxas_version() -> str:
+    """ "13.0.88", or "none"."""
+    try:
+        said = subprocess.run([ptxas(), "--version"], capture_output=True, text=True, check=True).stdout
+    except FileNotFoundError:
+        return "none"
+    return re.search(r"V([\d.]+)", said)[1]
+
+
 def assembled(ptx: Path, architecture: str) -> dict[str, int]:
     """Figures of the one kernel in a file of PTX."""
     done = subprocess.run(
-        ["ptxas", f"-arch={architecture}", "-v", str(ptx), "-o", "/dev/null"],
+        [ptxas(), f"-arch={architecture}", "-v", str(ptx), "-o", "/dev/null"],
         capture_output=True,
         text=True,
         check=True,

@@ -42,6 +42,7 @@ def test_what_is_missing_is_one_line_and_exit_code_2(monkeypatch, capsys):
     assert capsys.readouterr().err == "jax finds no accelerator, only cpu: --all verifies what needs none\n"
     monkeypatch.setattr(ladder, "packages_distributions", dict)
     monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert command.main(["--all"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and all(word in error for word in ("libtpu", "jax-cuda13-plugin==", "ptxas"))
@@ -66,6 +67,7 @@ def rungs(monkeypatch):
     monkeypatch.setattr(ladder, "compilations", lambda *_: programs)
     monkeypatch.setattr(command, "selection", lambda *_, **__: [])
     monkeypatch.setattr(figures, "store", lambda path, programs, known: path.write_text(json.dumps(programs)))
+    monkeypatch.setattr(figures, "read", lambda path: {})
     return run, programs
 
 
@@ -91,3 +93,15 @@ def test_faults_fail_where_a_target_gates_and_races_everywhere(rungs, tmp_path, 
     assert command.main(["--all", f"--out={tmp_path}"]) == 1
     programs[0]["faults"], run["races"] = [], 1
     assert command.main(["--all", f"--out={tmp_path}"]) == 1
+
+
+def test_who_interrupts_it_keeps_what_was_compiled(rungs, tmp_path, monkeypatch):
+    def rows(*_):
+        for number in range(command.KEEP_EVERY + 1):
+            yield {"name": f"p{number}", "figures": FIGURES}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ladder, "compilations", rows)
+    with pytest.raises(KeyboardInterrupt):
+        command.main(["--all", f"--out={tmp_path}"])
+    assert len(json.loads((tmp_path / "kernels.json").read_text())) == command.KEEP_EVERY

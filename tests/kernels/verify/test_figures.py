@@ -11,7 +11,7 @@ pytestmark = pytest.mark.quick
 
 
 def program(temporaries=0, **kernel):
-    return figures.of_program(Program(1.234, 10, 20, temporaries, 0, (Kernel("k", **kernel),), "text"))
+    return figures.of_program(Program("a1b2", 1.234, 10, 20, temporaries, 0, (Kernel("k", **kernel),), "text"))
 
 
 def test_a_tenth_is_no_growth_and_more_is():
@@ -34,3 +34,18 @@ def test_programs_are_stored_beside_known_ones(tmp_path):
     assert program(registers=3)["kernels"] == [{"name": "k", "registers": 3}]
     assert {"date", "versions"} < json.loads(path.read_text()).keys()
     assert figures.read(tmp_path / "none.json") == {}
+
+
+def test_figures_of_other_compilers_are_not_compared(tmp_path, monkeypatch):
+    path = tmp_path / "kernels.json"
+    figures.store(path, {"a": program()}, ["a", "b"])
+    assert figures.comparable(json.loads(path.read_text()))
+    monkeypatch.setattr(figures, "ptxas_version", lambda: "99.9")
+    assert not figures.comparable(json.loads(path.read_text())) and figures.read(path) == {}
+    figures.store(path, {"b": program()}, ["a", "b"])
+    assert figures.read(path) == {"b": program()}
+
+
+def test_a_program_is_what_its_figures_say():
+    before = Program("a1b2", 1.25, 10, 20, 5, 1, (Kernel("k", on_chip=7, registers=3), Kernel("other")), "")
+    assert figures.to_program(json.loads(json.dumps(figures.of_program(before)))) == before

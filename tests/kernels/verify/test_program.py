@@ -6,10 +6,14 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from efficient_tx.kernels.verify.program import compiled
+from efficient_tx.kernels.verify.program import digest, lowered, program
 from efficient_tx.kernels.verify.targets import TARGETS
 
 pytestmark = pytest.mark.aot
+
+
+def compiled(function, *arguments, target):
+    return program(lowered(function, *arguments, target=target), target)
 
 
 def product(x, y, *, platform, precision=None, block=64):
@@ -69,12 +73,21 @@ def test_float32_products_are_whole_only_if_asked_for():
 
 
 def test_memory_on_chip_and_spills_are_those_of_the_compilers():
-    program = compiled(
+    found = compiled(
         lambda x, y: product(x, y, platform="tpu", block=256), *shapes(jnp.float32, 256), target=TARGETS["v5e"]
     )
     # While one block is worked on, the next one of x is read and the last output written.
-    assert program.kernels[0].on_chip >= 5 * 256 * 256 * 4
+    assert found.kernels[0].on_chip >= 5 * 256 * 256 * 4
     spilled = compiled(
         lambda x, y: product(x, y, platform="cuda", block=128), *shapes(jnp.bfloat16, 128), target=TARGETS["a100"]
     )
     assert spilled.kernels[0].spills > 0 and spilled.kernels[0].registers == 255
+
+
+def test_the_digest_is_that_of_the_program():
+    def of(factor, target="v5e"):
+        return digest(
+            lowered(lambda x, y: factor * product(x, y, platform="tpu"), *shapes(jnp.float32), target=TARGETS[target])
+        )
+
+    assert of(2.0) == of(2.0) and len({of(2.0), of(3.0)}) == 2
