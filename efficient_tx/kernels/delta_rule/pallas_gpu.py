@@ -1,10 +1,10 @@
 """The gated delta rule in chunks for GPUs, in Triton.
 
-Kernels and layouts are those of `gated_linear_attention.pallas_gpu`, with the values u_t = β_t e_t, and five more:
+Layouts and the kernel `states` are those of `gated_linear_attention.pallas_gpu`, with values u_t = β_t e_t; of its own are
 
     systems     the inverse of every chunk's linear system, in parallel,
     weights     the weights of its pairs of queries and keys, in parallel,
-    errors      the errors and the states before all chunks, one chunk after the other, for some channels of values,
+    errors      the errors and the output, one chunk after the other, for some channels of values,
     cotangents  the same backwards: the cotangents of values, beta and states,
     gradients   the cotangents of queries, keys and decays of a block of channels, in parallel.
 """
@@ -43,9 +43,10 @@ def sizes(
     def fitting(size, largest):
         return min(largest, max(16, pl.next_power_of_2(size)))
 
-    # Larger tiles spill; decays per channel have more of them.
-    keys = fitting(q.shape[3], 32 if log_decay is None or log_decay.shape[3] == 1 else 16)
-    values = fitting(v.shape[3], 32)
+    # Larger tiles spill; decays per channel have more of them, and more channels of keys longer states.
+    per_channel = log_decay is not None and log_decay.shape[3] > 1
+    keys = fitting(q.shape[3], 16 if per_channel else 32)
+    values = fitting(v.shape[3], 16 if per_channel and q.shape[3] > 64 else 32)
     return BlockSizes(chunk=fitting(q.shape[1], 32), keys=keys, carried=keys, values=values, warps=4)
 
 
@@ -55,9 +56,9 @@ def forward(
     """Output and the state after the last step, of the arrays that `reference.forward` describes, and the errors."""
     q, k, v, beta, log_decay, state = arrays
     call = Kernels(options, sizes, (q, k, v, log_decay, state), interpret)
-    solve = call.systems(k, beta, log_decay)
-    error, starts, end = call.errors(solve, k, v, beta, log_decay, state)
-    return (call.values(q, k, call.corrections(beta, error), log_decay, starts), end), error
+    solve, weights = call.systems(k, beta, log_decay), call.weights(q, k, log_decay)
+    out, error, end = call.errors(solve, weights, q, k, v, beta, log_decay, state)
+    return (out, end), error
 
 
 def backward(
@@ -129,25 +130,27 @@ class Kernels(Call):
         batch, _, heads, *_ = self.shape
         return (batch, heads, self.blocks[0], self.sizes.chunk, self.sizes.chunk), self.dot.dtype
 
-    def errors(self, solve, k, v, beta, log_decay, state) -> list[jax.Array]:
-        """The errors, the states before all chunks and the last state."""
+    def errors(self, solve, weights, q, k, v, beta, log_decay, state) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The output, the errors and the last state. The states between stay on the chip."""
         (_, _, heads, _, v_dim), (chunks, _, value_blocks) = self.shape, self.blocks
 
-        def kernel(solve, k, v, beta, log_decay, state, error, starts, last):
+        def kernel(solve, weights, q, k, v, beta, log_decay, state, out, error, last):
             block, head, example = (pl.program_id(axis) for axis in range(3))
             values, tokens = channels(block, self.sizes.values), jnp.arange(self.sizes.chunk)
             own = Head(example, head, heads, self.options.reverse)
 
             def step(n, start):
-                self.write_states(own, starts, n, values, start)
                 at = n * self.sizes.chunk + tokens
-                error_n = own.read(v, at, values)
+                error_n, out_n = own.read(v, at, values), jnp.zeros((tokens.size, values.size), jnp.float32)
                 for keys, part in zip(self.every_key, start):
-                    decay = self.decay(own, log_decay, at, keys)
-                    error_n -= self.dot(own.read(k, at, keys) * decay.from_start, part, "11")
+                    from_start = self.decay(own, log_decay, at, keys).from_start
+                    error_n -= self.dot(own.read(k, at, keys) * from_start, part, "11")
+                    out_n += self.dot(own.read(q, at, keys) * from_start, part, "11")
                 error_n = self.dot(own.read_state(solve, n, tokens, tokens), error_n)
                 own.write(error, at, values, error_n)
                 u_n, end = own.read(beta, at, jnp.arange(1)) * error_n, []
+                out_n += self.dot(own.read_state(weights, n, tokens, tokens), u_n)
+                own.write(out, at, values, self.options.scale * out_n)
                 for keys, part in zip(self.every_key, start):
                     decay = self.decay(own, log_decay, at, keys)
                     end.append(decay.whole * part + self.dot(u_n, own.read(k, at, keys) * decay.to_end, "00"))
@@ -156,11 +159,12 @@ class Kernels(Call):
             end = jax.lax.fori_loop(0, chunks, step, self.read_states(own, state, values))
             self.write_states(own, last, 0, values, end)
 
-        error, starts, last = self.launch(
-            kernel, "errors", value_blocks, (solve, k, v, beta, log_decay, state.mT[:, :, None]),
-            [((*self.shape[:3], v_dim), jnp.float32), *self.of_states],
+        of_values, (_, of_last) = (*self.shape[:3], v_dim), self.of_states
+        out, error, last = self.launch(
+            kernel, "errors", value_blocks, (solve, weights, q, k, v, beta, log_decay, state.mT[:, :, None]),
+            [(of_values, q.dtype), (of_values, jnp.float32), of_last],
         )  # fmt: skip
-        return error, starts, last[:, :, 0].mT
+        return out, error, last[:, :, 0].mT
 
     def cotangents(self, solve, weights, q, k, v, beta, log_decay, error, d_out, d_end) -> tuple[jax.Array, ...]:
         """The cotangents of the values for every head, of beta, of the states after all chunks, and of the first."""
