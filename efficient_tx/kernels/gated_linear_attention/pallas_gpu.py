@@ -39,7 +39,7 @@ class BlockSizes:
     """
 
     chunk: int = 64
-    keys: int = 64
+    keys: int = 32
     carried: int = 64
     values: int = 64
     warps: int = 8
@@ -65,8 +65,9 @@ def sizes(
     def fitting(size, largest):
         return min(largest, max(16, pl.next_power_of_2(size)))
 
-    # With decays, what the registers of A100 and H100 hold.
-    largest = BlockSizes() if log_decay is None else BlockSizes(keys=16)
+    # What the registers of A100 and H100 hold.
+    wide = Products.of(options.precision, q, k, v).dtype == jnp.float32
+    largest = BlockSizes() if log_decay is None else BlockSizes(keys=16, values=16 if wide else 32)
     return dataclasses.replace(
         largest,
         chunk=fitting(q.shape[1], largest.chunk),
