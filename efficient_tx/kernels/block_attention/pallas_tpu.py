@@ -56,13 +56,11 @@ def forward(
     dim, v_dim = grid.dim, grid.v_dim
     dtype, (q, k, v) = q.dtype, map(grid.laid, alike(q, k, v))
     shape = grid.batch, grid.heads, grid.query_blocks
-    length = grid.query_blocks * options.block_size
-    of_out = (v_dim, length) if grid.last(v_dim) else (length, v_dim)
     out, lse = grid.by_query(
         partial(attend, grid),
         [(q, grid.of_queries(dim)), *grid.listed(k, dim), *grid.listed(v, v_dim), *grid.rows(rows)],
         [
-            ((*shape[:2], *of_out), dtype, grid.of_queries(v_dim)),
+            ((*shape[:2], *grid.shape(grid.query_blocks, v_dim)), dtype, grid.of_queries(v_dim)),
             ((*shape, 1, options.block_size), jnp.float32, grid.of_query_rows()),
         ],
         [(grid.together, options.block_size, x) for x in (v_dim, 1, 1)],
@@ -70,7 +68,7 @@ def forward(
         (4 * (dim + v_dim), grid.slots * options.block_size),
         interpret,
     )
-    return (grid.unlaid(out, v_dim), lse.reshape(*shape[:2], -1).swapaxes(1, 2)), None
+    return (grid.unlaid(out, grid.query_blocks, v_dim), lse.reshape(*shape[:2], -1).swapaxes(1, 2)), None
 
 
 def backward(
@@ -108,7 +106,9 @@ def backward(
         d_rows = d_rows[0].reshape(*d_rows[0].shape[:3], -1, options.block_size)[:, :, :, : blocks.shape[3]]
         d_bias = d_rows.sum(1, keepdims=True) if bias.shape[1] == 1 else d_rows
         d_bias = d_bias if bias.shape[-1] > 1 else d_bias.sum(-1, keepdims=True)
-    d_q, d_k, d_v = (grid.unlaid(x, n).astype(dtype) for x, n, dtype in zip((d_q, d_k, d_v), (dim, dim, v_dim), dtypes))
+    d_q = grid.unlaid(d_q, grid.query_blocks, dim).astype(dtypes[0])
+    d_k = grid.unlaid(d_k, grid.key_blocks, dim).astype(dtypes[1])
+    d_v = grid.unlaid(d_v, grid.key_blocks, v_dim).astype(dtypes[2])
     return d_q, d_k, d_v, None, None, d_bias
 
 
@@ -137,8 +137,9 @@ def attend(grid: Grid, lists, q, *refs) -> None:
         logits_of = masked(grid, query, positions(listed, shape, 1, size), None if rows is None else rows[...])
 
         for h in range(grid.together):
-            keys, values = (stacked(x, h // grid.repeats, size) for x in (k, v))
-            logits = logits_of(dot(grid, tokens(q, h, size), keys, (1, 1)))
+            g = h // grid.repeats
+            keys, values = stacked(grid, k, g, listed, grid.dim), stacked(grid, v, g, listed, grid.v_dim)
+            logits = logits_of(dot(grid, grid.tokens(q, h, place[2], grid.dim), keys, (1, 1)))
             peak = jnp.maximum(peaks[h], logits.max(-1, keepdims=True))
             weights, fade = jnp.exp(logits - peak), jnp.exp(peaks[h] - peak)
             sums[h] = sums[h] * fade + dot(grid, weights.astype(values.dtype), values, (1, 0))
@@ -150,7 +151,7 @@ def attend(grid: Grid, lists, q, *refs) -> None:
         for h in range(grid.together):
             found = totals[h] > 0
             total = jnp.where(found, totals[h], 1)
-            put(out, h, sums[h] / total)
+            grid.put(out, h, place[2], sums[h] / total)
             lse[h] = turned(jnp.where(found, jnp.log(total) + peaks[h], -jnp.inf))
 
 
@@ -182,9 +183,11 @@ def pull_back_to_queries(grid: Grid, with_bias: bool, lists, q, d_out, lse, delt
         logits_of = masked(grid, query, positions(listed, shape, 1, size), None if rows is None else rows[...])
 
         for h in range(grid.together):
-            keys, values = (stacked(x, h // grid.repeats, size) for x in (k, v))
-            weights = jnp.exp(logits_of(dot(grid, tokens(q, h, size), keys, (1, 1))) - lses[h])
-            d_logits = weights * (dot(grid, tokens(d_out, h, size), values, (1, 1)) - deltas[h])
+            g = h // grid.repeats
+            keys, values = stacked(grid, k, g, listed, grid.dim), stacked(grid, v, g, listed, grid.v_dim)
+            one_q, one_d = grid.tokens(q, h, place[2], grid.dim), grid.tokens(d_out, h, place[2], grid.v_dim)
+            weights = jnp.exp(logits_of(dot(grid, one_q, keys, (1, 1))) - lses[h])
+            d_logits = weights * (dot(grid, one_d, values, (1, 1)) - deltas[h])
             sums[h] += dot(grid, d_logits.astype(keys.dtype), keys, (1, 0))
             if with_bias:
                 d_rows[...] += d_logits.sum(0, keepdims=True)
@@ -192,7 +195,7 @@ def pull_back_to_queries(grid: Grid, with_bias: bool, lists, q, d_out, lse, delt
     @pl.when(step == grid.steps - 1)
     def _():
         for h in range(grid.together):
-            put(d_q, h, grid.options.scale * sums[h])
+            grid.put(d_q, h, place[2], grid.options.scale * sums[h])
 
 
 def pull_back_to_keys(grid: Grid, slots: int, steps: int, key, entries, *refs) -> None:
@@ -230,17 +233,18 @@ def pull_back_to_keys(grid: Grid, slots: int, steps: int, key, entries, *refs) -
 
         for h in range(grid.together):
             g = h // grid.repeats
-            one_q, one_d = stacked(q, h, size), stacked(d_out, h, size)
-            weights = jnp.exp(logits_of(dot(grid, tokens(k, g, size), one_q, (1, 1))) - lse[h])
-            d_logits = weights * (dot(grid, tokens(v, g, size), one_d, (1, 1)) - delta[h])
+            one_q, one_d = stacked(grid, q, h, queries, grid.dim), stacked(grid, d_out, h, queries, grid.v_dim)
+            one_k, one_v = grid.tokens(k, g, block, grid.dim), grid.tokens(v, g, block, grid.v_dim)
+            weights = jnp.exp(logits_of(dot(grid, one_k, one_q, (1, 1))) - lse[h])
+            d_logits = weights * (dot(grid, one_v, one_d, (1, 1)) - delta[h])
             k_sums[g] += dot(grid, d_logits.astype(one_q.dtype), one_q, (1, 0))
             v_sums[g] += dot(grid, weights.astype(one_d.dtype), one_d, (1, 0))
 
     @pl.when((step == steps - 1) | (key[at + jnp.minimum(step + 1, steps - 1)] != block))
     def _():
         for g in range(grid.groups):
-            put(d_k, g, grid.options.scale * k_sums[g])
-            put(d_v, g, v_sums[g])
+            grid.put(d_k, g, block, grid.options.scale * k_sums[g])
+            grid.put(d_v, g, block, v_sums[g])
 
 
 # A position that no list has: a block that is not there begins here.
@@ -278,18 +282,9 @@ def some(listed: list) -> jax.Array:
     return found
 
 
-def tokens(ref: Any, head: int, size: int) -> jax.Array:
-    """A block of a head, `[size, dim]`."""
-    return ref[head] if ref.shape[1] == size else ref[head].T
-
-
-def put(ref: Any, head: int, x: jax.Array) -> None:
-    """Writes `[size, dim]` as `tokens` reads it."""
-    ref[head] = (x if ref.shape[1] == len(x) else x.T).astype(ref.dtype)
-
-
-def stacked(refs: list, head: int, size: int) -> jax.Array:
-    parts = [tokens(ref, head, size) for ref in refs]
+def stacked(grid: Grid, refs: list, head: int, blocks: list, dim: int) -> jax.Array:
+    """Blocks of a head, one after the other."""
+    parts = [grid.tokens(ref, head, block, dim) for ref, block in zip(refs, blocks)]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=0)
 
 

@@ -7,6 +7,7 @@ is loaded already.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from jax.experimental.pallas import tpu as pltpu
 from efficient_tx.kernels.block_attention.lists import transposed, with_repeats
 from efficient_tx.kernels.block_attention.options import Options
 from efficient_tx.kernels.shapes import result
+
+LANES = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +34,8 @@ class Grid:
     """The grid of a pass and the blocks of its operands.
 
     Those are `[batch, heads, length, dim]`, or `[batch, heads, dim, length]` where this takes less memory: the last
-    axis is padded to 128, and a block of it has 128 numbers or a multiple.
+    axis is padded to 128, and what is loaded of it has 128 numbers or a multiple, a tile. So a tile may have several
+    short blocks, of which a program takes its own; neighbours in a list, or in one slot of successive lists, share it.
 
     Attributes:
       dim, v_dim: of queries and keys, and of values.
@@ -40,6 +44,7 @@ class Grid:
       share: neighbouring programs that have the same keys, because every query head has its own list.
       lists: `(batch or 1, programs or 1)` of the index lists, of the added rows too.
       slots: blocks of a step.
+      limit: most blocks of a step.
     """
 
     options: Options
@@ -62,12 +67,15 @@ class Grid:
     @classmethod
     def of(cls, options: Options, sizes: BlockSizes, q, k, v, blocks, rows) -> "Grid":
         (batch, length, heads, dim), groups, size = q.shape, k.shape[2], options.block_size
-        slots = max(1, min(blocks.shape[3], sizes.tokens // size))
+        limit = max(1, min(sizes.tokens // size, 4 * sizes.tokens // max(size, LANES)))
+        slots = min(blocks.shape[3], limit)
         if blocks.shape[1] == 1 and (rows is None or rows.shape[1] == 1):
             repeats, share = heads // groups, 1
             # What a program holds of each token: inputs and outputs twice, since the next are on their way, and sums.
-            token = 4 * sum(-(-x // 128) * 128 for x in (dim, v.shape[3]))
-            held = size * token * (3 * repeats + 2) + 2 * slots * size * token
+            block = 4 * sum(
+                max(size, LANES) * x if tiled(size, x) else size * -(-x // LANES) * LANES for x in (dim, v.shape[3])
+            )
+            held = block * (3 * repeats + 2) + 2 * slots * block
             most = min(max(1, sizes.heads // repeats), max(1, (8 << 20) // held))
             together = max(g for g in range(1, groups + 1) if groups % g == 0 and g <= most)
             each = groups // together
@@ -75,7 +83,7 @@ class Grid:
             together, repeats, each, share = 1, 1, heads, heads // groups
         return cls(
             options, dim, v.shape[3], batch, heads, length // size, k.shape[1] // size, blocks.shape[3], together,
-            repeats, each, share, blocks.shape[:2], None if rows is None else rows.shape[:2], slots, sizes.tokens,
+            repeats, each, share, blocks.shape[:2], None if rows is None else rows.shape[:2], slots, limit,
         )  # fmt: skip
 
     @property
@@ -95,29 +103,70 @@ class Grid:
         """Where in the flat lists those of a step start."""
         return ((self.place(b, p, self.lists) * self.query_blocks + i) * self.steps + step) * self.slots
 
+    @property
+    def per_tile(self) -> int:
+        """Blocks of a tile, where the length is the last axis."""
+        return max(1, LANES // self.options.block_size)
+
     def last(self, dim: int) -> bool:
         """Whether the length is the last axis."""
-        return dim % 128 != 0 and self.options.block_size % 128 == 0
+        return tiled(self.options.block_size, dim)
+
+    def shape(self, blocks: int, dim: int) -> tuple[int, int]:
+        """The last two axes of an operand of so many blocks."""
+        size = self.options.block_size
+        return (dim, -(-blocks // self.per_tile) * self.per_tile * size) if self.last(dim) else (blocks * size, dim)
 
     def laid(self, x: jax.Array) -> jax.Array:
         """`[batch, length, heads, dim]` as the operand of a pass."""
-        return x.transpose((0, 2, 3, 1) if self.last(x.shape[3]) else (0, 2, 1, 3))
+        if not self.last(x.shape[3]):
+            return x.transpose(0, 2, 1, 3)
+        x = x.transpose(0, 2, 3, 1)
+        return jnp.pad(x, ((0, 0),) * 3 + ((0, -x.shape[3] % (self.per_tile * self.options.block_size)),))
 
-    def unlaid(self, x: jax.Array, dim: int) -> jax.Array:
-        """The inverse."""
-        return x.transpose((0, 3, 1, 2) if self.last(dim) else (0, 2, 1, 3))
+    def unlaid(self, x: jax.Array, blocks: int, dim: int) -> jax.Array:
+        """The inverse, of so many blocks."""
+        if not self.last(dim):
+            return x.transpose(0, 2, 1, 3)
+        return x[..., : blocks * self.options.block_size].transpose(0, 3, 1, 2)
 
     def spec(self, heads: int, dim: int, place: Callable) -> pl.BlockSpec:
-        """A block of tokens of some heads; `place` returns the indices of example, heads and block."""
+        """A block of tokens of some heads, or its tile; `place` returns the indices of example, heads and block."""
         size = self.options.block_size
         if not self.last(dim):
             return pl.BlockSpec((None, heads, size, dim), lambda *at: (*place(*at), 0))
 
         def index(*at):
             b, h, block = place(*at)
-            return b, h, 0, block
+            return b, h, 0, jax.lax.div(block, jnp.int32(self.per_tile))
 
-        return pl.BlockSpec((None, heads, dim, size), index)
+        return pl.BlockSpec((None, heads, dim, self.per_tile * size), index)
+
+    def tokens(self, ref: Any, head: int, block: jax.Array, dim: int) -> jax.Array:
+        """A block of a head, `[size, dim]`; any block if `block` is negative."""
+        if not self.last(dim):
+            return ref[head]
+        size, tile = self.options.block_size, ref[head].T
+        found = tile[:size]
+        for n in range(1, self.per_tile):
+            at = jax.lax.rem(block, jnp.int32(self.per_tile))
+            found = jnp.where(at == n, tile[n * size : (n + 1) * size], found)
+        return found
+
+    def put(self, ref: Any, head: int, block: jax.Array, x: jax.Array) -> None:
+        """Writes a block `[size, dim]` of a head."""
+        x = x.astype(ref.dtype)
+        if not self.last(x.shape[1]):
+            ref[head] = x
+        elif self.per_tile == 1:
+            ref[head] = x.T
+        else:
+            size = self.options.block_size
+            for n in range(self.per_tile):
+
+                @pl.when(jax.lax.rem(block, jnp.int32(self.per_tile)) == n)
+                def _(n=n):
+                    ref[head, :, n * size : (n + 1) * size] = x.T
 
     def of_queries(self, dim: int) -> pl.BlockSpec:
         return self.spec(self.together, dim, lambda b, p, i, step, _: (b, p, i))
@@ -163,7 +212,7 @@ class Grid:
     def by_key(self, kernel, q, k, v, d_out, lse, delta, rows, blocks, interpret) -> list[jax.Array]:
         """The pass over the blocks of keys and, in order, the blocks of queries that list them: d_k and d_v."""
         size = self.options.block_size
-        slots = max(1, min(self.query_blocks, self.limit // size))
+        slots = min(self.query_blocks, self.limit)
         key, entries = transposed(blocks, self.key_blocks, slots)
         steps = key.shape[-1]
 
@@ -225,6 +274,8 @@ class Grid:
     def call(self, kernel, grid, lists, operands, results, scratch, cost, interpret) -> list[jax.Array]:
         arrays, in_specs = zip(*operands)
         flops, width = cost
+        # Successive blocks may write parts of one tile.
+        parallel = 2 if self.per_tile > 1 else len(grid) - 1
         weights = self.options.block_size * width * self.together
         for count in grid:
             weights *= count
@@ -240,7 +291,7 @@ class Grid:
                 scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
             ),
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel",) * (len(grid) - 1) + ("arbitrary",),
+                dimension_semantics=("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel),
             ),
             cost_estimate=pl.CostEstimate(
                 flops=weights * flops // 2,
@@ -250,3 +301,8 @@ class Grid:
             interpret=interpret,
             name=f"block_attention_{kernel.func.__name__}",
         )(*lists, *arrays)
+
+
+def tiled(size: int, dim: int) -> bool:
+    """Whether arrays of this dim have blocks of this size in tiles, the length last."""
+    return dim % LANES != 0 and (size % LANES == 0 or LANES % size == 0)

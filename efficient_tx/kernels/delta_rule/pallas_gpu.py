@@ -1,6 +1,6 @@
 """The gated delta rule in chunks for GPUs, in Triton.
 
-Layouts and the kernel `states` are those of `gated_linear_attention.pallas_gpu`, with values u_t = β_t e_t; of its own are
+Layouts and the kernel `states` are those of `gated_linear_attention.pallas_gpu`, with values u_t = β_t e_t; its own are
 
     systems     the inverse of every chunk's linear system, in parallel,
     weights     the weights of its pairs of queries and keys, in parallel,
