@@ -32,6 +32,20 @@ class Visits(NamedTuple):
         """Whether a block may be full, as far as is known when the program is made."""
         return not isinstance(self.full, np.ndarray) or bool(self.full.any())
 
+    @property
+    def in_order(self) -> bool:
+        """Whether every row visits the first blocks one by one, as far as is known when the program is made."""
+        if not isinstance(self.order, np.ndarray):
+            return False
+        numbers = np.arange(self.order.shape[-1])
+        return bool(((self.order == numbers) | (numbers >= self.some[..., None])).all())
+
+
+def same(counts: Any) -> int | None:
+    """The number that all rows have, where it is known when the program is made."""
+    found = set(counts.flat) if isinstance(counts, np.ndarray) else ()
+    return int(found.pop()) if len(found) == 1 else None
+
 
 class Sizes(NamedTuple):
     """Numbers of queries and keys, and of those in a block."""

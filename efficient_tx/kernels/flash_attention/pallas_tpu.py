@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from efficient_tx.kernels.flash_attention import block
 from efficient_tx.kernels.flash_attention.block import Block
-from efficient_tx.kernels.flash_attention.blocks import Visits, visits
+from efficient_tx.kernels.flash_attention.blocks import Visits, same, visits
 from efficient_tx.kernels.flash_attention.call import LEAST, MATRICES, Call
 from efficient_tx.kernels.flash_attention.call import unsupported as reason_against
 from efficient_tx.kernels.flash_attention.mask import Mask
@@ -306,8 +306,12 @@ class TPUCall(Call):
     def visit(self, seen: Visits, lists: tuple, example: jax.Array, row: jax.Array, n: jax.Array, step: Any) -> None:
         """Runs `step(number, test)` for the nth block that is visited from `row`, if there is one."""
         order, full, some = lists
+        length = seen.order.shape[2]
         place = (example if len(seen.full) > 1 else 0) * seen.full.shape[1] + row
-        number = order[place * seen.order.shape[2] + n]
+        number = n if seen.in_order else order[place * length + n]
+        if same(seen.full) == length:
+            step(number, False)
+            return
         if seen.fills:
             pl.when(n < full[place])(lambda: step(number, False))
         if seen.tests:
@@ -333,8 +337,10 @@ class TPUCall(Call):
             example, head, row, *repeat, n = indices[: len(grid)]
             order, _, some = indices[len(grid) : len(grid) + 3]
             place = (example if examples > 1 else 0) * row_blocks + row
-            # Past the last visit the last block stays where it is: nothing is copied.
-            other = order[place * length + jnp.minimum(n, jnp.maximum(some[place] - 1, 0))]
+            if same(seen.some) != length:
+                # Past the last visit the last block stays where it is: nothing is copied.
+                n = jnp.minimum(n, jnp.maximum(some[place] - 1, 0))
+            other = n if seen.in_order else order[place * length + n]
             if keys_first:
                 return example, head * repeats + repeat[0], head, other, row
             return example, head, jax.lax.div(head, repeats), row, other
