@@ -1,11 +1,13 @@
 """Set before jax is imported: one OpenBLAS thread (its threads collide with XLA's) and four fake CPU devices.
 
-Most of the time goes into compiling programs that run once, so LLVM does not optimise them: half the time. jaxlib 0.10
-compiles twice as fast again by its older emitter of fusions, which later versions no longer have. Slow tests that start
-train.py and eval.py as processes of their own run what users run.
+Most of the time goes into compiling programs that run once, so LLVM does not optimise them: half the time; nor does it
+get them in parts to be compiled side by side: a third of the rest. jaxlib 0.10 compiles twice as fast again by its
+older emitter of fusions, which later versions no longer have. Slow tests that start train.py and eval.py as processes
+of their own run what users run.
 """
 
 import collections
+import gc
 import importlib.metadata
 import os
 import re
@@ -14,7 +16,7 @@ from pathlib import Path
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
     + " --xla_cpu_use_fusion_emitters=false" * importlib.metadata.version("jaxlib").startswith("0.10.")
 )
 
@@ -23,6 +25,8 @@ import pytest
 
 jax.config.update("jax_platforms", "cpu")  # also where plugins are installed to compile for accelerators
 jax.config.update("jax_num_cpu_devices", 4)
+
+gc.set_threshold(50_000, 20, 20)  # tracing makes many objects that live: Python's own threshold costs 6 % of the time
 
 # Compiled programs of the tests, whatever $EFFICIENT_TX_DATA is: the second run of a file takes a third of the time.
 PROGRAMS = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "efficient_tx" / "test-programs"
