@@ -76,6 +76,11 @@ def lowered(function: Callable, *arguments: Any, target: Target) -> jax.stages.L
     return jax.jit(function).lower(*placed)
 
 
+def compiled(function: Callable, *arguments: Any, target: Target) -> Program:
+    """`program` of a function of shapes and dtypes (trees of them)."""
+    return program(lowered(function, *arguments, target=target), target)
+
+
 def digest(lowered: jax.stages.Lowered) -> str:
     """Changes with what is compiled, and with the lines at which the kernels stand in their files."""
     return hashlib.sha256(lowered.as_text().encode()).hexdigest()[:12]

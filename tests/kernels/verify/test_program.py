@@ -6,14 +6,10 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from efficient_tx.kernels.verify.program import digest, lowered, program
+from efficient_tx.kernels.verify.program import compiled, digest, lowered
 from efficient_tx.kernels.verify.targets import TARGETS
 
 pytestmark = pytest.mark.aot
-
-
-def compiled(function, *arguments, target):
-    return program(lowered(function, *arguments, target=target), target)
 
 
 def product(x, y, *, platform, precision=None, block=64):
