@@ -2,7 +2,8 @@
 
 A CPU keeps one head in its cache, so it takes one after another; an accelerator is filled by all of them only. The
 function takes the index of an example and of a head and `[length, dim]` of each array, and returns a tuple of arrays
-`[length, dim]`; the arrays are `[batch, length, heads, dim]`, of any lengths and dims, and so are the results.
+`[length, dim]`; the arrays are `[batch, length, heads, dim]`, of any lengths and dims, and so are the results. The
+first array has all heads; others may have fewer, as keys that several heads of queries share.
 """
 
 from collections.abc import Callable
@@ -14,10 +15,16 @@ import jax.numpy as jnp
 def at_once(function: Callable, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     batch, _, heads, _ = arrays[0].shape
     number = jnp.arange(batch * heads)
-    flat = (x.swapaxes(1, 2).reshape(batch * heads, x.shape[1], x.shape[3]) for x in arrays)
-    # One vmap over both: two would trace everything twice as long.
-    found = jax.vmap(function)(number // heads, number % heads, *flat)
-    return tuple(x.reshape(batch, heads, *x.shape[1:]).swapaxes(1, 2) for x in found)
+    example, head, flat = number // heads, number % heads, [x.swapaxes(1, 2) for x in arrays]
+    groups = min(x.shape[2] for x in arrays)
+    # One vmap over both: another one, for heads that share, would trace everything twice as long.
+    each = jax.vmap(function)
+    if groups < heads:
+        each = jax.vmap(jax.vmap(function, (0, 0, *(0 if x.shape[2] == heads else None for x in arrays))))
+        example, head = (x.reshape(batch * groups, -1) for x in (example, head))
+        flat = [x.reshape(batch, groups, -1, *x.shape[2:]) if x.shape[1] == heads else x for x in flat]
+    found = each(example, head, *(x.reshape(batch * groups, *x.shape[2:]) for x in flat))
+    return tuple(x.reshape(batch, heads, *x.shape[-2:]).swapaxes(1, 2) for x in found)
 
 
 def in_turn(function: Callable, *arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -25,7 +32,7 @@ def in_turn(function: Callable, *arrays: jax.Array) -> tuple[jax.Array, ...]:
 
     def head(n, results):
         example, head = n // heads, n % heads
-        found = function(example, head, *(_slice(x, example, head) for x in arrays))
+        found = function(example, head, *(_slice(x, example, head * x.shape[2] // heads) for x in arrays))
         return tuple(
             jax.lax.dynamic_update_slice(x, y[None, :, None], (example, 0, head, 0)) for x, y in zip(results, found)
         )

@@ -26,7 +26,7 @@ from efficient_tx.kernels.platform import by_platform
 # 1 MB of float32 weights: the fastest size on two AVX-512 cores with 1 MB of L2 cache each, among the sizes tried that
 # still skip most of the masked or future keys.
 BLOCK_AREA = 512 * 512
-# An accelerator computes a block of all heads of all examples at once.
+# An accelerator computes a block of all heads of all examples at once; a TPU pads shorter sides to this.
 SIDE_AT_ONCE = 128
 
 
@@ -82,7 +82,8 @@ def smaller(sizes: Sizes) -> Sizes:
 
 def _forward(each_head, options, sizes, q, k, v, score, mask, pairs):
     grid = Grid(options, sizes, visits(mask, sizes)[0])
-    out_dtype, (q, k, v) = q.dtype, grid.operands(q, k, v)
+    out_dtype, dtype = q.dtype, wide(q)
+    q, k, v = grid.pad_queries(q), grid.pad_keys(k), grid.pad_keys(v)
     q_segments, k_segments = grid.segments(mask)
 
     def head(example, head, q, k, v):
@@ -104,20 +105,21 @@ def _forward(each_head, options, sizes, q, k, v, score, mask, pairs):
             return out, *(x + weights.sum(-1, keepdims=True) for x in total)
 
         def block_of_queries(i):
-            out = jnp.zeros((sizes.query_block, v.shape[1]), v.dtype)
-            total = jnp.zeros((sizes.query_block, 1), v.dtype)
+            out = jnp.zeros((sizes.query_block, v.shape[1]), dtype)
+            total = jnp.zeros((sizes.query_block, 1), dtype)
             if score.normalise == "softmax":
                 # Finite, so that a block without keys adds exp(−inf − peak) = 0, not exp(−inf + inf).
-                peak = jnp.full_like(total, jnp.finfo(v.dtype).min / 2)
+                peak = jnp.full_like(total, jnp.finfo(dtype).min / 2)
                 out, total, peak = of.for_keys(i, softmax, (out, total, peak))
                 seen = total > 0
                 total = jnp.where(seen, total, 1)
-                return out / total, jnp.where(seen, jnp.log(total) + peak, -jnp.inf)
+                return (out / total).astype(out_dtype), jnp.where(seen, jnp.log(total) + peak, -jnp.inf)
             if score.normalise is None:
-                return of.for_keys(i, unnormalised, (out,))
+                (out,) = of.for_keys(i, unnormalised, (out,))
+                return (out.astype(out_dtype),)
             out, total = of.for_keys(i, unnormalised, (out, total))
             total = jnp.where(total == 0, 1, total)  # without weights, or with weights that are all 0, the output is 0
-            return out / total, total
+            return (out / total).astype(out_dtype), total
 
         found = jax.lax.map(block_of_queries, jnp.arange(grid.query_blocks))
         return tuple(x.reshape(-1, x.shape[-1]) for x in found)
@@ -125,16 +127,17 @@ def _forward(each_head, options, sizes, q, k, v, score, mask, pairs):
     out, *saved = (x[:, : sizes.queries] for x in each_head(head, q, k, v))
     saved = saved[0][..., 0] if saved else None
     lse, total = (saved, None) if score.normalise == "softmax" else (None, saved)
-    return (out.astype(out_dtype), lse), total
+    return (out, lse), total
 
 
 def _backward(each_head, options, sizes, arrays, outputs, total, cotangents):
     q, k, v, score, mask, _ = arrays
     dtypes, groups = [x.dtype for x in (q, k, v)], k.shape[2]
+    shared = groups < q.shape[2]
     grid = Grid(options, sizes, visits(mask, sizes)[0])
-    q, k, v = grid.operands(q, k, v)
-    d_out = cotangents[0].astype(q.dtype)
-    statistics = block.saved_and_delta(score, outputs, total, cotangents, q.dtype) or ()
+    q, k, v, dtype = grid.pad_queries(q), grid.pad_keys(k), grid.pad_keys(v), wide(q)
+    d_out = grid.pad_queries(cotangents[0])
+    statistics = block.saved_and_delta(score, outputs, total, cotangents, dtype) or ()
     rows = [grid.pad_queries(x[..., None]) for x in statistics]
     q_segments, k_segments = grid.segments(mask)
 
@@ -161,23 +164,29 @@ def _backward(each_head, options, sizes, arrays, outputs, total, cotangents):
             )
 
         def block_of_queries(carry, i):
-            d_q = jnp.zeros((sizes.query_block, q.shape[1]), q.dtype)
+            d_q = jnp.zeros((sizes.query_block, q.shape[1]), dtype)
             d_q_norm = d_q[:, :1] if score.needs_norms else None
             d_q, d_q_norm, *carry = of.for_keys(i, step, (d_q, d_q_norm, *carry))
-            return tuple(carry), (d_q if d_q_norm is None else d_q + grid.query_slice(q, i) * d_q_norm)
+            d_q = d_q if d_q_norm is None else d_q + grid.query_slice(q, i) * d_q_norm
+            return tuple(carry), (options.scale * d_q).astype(dtypes[0])
 
-        d_k_norm = jnp.zeros_like(k.T[:1]) if score.needs_norms else None
+        d_k_norm = jnp.zeros((1, len(k)), dtype) if score.needs_norms else None
         d_score = block.with_parameters(one, [jnp.zeros_like(x) for x in block.parameters(one)])
-        carry = (jnp.zeros_like(k.T), d_k_norm, jnp.zeros_like(v.T), d_score)
+        carry = (jnp.zeros_like(k.T, dtype), d_k_norm, jnp.zeros_like(v.T, dtype), d_score)
         carry, d_q = jax.lax.scan(block_of_queries, carry, jnp.arange(grid.query_blocks))
         # The barrier keeps XLA from folding the transposition into the slow product.
         d_k, d_k_norm, d_v, d_score = jax.lax.optimization_barrier(carry)
         d_k = d_k.T if d_k_norm is None else d_k.T + k * d_k_norm.T
         d_leaves = (x.reshape(1, -1) for x in jax.tree.leaves(d_score))
-        return options.scale * d_q.reshape(q.shape), options.scale * d_k, d_v.T, *d_leaves
+        d_k, d_v = options.scale * d_k, d_v.T
+        if not shared:  # else after the sum
+            d_k, d_v = d_k.astype(dtypes[1]), d_v.astype(dtypes[2])
+        return d_q.reshape(q.shape), d_k, d_v, *d_leaves
 
-    d_q, d_k, d_v, *d_leaves = each_head(head, q, k, v, grid.pad_queries(d_out), *rows)
-    d_k, d_v = (x[:, : sizes.keys].reshape(len(x), sizes.keys, groups, -1, x.shape[-1]).sum(3) for x in (d_k, d_v))
+    d_q, d_k, d_v, *d_leaves = each_head(head, q, k, v, d_out, *rows)
+    d_k, d_v = (x[:, : sizes.keys] for x in (d_k, d_v))
+    if shared:
+        d_k, d_v = (x.reshape(*x.shape[:2], groups, -1, x.shape[3]).sum(3) for x in (d_k, d_v))
     d_leaves = [y.sum((0, 1)).reshape(x.shape) for x, y in zip(block.parameters(score), d_leaves)]
     found = (x.astype(dtype) for x, dtype in zip((d_q[:, : sizes.queries], d_k, d_v), dtypes))
     return *found, block.with_parameters(score, d_leaves), None, None
@@ -197,12 +206,6 @@ class Grid(NamedTuple):
     @property
     def key_blocks(self) -> int:
         return -(-self.sizes.keys // self.sizes.key_block)
-
-    def operands(self, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Padded, in the dtype of the arithmetic, with one head of keys for each of the queries."""
-        dtype, heads = jnp.promote_types(q.dtype, jnp.float32), q.shape[2]
-        k, v = (jnp.repeat(self.pad_keys(x.astype(dtype)), heads // x.shape[2], axis=2) for x in (k, v))
-        return self.pad_queries(q.astype(dtype)), k, v
 
     def segments(self, mask: Mask | None) -> tuple:
         """The mask's segments, padded, as columns `[batch or 1, queries, 1]` and rows `[batch or 1, 1, keys]`."""
@@ -227,7 +230,7 @@ class Grid(NamedTuple):
         return jax.lax.dynamic_update_slice_in_dim(x, self.key_slice(x, j, 1) + update, j * self.sizes.key_block, 1)
 
     def dot(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        return jnp.matmul(x, y, precision=self.options.precision)
+        return jnp.matmul(x.astype(wide(x)), y.astype(wide(y)), precision=self.options.precision)
 
 
 class Head(NamedTuple):
@@ -246,7 +249,7 @@ class Head(NamedTuple):
     def block(self, i: jax.Array, j: jax.Array, test: bool) -> Block:
         """Query block `i` with key block `j`."""
         grid, (queries, keys, query_block, key_block) = self.grid, self.grid.sizes
-        q, k = grid.query_slice(self.q, i), grid.key_slice(self.k, j)
+        q, k = (x.astype(wide(x)) for x in (grid.query_slice(self.q, i), grid.key_slice(self.k, j)))
         dot = grid.dot(grid.options.scale * q, k.T)
         if grid.options.bias:
             dot += grid.options.bias
@@ -284,6 +287,11 @@ class Head(NamedTuple):
         if seen.tests:
             carry = jax.lax.fori_loop(full, some, lambda n, carry: body(i, order[n], True, carry), carry)
         return carry
+
+
+def wide(x: jax.Array) -> jnp.dtype:
+    """The dtype of the arithmetic. Blocks are converted when they are used: a copy of an array would stay in memory."""
+    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def pad(x: jax.Array, size: int) -> jax.Array:
