@@ -8,9 +8,10 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
+import efficient_tx.train
 from efficient_tx.attention import Fourier, Soft
 from efficient_tx.models.pretrained import load_pretrained
-from tests.support import ROOT, command
+from tests.support.command import here
 from tests.support.published_vits import (
     HF,
     PATCH,
@@ -205,13 +206,13 @@ CONFIG = """
 def train(folder, name, *arguments):
     (folder / "grey.py").write_text(textwrap.dedent(TASK))
     (folder / f"{name}.py").write_text(textwrap.dedent(CONFIG.replace("NAME", name)))
-    paths = f"{folder}:{ROOT}"
-    return command.finish(command.start("train.py", *arguments, environment={"PYTHONPATH": paths}))
+    return here(efficient_tx.train.command, *arguments)
 
 
 @pytest.mark.slow
-def test_a_run_starts_from_a_file(tmp_path):
+def test_a_run_starts_from_a_file(tmp_path, monkeypatch):
     """With structured MLPs: dense weights of the file, projected."""
+    monkeypatch.syspath_prepend(tmp_path)
     path = tmp_path / "vit.safetensors"
     save_file(as_hugging_face(draw(timm_shapes())), path)
     status, out, error = train(

@@ -57,14 +57,18 @@ def start(
     file_limit: int | None = None,
     environment: Mapping[str, str] | None = None,
     folder: Path = ROOT,
+    optimised: bool = False,
 ) -> subprocess.Popen:
     """A process of "train.py", or of a module, "-m efficient_tx.train", in `folder`.
 
     Data and compiled programs lie in `data` (None = shared by all tests). No file that it writes may get longer than
-    `file_limit` bytes: what a full disk does to it, without root's help.
+    `file_limit` bytes: what a full disk does to it, without root's help. Programs are optimised as users have them, or
+    compiled as conftest.py has it: in a third of the time, and found where another test has compiled them.
     """
     settings = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_"))}
     settings |= {"EFFICIENT_TX_DATA": str(data or scratch() / "data"), "JAX_NUM_CPU_DEVICES": str(devices)}
+    if not optimised:
+        settings |= {"XLA_FLAGS": os.environ["XLA_FLAGS"], "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none"}
     settings |= environment or {}
     limited = ["prlimit", f"--fsize={file_limit}"] if file_limit else []
     command = [*limited, sys.executable, *script.split(), *map(str, arguments)]
@@ -74,11 +78,7 @@ def start(
 
 def as_here() -> dict[str, str]:
     """The environment in which a process computes what this one does, bit for bit."""
-    return {
-        "XLA_FLAGS": os.environ["XLA_FLAGS"],
-        "JAX_NUM_CPU_DEVICES": str(len(jax.local_devices())),
-        "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",  # as conftest.py: the programs are found under another name
-    }
+    return {"JAX_NUM_CPU_DEVICES": str(len(jax.local_devices()))}
 
 
 def finish(process: subprocess.Popen) -> Result:
@@ -155,7 +155,7 @@ def finished_run() -> tuple[Path, str]:
 
 @functools.cache
 def process_run() -> tuple[Path, str]:
-    """The same of the run SAMPLED in a process of its own, as users have them: one device, optimised programs."""
+    """The same of the run SAMPLED in a process of its own, which has one device, as most users have."""
     return _finished("process", functools.partial(train, run=SAMPLED))
 
 
