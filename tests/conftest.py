@@ -74,7 +74,7 @@ def pytest_warning_recorded(warning_message):
 
 
 # A compiled program takes dozens of memory mappings; beyond 65,530 of them, Linux's default, a process dies.
-MOST_MAPPINGS = 20_000
+MOST_MAPPINGS = 40_000
 
 
 @pytest.fixture(autouse=True, scope="module")

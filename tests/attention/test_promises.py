@@ -105,7 +105,7 @@ DRAWING = [name for name in ATTENTION if ATTENTION[name].draws]
 
 
 @pytest.mark.parametrize("name", [*DRAWING, "vmean"])
-@pytest.mark.first(2)
+@pytest.mark.first(1)
 def test_draws_do_not_depend_on_the_padded_length(name):
     """What draws, and for the dropout, which is the same in all mixers, one that does not."""
     params, forward = program(ATTENTION[name], dropout=0.5)
@@ -130,7 +130,7 @@ def test_a_scalar_key_is_folded_per_row():
 
 
 @pytest.mark.parametrize("name", ATTENTION)
-@pytest.mark.first(2)
+@pytest.mark.first(1)
 def test_bfloat16_stays_near_float32(name):
     x, mask = tokens(0, 3, SHORT, FEATURES), right_padded(LENGTHS, SHORT)
     params, forward = program(ATTENTION[name])

@@ -76,7 +76,7 @@ def value_and_gradients(arrays, weights, **options):
 @pytest.mark.parametrize(
     ("gate", "reverse"), [("channel", False), ("none", False), ("constant", False), ("head", True), ("channel", True)]
 )
-@pytest.mark.first(2)
+@pytest.mark.first(1)
 def test_equals_the_loop_and_its_gradients(gate, reverse):
     """Values against NumPy, gradients against automatic differentiation of the recurrence, both in float64."""
     arrays, r = inputs(0, gate), np.random.default_rng(1)
@@ -217,7 +217,8 @@ def test_a_sequence_in_pieces_is_the_whole():
     np.testing.assert_allclose(state, end, atol=1e-13)
 
 
-@pytest.mark.parametrize("gate", ["head", "channel"])
+@pytest.mark.parametrize("gate", ["channel", "head"])
+@pytest.mark.first(1)
 def test_decays_of_any_strength_in_float32(gate):
     """exp of a cumulative sum overflows here, and a difference of two cumulative sums has no digits left."""
     arrays = list(inputs(3, gate))

@@ -66,7 +66,8 @@ def test_equals_the_loop_and_its_gradients(kind, reverse):
         np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("reverse", [True, False])
+@pytest.mark.first(1)
 def test_the_associative_scan_of_accelerators_is_the_same(monkeypatch, reverse):
     """It is in no program for a CPU, so it is put there, at a length that no other test has a program of."""
     monkeypatch.setattr(xla, "by_platform", lambda alternatives, *args: alternatives["default"](*args))
@@ -142,6 +143,7 @@ def sharded(run, constant, **options):
     return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=specs, **options))
 
 
+@pytest.mark.slow
 def test_devices_add_their_gradients_of_what_they_share():
     x, log_decay, _ = (x.astype(np.float32) for x in inputs(8, "real", 20, 3, batch=4))
     whole = jax.jit(gradients)(x, log_decay[0, 0])

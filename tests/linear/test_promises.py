@@ -49,7 +49,7 @@ def compiled(function):
 
 @both
 @pytest.mark.parametrize(("n", "m"), sizes)
-@pytest.mark.first(11)
+@pytest.mark.first(6)
 def test_is_affine_with_its_dense_weight(name, n, m):
     with jax.enable_x64(True):
         x = np.random.default_rng(1).normal(size=(2, 3, n))

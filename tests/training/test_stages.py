@@ -182,6 +182,7 @@ def straight(tmp_path_factory):
     return path, toy.make_loop(path, keep=100, **toy.densified(9)).run()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_dense_from_a_checkpoint_of_its_own(straight):
     path, state = straight
     assert Checkpoints(path / "checkpoints").steps() == [5, 6, 9, 10, 12, 15, 18, 20, 23]

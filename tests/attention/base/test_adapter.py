@@ -68,7 +68,7 @@ def refuses(name, use, call):
 
 
 @pytest.mark.parametrize("name", HELD)
-@pytest.mark.first(2)
+@pytest.mark.first(1)
 def test_padding_and_grouped_heads(name):
     """Contents of padding change nothing, and the mask arrives, with one head of keys and values for two of queries."""
     x = normal(0, BATCH, LENGTH, FEATURES)
@@ -96,7 +96,7 @@ def test_grouped_heads_are_linens_repeated_ones(name):
 
 
 @pytest.mark.parametrize("name", HELD)
-@pytest.mark.first(2)
+@pytest.mark.first(1)
 def test_cross_attention(name):
     """Three queries over six keys, padded."""
     q, x = normal(0, BATCH, 3, FEATURES), normal(1, BATCH, LENGTH, FEATURES)
@@ -113,7 +113,7 @@ def test_cross_attention(name):
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.slow] * (not ATTENTION[n].can_be_causal)) for n in HELD]
 )
-@pytest.mark.first(3)
+@pytest.mark.first(1)
 def test_decoding_with_flaxs_cache(name):
     """One token at a time: the rows of the causal form; where there are none, the function over the unpadded prefix."""
     cls, causal = ATTENTION[name], ATTENTION[name].can_be_causal
@@ -282,6 +282,7 @@ def test_flaxs_masks_of_zeros_and_ones_are_read_and_additive_ones_are_not():
 DRAWN = "skyformer", {"landmarks": 2}
 
 
+@pytest.mark.slow
 def test_nnx_draws_anew_at_every_step():
     """The stream is a part of the model: two jitted steps differ, two evaluations do not."""
     name, chosen = DRAWN

@@ -9,6 +9,7 @@ import pytest
 from efficient_tx.attention import ATTENTION
 from efficient_tx.compare.attention import inputs
 from efficient_tx.compare.attention.measure import Settings, case, errors, may_be_too_slow, rungs
+from tests.support.mixers import one_of_a_family
 
 TINY = Settings((16, 32), budget=8, batch=2, heads=2, head_dim=4, rounds=1, error_length=32)
 
@@ -20,8 +21,7 @@ def test_what_may_be_slow_is_tried_on_shorter_inputs_first():
     assert not may_be_too_slow({"forward": {256: 0.1}, "forward_backward": {256: 0.3}}, 1024, 20)
 
 
-@pytest.mark.parametrize("name", ATTENTION)
-@pytest.mark.first(8)
+@one_of_a_family(list(ATTENTION))
 def test_every_variant_can_be_measured(name):
     """Its function, or module, takes what inputs.py makes for it; the output has the shape of the values."""
     given = inputs.tokens("random", 2, 16, 2, 4)
