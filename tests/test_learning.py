@@ -1,4 +1,4 @@
-"""Every mixer learns in 30 steps on small ListOps, with the same losses on one device and on four; and a hybrid."""
+"""Every mixer learns in 30 steps on small ListOps, on four devices with the same losses; and a hybrid."""
 
 import json
 
@@ -52,14 +52,22 @@ def losses(config, devices):
     return np.array(seen)
 
 
+# Of those that draw nothing, and so compute each example by itself, one of each family.
+SHARED = {cls.family: name for name, cls in reversed(ATTENTION.items())}.values()
+SHARED = [name for name, cls in ATTENTION.items() if cls.draws or name in SHARED]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ATTENTION)
 def test_thirty_steps_learn_and_four_devices_give_the_same_losses(name, data):
     config = config_of(name, data)
     check.check(config)
-    one, four = losses(config, 1), losses(config, 4)
+    one = losses(config, 1)
     # 15 times the same two batches: what falls is no luck of the draw.
     assert one[-4:].mean() < one[:4].mean() - 0.2
+    if name not in SHARED:
+        return
+    four = losses(config, 4)
     # Sums in another order, 6e-8 a rounding, through 30 updates that feed it back.
     np.testing.assert_allclose(four, one, rtol=1e-3)
     np.testing.assert_allclose(four[:5], one[:5], rtol=1e-5)

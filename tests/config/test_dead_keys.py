@@ -7,7 +7,7 @@ import pytest
 from efficient_tx.attention import ATTENTION, MultiHead
 from efficient_tx.config import keys, make_config, resolve, schema
 from efficient_tx.linear import LINEAR
-from tests.support.fingerprint import fingerprint
+from tests.support.fingerprint import Fingerprint
 
 TINY = {
     "batch_size": 8,
@@ -138,7 +138,7 @@ def base_config(argument):
 
 @cache
 def base_fingerprint(argument, context=()):
-    return fingerprint(resolve.resolve(base_config(argument), dict(context)))
+    return Fingerprint(resolve.resolve(base_config(argument), dict(context)))
 
 
 KEYS = [key for key in keys.flatten(base_config("skyformer+monarch+low_rank")) if key not in OUTPUTS]
@@ -154,13 +154,13 @@ def test_no_key_is_dead(key):
     value = alternative(key, keys.flatten(base_config(argument))[key])
     context = CONTEXT.get(key, {})
     changed = resolve.resolve(base_config(argument), {**context, key: value})
-    assert fingerprint(changed) != base_fingerprint(argument, tuple(context.items()))
+    assert Fingerprint(changed) != base_fingerprint(argument, tuple(context.items()))
 
 
 @pytest.mark.slow
 def test_the_fingerprint_of_one_config_is_the_same_twice():
     argument = "skyformer+monarch+low_rank"
-    assert fingerprint(base_config(argument)) == base_fingerprint(argument)
+    assert Fingerprint(base_config(argument)) == base_fingerprint(argument)
 
 
 @pytest.mark.slow
@@ -173,12 +173,12 @@ def test_no_option_of_a_variant_is_dead(name):
         if key not in KEYS and (option != "conv" or ATTENTION[name].mix is not MultiHead.mix):
             context = CONTEXT.get(key, {})
             changed = resolve.resolve(config, {**context, key: alternative(key, value)})
-            assert fingerprint(changed) != variant_fingerprint(name, tuple(context.items())), key
+            assert Fingerprint(changed) != variant_fingerprint(name, tuple(context.items())), key
 
 
 @cache
 def variant_fingerprint(name, context=()):
-    return fingerprint(resolve.resolve(make_config("lra.listops", name, **TINY), dict(context)))
+    return Fingerprint(resolve.resolve(make_config("lra.listops", name, **TINY), dict(context)))
 
 
 @pytest.mark.slow
@@ -190,4 +190,4 @@ def test_no_option_of_a_structure_is_dead(name):
         context = STRUCTURE_CONTEXT.get(f"{name}.{option}", {})
         other = STRUCTURE_OTHER[f"{name}.{option}"] if f"{name}.{option}" in STRUCTURE_OTHER else alternative("", value)
         changed = resolve.resolve(config, {**context, f"linear.mlp.{option}": other})
-        assert fingerprint(changed) != variant_fingerprint(argument, tuple(context.items())), option
+        assert Fingerprint(changed) != variant_fingerprint(argument, tuple(context.items())), option

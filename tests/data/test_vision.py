@@ -19,7 +19,7 @@ from efficient_tx.data.pictures import AUGMENTATIONS, normalise
 from efficient_tx.task import Task
 from tests.data.test_pictures import gradient_image
 from tests.support import tfds_folder
-from tests.support.fingerprint import fingerprint
+from tests.support.fingerprint import Fingerprint
 
 TRAIN, TEST = 60, 20
 
@@ -352,7 +352,7 @@ OTHER = {
 
 @cache
 def base_fingerprint():
-    return fingerprint(make_config("efficient_tx.data.vision", "", **TINY))
+    return Fingerprint(make_config("efficient_tx.data.vision", "", **TINY))
 
 
 KEYS = [
@@ -367,7 +367,7 @@ KEYS = [
 def test_no_key_of_images_is_dead(key):
     config = make_config("efficient_tx.data.vision", "", **TINY)
     value = OTHER[key] if key in OTHER else 2 * keys.flatten(config)[key] + 1
-    assert fingerprint(resolve.resolve(config, {key: value})) != base_fingerprint()
+    assert Fingerprint(resolve.resolve(config, {key: value})) != base_fingerprint()
 
 
 @pytest.mark.parametrize("name", names.MODELS["image"])

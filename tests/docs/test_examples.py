@@ -1,4 +1,4 @@
-"""The scripts in examples/, each as a process."""
+"""The scripts in examples/, each as a process, and the commands for those that are files of a run."""
 
 import os
 import re
@@ -7,9 +7,11 @@ import sys
 
 import pytest
 
+import efficient_tx.eval
+import efficient_tx.train
 from tests.docs.pages import SHORT
 from tests.support import ROOT
-from tests.support.command import scratch
+from tests.support.command import here, scratch
 from tests.support.packages import installed
 
 EXAMPLES = ROOT / "examples"
@@ -47,18 +49,24 @@ def test_reuse(script, line):
 
 
 @pytest.mark.slow
-def test_own_task(tmp_path):
+def test_own_task(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     task = f"--config={EXAMPLES / 'own_task/my_task.py'}"
-    out = run("-m", "efficient_tx.train", task, f"--workdir={tmp_path}/texts", "--config.steps=5", cwd=tmp_path)
+    status, out, error = here(efficient_tx.train.command, task, "--workdir=texts", "--config.steps=5")
+    assert status == 0, error
     assert "texts (texts.csv): 120 training examples" in out
-    assert "texts" in run("-m", "efficient_tx.eval", f"--workdir={tmp_path}/texts", cwd=tmp_path)
+    status, out, error = here(efficient_tx.eval.command, "--workdir=texts")
+    assert status == 0 and "texts" in out, error
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mixers", ["my_mixers:SquaredReLU", "my_mixers:Shift,softmax"])
-def test_own_mixer(mixers, tmp_path):
+def test_own_mixer(mixers, tmp_path, monkeypatch):
+    monkeypatch.chdir(EXAMPLES / "own_mixer")
+    monkeypatch.delitem(sys.modules, "my_mixers", raising=False)  # of another folder
     arguments = (f"--config=quickstart:{mixers}", f"--workdir={tmp_path}/run", *SHORT.split())
-    assert "test accuracy" in run("-m", "efficient_tx.train", *arguments, cwd=EXAMPLES / "own_mixer")
+    status, out, error = here(efficient_tx.train.command, *arguments)
+    assert status == 0 and "test accuracy" in out, error
 
 
 def test_examples_are_all_run():

@@ -12,7 +12,7 @@ from efficient_tx.linear import LINEAR, Dense, LowRank, Monarch, structured_lear
 from efficient_tx.linear.learning_rates import multipliers
 from efficient_tx.training.optimizer import SIGN_LIKE, make_optimizer
 
-WIDTHS = (64, 256, 1024)  # × 1 to × 16
+WIDTHS = (64, 1024)  # × 1 and × 16
 
 
 class Model(nnx.Module):

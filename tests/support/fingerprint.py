@@ -1,6 +1,7 @@
 """Fingerprint of a config: a key that no fingerprint depends on is dead."""
 
 import hashlib
+from functools import cached_property
 
 import jax
 import numpy as np
@@ -12,25 +13,44 @@ from efficient_tx.training.stages import enter
 from efficient_tx.training.step import init_state, make_train_step, split_batch
 
 
-def fingerprint(config):
-    """Of three training steps: the programs, where they start from and what they are fed, the test set included."""
-    check.check(config)
-    task = build.build_task(config)
-    model = build.build_model(config, task)
-    stages, _ = build.build_stages(config, model)
-    device = jax.local_devices()[:1]
-    batches = train_batches(task, batch_size=config.batch_size, seed=config.seed)
-    state, seen = init_state(model, stages[0].optimizer), hashlib.sha256()
-    for before, stage in zip([stages[0], *stages], stages):
-        state = state if stage is before else enter(state, before, stage)
-        graphdef = nnx.split(stage.model)[0]
-        step = make_train_step(
-            graphdef, stage.optimizer, seed=config.seed, grad_accum=config.grad_accum, devices=device
-        )
-        seen.update(step.lower(state, split_batch(batches[0], device)).as_text().encode())
-    tests = evaluation_batches(task.test, task, batch_size=8)
-    validations = evaluation_batches(task.validation, task, batch_size=8)
-    fed = [batches[i] for i in range(3)] + [split[i] for split in (tests, validations) for i in range(len(split))]
-    for leaf in [*jax.tree.leaves(state.params), *jax.tree.leaves(fed)]:
-        seen.update(np.asarray(leaf).tobytes())
+def digest(*parts):
+    seen = hashlib.sha256()
+    for part in parts:
+        seen.update(part.encode() if isinstance(part, str) else np.asarray(part).tobytes())
     return seen.hexdigest()
+
+
+class Fingerprint:
+    """Of three training steps: where they start from, what they are fed, the test set included, and the programs.
+
+    Programs are made only to tell two apart that begin alike: they take most of the time.
+    """
+
+    def __init__(self, config):
+        check.check(config)
+        self.config, task = config, build.build_task(config)
+        self.model = build.build_model(config, task)
+        self.batches = train_batches(task, batch_size=config.batch_size, seed=config.seed)
+        splits = [evaluation_batches(split, task, batch_size=8) for split in (task.test, task.validation)]
+        fed = [self.batches[i] for i in range(3)] + [split[i] for split in splits for i in range(len(split))]
+        self.beginning = digest(*jax.tree.leaves(nnx.split(self.model)[1]), *jax.tree.leaves(fed))
+
+    @cached_property
+    def programs(self):
+        """And the parameters with which the last one starts."""
+        stages, _ = build.build_stages(self.config, self.model)
+        device = jax.local_devices()[:1]
+        state, programs = init_state(self.model, stages[0].optimizer), []
+        for before, stage in zip([stages[0], *stages], stages):
+            state = state if stage is before else enter(state, before, stage)
+            graphdef = nnx.split(stage.model)[0]
+            step = make_train_step(
+                graphdef, stage.optimizer, seed=self.config.seed, grad_accum=self.config.grad_accum, devices=device
+            )
+            programs.append(step.lower(state, split_batch(self.batches[0], device)).as_text())
+        return digest(*programs, *jax.tree.leaves(state.params))
+
+    def __eq__(self, other):
+        return self.beginning == other.beginning and self.programs == other.programs
+
+    __hash__ = None

@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.ndimage import zoom
 
 from efficient_tx.models.pretrained.tensors import Tensors
 from efficient_tx.models.vit import ViT
@@ -57,6 +56,8 @@ def fit_positions(model: ViT, found: Tensors, *, before: Sequence[int] = (0, 1),
     first, grid = np.split(table, [len(table) - math.prod(old)])
     lines = []
     if new != old:
+        from scipy.ndimage import zoom  # a tenth of the imports of every run, of which few resize anything
+
         factors = (new[0] / old[0], new[1] / old[1], 1)
         grid = zoom(grid.reshape(*old, -1), factors, order=1).reshape(math.prod(new), -1)
         lines = [f"  position embeddings resized from {old[0]} × {old[1]} to {new[0]} × {new[1]}"]
