@@ -138,11 +138,11 @@ def attend(grid: Grid, lists, q, *refs) -> None:
 
         for h in range(grid.together):
             g = h // grid.repeats
-            keys, values = stacked(grid, k, g, listed, grid.dim), stacked(grid, v, g, listed, grid.v_dim)
-            logits = logits_of(dot(grid, grid.tokens(q, h, place[2], grid.dim), keys, (1, 1)))
+            keys, values = grid.stacked(k, g, listed, grid.dim), grid.stacked(v, g, listed, grid.v_dim)
+            logits = logits_of(products(grid, grid.tokens(q, h, place[2], grid.dim), keys, grid.dim))
             peak = jnp.maximum(peaks[h], logits.max(-1, keepdims=True))
             weights, fade = jnp.exp(logits - peak), jnp.exp(peaks[h] - peak)
-            sums[h] = sums[h] * fade + dot(grid, weights.astype(values.dtype), values, (1, 0))
+            sums[h] = sums[h] * fade + weighted(grid, weights, values, grid.v_dim)
             totals[h] = totals[h] * fade + weights.sum(-1, keepdims=True)
             peaks[h] = peak
 
@@ -184,11 +184,11 @@ def pull_back_to_queries(grid: Grid, with_bias: bool, lists, q, d_out, lse, delt
 
         for h in range(grid.together):
             g = h // grid.repeats
-            keys, values = stacked(grid, k, g, listed, grid.dim), stacked(grid, v, g, listed, grid.v_dim)
+            keys, values = grid.stacked(k, g, listed, grid.dim), grid.stacked(v, g, listed, grid.v_dim)
             one_q, one_d = grid.tokens(q, h, place[2], grid.dim), grid.tokens(d_out, h, place[2], grid.v_dim)
-            weights = jnp.exp(logits_of(dot(grid, one_q, keys, (1, 1))) - lses[h])
-            d_logits = weights * (dot(grid, one_d, values, (1, 1)) - deltas[h])
-            sums[h] += dot(grid, d_logits.astype(keys.dtype), keys, (1, 0))
+            weights = jnp.exp(logits_of(products(grid, one_q, keys, grid.dim)) - lses[h])
+            d_logits = weights * (products(grid, one_d, values, grid.v_dim) - deltas[h])
+            sums[h] += weighted(grid, d_logits, keys, grid.dim)
             if with_bias:
                 d_rows[...] += d_logits.sum(0, keepdims=True)
 
@@ -233,12 +233,12 @@ def pull_back_to_keys(grid: Grid, slots: int, steps: int, key, entries, *refs) -
 
         for h in range(grid.together):
             g = h // grid.repeats
-            one_q, one_d = stacked(grid, q, h, queries, grid.dim), stacked(grid, d_out, h, queries, grid.v_dim)
+            some_q, some_d = grid.stacked(q, h, queries, grid.dim), grid.stacked(d_out, h, queries, grid.v_dim)
             one_k, one_v = grid.tokens(k, g, block, grid.dim), grid.tokens(v, g, block, grid.v_dim)
-            weights = jnp.exp(logits_of(dot(grid, one_k, one_q, (1, 1))) - lse[h])
-            d_logits = weights * (dot(grid, one_v, one_d, (1, 1)) - delta[h])
-            k_sums[g] += dot(grid, d_logits.astype(one_q.dtype), one_q, (1, 0))
-            v_sums[g] += dot(grid, weights.astype(one_d.dtype), one_d, (1, 0))
+            weights = jnp.exp(logits_of(products(grid, one_k, some_q, grid.dim)) - lse[h])
+            d_logits = weights * (products(grid, one_v, some_d, grid.v_dim) - delta[h])
+            k_sums[g] += weighted(grid, d_logits, some_q, grid.dim)
+            v_sums[g] += weighted(grid, weights, some_d, grid.v_dim)
 
     @pl.when((step == steps - 1) | (key[at + jnp.minimum(step + 1, steps - 1)] != block))
     def _():
@@ -282,12 +282,6 @@ def some(listed: list) -> jax.Array:
     return found
 
 
-def stacked(grid: Grid, refs: list, head: int, blocks: list, dim: int) -> jax.Array:
-    """Blocks of a head, one after the other."""
-    parts = [grid.tokens(ref, head, block, dim) for ref, block in zip(refs, blocks)]
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=0)
-
-
 def turned(x: jax.Array) -> jax.Array:
     """A column `[n, 1]` as a row `[1, n]`, or the other way round."""
     n, axis = max(x.shape), 0 if x.shape[1] == 1 else 1
@@ -301,6 +295,16 @@ def dot(grid: Grid, x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Ar
     return jax.lax.dot_general(
         x, y, (((axes[0],), (axes[1],)), ((), ())), precision=precision, preferred_element_type=jnp.float32
     )
+
+
+def products(grid: Grid, x: jax.Array, stack: jax.Array, dim: int) -> jax.Array:
+    """Inner products of tokens `[n, dim]` and those of `Grid.stacked`."""
+    return dot(grid, x, stack, (1, 0 if grid.last(dim) else 1))
+
+
+def weighted(grid: Grid, weights: jax.Array, stack: jax.Array, dim: int) -> jax.Array:
+    """Sums of the tokens of `Grid.stacked`, by weights `[n, tokens]`."""
+    return dot(grid, weights.astype(stack.dtype), stack, (1, 1 if grid.last(dim) else 0))
 
 
 def take(refs: Iterator, count: int) -> list:

@@ -67,14 +67,15 @@ class Grid:
     @classmethod
     def of(cls, options: Options, sizes: BlockSizes, q, k, v, blocks, rows) -> "Grid":
         (batch, length, heads, dim), groups, size = q.shape, k.shape[2], options.block_size
-        limit = max(1, min(sizes.tokens // size, 4 * sizes.tokens // max(size, LANES)))
+        dims = dim, v.shape[3]
+        # Of tiles at most four times as many tokens are loaded as are used.
+        tile = max(size, LANES) if any(tiled(size, x) for x in dims) else size
+        limit = max(1, min(sizes.tokens // size, 4 * sizes.tokens // tile))
         slots = min(blocks.shape[3], limit)
         if blocks.shape[1] == 1 and (rows is None or rows.shape[1] == 1):
             repeats, share = heads // groups, 1
-            # What a program holds of each token: inputs and outputs twice, since the next are on their way, and sums.
-            block = 4 * sum(
-                max(size, LANES) * x if tiled(size, x) else size * -(-x // LANES) * LANES for x in (dim, v.shape[3])
-            )
+            # What a program holds of each block: inputs and outputs twice, since the next are on their way, and sums.
+            block = 4 * sum(tile * x if tiled(size, x) else size * -(-x // LANES) * LANES for x in dims)
             held = block * (3 * repeats + 2) + 2 * slots * block
             most = min(max(1, sizes.heads // repeats), max(1, (8 << 20) // held))
             together = max(g for g in range(1, groups + 1) if groups % g == 0 and g <= most)
@@ -144,29 +145,36 @@ class Grid:
 
     def tokens(self, ref: Any, head: int, block: jax.Array, dim: int) -> jax.Array:
         """A block of a head, `[size, dim]`; any block if `block` is negative."""
-        if not self.last(dim):
-            return ref[head]
-        size, tile = self.options.block_size, ref[head].T
-        found = tile[:size]
-        for n in range(1, self.per_tile):
-            at = jax.lax.rem(block, jnp.int32(self.per_tile))
-            found = jnp.where(at == n, tile[n * size : (n + 1) * size], found)
-        return found
+        x = self.stacked([ref], head, [block], dim)
+        return x.T if self.last(dim) else x
+
+    def stacked(self, refs: list, head: int, blocks: list, dim: int) -> jax.Array:
+        """Blocks of a head in a row, `[tokens, dim]`, or `[dim, tokens]` where the length is the last axis."""
+        parts = [ref[head] for ref in refs]
+        if self.last(dim) and self.per_tile > 1:
+            size, count = self.options.block_size, self.per_tile
+            lane = jax.lax.broadcasted_iota(jnp.int32, parts[0].shape, 1)
+            tiles = []
+            for n, (x, block) in enumerate(zip(parts, blocks)):
+                place = n % count
+                # To its place in a tile; hardware turns 32 bits.
+                turns = jax.lax.rem(place + count - jax.lax.rem(block, jnp.int32(count)), jnp.int32(count))
+                x = pltpu.roll(x.astype(jnp.float32), turns * size, 1).astype(x.dtype)
+                tiles = [*tiles, x] if place == 0 else [*tiles[:-1], jnp.where(lane < place * size, tiles[-1], x)]
+            return jnp.concatenate(tiles, axis=1)[:, : len(refs) * size]
+        return jnp.concatenate(parts, axis=1 if self.last(dim) else 0)
 
     def put(self, ref: Any, head: int, block: jax.Array, x: jax.Array) -> None:
-        """Writes a block `[size, dim]` of a head."""
-        x = x.astype(ref.dtype)
-        if not self.last(x.shape[1]):
-            ref[head] = x
-        elif self.per_tile == 1:
-            ref[head] = x.T
-        else:
-            size = self.options.block_size
-            for n in range(self.per_tile):
-
-                @pl.when(jax.lax.rem(block, jnp.int32(self.per_tile)) == n)
-                def _(n=n):
-                    ref[head, :, n * size : (n + 1) * size] = x.T
+        """Writes a block `[size, dim]` of a head, beside those that its tile has already."""
+        if self.last(x.shape[1]):
+            x = x.T
+            if self.per_tile > 1:
+                x = jnp.concatenate([x] * self.per_tile, axis=1)
+                place = jax.lax.rem(block, jnp.int32(self.per_tile))
+                lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+                own = jax.lax.div(lane, jnp.int32(self.options.block_size)) == place
+                x = jnp.where(own, x, ref[head].astype(x.dtype))
+        ref[head] = x.astype(ref.dtype)
 
     def of_queries(self, dim: int) -> pl.BlockSpec:
         return self.spec(self.together, dim, lambda b, p, i, step, _: (b, p, i))
