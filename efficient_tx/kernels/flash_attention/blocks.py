@@ -47,6 +47,11 @@ def same(counts: Any) -> int | None:
     return int(found.pop()) if len(found) == 1 else None
 
 
+def entry(counts: Any, ref: Any, at: tuple) -> Any:
+    """The number at a row, which a kernel reads only where it must: loads would wait for it."""
+    return ref[at] if (known := same(counts)) is None else known
+
+
 class Sizes(NamedTuple):
     """Numbers of queries and keys, and of those in a block."""
 

@@ -17,7 +17,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from efficient_tx.kernels.flash_attention import block
 from efficient_tx.kernels.flash_attention.block import Block
-from efficient_tx.kernels.flash_attention.blocks import Visits, same, visits
+from efficient_tx.kernels.flash_attention.blocks import Visits, entry, visits
 from efficient_tx.kernels.flash_attention.call import LEAST, MATRICES, Call
 from efficient_tx.kernels.flash_attention.call import unsupported as reason_against
 from efficient_tx.kernels.flash_attention.mask import Mask
@@ -330,25 +330,18 @@ class GPUCall(Call):
         return self.block_of(product, numbers, row, column, head, test)
 
     def visit(self, seen: Visits, lists: tuple, example: jax.Array, row: jax.Array, step: Callable, carry: Any) -> Any:
-        """Runs `carry = step(number, test, carry)` for all blocks that are visited from `row`.
-
-        What is known when the program is made is not read from the lists: a number that is read in the loop makes every
-        load wait for it.
-        """
-        order, full, some = lists
+        """Runs `carry = step(number, test, carry)` for all blocks that are visited from `row`."""
+        order, *counts = lists
         example = example if len(seen.full) > 1 else 0
-        full, some = (
-            ref[example, row] if (known := same(counts)) is None else known
-            for ref, counts in ((full, seen.full), (some, seen.some))
-        )
+        full, some = (entry(of, ref, (example, row)) for of, ref in zip((seen.full, seen.some), counts))
 
-        def number(n):
-            return n if seen.in_order else order[example, row, n]
+        def visited(n, test, carry):
+            return step(n if seen.in_order else order[example, row, n], test, carry)
 
         if seen.fills:
-            carry = jax.lax.fori_loop(0, full, lambda n, c: step(number(n), False, c), carry)
+            carry = jax.lax.fori_loop(0, full, lambda n, carry: visited(n, False, carry), carry)
         if seen.tests:
-            carry = jax.lax.fori_loop(full, some, lambda n, c: step(number(n), True, c), carry)
+            carry = jax.lax.fori_loop(full, some, lambda n, carry: visited(n, True, carry), carry)
         return carry
 
     def run(

@@ -27,10 +27,9 @@ from efficient_tx.kernels.flash_attention.call import unsupported as reason_agai
 from efficient_tx.kernels.flash_attention.mask import Mask
 from efficient_tx.kernels.flash_attention.options import Options
 from efficient_tx.kernels.flash_attention.score import Score
+from efficient_tx.kernels.flash_attention.tpu_layout import LANES, across, as_row, by_head, by_token
 from efficient_tx.kernels.op import vary_alike
 from efficient_tx.kernels.shapes import result
-
-LANES = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,11 +86,11 @@ def forward(
             values = visited["v"]
             if score.normalise == "softmax":
                 logits = block.logits(one, of)
-                new_peak = jnp.maximum(peak[:, :1], logits.max(1, keepdims=True))
-                weights, fade = jnp.exp(logits - new_peak), jnp.exp(peak[:, :1] - new_peak)
-                acc[...] = acc[...] * fade + call.dot(weights, values, transposed=True)
+                new_peak = jnp.maximum(peak[...], logits.max(1, keepdims=True))
+                weights, fade = jnp.exp(logits - across(new_peak, logits.shape[1])), jnp.exp(peak[...] - new_peak)
+                acc[...] = acc[...] * across(fade, v_dim) + call.dot(weights, values, transposed=True)
                 total[...] = total[...] * fade + weights.sum(1, keepdims=True)
-                peak[...] = jnp.broadcast_to(new_peak, peak.shape)
+                peak[...] = new_peak
             else:
                 weights = block.weights(one, of)
                 acc[...] += call.dot(weights, values, transposed=True)
@@ -102,17 +101,13 @@ def forward(
 
         @pl.when(n == pl.num_programs(3) - 1)
         def _():
-            divisor = total[:, :1]
-            none = divisor == 0
-            divisor = jnp.where(none, 1, divisor)
             if score.normalise is None:
                 out[...] = acc[...].T.astype(out.dtype)
                 return
-            out[...] = (acc[...] / divisor).T.astype(out.dtype)
-            if score.normalise == "softmax":
-                saved[...] = as_row(jnp.where(none, -jnp.inf, jnp.log(divisor) + peak[:, :1]))
-            else:
-                saved[...] = as_row(divisor)
+            divisor = jnp.where(total[...] == 0, 1, total[...])
+            out[...] = (acc[...] / across(divisor, v_dim)).T.astype(out.dtype)
+            # Without keys log(0), which is −inf.
+            saved[...] = as_row(jnp.log(total[...]) + peak[...] if score.normalise == "softmax" else divisor)
 
     number = pltpu.VMEM((rows, LANES), jnp.float32)
     out, saved = call.run(
@@ -172,7 +167,9 @@ def _for_queries(call: "TPUCall", seen: Visits, query_side: dict, key_side: dict
             visited = call.visited(key_side, "k", j, test)
             of = call.block(columns, visited, i, j, head, test)
             d_values = call.dot(columns["d_out"][...], visited["v"])
-            saved, delta = (columns[x][:, :1] if x in columns else None for x in ("saved", "delta"))
+            saved, delta = (
+                across(columns[x][...], of.dot.shape[1]) if x in columns else None for x in ("saved", "delta")
+            )
             _, d_dot, d_norm, _, d_score = block.cotangents(one, of, d_values, saved, delta)
             sums["acc"][...] += call.dot(d_dot, visited["k"], transposed=True)
             if d_norm is not None:
@@ -387,21 +384,6 @@ class TPUCall(Call):
             name=name,
         )(*inputs, query_side, key_side)
         return jax.tree.unflatten(tree, found)
-
-
-def by_head(x: jax.Array) -> jax.Array:
-    """`[batch, length, heads, dim]` as `[batch, heads, dim, length]`."""
-    return x.transpose(0, 2, 3, 1)
-
-
-def by_token(x: jax.Array) -> jax.Array:
-    """`[batch, heads, dim, length]` as `[batch, length, heads, dim]`."""
-    return x.transpose(0, 3, 1, 2)
-
-
-def as_row(x: jax.Array) -> jax.Array:
-    """`[size, 1]` as `[1, size]`."""
-    return jnp.broadcast_to(x, (x.shape[0], LANES)).T[:1]
 
 
 def column_scratch(side: dict, size: int) -> dict:

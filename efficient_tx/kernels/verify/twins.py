@@ -227,6 +227,11 @@ def half_norms(scale, rows, columns):
     )
 
 
+def across(x, width):
+    """One number a row, in all of 128 lanes, as `[size, width]`."""
+    return jnp.tile(x, (1, -(-width // LANES)))[:, :width]
+
+
 def add(ref, x):
     ref[...] += jnp.broadcast_to(x, ref.shape)
 
@@ -235,12 +240,12 @@ def tpu_forward(score, scale, own, other, sums, out):
     q, acc = own["q"][...], sums["sum0"]
     s = scale * product(q, other["k"], PLAIN)
     if score == "softmax":
-        peak = sums["peak"][:, :1]
+        peak = sums["peak"][...]
         top = jnp.maximum(peak, s.max(1, keepdims=True))
-        weights, fade = jnp.exp(s - top), jnp.exp(peak - top)
-        acc[...] = acc[...] * fade + product(weights, other["v"], TRANSPOSED)
+        weights, fade = jnp.exp(s - across(top, s.shape[1])), jnp.exp(peak - top)
+        acc[...] = acc[...] * across(fade, acc.shape[1]) + product(weights, other["v"], TRANSPOSED)
         sums["total"][...] = sums["total"][...] * fade + weights.sum(1, keepdims=True)
-        sums["peak"][...] = jnp.broadcast_to(top, sums["peak"].shape)
+        sums["peak"][...] = top
     else:
         q_norm, k_norm = half_norms(scale, q, other["k"])
         weights = jax.nn.sigmoid(s) if score == "sigmoid" else jnp.exp(jnp.minimum(s - q_norm - k_norm, 0))
@@ -250,10 +255,9 @@ def tpu_forward(score, scale, own, other, sums, out):
         if score != "softmax":
             out[0][...] = acc[...].T.astype(out[0].dtype)
             return
-        total = sums["total"][:, :1]
-        out[0][...] = (acc[...] / total).T.astype(out[0].dtype)
-        lse = jnp.log(total) + sums["peak"][:, :1]
-        out[1][...] = jnp.broadcast_to(lse, (lse.shape[0], LANES)).T[:1]
+        total = sums["total"][...]
+        out[0][...] = (acc[...] / across(total, acc.shape[1])).T.astype(out[0].dtype)
+        out[1][...] = (jnp.log(total) + sums["peak"][...]).T[:1]
 
     return finish
 
@@ -261,7 +265,7 @@ def tpu_forward(score, scale, own, other, sums, out):
 def tpu_queries(score, scale, own, other, sums, out):
     q = own["q"][...]
     s, d_weights = scale * product(q, other["k"], PLAIN), product(own["d_out"][...], other["v"], PLAIN)
-    at = [own[name][:, :1] if name in own else None for name in ("saved", "delta")]
+    at = [across(own[name][...], s.shape[1]) if name in own else None for name in ("saved", "delta")]
     _, d_s = pull(score, s, d_weights, *half_norms(scale, q, other["k"]), *at)
     sums["sum0"][...] += product(d_s, other["k"], TRANSPOSED)
     if "norm" in sums:
