@@ -9,6 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from efficient_tx.numerics.each import of_each
 from efficient_tx.numerics.factorisations import cholesky, solve_lower
 from efficient_tx.numerics.random import sample_tokens
 
@@ -79,12 +80,11 @@ def kernel_leverage(
     rows = jnp.broadcast_to(jnp.where(valid, eye, 0), core.shape)
     whiten = solve_lower(cholesky(core), rows)
 
-    def head(args):
-        pilot, whiten, x = args
+    def head(pilot, whiten, x):
         return 1 - jnp.square(_dot(whiten, kernel(pilot, x))).sum(0)
 
     each = (pilot, whiten, x.swapaxes(1, 2))
-    score = jax.lax.map(head, tuple(a.reshape(batch * heads, *a.shape[2:]) for a in each))
+    score = of_each(head, *(a.reshape(batch * heads, *a.shape[2:]) for a in each))
     return jnp.clip(score, jnp.finfo(score.dtype).eps, 1).reshape(batch, heads, length).swapaxes(1, 2)
 
 
@@ -112,9 +112,7 @@ def lloyd(x: jax.Array, mask: jax.Array, start: jax.Array, *, steps: int = 4) ->
     valid = jnp.arange(count) < mask.sum(1)[:, None]
     centres = jax.lax.stop_gradient(jnp.where(valid[..., None, None], tokens_at(x, start), 0))
 
-    def head(args):
-        x, centres, mask, valid = args
-
+    def head(x, centres, mask, valid):
         def nearest(centres):
             closeness = _dot(centres, jax.lax.stop_gradient(x).T) - jnp.square(centres).sum(-1, keepdims=True) / 2
             closeness = jnp.where(valid[:, None], closeness, -jnp.inf)
@@ -133,5 +131,5 @@ def lloyd(x: jax.Array, mask: jax.Array, start: jax.Array, *, steps: int = 4) ->
         return means(x, jax.lax.stop_gradient(centres))
 
     each = (x.swapaxes(1, 2), centres.swapaxes(1, 2), mask[:, None].repeat(heads, 1), valid[:, None].repeat(heads, 1))
-    centres = jax.lax.map(head, tuple(a.reshape(batch * heads, *a.shape[2:]) for a in each))
+    centres = of_each(head, *(a.reshape(batch * heads, *a.shape[2:]) for a in each))
     return centres.reshape(batch, heads, count, dim).swapaxes(1, 2)

@@ -23,6 +23,7 @@ from efficient_tx.attention.exact.softmax import softmax
 from efficient_tx.checks import OptionError
 from efficient_tx.kernels import flash_attention
 from efficient_tx.kernels.shapes import check_shapes
+from efficient_tx.numerics.each import of_each
 from efficient_tx.numerics.landmarks import draw_by_weight, tokens_at
 from efficient_tx.numerics.random import evaluation_keys, example_keys, fold, sample_tokens, take_tokens
 from efficient_tx.tokens.mask import key_mask, repeat_heads
@@ -108,15 +109,14 @@ def column_log_probabilities(pilot_q: jax.Array, pilot_lse: jax.Array, k: jax.Ar
     batch, pilots, heads, head_dim = pilot_q.shape
     keys, groups = k.shape[1:3]
 
-    # One group of one example at a time, so that the weights of pilots × keys stay in the cache.
-    def group(x):
-        rows, lse, k = x
+    # On a CPU the weights of pilots × keys of one group of one example stay in the cache.
+    def group(rows, lse, k):
         logits = jnp.matmul(rows * head_dim**-0.5, k.T, precision=jax.lax.Precision.HIGHEST)
         return jnp.exp(2 * (logits - lse[:, None])).reshape(-1, pilots, keys).sum(1)
 
     rows = pilot_q.swapaxes(1, 2).reshape(batch * groups, -1, head_dim)
     lse = pilot_lse.swapaxes(1, 2).reshape(batch * groups, -1)
-    squares = jax.lax.map(group, (rows, lse, k.swapaxes(1, 2).reshape(-1, keys, head_dim)))
+    squares = of_each(group, rows, lse, k.swapaxes(1, 2).reshape(-1, keys, head_dim))
     squares = squares.reshape(batch, heads, keys).swapaxes(1, 2)
     smallest = jnp.finfo(jnp.float32).tiny
     norms = repeat_heads(jnp.square(v).sum(-1), heads, "v")
