@@ -9,8 +9,8 @@ from efficient_tx.kernels.verify.targets import MIB, TARGETS
 Rows = Sequence[dict[str, Any]]
 
 
-def markdown(date: str, interpreted: Rows, moved: Rows, compiled: Rows) -> str:
-    """The page `benchmarks/kernels.md`."""
+def markdown(date: str, interpreted: Rows, moved: Rows, compiled: Rows, sections: Sequence[str] = ()) -> str:
+    """The page `benchmarks/kernels.md`; `sections` are lines after the table of kernels."""
     versions = ", ".join(f"{name} {version}" for name, version in figures.versions().items())
     gates = ", ".join(name for name, target in TARGETS.items() if target.gate)
     recorded = ", ".join(name for name, target in TARGETS.items() if not target.gate)
@@ -22,11 +22,13 @@ def markdown(date: str, interpreted: Rows, moved: Rows, compiled: Rows) -> str:
         "Each row has the largest figure of all cases of an operation. Error: the largest of an entry beside the plain "
         "formula in float64, as a share of the largest entry, in an interpreter (float32; bfloat16). On chip: MiB of "
         "VMEM, or of shared memory of a block. I/O: bytes that a kernel moves from and to main memory by its grid "
-        "and block specs, as a multiple of the lower bound. Temporaries: of main memory, as a share of arguments and "
-        "outputs. Registers are of a thread; spills are bytes (GPU) or instructions (TPU); instructions are of PTX, or "
+        "and block specs, as a multiple of the lower bound; there is none for GPUs, where a kernel computes the "
+        "addresses that it reads. Temporaries: of main memory, as a share of arguments and outputs. Registers are of a "
+        "thread; spills are bytes (GPU) or instructions (TPU); instructions are of PTX, or "
         "bundles.", "",
         *table(HEAD, rows(interpreted, moved, compiled)), "",
         *faulty(compiled), "",
+        *sections,
     ])  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from efficient_tx.kernels.verify import __main__ as command
-from efficient_tx.kernels.verify import figures, ladder
+from efficient_tx.kernels.verify import figures, ladder, sections
 from efficient_tx.kernels.verify.targets import TARGETS
 
 
@@ -66,6 +66,7 @@ def rungs(monkeypatch):
     monkeypatch.setattr(ladder, "accounts", lambda *_: [{"operation": "monarch", "ratio": 1.25}])
     monkeypatch.setattr(ladder, "compilations", lambda *_: programs)
     monkeypatch.setattr(command, "selection", lambda *_, **__: [])
+    monkeypatch.setattr(sections, "of_all", lambda _: (["## Whole training steps"], True))
     monkeypatch.setattr(figures, "store", lambda path, programs, known: path.write_text(json.dumps(programs)))
     monkeypatch.setattr(figures, "read", lambda path: {})
     return run, programs
@@ -76,6 +77,7 @@ def test_all_writes_a_table_and_figures(rungs, tmp_path, capsys):
     page = (tmp_path / "kernels.md").read_text()
     assert "| monarch | v5e | 1 | 2e-07; – | 0 | 1.25 | 1.0 | 2.00 | 0.25 | – | 0 | 7 | 0 |" in page
     assert "| monarch | h100 | 1 | –; – | – | – | 1.0 |" in page
+    assert "## Whole training steps" in page
     assert len(json.loads((tmp_path / "kernels.json").read_text())) == len(TARGETS)
 
 
