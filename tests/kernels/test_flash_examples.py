@@ -270,7 +270,7 @@ def check(name, dtype, atol, **options):
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-@pytest.mark.first(2)
+@pytest.mark.first(1)
 def test_blockwise(name, monkeypatch):
     """Several blocks, the last one ragged; sums of 36 terms of order 1 in float64."""
     monkeypatch.setattr(importlib.import_module("efficient_tx.kernels.flash_attention.xla"), "BLOCK_AREA", 16 * 16)

@@ -62,7 +62,7 @@ EXACT = ("causal", "window", "prefix", "sink", "padding", "strided", "far stride
 
 
 @pytest.mark.parametrize("name", MASKS)
-@pytest.mark.first(2)
+@pytest.mark.first(1)
 def test_equals_attention_to_the_pairs_it_allows(name, monkeypatch):
     """Against the reference with an array of all pairs; the gradients too, in float64."""
     monkeypatch.setattr(importlib.import_module("efficient_tx.kernels.flash_attention.xla"), "BLOCK_AREA", 16 * 16)

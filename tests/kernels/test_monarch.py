@@ -112,6 +112,7 @@ def test_all_at_once_is_the_same_product(monkeypatch, shapes):
     jax.clear_caches()
 
 
+@pytest.mark.slow
 def test_maps_and_second_derivatives():
     x, w1, w2 = arrays(SHAPES[3], 24)
     call = {name: partial(monarch, implementation=name) for name in ("reference", "xla")}

@@ -93,6 +93,7 @@ def test_equals_the_sum_over_pairs_and_both_have_one_gradient(queries, causal, w
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_the_reference_goes_forward_the_others_say_so():
     """A derivative in one direction: the reference's is that of its own gradient."""
     operands = inputs(6)

@@ -116,6 +116,7 @@ def test_row_sums_are_unbiased_over_all_samples():
             assert np.exp(lse).std(0).min() > 0.1
 
 
+@pytest.mark.slow
 def test_forward_mode_and_what_cannot_be():
     q, k, v = (x[:, :, 0] for x in attention_inputs(0, 9, 6, heads=1, groups=1))
     sizes = Sizes(3, 8)

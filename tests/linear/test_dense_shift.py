@@ -70,6 +70,7 @@ def test_gradients_pass_the_roundings():
     np.testing.assert_allclose(grads["gain"][...], (by_weight * weight).sum(), **tolerance)
 
 
+@pytest.mark.slow
 def test_projection_is_the_best_of_all_shifts():
     """Brute force over the 4⁵ shifts of five weights, each with its best scale."""
     kernel = np.random.default_rng(0).normal(size=(5, 1))

@@ -55,6 +55,7 @@ def test_monarch_equals_its_permuted_block_diagonals():
     np.testing.assert_allclose(ours, x @ (scatter @ second @ gather @ first).T, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_fourier_transform_with_permuted_columns_is_one_monarch_matrix():
     """Dao et al. 2022: the DFT of size m² with columns (i, j) -> (j, i) is Monarch with m blocks, exactly."""
     blocks = 4
@@ -71,6 +72,7 @@ def test_fourier_transform_with_permuted_columns_is_one_monarch_matrix():
         np.testing.assert_allclose(made.to_dense(), weight, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_published_monarch_start_loses_a_factor_of_nine():
     """Two uniform factors of variance 1 / (3 fan-in) one after the other; a dense layer's own loses 3."""
     x = jax.random.normal(jax.random.key(1), (256, 512))

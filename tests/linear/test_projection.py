@@ -172,6 +172,7 @@ def test_blast_fit_is_better_than_low_rank_and_block_diagonal():
     assert ours < 0.85 * theirs < 0.85 * others
 
 
+@pytest.mark.slow
 def test_blast_fit_of_degenerate_matrices_is_finite_and_exact():
     """Cores that have no inverse, Gram matrices of zeros: a zero, a block-diagonal and two low-rank matrices."""
     blocks = np.kron(np.eye(4), np.add.outer(np.arange(16), np.arange(16)))

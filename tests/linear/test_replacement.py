@@ -146,7 +146,7 @@ class Net(nnx.Module):
 
 
 @pytest.mark.parametrize("name", LINEAR)
-@pytest.mark.first(4)
+@pytest.mark.first(2)
 def test_a_structure_becomes_dense_and_dense_becomes_the_nearest_structure(name):
     square = {"sizes": (8, 8)}  # one shape, so that both layers share their programs
     source, target = Net(LINEAR[name], seed=1, **square), Net(Dense, **square)
@@ -183,7 +183,7 @@ def test_equal_forms_are_copied_and_other_options_projected():
         ({"linear": LowRank}, {}, "layers.0.kernel is absent there"),
     ],
 )
-@pytest.mark.first(2)
+@pytest.mark.first(1)
 def test_what_differs_otherwise_is_named(source, target, words):
     with pytest.raises(ValueError, match=words):
         transfer(Net(**source), Net(**target))

@@ -108,6 +108,7 @@ def test_a_weight_of_zeros_is_zero():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.first(1)
 def test_the_packed_form_has_the_same_output(dtype):
     made, plain, x = layer(dtype=dtype), layer(dtype=dtype, use_bias=False), batch()
     np.testing.assert_array_equal(made.pack().to_dense(), made.to_dense())

@@ -59,7 +59,7 @@ def test_logits_do_not_depend_on_padding(pool, positions):
 
 
 @pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
-@pytest.mark.first(1)
+@pytest.mark.slow
 def test_tokens_that_keep_their_places_tell_a_masked_picture_from_its_shift(positions):
     model = classifier(positions=positions, layers=1)
     places = jnp.arange(12)[None]
@@ -130,6 +130,7 @@ def test_a_block_is_its_formula():
     np.testing.assert_allclose(block(x), expected, atol=1e-5)  # float32
 
 
+@pytest.mark.slow
 def test_swiglu_and_gelu_have_equal_parameters():
     gelu, swiglu = (
         sum(leaf.size for leaf in jax.tree.leaves(nnx.state(Mlp(64, 192, kind=kind, rngs=nnx.Rngs(0)))))
@@ -257,7 +258,7 @@ def test_logits_of_a_pair_do_not_depend_on_padding(pool):
 
 
 @pytest.mark.parametrize(("pair_head", "widths"), [("interaction", [32, 16, 3]), ("concatenation", [16, 16, 8, 3])])
-@pytest.mark.first(1)
+@pytest.mark.slow
 def test_the_head_of_a_pair_is_its_formula(pair_head, widths):
     """Both sequences through one encoder, then an MLP of what the docstring says, in numpy."""
     model = classifier(DualEncoder, pair_head=pair_head, layers=1)

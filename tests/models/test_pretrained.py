@@ -84,6 +84,7 @@ def test_big_vision_scanned(tmp_path):
     close(model(images()), expected)
 
 
+@pytest.mark.slow
 def test_stacked_blocks_are_the_same_blocks(tmp_path):
     tensors, _ = big_vision("tok")
     np.savez(tmp_path / "loop.npz", **tensors)

@@ -101,6 +101,7 @@ def test_parameters_and_multiplications_are_the_published_ones(size):
     assert abs(made / billions - 1) < 0.027
 
 
+@pytest.mark.slow
 def test_the_figures_of_the_docstring():
     for size in SIZES:
         _, counted, multiplied = published_sizes(size)
@@ -109,6 +110,7 @@ def test_the_figures_of_the_docstring():
         assert [line.split()[i] for i in (1, 4)] == [f"{count:.2f}" for count in counts], line
 
 
+@pytest.mark.slow
 def test_counting_by_stage_is_counting():
     depths = SIZES["tiny"]["depths"]
     assert parameters(abstract()) == counted_by_stage(abstract(depths=(1, 1, 1, 1)), depths)

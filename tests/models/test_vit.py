@@ -202,6 +202,7 @@ def test_drop_path_leaves_out_whole_examples_and_keeps_the_mean():
     assert drop_path(x, 0.25, None) is x and drop_path(x, 0.0, keys) is x
 
 
+@pytest.mark.slow
 def test_a_block_drops_its_branches_by_example_and_scales_them():
     """Every example goes one of four ways through a block, each computed from the branches themselves."""
     block = Block(8, mixer=partial(Softmax, heads=2), mlp_features=16, drop_path=0.5, layer_scale=0.1, rngs=nnx.Rngs(0))

@@ -56,6 +56,7 @@ def test_nothing_is_differentiated_through_the_factorisation():
     assert text.count("custom_vmap_call[") == 5  # and two solves in each direction
 
 
+@pytest.mark.slow
 def test_one_newton_step_maps_the_error_as_published():
     """For a 1 × 1 matrix: E = 1 − A X becomes E³ (E + 3) / 4, here from X₀ = 1."""
     with jax.enable_x64(True):
@@ -133,6 +134,7 @@ def test_newton_raphson_squares_the_error_from_the_published_start():
         assert (np.asarray(residual) < 1e-11).all()
 
 
+@pytest.mark.slow
 def test_newton_raphson_has_the_gradient_of_the_inverse():
     """−A⁻¹ X̄ A⁻¹, symmetrised, at any number of iterations that converge; the residual carries none."""
     a, w = spd(0, 6, smallest=0.1), np.random.default_rng(1).normal(size=(6, 6))

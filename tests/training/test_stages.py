@@ -109,12 +109,8 @@ def test_moments_of_dense_weights_start_anew_and_all_others_go_on():
         np.testing.assert_allclose(final[name], expected, rtol=1e-5, atol=2e-6, err_msg=name)
 
 
-def few(names, at_once):
-    """Some at once, the others with the slow tests."""
-    return [name if name in at_once else pytest.param(name, marks=pytest.mark.slow) for name in names]
-
-
-@pytest.mark.parametrize("name", few([name for name in OPTIMIZERS if name != "schedule_free_adamw"], ("adam",)))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "schedule_free_adamw"])
 def test_every_optimizer_carries_its_state_over_and_descends(name):
     rate = {"prodigy": 1.0, "muon": 0.3}.get(name, 0.1)
     (first, second), _ = stages_of(name=name, clip=1.0, learning_rate=rate, schedule="constant")
@@ -148,7 +144,8 @@ def test_every_optimizer_carries_its_state_over_and_descends(name):
     assert not np.array_equal(state.params["layers"][0]["kernel"][...], changed.params["layers"][0]["kernel"][...])
 
 
-@pytest.mark.parametrize("name", few([name for name in LINEAR if name != "dense"], ("monarch",)))
+@pytest.mark.parametrize("name", sorted(LINEAR.keys() - {"dense"}, key=lambda name: name != "monarch"))
+@pytest.mark.first(1)
 def test_the_dense_model_computes_what_the_structured_one_did(name):
     (first, second), _ = stages_of(LINEAR[name])
     state = started(first)

@@ -203,6 +203,7 @@ def test_softmax_decodes_in_linen():
     np.testing.assert_allclose(np.concatenate(rows, axis=1), whole, atol=1e-5)  # float32 rounding
 
 
+@pytest.mark.slow
 def test_causal_reaches_the_variant():
     q, k, v = (normal(seed, 1, 5, 2, 8) for seed in range(3))
     ours = as_attention_fn("softmax")(q, k, v, is_causal=True)

@@ -73,6 +73,7 @@ def test_the_arrays_of_a_score_are_trained():
     np.testing.assert_allclose(found, expected, rtol=1e-4)  # float32
 
 
+@pytest.mark.slow
 def test_positions_count_real_tokens():
     """A window of 1 sees the token itself: with padding between them too, and the prefix is the first real token."""
     mixer = Custom(8, heads=2, mask=window(1) | prefix(1), rngs=nnx.Rngs(0))

@@ -75,6 +75,7 @@ def test_a_row_sums_to_about_the_same_at_any_length(n, batch):
     assert sums.mean() == pytest.approx(expected, abs=4 * 2.7 / (n * batch * 2) ** 0.5)
 
 
+@pytest.mark.slow
 def test_a_bias_towards_minus_infinity_makes_it_vanish():
     q, k, v = (normal(i, 1, 5, 2, 4) for i in range(3))
     with jax.enable_x64(True):

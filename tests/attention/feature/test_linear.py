@@ -93,6 +93,7 @@ def test_weights_sum_to_one_and_forget_nothing_in_float32():
         np.testing.assert_allclose(linear(q, k, v, causal=causal), np.full_like(v, 3), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_nan_in_padding_stays_there():
     mask = np.arange(20) < np.array([[20], [13]])
     inputs = [np.where(mask[:, :, None, None], x, np.nan).astype(np.float32) for x in arrays(0, 20, 20)]

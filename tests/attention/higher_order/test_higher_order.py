@@ -173,6 +173,7 @@ def test_a_constant_second_token_leaves_softmax():
 
 @pytest.mark.parametrize("windows", [None, (40, 40)], ids=["exact", "windows"])
 @pytest.mark.first(1)
+@pytest.mark.slow
 def test_tensor_starts_as_attention_to_the_first_token(windows):
     """k2 = v2 = 0 leaves Meta's constants, 1/d and 1: one softmax, whose logits are q·k / d^1.5."""
     q, k, v, k2, v2 = inputs(0, 9, 9, groups=(2, 2))

@@ -65,6 +65,7 @@ def test_it_is_its_formula_and_padding_gets_nothing(attend):
     assert (out[~MASK] == 0).all()
 
 
+@pytest.mark.slow
 def test_bfloat16_inputs_are_computed_in_float32(attend):
     rounded = [normal(i, 3, 12, 2, 6).astype(jnp.bfloat16) for i in range(3)]
     out = attend(*rounded)
@@ -73,6 +74,7 @@ def test_bfloat16_inputs_are_computed_in_float32(attend):
     np.testing.assert_allclose(out.astype(np.float32), full, rtol=2**-8, atol=1e-6)  # one rounding to 8 bits
 
 
+@pytest.mark.slow
 def test_gradients_equal_finite_differences(attend):
     arrays, w = [normal(i, 3, 12, 2, 6) for i in range(3)], normal(3, 3, 12, 2, 6)
     with jax.enable_x64(True):

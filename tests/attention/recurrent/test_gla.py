@@ -107,6 +107,7 @@ def test_has_the_parameters_of_the_published_layer():
     assert count == 4 * 64**2 + 64 * 16 + 16 * 32 + 32 + 32
 
 
+@pytest.mark.slow
 def test_steps_are_the_rows_of_the_causal_form():
     mixer, x = module(causal=True), np.random.default_rng(0).normal(size=(2, 20, FEATURES)).astype(np.float32)
     whole = mixer(x)

@@ -154,7 +154,7 @@ def causal_options(attention, rescore, budget=9, recent=4):
     [("softmax", True, 9), ("polynomial", False, 9), ("softmax", True, 35)],
     ids=["softmax", "polynomial, arrival", "all"],
 )
-@pytest.mark.first(1)
+@pytest.mark.slow
 def test_the_causal_form_is_dense_attention_over_the_streamed_sets(attention, rescore, budget):
     """In the last case `budget − recent` is the number of keys: exact causal attention."""
     q, k, v = inputs(1, 31, 31)
