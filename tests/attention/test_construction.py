@@ -51,7 +51,7 @@ def test_parameters_are_float32_where_floats_are_float64(name):
 
 
 @every
-@pytest.mark.first(8)
+@pytest.mark.first(4)
 def test_shapes_of_few_tokens_and_wide_heads(name):
     """Nothing comes of nothing; a head may be wider than features // heads, queries and keys may turn."""
     cls = ATTENTION[name]

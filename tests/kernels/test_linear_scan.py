@@ -99,6 +99,7 @@ slow = pytest.mark.slow
         pytest.param("complex", True, (37, 5), marks=slow),
     ],
 )
+@pytest.mark.first(1)
 def test_kernels_equal_the_recurrence_and_its_gradients(implementation, kind, reverse, shape):
     arrays = inputs(6, kind, *shape)
     with jax.enable_x64(True):

@@ -183,7 +183,7 @@ def small_case(shapes, tokens, dtype="float32"):
 
 
 @pytest.mark.parametrize("implementation", PALLAS)
-@pytest.mark.first(2)
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     ("shapes", "tokens", "dtype", "tiles"),
     [

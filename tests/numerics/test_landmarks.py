@@ -30,6 +30,7 @@ def test_draws_are_without_replacement_by_their_weights():
     np.testing.assert_allclose(np.delete(share, 2), expected, atol=0.032)  # 4 standard deviations of a share
 
 
+@pytest.mark.slow
 def test_draws_belong_to_ranks_and_heads():
     """More padding, and padding in between, choose the same tokens; each head chooses its own; real tokens first."""
     keys, weight = jax.random.split(jax.random.key(0), 2), normal(0, 2, 9, 3)

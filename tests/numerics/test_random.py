@@ -41,6 +41,7 @@ def test_dropout_keeps_the_mean_and_drops_its_share():
     assert not np.array_equal(out[0], out[1])
 
 
+@pytest.mark.slow
 def test_dropout_draws_do_not_depend_on_the_length_or_the_batch():
     keys = jax.random.split(jax.random.key(0), 3)
     x = jnp.ones((3, 40, 5))

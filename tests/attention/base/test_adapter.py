@@ -255,6 +255,7 @@ def test_names_and_options_that_do_not_exist(name, given, message):
         as_attention_fn(name, **given)
 
 
+@pytest.mark.slow
 def test_sampling_follows_flaxs_key():
     """A raw uint32 key, as linen still makes, and a typed one are the same draw."""
     sample = jax.jit(as_attention_fn("skyformer", landmarks=2))

@@ -140,6 +140,7 @@ def test_the_weights_of_the_rows_sum_to_one():
             np.testing.assert_allclose(row_attention(*map(jnp.asarray, (q, k, v)), None, rows), v, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_a_filter_of_ones_is_the_mean_of_each_group():
     """And with as many groups as features the identity, at any length and padding."""
     x = np.where(MASK[:, :, None], normal(0, 3, 12, 6), 0)
