@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from efficient_tx.kernels import pair_attention
+from efficient_tx.kernels.pair_attention.options import Options
 
 xla = importlib.import_module("efficient_tx.kernels.pair_attention.xla")
 KEYS = 13
@@ -91,6 +92,23 @@ def test_equals_the_sum_over_pairs_and_both_have_one_gradient(queries, causal, w
     for ours, theirs in zip(by_tiled, by_plain):
         assert np.abs(theirs).max() > 1e-3
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(("causal", "windows"), [(False, (5, 4)), pytest.param(True, (5, 7), marks=pytest.mark.slow)])
+def test_all_heads_at_once_as_on_accelerators_equal_one_after_another(causal, windows):
+    r, options = np.random.default_rng(0), Options(pair, causal, windows)
+    shapes = (KEYS, 4), (KEYS, 4), (KEYS, 2), (KEYS, 4), (KEYS, 2)
+    with jax.enable_x64(True):
+        operands = *(jnp.asarray(r.normal(size=(3, *s))) for s in shapes), jnp.array([13, 7, 0]), jnp.array([0, 0, -2])
+        in_turn = xla.sizes(options, *(jnp.zeros((1, *s)) for s in shapes))
+        at_once = in_turn.of_all_heads()
+        assert at_once.rows < in_turn.rows
+        found = []
+        for each, tiling in ((xla.in_turn, in_turn), (xla.at_once, at_once)):
+            out, lse = xla._forward(each, pair, tiling, *operands)
+            found.append((out, lse, *xla._backward(each, pair, tiling, operands, out, lse, jnp.cos(out))))
+    for ours, theirs in zip(*found):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-11)  # float64 rounding
 
 
 @pytest.mark.slow

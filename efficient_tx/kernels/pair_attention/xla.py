@@ -7,18 +7,22 @@ For a fixed second token k it is attention of a combined query (i, k) to all fir
 A step computes, by matrix products, the scores of a tile of queries with a tile of second tokens and all first tokens
 that the queries see. One online softmax combines the steps (Milakov and Gimelshein 2018, arXiv 1805.02867); the
 backward pass recomputes a tile. Exponentials are only taken relative to the largest score, so no factor of a product of
-exponentials can underflow separately.
+exponentials can underflow separately. A CPU takes one head of one example after another, an accelerator all of them.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from efficient_tx.kernels.pair_attention.options import Options, Pair
+from efficient_tx.kernels.platform import by_platform
 
 AREA = 1 << 18  # scores per tile: 1 MB of float32
 SECOND_TOKENS = 16  # per tile
+FEWER_ROWS = 8  # of a tile where all heads have one at once: so many times
 
 
 def unsupported(options: Options, *operands: jax.Array) -> None:
@@ -30,7 +34,10 @@ def sizes(options: Options, q: jax.Array, k: jax.Array, *others: jax.Array) -> "
 
 
 class Tiling(NamedTuple):
-    """The sizes of a tile of one head: rows of queries, the band of first tokens that they may see, second tokens."""
+    """The sizes of a tile of one head: rows of queries, the band of first tokens that they may see, second tokens.
+
+    `together`: all heads take the same steps, also those that one of them could leave out.
+    """
 
     queries: int
     keys: int
@@ -39,6 +46,7 @@ class Tiling(NamedTuple):
     rows: int
     band: int
     second: int
+    together: bool = False
 
     @classmethod
     def of(cls, queries: int, keys: int, options: Options) -> "Tiling":
@@ -48,6 +56,10 @@ class Tiling(NamedTuple):
         # The band is `rows` longer than the window.
         rows = max(1, min(rows, queries, max(windows[0], 32)))
         return cls(queries, keys, windows, options.causal, rows, min(keys, rows + windows[0] - 1), second)
+
+    def of_all_heads(self) -> "Tiling":
+        rows = max(1, self.rows // FEWER_ROWS)
+        return self._replace(rows=rows, band=min(self.keys, rows + self.windows[0] - 1), together=True)
 
     def tiles(self, x: jax.Array) -> jax.Array:
         """`x` `[queries, ...]` as `[tiles, rows, ...]`, padded with zeros."""
@@ -100,7 +112,8 @@ class Tile:
 
         steps = -(-tiling.windows[1] // tiling.second)
         # No query sees tokens before the first one.
-        return jax.lax.fori_loop(jnp.clip(-self.start2[-1, 0] // tiling.second, 0, steps), steps, step, carry)
+        first = 0 if tiling.together else jnp.clip(-self.start2[-1, 0] // tiling.second, 0, steps)
+        return jax.lax.fori_loop(first, steps, step, carry)
 
 
 class Second(NamedTuple):
@@ -112,14 +125,28 @@ class Second(NamedTuple):
     a: jax.Array
 
 
+def in_turn(head: Callable, operands: tuple) -> tuple[jax.Array, ...]:
+    return jax.lax.map(head, operands)
+
+
+def at_once(head: Callable, operands: tuple) -> tuple[jax.Array, ...]:
+    return jax.vmap(head)(operands)
+
+
 def forward(options: Options, tiling: Tiling, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Output `[heads, queries, v_dim]` and log-sum-exp `[heads, queries]`, 0 for a query without keys.
 
     The operands are q, k, v, k2, v2 `[heads, length, dim]`, with heads over batch and heads, and two int32 arrays
     `[heads]`: the number of real tokens, which come first, and the position of the first query.
     """
-    pair = options.pair
+    alternatives = {
+        "cpu": partial(_forward, in_turn, options.pair, tiling),
+        "default": partial(_forward, at_once, options.pair, tiling.of_all_heads()),
+    }
+    return by_platform(alternatives, *operands)
 
+
+def _forward(each: Callable, pair: Pair, tiling: Tiling, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
     def head(operands):
         q, *others = operands
         v_dim = others[1].shape[-1]
@@ -147,14 +174,23 @@ def forward(options: Options, tiling: Tiling, *operands: jax.Array) -> tuple[jax
         out, lse = jax.lax.map(tile, (jnp.arange(len(q)), q))
         return out.reshape(-1, v_dim)[: tiling.queries], lse.reshape(-1)[: tiling.queries]
 
-    return jax.lax.map(head, operands)
+    return each(head, operands)
 
 
 def backward(
     options: Options, tiling: Tiling, operands: tuple[jax.Array, ...], out: jax.Array, lse: jax.Array, d_out: jax.Array
 ) -> tuple[jax.Array | None, ...]:
     """Cotangents of q, k, v, k2 and v2, and None for the counts and positions."""
-    pair = options.pair
+    alternatives = {
+        "cpu": partial(_backward, in_turn, options.pair, tiling),
+        "default": partial(_backward, at_once, options.pair, tiling.of_all_heads()),
+    }
+    return *by_platform(alternatives, operands, out, lse, d_out), None, None
+
+
+def _backward(
+    each: Callable, pair: Pair, tiling: Tiling, operands: tuple, out: jax.Array, lse: jax.Array, d_out: jax.Array
+) -> tuple[jax.Array, ...]:
     # With the weights p of a query, d_scores = p ⊙ (d_p − delta).
     delta = jnp.sum(out * d_out, axis=-1)
 
@@ -194,7 +230,7 @@ def backward(
         d_k, d_v, d_k2, d_v2 = jax.lax.optimization_barrier(carry)
         return d_q.reshape(-1, q.shape[1])[: tiling.queries], d_k.T, d_v.T, d_k2, d_v2
 
-    return *jax.lax.map(head, (operands, (lse, d_out, delta))), None, None
+    return each(head, (operands, (lse, d_out, delta)))
 
 
 def rows_dot(x: jax.Array, y: jax.Array) -> jax.Array:
