@@ -22,7 +22,6 @@ from efficient_tx.kernels.platform import by_platform
 
 AREA = 1 << 18  # scores per tile: 1 MB of float32
 SECOND_TOKENS = 16  # per tile
-FEWER_ROWS = 8  # of a tile where all heads have one at once: so many times
 
 
 def unsupported(options: Options, *operands: jax.Array) -> None:
@@ -56,10 +55,6 @@ class Tiling(NamedTuple):
         # The band is `rows` longer than the window.
         rows = max(1, min(rows, queries, max(windows[0], 32)))
         return cls(queries, keys, windows, options.causal, rows, min(keys, rows + windows[0] - 1), second)
-
-    def of_all_heads(self) -> "Tiling":
-        rows = max(1, self.rows // FEWER_ROWS)
-        return self._replace(rows=rows, band=min(self.keys, rows + self.windows[0] - 1), together=True)
 
     def tiles(self, x: jax.Array) -> jax.Array:
         """`x` `[queries, ...]` as `[tiles, rows, ...]`, padded with zeros."""
@@ -141,7 +136,7 @@ def forward(options: Options, tiling: Tiling, *operands: jax.Array) -> tuple[jax
     """
     alternatives = {
         "cpu": partial(_forward, in_turn, options.pair, tiling),
-        "default": partial(_forward, at_once, options.pair, tiling.of_all_heads()),
+        "default": partial(_forward, at_once, options.pair, tiling._replace(together=True)),
     }
     return by_platform(alternatives, *operands)
 
@@ -183,7 +178,7 @@ def backward(
     """Cotangents of q, k, v, k2 and v2, and None for the counts and positions."""
     alternatives = {
         "cpu": partial(_backward, in_turn, options.pair, tiling),
-        "default": partial(_backward, at_once, options.pair, tiling.of_all_heads()),
+        "default": partial(_backward, at_once, options.pair, tiling._replace(together=True)),
     }
     return *by_platform(alternatives, operands, out, lse, d_out), None, None
 
