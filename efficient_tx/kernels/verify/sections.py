@@ -75,7 +75,8 @@ def of_steps(rows: Sequence[dict[str, Any]]) -> list[str]:
         "## Whole training steps", "",
         f"The step of `jax.pmap`, donated, for {steps.CHIPS} chips, as `efficient_tx.training` makes it: forward, "
         "gradient, AdamW. Summed over the chips: numbers of loss and metrics + of gradients. Written over: arrays of "
-        "the state (parameters and optimizer) whose memory the new state takes. Temporaries are of a chip.", "",
+        "the state (parameters and optimizer) whose memory the new state takes. Temporaries are of a chip; for TPUs "
+        "what stands around the kernels is compiled with the least effort, here and below.", "",
         *table(
             ("model", "target", "collectives", "summed", "written over", "host transfers", "kernels and routines",
              "loops", "temporaries MiB", "faults"),
