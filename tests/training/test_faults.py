@@ -198,7 +198,7 @@ def test_two_processes_stop_together_and_one_goes_on(tmp_path):
     assert [status for status, _, _ in results] == [143, 143], results
     saved = Checkpoints(path / "checkpoints").steps()[-1]
     assert all(f"step {saved} of 1000 is saved" in error for _, _, error in results)
-    status, out, error = train_here(path, *long, run=SAMPLED)  # four devices: any number does
+    status, out, error = train(path, *long, run=SAMPLED)
     assert (status, error) == (0, "") and f"resuming from step {saved} of 1000" in out
     assert [line["step"] for line in toy.lines(path) if line["split"] == "train"] == [*range(7, 1000, 7), 1000]
     shutil.rmtree(path)
