@@ -20,4 +20,4 @@ def test_a_step_sums_gradients_writes_over_its_state_and_needs_no_host(name, tar
 # Without a kernel; with sorting; with a Fourier transform.
 @pytest.mark.parametrize(("name", "target"), [("tensor", "h100"), ("hyper", "h100"), ("fourier", "v5e")])
 def test_a_mixer_has_no_loop_over_heads_examples_or_tokens(name, target):
-    assert mixers.faults(mixers.program_of(name, TARGETS[target])) == []
+    assert mixers.serial_loops(mixers.program_of(name, TARGETS[target])) == []

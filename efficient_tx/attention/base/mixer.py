@@ -57,6 +57,8 @@ class Mixer(nnx.Module):
       needs_max_len: whether parameters or constants are tied to the length.
       draws: whether `function` samples with its `key`.
       formerly: option -> its value in a run that was stored before this was an option (`config.stored`).
+      one_by_one: why an accelerator's program nevertheless has a loop over heads, examples or tokens; empty: it has
+        none (`kernels.verify`).
       side_by_side: whether `mix` gets the real tokens first, without gaps, and then zeros.
     """
 
@@ -75,6 +77,7 @@ class Mixer(nnx.Module):
     needs_max_len: ClassVar[bool] = False
     draws: ClassVar[bool] = False
     formerly: ClassVar[Mapping[str, Any]] = {}
+    one_by_one: ClassVar[str] = ""
     side_by_side: bool = False
 
     if TYPE_CHECKING:

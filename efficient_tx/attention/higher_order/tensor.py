@@ -118,6 +118,7 @@ class Tensor(MultiHead):
     windowed = True
     has_positions = False
     formerly: ClassVar = {"k2_bias": 0.0, "v2_bias": 0.0}
+    one_by_one = "on TPUs XLA reads and adds to the second tokens of one head after another"
 
     @staticmethod
     def within(budget: int) -> dict[str, int]:

@@ -60,7 +60,7 @@ def looked_at(progress: Callable[[str], Any]) -> Iterator[dict[str, Any]]:
             except jax.errors.JaxRuntimeError as error:
                 yield row | {"faults": [f"does not compile: {' '.join(str(error).split())[:200]}"]}
             else:
-                yield row | {"program": found, "faults": mixers.faults(found)}
+                yield row | {"program": found, "faults": mixers.faults(name, found)}
 
 
 def of_steps(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -148,17 +148,21 @@ def of_mixers(rows: Sequence[dict[str, Any]]) -> list[str]:
         names = ", ".join(dict.fromkeys(kernel.name for kernel in program.kernels)) or "none"
         return names, turns(mixers.loops(program.text)), f"{share:.1f}"
 
+    def remark(row):
+        serial = "program" in row and mixers.serial_loops(row["program"])
+        return "; ".join(row["faults"]) or (ATTENTION[row["name"]].one_by_one if serial else "none")
+
     return [
         "## Every mixer", "",
         f"Forward and gradient of each mixer with its defaults, {mixers.EXAMPLES} examples of {mixers.TOKENS} tokens, "
         f"{mixers.HEADS} heads, bfloat16. Loops: how often each turns, outside of kernels. Those over blocks of tokens "
-        "keep memory linear; one over heads, examples or single tokens is a fault. Temporaries: as a multiple of "
-        "arguments and outputs.", "",
+        "keep memory linear; one over heads, examples or single tokens is a fault, or its class says why there is one. "
+        "Temporaries: as a multiple of arguments and outputs.", "",
         *table(
             ("mixer", "target", "kernels and routines", "loops", "temporaries", "faults"),
             [
                 (row["name"], row["target"], *(cells(row["program"]) if "program" in row else "–––"),
-                 "; ".join(row["faults"]) or "none")
+                 remark(row))
                 for row in rows
             ],
         ), "",
