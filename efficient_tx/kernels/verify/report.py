@@ -9,15 +9,19 @@ from efficient_tx.kernels.verify.targets import MIB, TARGETS
 Rows = Sequence[dict[str, Any]]
 
 
-def markdown(date: str, interpreted: Rows, moved: Rows, compiled: Rows, sections: Sequence[str] = ()) -> str:
-    """The page `benchmarks/kernels.md`; `sections` are lines after the table of kernels."""
+def markdown(
+    date: str, interpreted: Rows, moved: Rows, compiled: Rows, sections: Sequence[str] = (), *, quick: bool = False
+) -> str:  # fmt: skip
+    """The page `benchmarks/kernels.md`; `sections` are lines after the table of kernels, `quick` is the flag."""
+    command = f"python -m efficient_tx.kernels.verify --all{' --quick' * quick}"
+    programs = "The programs that CI compiles: every pair of values of an operation's cases. " if quick else ""
     versions = ", ".join(f"{name} {version}" for name, version in figures.versions().items())
     gates = ", ".join(name for name, target in TARGETS.items() if target.gate)
     recorded = ", ".join(name for name, target in TARGETS.items() if not target.gate)
     return "\n".join([
         "# Kernels, verified without an accelerator", "",
-        f"By `python -m efficient_tx.kernels.verify --all` on {date}; {versions}.", "",
-        "No kernel was run on a TPU or a GPU for this page: neither its speed nor its rounding there is shown. "
+        f"By `{command}` on {date}; {versions}.", "",
+        f"{programs}No kernel was run on a TPU or a GPU for this page: neither its speed nor its rounding there is shown. "
         f"Must compile and keep its limits: {gates}; recorded only: {recorded}.", "",
         "Each row has the largest figure of all cases of an operation. Error: the largest of an entry beside the plain "
         "formula in float64, as a share of the largest entry, in an interpreter (float32; bfloat16). On chip: MiB of "

@@ -17,6 +17,7 @@ from efficient_tx.kernels.verify.targets import TARGETS
         (["--all", "--hardware"], "not allowed with argument"),
         (["--all", "--kernels=monarhc"], "'monarhc' is no operation with cases: choose of"),
         (["--all", "--targets=h100,v7"], "'v7' is no target: choose of v5e, v6e, a100, h100"),
+        (["--hardware", "--quick"], "--quick is a part of --all, and --hardware is quick: leave it out"),
         (["--al"], "--al is no flag: the nearest is --all"),
     ],
 )
@@ -79,6 +80,16 @@ def test_all_writes_a_table_and_figures(rungs, tmp_path, capsys):
     assert "| monarch | h100 | 1 | –; – | – | – | 1.0 |" in page
     assert "## Whole training steps" in page
     assert len(json.loads((tmp_path / "kernels.json").read_text())) == len(TARGETS)
+
+
+def test_quick_is_what_ci_compiles(rungs, tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(command, "selection", lambda *_, strength=2: asked.append(strength) or [])
+    for flags, strengths, said in ((["--quick"], [2], "every pair of values"), ([], [2, 3], "`python")):
+        asked.clear()
+        assert command.main(["--all", *flags, f"--out={tmp_path}"]) == 0
+        page = (tmp_path / "kernels.md").read_text()
+        assert asked == strengths and said in page and ("--quick` on" in page) == bool(flags)
 
 
 def test_a_part_leaves_the_table_of_all_as_it_is(rungs, tmp_path, capsys):
