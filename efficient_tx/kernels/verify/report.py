@@ -21,7 +21,8 @@ def markdown(
     return "\n".join([
         "# Kernels, verified without an accelerator", "",
         f"By `{command}` on {date}; {versions}.", "",
-        f"{programs}No kernel was run on a TPU or a GPU for this page: neither its speed nor its rounding there is shown. "
+        f"{programs}No kernel was run on a TPU or a GPU for this page: "
+        "neither its speed nor its rounding there is shown. "
         f"Must compile and keep its limits: {gates}; recorded only: {recorded}.", "",
         "Each row has the largest figure of all cases of an operation. Error: the largest of an entry beside the plain "
         "formula in float64, as a share of the largest entry, in an interpreter (float32; bfloat16). On chip: MiB of "
