@@ -133,6 +133,30 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None, key: jax.Array | None = None) -> jax.Array:
         """`x` `[batch, length, features]`, `mask` bool `[batch, length]`, `key` `[batch]` or None -> the shape of x."""
         mixed = self.mixer(token_wise(self.mixer_norm, x), mask=mask, key=fold(key, 0))
+        return self._after(mixed, x, key)
+
+    def init_state(self, batch: int, *, max_len: int | None = None, dtype: jnp.dtype | None = None) -> Any:
+        """The state of the mixer before the first token; see `Mixer.init_state`."""
+        return self.mixer.init_state(batch, max_len=max_len, dtype=dtype)
+
+    def step(self, x: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+        """One token of each sequence, `[batch, features]`, at evaluation, and the next state; see `Mixer.step`."""
+        mixed, state = self.mixer.step(self.mixer_norm(x), state)
+        return self._after(mixed, x, None), state
+
+    def prefill(
+        self, x: jax.Array, *, mask: jax.Array | None = None, state: Any = None, max_len: int | None = None
+    ) -> tuple[jax.Array, Any]:
+        """Several tokens, `[batch, length, features]`, at evaluation, and the next state; see `Mixer.prefill`."""
+        mixed, state = self.mixer.prefill(token_wise(self.mixer_norm, x), mask=mask, state=state, max_len=max_len)
+        return self._after(mixed, x, None), state
+
+    def state_bytes(self, length: int) -> int:
+        """Bytes of the state of one sequence, in float32, after `length` tokens."""
+        return self.mixer.state_bytes(length)
+
+    def _after(self, mixed: jax.Array, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        """The output of the block for that of the mixer, and its input `[..., features]`."""
         x = x + self._branch(mixed, self.mixer_scale, fold(key, 2))
         hidden = token_wise(lambda tokens: self.mlp(self.mlp_norm(tokens)), x)
         return x + self._branch(dropout(hidden, self.dropout, fold(key, 1)), self.mlp_scale, fold(key, 3))
@@ -202,6 +226,39 @@ class Encoder(nnx.Module):
         """
         x = run_blocks(self.blocks, x, mask=mask, keys=example_keys(key, x.shape[0]), remat=self.remat)
         return token_wise(self.norm, x)
+
+    def init_state(self, batch: int, *, max_len: int | None = None, dtype: jnp.dtype | None = None) -> list[Any]:
+        """The states of all blocks before the first token of `batch` sequences; see `Mixer.init_state`."""
+        return [block.init_state(batch, max_len=max_len, dtype=dtype) for block in self.blocks]
+
+    def step(self, x: jax.Array, state: Sequence[Any]) -> tuple[jax.Array, list[Any]]:
+        """One token of each sequence, `[batch, features]`, at evaluation: its row of the causal forward pass.
+
+        Also returns the next state. See `Mixer.step`.
+        """
+        after = []
+        for block, own in zip(self.blocks, state, strict=True):
+            x, own = block.step(x, own)
+            after.append(own)
+        return self.norm(x), after
+
+    def prefill(
+        self, x: jax.Array, *, mask: jax.Array | None = None, state: Sequence[Any] | None = None,
+        max_len: int | None = None,
+    ) -> tuple[jax.Array, list[Any]]:  # fmt: skip
+        """Several tokens, `[batch, length, features]`, at evaluation: their rows of the causal forward pass.
+
+        Also returns the next state. See `Mixer.prefill`.
+        """
+        after = []
+        for block, own in zip(self.blocks, state or [None] * len(self.blocks), strict=True):
+            x, own = block.prefill(x, mask=mask, state=own, max_len=max_len)
+            after.append(own)
+        return token_wise(self.norm, x), after
+
+    def state_bytes(self, length: int) -> int:
+        """Bytes of the states of one sequence, in float32, after `length` tokens."""
+        return sum(block.state_bytes(length) for block in self.blocks)
 
 
 def run_blocks(

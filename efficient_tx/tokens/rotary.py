@@ -10,7 +10,10 @@ from efficient_tx.tokens.mask import bool_mask, token_ranks
 from efficient_tx.tokens.segments import grid_sides
 
 
-def rotate(x: jax.Array, mask: jax.Array | None, *, layout: str = "rope", base: float = 10000.0) -> jax.Array:
+def rotate(
+    x: jax.Array, mask: jax.Array | None, *,
+    layout: str = "rope", base: float = 10000.0, before: jax.Array | None = None,
+) -> jax.Array:  # fmt: skip
     """Rotates each pair of channels of `x` by an angle proportional to the token's position.
 
     A rotation keeps norms, and inner products and distances depend on relative positions only. So it suits softmax and
@@ -21,6 +24,7 @@ def rotate(x: jax.Array, mask: jax.Array | None, *, layout: str = "rope", base: 
       mask: bool `[batch, length]` or None (all tokens real).
       layout: "rope" for a sequence; "rope2d" for a square image in row-major order, of side ⌈√n⌉ with n real tokens:
         half of the pairs rotate with the row, half with the column.
+      before: number of tokens before these in each example, int32 `[batch]`; only for "rope".
       base: of the rotation frequencies; pair i of n rotates by base^(−i/n) radians per position.
 
     Returns:
@@ -36,6 +40,8 @@ def rotate(x: jax.Array, mask: jax.Array | None, *, layout: str = "rope", base: 
         raise OptionError("head_dim", dim, f"{layout} needs a multiple of {2 * ways}")
     mask = bool_mask(mask)
     positions = token_ranks(mask, batch, length)
+    if before is not None:
+        positions = positions + before[:, None]
     if layout == "rope2d":
         if mask is None and math.isqrt(length) ** 2 != length:
             raise OptionError("length", length, "rope2d needs the tokens of a square grid, or a mask")

@@ -61,6 +61,24 @@ class ShortConv(nnx.Module):
         self.causal = causal
 
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        """`[batch, length, heads, head_dim]` -> the same, with heads · head_dim channels."""
-        flat = x.reshape(*x.shape[:2], -1)
-        return short_conv(flat, self.weight[...], mask, causal=self.causal).reshape(x.shape)
+        """`[batch, length, channels]` -> the same."""
+        return short_conv(x, self.weight[...], mask, causal=self.causal)
+
+    def after(self, before: jax.Array, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """The causal convolution of tokens that follow others.
+
+        Args:
+          before: the last tokens before these, `[batch, size − 1, channels]`, zeros where there are none.
+          x: `[batch, length, channels]`, the real tokens first.
+          mask: bool `[batch, length]`, or None: all are real.
+
+        Returns:
+          `[batch, length, channels]`, and what `before` is for the tokens after these.
+        """
+        reach, length = before.shape[1], x.shape[1]
+        joined = jnp.concatenate([before, x.astype(before.dtype)], axis=1)
+        out = short_conv(jnp.concatenate([before.astype(x.dtype), x], axis=1), self.weight[...], causal=True)[:, reach:]
+        if mask is None:
+            return out, joined[:, length:]
+        last = mask.sum(1)[:, None] + jnp.arange(reach)
+        return out, jnp.take_along_axis(joined, last[..., None], axis=1)

@@ -51,6 +51,8 @@ class Mixer(nnx.Module):
       refuses: uses that `function` does not support -> a part of the error message. Keys: "cross" (queries from other
         tokens than the keys), "decode" (one query, the last) and "rows" (decoding does not give a row of the causal
         form).
+      can_decode: whether a causal mixer has `init_state`, `step` and `prefill`; default: whether the class writes
+        `advance` and `refuses` has no "rows".
       windowed: whether a query of the causal form may see only a part of its past.
       can_be_causal: whether `causal=True` is supported; default: whether `function` has the argument `causal`.
       has_positions: whether the mixer has queries and keys that can be rotated by their positions.
@@ -73,6 +75,7 @@ class Mixer(nnx.Module):
     refuses: ClassVar[Mapping[str, str]] = {}
     windowed: ClassVar[bool] = False
     can_be_causal: ClassVar[bool] = True
+    can_decode: ClassVar[bool] = False
     has_positions: ClassVar[bool] = True
     needs_max_len: ClassVar[bool] = False
     draws: ClassVar[bool] = False
@@ -89,6 +92,8 @@ class Mixer(nnx.Module):
         super().__init_subclass__(**kwargs)
         if "function" in vars(cls) and cls.function is not None:
             cls._adopt(cls.function)
+        if "can_decode" not in vars(cls):
+            cls.can_decode = cls.can_be_causal and cls.advance is not Mixer.advance and "rows" not in cls.refuses
         own = options(cls.function)
         cls.__signature__ = constructor(cls, own.values())
         package, _, folder = cls.__module__.rpartition(".")[0].rpartition(".")
@@ -192,12 +197,7 @@ class Mixer(nnx.Module):
           ValueError: x or the mask has another shape, the mask is none (see `bool_mask`), or the sequence is longer
             than `max_len` in a variant that needs it.
         """
-        if x.ndim != 3 or x.shape[2] != self.features:
-            wanted = f"{type(self).__name__} takes [batch, length, features] with {self.features} features"
-            raise ValueError(f"x has shape {x.shape}: {wanted}")
-        mask = bool_mask(mask)
-        if mask is not None and mask.shape != x.shape[:2]:
-            raise ValueError(f"mask has shape {mask.shape}: a mixer takes [batch, length], here {x.shape[:2]}")
+        mask = self._checked(x, mask)
         if self.needs_max_len and x.shape[1] > self.max_len:
             raise ValueError(f"length is {x.shape[1]}, but {type(self).__name__} was built for max_len={self.max_len}")
         if not x.size:
@@ -214,6 +214,16 @@ class Mixer(nnx.Module):
         out = dropout(out, self.dropout, fold(keys, 1))
         return out if mask is None else jnp.where(mask[..., None], out, 0)
 
+    def _checked(self, x: jax.Array, mask: jax.Array | None) -> jax.Array | None:
+        """The mask of the tokens `x` as bool `[batch, length]` or None, after checks of both shapes."""
+        if x.ndim != 3 or x.shape[2] != self.features:
+            wanted = f"{type(self).__name__} takes [batch, length, features] with {self.features} features"
+            raise ValueError(f"x has shape {x.shape}: {wanted}")
+        mask = bool_mask(mask)
+        if mask is not None and mask.shape != x.shape[:2]:
+            raise ValueError(f"mask has shape {mask.shape}: a mixer takes [batch, length], here {x.shape[:2]}")
+        return mask
+
     def mix(self, x: jax.Array, *, mask: jax.Array | None, key: jax.Array | None) -> jax.Array:
         """The variant itself, before dropout and the final mask. By default: `function` of the tokens.
 
@@ -229,3 +239,84 @@ class Mixer(nnx.Module):
         For a variant that cannot decode: the bytes that a query reads instead of the tokens.
         """
         return 4 * length * self.features
+
+    def init_state(self, batch: int, *, max_len: int | None = None, dtype: jnp.dtype | None = None) -> Any:
+        """The state before the first token of `batch` sequences: a tree of arrays with a leading batch axis.
+
+        Args:
+          batch: number of sequences.
+          max_len: largest number of tokens, where the state grows with them; None means that of the mixer.
+          dtype: of stored tokens; None means that of the computation. Sums and recurrent states are float32 at least.
+
+        Raises:
+          ValueError: the mixer cannot decode, with the reason, or its state grows and there is no `max_len`.
+        """
+        if reason := self.not_decoding():
+            raise ValueError(f"{type(self).__name__} cannot decode: {reason}")
+        return self.empty(batch, self.max_len if max_len is None else max_len, dtype)
+
+    def step(self, x: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+        """The next token of each sequence, at evaluation: its row of the causal forward pass.
+
+        Args:
+          x: `[batch, features]`.
+          state: the state after the tokens before, from `init_state`, `prefill` or the last step.
+
+        Returns:
+          `[batch, features]`, NaN for a token for which the state has no room, and the next state.
+        """
+        self._checked(x[:, None], None)
+        out, state = self.advance(x[:, None], state, mask=None, first=False)
+        return out[:, 0], state
+
+    def prefill(
+        self, x: jax.Array, *, mask: jax.Array | None = None, state: Any = None, max_len: int | None = None
+    ) -> tuple[jax.Array, Any]:
+        """Several tokens of each sequence at once, at evaluation: their rows of the causal forward pass.
+
+        Args:
+          x: `[batch, length, features]`.
+          mask: bool `[batch, length]`, True for real tokens; the others leave the state as it is.
+          state: the state after the tokens before; None: these are the first.
+          max_len: as in `init_state`, for a state that is made here.
+
+        Returns:
+          `[batch, length, features]`, zero at masked positions and NaN where the state has no room, and the next state.
+        """
+        mask, first = self._checked(x, mask), state is None
+        state = self.init_state(len(x), max_len=max_len) if first else state
+        tokens = compact(x, mask)
+        out, state = self.advance(tokens, state, mask=None if mask is None else compact(mask, mask), first=first)
+        return spread(out, mask), state
+
+    def not_decoding(self) -> str | None:
+        """Why this mixer cannot decode, or None."""
+        if not self.can_be_causal:
+            return "it has no causal form"
+        if "rows" in self.refuses:
+            return self.refuses["rows"]
+        if not self.can_decode:
+            return "it has no form that takes token after token"
+        if not self.causal:
+            return "it is not causal, build it with causal=True"
+        if self.positions == "rope2d":
+            return "positions='rope2d' depend on the number of tokens, use 'rope'"
+        return None
+
+    def empty(self, batch: int, max_len: int | None, dtype: jnp.dtype | None) -> Any:
+        """The state of `init_state`, of a class that has `advance`."""
+        raise NotImplementedError(f"{type(self).__name__} writes no `empty`")
+
+    def advance(self, x: jax.Array, state: Any, *, mask: jax.Array | None, first: bool) -> tuple[jax.Array, Any]:
+        """The tokens `x` `[batch, length, features]` after those of the state, at evaluation.
+
+        Args:
+          x: tokens, the real ones first.
+          state: the state before them.
+          mask: bool `[batch, length]`, or None: all are real.
+          first: whether the state is empty.
+
+        Returns:
+          `[batch, length, features]`, anything at other than real tokens, and the next state.
+        """
+        raise NotImplementedError(f"{type(self).__name__} writes no `advance`")

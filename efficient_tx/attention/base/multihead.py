@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from efficient_tx.attention.base import cache
+from efficient_tx.attention.base.cache import Needed
 from efficient_tx.attention.base.mixer import Mixer
 from efficient_tx.checks import at_least, at_most
 from efficient_tx.tokens.rotary import rotate
@@ -30,10 +32,12 @@ class MultiHead(Mixer):
       projections: names of the linear layers, each features -> heads · head_dim; `attend` gets their outputs in this
         order.
       rotated: names of the projections that are rotated by their positions with `positions="rope"`.
+      asking: names of the projections that no later token needs: a decoder does not store them.
     """
 
     projections: ClassVar[tuple[str, ...]] = ("q", "k", "v")
     rotated: ClassVar[tuple[str, ...]] = ("q", "k")
+    asking: ClassVar[tuple[str, ...]] = ("q",)
 
     def __init__(
         self,
@@ -53,6 +57,7 @@ class MultiHead(Mixer):
         if head_dim is None and features % heads:
             raise ValueError(f"{features} features do not divide into {heads} heads: give head_dim, or other sizes")
         self.heads = heads
+        self.dtype = dtype
         self.head_dim = features // heads if head_dim is None else head_dim
         inner = self.heads * self.head_dim
         for name in self.projections:
@@ -61,19 +66,37 @@ class MultiHead(Mixer):
         self.add_convolutions(dict.fromkeys(self.projections, inner), conv, rngs=rngs)
 
     def mix(self, x: jax.Array, *, mask: jax.Array | None, key: jax.Array | None) -> jax.Array:
-        batch, length, features = x.shape
         # As [batch · length, features]: XLA's CPU backend is slow with a leading axis of 1.
-        tokens = x.reshape(-1, features)
-        split = (batch, length, self.heads, self.head_dim)
-        projected = {name: getattr(self, name)(tokens).reshape(split) for name in self.projections}
-        projected = self.convolve(projected, mask)
-        if self.positions:
-            for name in self.rotated:
-                projected[name] = rotate(projected[name], mask, layout=self.positions)
+        tokens = x.reshape(-1, x.shape[-1])
+        projected, _ = self.projected(tokens, x.shape[:2], mask)
         heads = self.attend(*projected.values(), mask=mask, key=key)
-        if heads.shape != split:
-            raise ValueError(f"{type(self).__name__}.attend gave the shape {heads.shape}: here it must be {split}")
-        return self.out(heads.reshape(batch * length, -1)).reshape(x.shape)
+        wanted = (*x.shape[:2], self.heads, self.head_dim)
+        if heads.shape != wanted:
+            raise ValueError(f"{type(self).__name__}.attend gave the shape {heads.shape}: here it must be {wanted}")
+        return self.finish(heads.reshape(len(tokens), *heads.shape[2:]), tokens).reshape(x.shape)
+
+    def projected(
+        self, tokens: jax.Array, shape: tuple[int, int], mask: jax.Array | None, state: "State | None" = None
+    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """What `attend` is given, `[batch, length, heads, dim]`, of `tokens` `[batch · length, features]`.
+
+        Also returns, after a state, what the convolutions need of these tokens for the next ones.
+        """
+        parts = {name: x.reshape(*shape, *x.shape[1:]) for name, x in self.project(tokens).items()}
+        parts, kept = self.convolve(parts, mask, state.convolved if state else {})
+        if self.positions:
+            before = state.count if state else None
+            for name in self.rotated:
+                parts[name] = rotate(parts[name], mask, layout=self.positions, before=before)
+        return parts, kept
+
+    def project(self, tokens: jax.Array) -> dict[str, jax.Array]:
+        """What `attend` takes, in its order, `[tokens, heads, dim]` by name, of `tokens` `[tokens, features]`."""
+        return {name: getattr(self, name)(tokens).reshape(len(tokens), self.heads, -1) for name in self.projections}
+
+    def finish(self, heads: jax.Array, tokens: jax.Array) -> jax.Array:
+        """The output `[tokens, features]`, of `heads` `[tokens, heads, head_dim]` and `tokens` `[tokens, features]`."""
+        return self.out(heads.reshape(len(tokens), -1))
 
     def add_convolutions(self, channels: dict[str, int], size: int, *, rngs: nnx.Rngs) -> None:
         """Adds the convolutions that `convolve` applies; `channels` maps the name of a projection to its width."""
@@ -83,9 +106,34 @@ class MultiHead(Mixer):
         self.short_conv = nnx.Dict({name: make(count) for name, count in channels.items()} if size else {})
         self.side_by_side = self.side_by_side or size > 0  # neighbours are real tokens
 
-    def convolve(self, projected: dict[str, jax.Array], mask: jax.Array | None) -> dict[str, jax.Array]:
-        """Each array `[batch, length, heads, dim]` after the short convolution of its name, if there is one."""
-        return {name: self.short_conv[name](x, mask) if self.short_conv else x for name, x in projected.items()}
+    def convolve(
+        self, projected: dict[str, jax.Array], mask: jax.Array | None, before: dict[str, jax.Array]
+    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """The arrays `[batch, length, heads, dim]` after the short convolutions of their names, where there are any.
+
+        Args:
+          projected: by name.
+          mask: bool `[batch, length]` or None.
+          before: the last tokens before these, `[batch, conv − 1, channels]` by name; empty: zeros, and nothing is
+            returned for the next ones.
+
+        Returns:
+          The arrays, and what `before` is for the tokens after these.
+        """
+        kept = {}
+        for name, conv in self.short_conv.items():
+            x = projected[name]
+            flat = x.reshape(*x.shape[:2], -1)
+            if before:
+                flat, kept[name] = conv.after(before[name], flat, mask)
+            else:
+                flat = conv(flat, mask)
+            projected[name] = self.activate(flat).reshape(x.shape)
+        return projected, kept
+
+    def activate(self, convolved: jax.Array) -> jax.Array:
+        """What follows a convolution. By default: nothing."""
+        return convolved
 
     def attend(
         self, *projected: jax.Array, mask: jax.Array | None, key: jax.Array | None, **others: jax.Array | float | None
@@ -113,5 +161,98 @@ class MultiHead(Mixer):
         return 4 * (self.state_numbers(length) + convolved)
 
     def state_numbers(self, length: int) -> int:
-        """Numbers in the state of all heads, without convolutions. By default: a key and a value for each token."""
-        return 2 * length * self.heads * self.head_dim
+        """Numbers in the state of all heads, without convolutions. By default: those of the cache."""
+        slots = sum(needed.slots(length) for needed in self.stored().values())
+        return slots * self.heads * self.head_dim
+
+    def stored(self) -> dict[str, Needed]:
+        """Which tokens of which projections a later query needs. By default: all that are not `asking`."""
+        return {name: Needed() for name in self.projections if name not in self.asking}
+
+    def empty(self, batch: int, max_len: int | None, dtype: jnp.dtype | None) -> "State":
+        dtype = self.dtype or jnp.float32 if dtype is None else dtype
+        convolved = {
+            name: jnp.zeros((batch, conv.weight.shape[0] - 1, conv.weight.shape[1]), dtype)
+            for name, conv in self.short_conv.items()
+        }
+        return State(jnp.zeros(batch, jnp.int32), convolved, self.empty_memory(batch, max_len, dtype))
+
+    def empty_memory(self, batch: int, max_len: int | None, dtype: jnp.dtype) -> Any:
+        """What is remembered of the tokens before the first one. By default: the slots of the cache."""
+        stored, of_head = self.stored(), (self.heads, self.head_dim)
+        if max_len is None and any(needed.last is None for needed in stored.values()):
+            raise ValueError(f"{type(self).__name__} stores all tokens to decode: give max_len")
+        return {name: jnp.zeros((batch, needed.slots(max_len), *of_head), dtype) for name, needed in stored.items()}
+
+    def advance(
+        self, x: jax.Array, state: "State", *, mask: jax.Array | None, first: bool
+    ) -> tuple[jax.Array, "State"]:  # fmt: skip
+        tokens = x.reshape(-1, x.shape[-1])
+        projected, convolved = self.projected(tokens, x.shape[:2], mask, state)
+        heads, memory = self.remember(projected, state.memory, mask=mask, count=state.count, first=first)
+        new = x.shape[1] if mask is None else mask.sum(1, dtype=jnp.int32)
+        out = self.finish(heads.reshape(len(tokens), *heads.shape[2:]), tokens).reshape(x.shape)
+        return out, State(state.count + new, convolved, memory)
+
+    def remember(
+        self, projected: dict[str, jax.Array], memory: Any, *, mask: jax.Array | None, count: jax.Array, first: bool
+    ) -> tuple[jax.Array, Any]:
+        """Attends to the tokens in the memory and, causally, to these, and remembers these. By default: by a cache.
+
+        Args:
+          projected: what `attend` takes, `[batch, length, heads, dim]` by name, the real tokens first.
+          memory: that after the tokens before.
+          mask: bool `[batch, length]`, or None: all are real.
+          count: number of tokens before, int32 `[batch]`.
+          first: whether there are none.
+
+        Returns:
+          `[batch, length, heads, head_dim]` and the next memory.
+        """
+        new = None if mask is None else mask.sum(1, dtype=jnp.int32)
+        length = next(iter(projected.values())).shape[1]
+        stored, room = self.stored(), cache.room(self.stored(), memory)
+        if first and room is not None and length > room and mask is None:
+            raise ValueError(f"{type(self).__name__} has room for {room} tokens and gets {length}: give max_len")
+        after = {name: cache.append(stored[name], memory[name], projected[name], count, new) for name in stored}
+        if first:
+            heads = self.attend(*projected.values(), mask=mask, key=None)
+        else:
+            heads = self.attend_on(projected, memory, after, mask, count)
+        if room is not None:
+            at = count[:, None] + jnp.arange(length)
+            heads = jnp.where((at < room)[:, :, None, None], heads, jnp.nan)
+        return heads, after
+
+    def attend_on(
+        self, projected: dict[str, jax.Array], memory: dict[str, jax.Array], after: dict[str, jax.Array],
+        mask: jax.Array | None, count: jax.Array,
+    ) -> jax.Array:  # fmt: skip
+        """Attends causally to the tokens of a cache and to these; `memory` and `after` are before and with these."""
+        stored, length = self.stored(), next(iter(projected.values())).shape[1]
+        if length == 1 and mask is None:
+            seen, real = cache.views(stored, after, count + 1)
+            return self.attend(*(seen.get(name, x) for name, x in projected.items()), mask=real, key=None)
+        seen, real = cache.views(stored, memory, count)
+        own = jnp.ones((len(count), length), bool) if mask is None else mask
+        # The functions align the last query with the last key, or the last real one.
+        back = None if mask is None else length - mask.sum(1)
+        new = {name: cache.moved(x, back) for name, x in projected.items()}
+        joined = {name: jnp.concatenate([x, new[name].astype(x.dtype)], axis=1) for name, x in seen.items()}
+        real = jnp.concatenate([real, cache.moved(own, back)], axis=1)
+        heads = self.attend(*(new | joined).values(), mask=real, key=None)
+        return cache.moved(heads, None if back is None else -back)
+
+
+class State(NamedTuple):
+    """The state of a decoder.
+
+    Attributes:
+      count: number of tokens so far, int32 `[batch]`.
+      convolved: what the short convolutions need of them, `[batch, conv − 1, channels]` by the projection's name.
+      memory: what the variant remembers of them.
+    """
+
+    count: jax.Array
+    convolved: dict[str, jax.Array]
+    memory: Any

@@ -8,6 +8,7 @@ request.
 
 import jax
 
+from efficient_tx.attention.base.cache import Needed
 from efficient_tx.attention.base.options import checked_by
 from efficient_tx.attention.block_sparse.mixer import BlockSparse
 from efficient_tx.attention.block_sparse.patterns import Window, last_queries, side_by_side
@@ -65,5 +66,5 @@ class Local(BlockSparse):
     def within(budget: int) -> dict[str, int]:
         return {"window": budget}
 
-    def state_numbers(self, length: int) -> int:
-        return 2 * min(self.window, length) * self.heads * self.head_dim
+    def stored(self) -> dict[str, Needed]:
+        return dict.fromkeys("kv", Needed(last=self.window))

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from efficient_tx.attention.base.cache import Needed
 from efficient_tx.attention.base.options import checked_by
 from efficient_tx.attention.block_sparse.mixer import BlockSparse
 from efficient_tx.attention.block_sparse.patterns import (
@@ -95,5 +96,9 @@ class Longformer(BlockSparse):
             self.rotated = ("q", "k", "q_global", "k_global")
         super().__init__(features, **common)
 
-    def state_numbers(self, length: int) -> int:
-        return 2 * min(self.window + self.global_tokens, length) * self.heads * self.head_dim
+    def stored(self) -> dict[str, Needed]:
+        return dict.fromkeys("kv", Needed(self.global_tokens, self.window))
+
+    def not_decoding(self) -> str | None:
+        own = "q_global" in self.projections
+        return super().not_decoding() or ("global_projections=True, use False" if own else None)

@@ -16,7 +16,8 @@ from flax import nnx
 from efficient_tx.attention.base.multihead import MultiHead
 from efficient_tx.checks import OptionError
 from efficient_tx.kernels import flash_attention
-from efficient_tx.kernels.flash_attention import Mask, Score, padding
+from efficient_tx.kernels.flash_attention import Mask, Score, padding, reference
+from efficient_tx.kernels.flash_attention.options import Options
 from efficient_tx.kernels.flash_attention.score import as_score
 from efficient_tx.kernels.shapes import check_shapes
 from efficient_tx.tokens.mask import key_mask_or_pairs
@@ -76,10 +77,39 @@ class Custom(MultiHead):
             self.score = with_parameters(score, self.heads)
         self.mask = checked(mask)
 
+    def attend_on(
+        self, projected: dict[str, jax.Array], memory: dict[str, jax.Array], after: dict[str, jax.Array],
+        mask: jax.Array | None, count: jax.Array,
+    ) -> jax.Array:  # fmt: skip
+        positions = count[:, None] + jnp.arange(projected["q"].shape[1])
+        return at(positions, projected["q"], after["k"], after["v"], nnx.as_pure(self.score), self.mask)
+
     def arguments(self, *, mask: jax.Array | None, key: jax.Array | None) -> dict[str, Any]:
         if self.mask is not None:
             mask = self.mask if mask is None else self.mask & padding(mask)
         return super().arguments(mask=mask, key=key) | {"score": nnx.as_pure(self.score)}
+
+
+def at(
+    positions: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, score: str | Score, mask: Mask | None
+) -> jax.Array:  # fmt: skip
+    """The plain formula of queries at other positions than the last ones: memory is queries × keys.
+
+    Args:
+      positions: of the queries, int32 `[batch, queries]`; a query sees no key after its own.
+      q: `[batch, queries, heads, head_dim]`.
+      k, v: `[batch, keys, heads, dim]`, of the positions 0, 1, ...
+      score: as of `custom`.
+      mask: as of `Custom`.
+    """
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    score = as_score(score, heads=q.shape[2], bias=0.0, dtype=dtype)
+    i, j = positions[:, :, None], jnp.arange(k.shape[1])
+    keep = j <= i
+    if mask is not None:
+        keep &= mask.allowed(i, j, *mask.segments)
+    options = Options(q.shape[-1] ** -0.5, 0.0, jax.lax.Precision.HIGHEST)
+    return reference.formula(options, q, k, v, score, keep[:, None], i, j)[0]
 
 
 def with_parameters(score: str | Score, heads: int) -> Any:

@@ -82,8 +82,8 @@ class Sigmoid(MultiHead):
             self.q, self.k = (HeadNorm(layer, self.head_dim, dtype=dtype, rngs=rngs) for layer in (self.q, self.k))
         self.layer_scale = None if layer_scale is None else nnx.Param(jnp.full(features, layer_scale, jnp.float32))
 
-    def mix(self, x: jax.Array, *, mask: jax.Array | None, key: jax.Array | None) -> jax.Array:
-        out = super().mix(x, mask=mask, key=key)
+    def finish(self, heads: jax.Array, tokens: jax.Array) -> jax.Array:
+        out = super().finish(heads, tokens)
         return out if self.layer_scale is None else out * self.layer_scale[...].astype(out.dtype)
 
     def attend(

@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efficient_tx.attention.base.multihead import MultiHead
-from efficient_tx.attention.feature.linear import feature_attention
+from efficient_tx.attention.feature.linear import FeatureAttention, Features, feature_attention
 from efficient_tx.kernels.shapes import check_shapes
 from efficient_tx.tokens.mask import key_mask, query_positions, take, token_ranks
 
@@ -53,21 +52,25 @@ def cosformer(
     mask = key_mask(mask, batch, keys)
     real = jnp.ones((batch, keys), bool) if mask is None else mask
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    angles = (token_ranks(mask, batch, keys) * (jnp.pi / 2 / max_len)).astype(dtype)[:, :, None, None]
-
-    def features(tokens):
-        x, angle = tokens
-        x = jax.nn.relu(x)
-        return jnp.concatenate([x * jnp.cos(angle), x * jnp.sin(angle)], axis=-1)
-
+    angles = angles_of(token_ranks(mask, batch, keys), max_len, dtype)
     of_queries = angles if queries == keys else take(angles, query_positions(real, queries))
-    return feature_attention(
-        (q, of_queries), (k, angles), v, mask=mask, causal=causal, features=2 * q.shape[-1], floor=1e-6,
-        query_features=features, key_features=lambda k, real, memory: (features(k), None, memory),
-    )  # fmt: skip
+    features = Features(2 * q.shape[-1], turned)
+    return feature_attention((q, of_queries), (k, angles), v, mask=mask, causal=causal, features=features)
 
 
-class Cosformer(MultiHead):
+def angles_of(positions: jax.Array, max_len: int, dtype: jnp.dtype) -> jax.Array:
+    """π/2 · i / M of positions i `[batch, length]`: `[batch, length, 1, 1]`."""
+    return (positions * (jnp.pi / 2 / max_len)).astype(dtype)[:, :, None, None]
+
+
+def turned(tokens: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """The features of (tokens, angles)."""
+    x, angle = tokens
+    x = jax.nn.relu(x)
+    return jnp.concatenate([x * jnp.cos(angle), x * jnp.sin(angle)], axis=-1)
+
+
+class Cosformer(FeatureAttention):
     """Multi-head cosFormer; arguments as in `MultiHead`. Weights are zero at a distance of `max_len` tokens."""
 
     paper = "Qin et al. 2022, arXiv 2202.08791"
@@ -81,5 +84,17 @@ class Cosformer(MultiHead):
     def measured_with(q: jax.Array, budget: int, rng: np.random.Generator) -> dict[str, Any]:
         return {"max_len": q.shape[1]}
 
-    def state_numbers(self, length: int) -> int:
-        return self.heads * 2 * self.head_dim * (self.head_dim + 1)
+    def features_of(self, batch: int, dtype: jnp.dtype) -> Features:
+        return Features(2 * self.head_dim, turned)
+
+    def remember(
+        self, projected: dict[str, Any], memory: tuple[jax.Array, Any], *,
+        mask: jax.Array | None, count: jax.Array, first: bool,
+    ) -> tuple[jax.Array, tuple[jax.Array, Any]]:  # fmt: skip
+        q, k, v = projected.values()
+        positions = count[:, None] + jnp.arange(q.shape[1])
+        angles = angles_of(positions, self.max_len, memory[0].dtype)
+        with_angles = {"q": (q, angles), "k": (k, angles), "v": v}
+        heads, memory = super().remember(with_angles, memory, mask=mask, count=count, first=first)
+        # Beyond max_len the weights of the first tokens would turn negative.
+        return jnp.where((positions < self.max_len)[:, :, None, None], heads, jnp.nan), memory

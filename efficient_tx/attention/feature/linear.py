@@ -7,7 +7,7 @@ The sums over the keys do not depend on the query. They are computed once or, in
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,10 +42,7 @@ def linear(
       least; a sum of weights below 1e-6 counts as 1e-6.
     """
     check_shapes(q, k, v)
-    return feature_attention(
-        q, k, v, mask=mask, causal=causal, features=q.shape[-1], floor=1e-6,
-        query_features=positive, key_features=lambda k, real, memory: (positive(k), None, memory),
-    )  # fmt: skip
+    return feature_attention(q, k, v, mask=mask, causal=causal, features=Features(q.shape[-1], positive))
 
 
 def positive(x: jax.Array) -> jax.Array:
@@ -53,11 +50,35 @@ def positive(x: jax.Array) -> jax.Array:
     return jnp.exp(jnp.minimum(x, 0)) + jnp.maximum(x, 0)
 
 
+class Features(NamedTuple):
+    """Non-negative features of queries and keys.
+
+    Attributes:
+      count: number of features.
+      of_queries: maps a piece of the queries, in float32 at least and zero at padding, to
+        `[batch, piece, heads, count]`.
+      of_keys: maps a piece of the keys, its mask `[batch, piece]` and the memory to three values: the features
+        `[batch, piece, groups, count]`; a log_decay `[batch, piece, groups]` of all earlier keys, against overflow, or
+        None (the decay must cancel in the output); and the memory for the next piece. None: as `of_queries`.
+      memory: memory for the first piece.
+      floor: smallest value of a sum of weights.
+    """
+
+    count: int
+    of_queries: Callable
+    of_keys: Callable | None = None
+    memory: Any = None
+    floor: float = 1e-6
+
+    def empty(self, batch: int, heads: int, v_dim: int, dtype: jnp.dtype) -> tuple[jax.Array, Any]:
+        """What is carried from piece to piece, before the first one: sums over the keys, and the memory."""
+        return jnp.zeros((batch, heads, self.count, v_dim + 1), dtype), self.memory
+
+
 def feature_attention(
     q: Any, k: Any, v: jax.Array, *,
-    mask: jax.Array | None, causal: bool, features: int, floor: float,
-    query_features: Callable, key_features: Callable, memory: Any = None,
-) -> jax.Array:  # fmt: skip
+    mask: jax.Array | None, causal: bool, features: Features, carry: tuple[jax.Array, Any] | None = None,
+) -> Any:  # fmt: skip
     """Mean of the values with the weights φ(q_i)·φ(k_j) of non-negative features, one piece of the tokens at a time.
 
     The features of a piece are computed when they are needed, and again in the backward pass. Features of the whole
@@ -69,17 +90,11 @@ def feature_attention(
       v: `[batch, keys, groups, v_dim]`.
       mask: bool `[batch, keys]` or `[batch, 1, 1, keys]` or None; with as many queries as keys it marks both.
       causal: whether a query sees only the keys up to its own position; see `query_positions`.
-      features: number of features.
-      floor: smallest value of a sum of weights.
-      query_features: maps a piece of `q`, in float32 at least and zero at padding, to
-        `[batch, piece, heads, features]`.
-      key_features: maps a piece of `k`, its mask `[batch, piece]` and the memory to three values: the features
-        `[batch, piece, groups, features]`; a log_decay `[batch, piece, groups]` of all earlier keys, against overflow,
-        or None (the decay must cancel in the output); and the memory for the next piece.
-      memory: memory for the first piece.
+      features: of queries and keys.
+      carry: what is carried on from the tokens before these (`Features.empty`), in the causal form.
 
     Returns:
-      `[batch, queries, heads, v_dim]` in the dtype of q.
+      `[batch, queries, heads, v_dim]` in the dtype of q; with `carry` also the carry for the tokens after these.
 
     Raises:
       ValueError: heads is no multiple of groups, or the mask has another shape.
@@ -89,7 +104,8 @@ def feature_attention(
     if heads % groups:
         raise ValueError(f"k has {groups} heads: the {heads} query heads are no multiple of it")
     dtype = jnp.promote_types(first.dtype, jnp.float32)
-    size = max(64, PIECE // (batch * heads * features))
+    size = max(64, PIECE // (batch * heads * features.count))
+    of_keys = features.of_keys or (lambda k, real, memory: (features.of_queries(k), None, memory))
     real = key_mask(mask, batch, keys)
     real = jnp.ones((batch, keys), bool) if real is None else real
 
@@ -101,37 +117,37 @@ def feature_attention(
         return jnp.concatenate([cleaned(v, real), cleaned(jnp.ones_like(v[..., :1]), real)], axis=-1)
 
     def mean(sums):
-        return (sums[..., :-1] / jnp.maximum(sums[..., -1:], floor)).astype(first.dtype)
+        return (sums[..., :-1] / jnp.maximum(sums[..., -1:], features.floor)).astype(first.dtype)
 
     def attend_and_add(carry, q, k, v, real):
         state, memory = carry
-        k, log_decay, memory = key_features(cleaned(k, real), real, memory)
+        k, log_decay, memory = of_keys(cleaned(k, real), real, memory)
         if log_decay is not None:
             log_decay = jnp.repeat(log_decay, heads // groups, axis=2)
         sums, state = gated_linear_attention(
-            query_features(cleaned(q, real)), k, with_ones(v, real),
+            features.of_queries(cleaned(q, real)), k, with_ones(v, real),
             log_decay=log_decay, initial_state=state, mask=real, scale=1.0,
         )  # fmt: skip
         return (state, memory), mean(sums)
 
     def add(carry, k, v, real):
         state, memory = carry
-        k, log_decay, memory = key_features(cleaned(k, real), real, memory)
+        k, log_decay, memory = of_keys(cleaned(k, real), real, memory)
         if log_decay is not None:
             state *= jnp.exp(log_decay.sum(axis=1))[..., None, None]
         return (state + dot("bjgf,bjgv->bgfv", k, with_ones(v, real)), memory), None
 
     def attend(state, q, real):
-        return state, mean(dot("bihf,bhfv->bihv", query_features(cleaned(q, real)), state))
+        return state, mean(dot("bihf,bhfv->bihv", features.of_queries(cleaned(q, real)), state))
 
     if causal:
-        state = jnp.zeros((batch, heads, features, v_dim + 1), dtype)
+        start = features.empty(batch, heads, v_dim, dtype) if carry is None else carry
         at = None if queries == keys else query_positions(real, queries)
         q = q if at is None else jax.tree.map(lambda x: place(x, at, keys), q)
-        _, out = in_pieces(attend_and_add, (state, memory), (q, k, v, real), size)
-        return out if at is None else take(out, at)
-    state = jnp.zeros((batch, groups, features, v_dim + 1), dtype)
-    (state, _), _ = in_pieces(add, (state, memory), (k, v, real), size)
+        end, out = in_pieces(attend_and_add, start, (q, k, v, real), size)
+        out = out if at is None else take(out, at)
+        return out if carry is None else (out, end)
+    (state, _), _ = in_pieces(add, features.empty(batch, groups, v_dim, dtype), (k, v, real), size)
     asked = real if queries == keys else jnp.ones((batch, queries), bool)
     return in_pieces(attend, jnp.repeat(state, heads // groups, axis=1), (q, asked), size)[1]
 
@@ -173,7 +189,30 @@ def in_pieces(step: Callable, carry: Any, tokens: tuple, size: int) -> tuple[Any
     return carry, out
 
 
-class LinearAttention(MultiHead):
+class FeatureAttention(MultiHead):
+    """Multi-head attention with features; its causal form carries sums on. A variant says what they are."""
+
+    def features_of(self, batch: int, dtype: jnp.dtype) -> Features:
+        """Those of queries and keys, at evaluation."""
+        raise NotImplementedError(f"{type(self).__name__} writes no `features_of`")
+
+    def state_numbers(self, length: int) -> int:
+        carry = jax.eval_shape(lambda: self.empty_memory(1, None, jnp.float32))
+        return sum(x.size for x in jax.tree.leaves(carry))
+
+    def empty_memory(self, batch: int, max_len: int | None, dtype: jnp.dtype) -> tuple[jax.Array, Any]:
+        dtype = jnp.promote_types(dtype, jnp.float32)
+        return self.features_of(batch, dtype).empty(batch, self.heads, self.head_dim, dtype)
+
+    def remember(
+        self, projected: dict[str, Any], memory: tuple[jax.Array, Any], *,
+        mask: jax.Array | None, count: jax.Array, first: bool,
+    ) -> tuple[jax.Array, tuple[jax.Array, Any]]:  # fmt: skip
+        features = self.features_of(len(count), memory[0].dtype)
+        return feature_attention(**projected, mask=mask, causal=True, features=features, carry=memory)
+
+
+class LinearAttention(FeatureAttention):
     """Multi-head linear attention; arguments as in `MultiHead`."""
 
     paper = "Katharopoulos et al. 2020, arXiv 2006.16236"
@@ -181,5 +220,5 @@ class LinearAttention(MultiHead):
     cost = "n"
     function = staticmethod(linear)
 
-    def state_numbers(self, length: int) -> int:
-        return self.heads * self.head_dim * (self.head_dim + 1)
+    def features_of(self, batch: int, dtype: jnp.dtype) -> Features:
+        return Features(self.head_dim, positive)

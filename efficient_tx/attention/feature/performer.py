@@ -14,10 +14,9 @@ and each example has its own draw.
 import jax
 import jax.numpy as jnp
 
-from efficient_tx.attention.base.multihead import MultiHead
 from efficient_tx.attention.base.options import checked_by
 from efficient_tx.attention.exact.softmax import softmax
-from efficient_tx.attention.feature.linear import feature_attention
+from efficient_tx.attention.feature.linear import FeatureAttention, Features, feature_attention
 from efficient_tx.checks import OptionError
 from efficient_tx.kernels.shapes import check_shapes
 from efficient_tx.numerics.features import orthogonal_gaussian
@@ -64,13 +63,24 @@ def performer(
     check_shapes(q, k, v)
     batch, _, groups, dim = k.shape
     dtype = jnp.promote_types(q.dtype, jnp.float32)
+    features = drawn_features(batch, groups, dim, dtype, key=key, causal=causal, count=random_features)
+    return feature_attention(q, k, v, mask=mask, causal=causal, features=features)
+
+
+def drawn_features(
+    batch: int, groups: int, dim: int, dtype: jnp.dtype, *, key: jax.Array | None, causal: bool, count: int
+) -> Features:  # fmt: skip
+    """The features of `batch` examples with `groups` heads of keys, of width `dim`; other arguments as in `performer`.
+
+    Their memory is the largest exponent of the keys before, `[batch, groups]`.
+    """
     if key is None:
         # A constant of the compiled program, so that it is not drawn at every call.
         with jax.ensure_compile_time_eval():
-            omega = orthogonal_gaussian(evaluation_keys(1)[0], random_features, dim, dtype)
+            omega = orthogonal_gaussian(evaluation_keys(1)[0], count, dim, dtype)
     else:
-        omega = jax.vmap(lambda key: orthogonal_gaussian(key, random_features, dim, dtype))(example_keys(key, batch))
-    omega = jnp.broadcast_to(omega * dim**-0.25, (batch, random_features, dim))
+        omega = jax.vmap(lambda key: orthogonal_gaussian(key, count, dim, dtype))(example_keys(key, batch))
+    omega = jnp.broadcast_to(omega * dim**-0.25, (batch, count, dim))
 
     def exponents(x):
         return jnp.einsum("blhd,bfd->blhf", x, omega, precision=jax.lax.Precision.HIGHEST)
@@ -90,13 +100,10 @@ def performer(
 
     # Finite, so that a piece without keys does not compute inf − inf.
     nothing = jnp.full((batch, groups), jnp.finfo(dtype).min / 2, dtype)
-    return feature_attention(
-        q, k, v, mask=mask, causal=causal, features=random_features, floor=FLOOR,
-        query_features=query_features, key_features=key_features, memory=nothing,
-    )  # fmt: skip
+    return Features(count, query_features, key_features, nothing, FLOOR)
 
 
-class Performer(MultiHead):
+class Performer(FeatureAttention):
     """Multi-head Performer attention; options as in `performer`, other arguments as in `MultiHead`.
 
     Raises:
@@ -115,5 +122,7 @@ class Performer(MultiHead):
     def within(budget: int) -> dict[str, int]:
         return {"random_features": budget}
 
-    def state_numbers(self, length: int) -> int:
-        return self.heads * self.random_features * (self.head_dim + 1)
+    def features_of(self, batch: int, dtype: jnp.dtype) -> Features:
+        return drawn_features(
+            batch, self.heads, self.head_dim, dtype, key=None, causal=True, count=self.random_features
+        )

@@ -10,6 +10,7 @@ average is over existing tokens (PoolFormer's count_include_pad=False).
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -112,3 +113,28 @@ class Pool(Mixer):
 
     def state_bytes(self, length: int) -> int:
         return 4 * min(self.size - 1, length) * self.features
+
+    def empty(self, batch: int, max_len: int | None, dtype: jnp.dtype | None) -> "Recent":
+        tokens = jnp.zeros((batch, self.size - 1, self.features), jnp.float32 if dtype is None else dtype)
+        return Recent(jnp.zeros(batch, jnp.int32), tokens)
+
+    def advance(
+        self, x: jax.Array, state: "Recent", *, mask: jax.Array | None, first: bool
+    ) -> tuple[jax.Array, "Recent"]:  # fmt: skip
+        slots, length = state.tokens.shape[1], x.shape[1]
+        new = jnp.full(len(x), length) if mask is None else mask.sum(1)
+        count = state.count + new.astype(jnp.int32)
+        tokens = jnp.concatenate([state.tokens.astype(x.dtype), x], axis=1)
+        # The state's tokens are its last slots.
+        before = jnp.arange(slots) >= slots - state.count[:, None]
+        real = jnp.concatenate([before, jnp.arange(length) < new[:, None]], axis=1)
+        out = pool(tokens, **self.arguments(mask=real, key=None))[:, slots:]
+        last = jnp.take_along_axis(tokens, (new[:, None] + jnp.arange(slots))[..., None], axis=1)
+        return out, Recent(count, last.astype(state.tokens.dtype))
+
+
+class Recent(NamedTuple):
+    """The state of a decoder: number of tokens `[batch]`, and the last `size − 1` of them."""
+
+    count: jax.Array
+    tokens: jax.Array

@@ -71,3 +71,17 @@ class VMean(MultiHead):
 
     def state_numbers(self, length: int) -> int:
         return self.heads * self.head_dim
+
+    def empty_memory(self, batch: int, max_len: int | None, dtype: jnp.dtype) -> jax.Array:
+        """The sum of the values, `[batch, heads, head_dim]`."""
+        return jnp.zeros((batch, self.heads, self.head_dim), jnp.promote_types(dtype, jnp.float32))
+
+    def remember(
+        self, projected: dict[str, jax.Array], memory: jax.Array, *,
+        mask: jax.Array | None, count: jax.Array, first: bool,
+    ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+        v = projected["v"]
+        values = v if mask is None else jnp.where(mask[:, :, None, None], v, 0)
+        sums = memory[:, None] + jnp.cumsum(values.astype(memory.dtype), axis=1)
+        seen = count[:, None] + 1 + jnp.arange(v.shape[1])
+        return (sums / seen[:, :, None, None]).astype(v.dtype), sums[:, -1]

@@ -62,6 +62,3 @@ class Strassen(MultiHead):
     projections = ("q", "k", "v", "k2", "v2")
     rotated = ("q", "k", "k2")
     one_by_one = "on TPUs XLA adds to the second tokens of one head after another"
-
-    def state_numbers(self, length: int) -> int:
-        return 4 * length * self.heads * self.head_dim

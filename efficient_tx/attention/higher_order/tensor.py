@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from efficient_tx.attention.base.cache import Needed
 from efficient_tx.attention.base.multihead import MultiHead
 from efficient_tx.attention.base.options import checked_by
 from efficient_tx.checks import at_least
@@ -130,5 +131,6 @@ class Tensor(MultiHead):
             raise ValueError(f"Tensor's trilinear score would not be relative under {positions!r}: use other positions")
         super().__init__(features, positions=positions, **common)
 
-    def state_numbers(self, length: int) -> int:
-        return 2 * (min(self.window, length) + min(self.window2, length)) * self.heads * self.head_dim
+    def stored(self) -> dict[str, Needed]:
+        first, second = Needed(last=self.window), Needed(last=self.window2)
+        return {"k": first, "v": first, "k2": second, "v2": second}

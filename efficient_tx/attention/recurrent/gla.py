@@ -22,7 +22,6 @@ from efficient_tx.checks import OptionError, at_least
 from efficient_tx.kernels import gated_linear_attention
 from efficient_tx.kernels.shapes import check_rank, check_shapes
 from efficient_tx.tokens.mask import key_mask, place, query_positions, take
-from efficient_tx.tokens.rotary import rotate
 
 
 def gla(
@@ -144,56 +143,39 @@ class GLA(MultiHead):
         self.gate_normalizer, self.clamp_min = gate_normalizer, clamp_min
         self.add_convolutions({"q": keys, "k": keys, "v": self.heads * self.head_dim}, conv, rngs=rngs)
 
-    def mix(self, x: jax.Array, *, mask: jax.Array | None, key: jax.Array | None) -> jax.Array:
-        tokens = x.reshape(-1, x.shape[-1])
-        q, k, v, log_decay = (part.reshape(*x.shape[:2], *part.shape[1:]) for part in self.project(tokens))
-        if self.short_conv:
-            q, k, v = map(jax.nn.silu, self.convolve({"q": q, "k": k, "v": v}, mask).values())
-        if self.positions:
-            q, k = (rotate(part, mask, layout=self.positions) for part in (q, k))
-        heads = gla(q, k, v, log_decay=log_decay, **self.arguments(mask=mask, key=key))
-        return self.finish(heads.reshape(tokens.shape[0], *heads.shape[2:]), tokens).reshape(x.shape)
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array, *,
+        mask: jax.Array | None, key: jax.Array | None,
+    ) -> jax.Array:  # fmt: skip
+        return gla(q, k, v, log_decay=log_decay, **self.arguments(mask=mask, key=key))
+
+    def activate(self, convolved: jax.Array) -> jax.Array:
+        return jax.nn.silu(convolved)
 
     def state_numbers(self, length: int) -> int:
         return self.heads * self.key_dim * self.head_dim
 
-    def init_state(self, batch: int) -> jax.Array:
-        """The state before the first token of each sequence, `[batch, heads, key_dim, head_dim]`, float32."""
-        return jnp.zeros((batch, self.heads, self.key_dim, self.head_dim))
+    def empty_memory(self, batch: int, max_len: int | None, dtype: jnp.dtype) -> jax.Array:
+        """`[batch, heads, key_dim, head_dim]`."""
+        return jnp.zeros((batch, self.heads, self.key_dim, self.head_dim), jnp.promote_types(dtype, jnp.float32))
 
-    def step(self, x: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """One token of each sequence, at evaluation: equal to its row of the causal forward pass.
+    def remember(
+        self, projected: dict[str, jax.Array], memory: jax.Array, *,
+        mask: jax.Array | None, count: jax.Array, first: bool,
+    ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+        return gated_linear_attention(**projected, initial_state=memory, mask=mask)
 
-        Args:
-          x: `[batch, features]`.
-          state: the state after the previous tokens, from `init_state` or the last step.
-
-        Returns:
-          `[batch, features]` and the next state.
-
-        Raises:
-          ValueError: the mixer is not causal, has rotary positions, or has a convolution (the state does not hold its
-            last tokens).
-        """
-        if not self.causal or self.positions or self.short_conv:
-            raise ValueError(
-                f"step needs causal=True and positions=None, and no conv: here {self.causal} and {self.positions!r}, "
-                f"and {'a' if self.short_conv else 'no'} conv"
-            )
-        q, k, v, log_decay = self.project(x)
-        out, state = gla_step(q, k, v, state, log_decay=log_decay)
-        return self.finish(out, x), state
-
-    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Queries, keys, values and log_decay `[tokens, heads, key_dim or head_dim]`, from `[tokens, features]`."""
-        logits = self.decay_up(self.decay_down(x))
+    def project(self, tokens: jax.Array) -> dict[str, jax.Array]:
+        """Queries, keys, values and log_decay."""
+        logits = self.decay_up(self.decay_down(tokens))
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         log_decay = jax.nn.log_sigmoid(logits) / self.gate_normalizer
         if self.clamp_min is not None:
             log_decay = jnp.maximum(log_decay, self.clamp_min)
-        return tuple(part.reshape(len(x), self.heads, -1) for part in (self.q(x), self.k(x), self.v(x), log_decay))
+        parts = {"q": self.q(tokens), "k": self.k(tokens), "v": self.v(tokens), "log_decay": log_decay}
+        return {name: part.reshape(len(tokens), self.heads, -1) for name, part in parts.items()}
 
-    def finish(self, heads: jax.Array, x: jax.Array) -> jax.Array:
-        """Norm, gate and output projection of `heads` `[tokens, heads, head_dim]`; `x` is `[tokens, features]`."""
-        gated = self.norm(heads).reshape(len(x), -1) * jax.nn.silu(self.gate(x))
+    def finish(self, heads: jax.Array, tokens: jax.Array) -> jax.Array:
+        """Norm, gate and output projection."""
+        gated = self.norm(heads).reshape(len(tokens), -1) * jax.nn.silu(self.gate(tokens))
         return self.out(gated)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from efficient_tx.attention.base.multihead import MultiHead
 from efficient_tx.attention.base.options import checked_by
 from efficient_tx.attention.exact.softmax import softmax
-from efficient_tx.attention.sampled.lev_stream import lev_causal
+from efficient_tx.attention.sampled.lev_stream import LevState, lev_causal, lev_init, lev_step
 from efficient_tx.attention.sampled.lev_weights import attend_to, check_options, gram_matrix, newest
 from efficient_tx.kernels.shapes import check_shapes
 from efficient_tx.numerics.leverage import leverage_scores
@@ -132,4 +132,25 @@ class Lev(MultiHead):
         return {"budget": budget}
 
     def state_numbers(self, length: int) -> int:
-        return self.heads * (2 * self.budget * self.head_dim + self.head_dim**2)
+        return self.heads * (self.budget * (2 * self.head_dim + 1) + self.head_dim**2)
+
+    def empty_memory(self, batch: int, max_len: int | None, dtype: jnp.dtype) -> LevState:
+        dtype = jnp.promote_types(dtype, jnp.float32)
+        return lev_init(batch, self.heads, self.head_dim, budget=self.budget, dtype=dtype)
+
+    def remember(
+        self, projected: dict[str, jax.Array], memory: LevState, *,
+        mask: jax.Array | None, count: jax.Array, first: bool,
+    ) -> tuple[jax.Array, LevState]:  # fmt: skip
+        names = ("recent", "ridge", "rescore", "attention")
+        options = {name: getattr(self, name) for name in names}
+        real = jnp.ones(projected["q"].shape[:2], bool) if mask is None else mask
+
+        def next_token(state, token):
+            *parts, real = token
+            out, state = lev_step(*parts, state, mask=real, **options)
+            return state, out
+
+        tokens = [x.swapaxes(0, 1) for x in (*projected.values(), real)]
+        memory, heads = jax.lax.scan(next_token, memory, tuple(tokens))
+        return heads.swapaxes(0, 1), memory

@@ -20,11 +20,30 @@ def forward(
     `q` is `[batch, queries, heads, head_dim]`, `k` and `v` `[batch, keys, groups, dim]`; the score's parameters are
     `[heads, ...]`; `pairs` is bool `[batch or 1, heads or 1, queries, keys]`, or None.
     """
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
-    queries, heads, keys = q.shape[1], q.shape[2], k.shape[1]
+    queries, keys = q.shape[1], k.shape[1]
+    i, j = jnp.arange(queries)[:, None] + keys - queries, jnp.arange(keys)[None]
+    keep = jnp.ones((1, 1, queries, keys), bool) if pairs is None else pairs
+    if mask is not None:
+        q_segment, k_segment = (
+            jax.tree.map(lambda x, axis=axis: jnp.expand_dims(x, axis)[:, None], segments)
+            for segments, axis in zip(mask.segments, (2, 1))
+        )
+        keep = keep & mask.allowed(i, j, q_segment, k_segment)
+    return formula(options, q, k, v, score, keep, i, j)
+
+
+def formula(
+    options: Options, q: jax.Array, k: jax.Array, v: jax.Array, score: Score, keep: jax.Array, i: jax.Array,
+    j: jax.Array,
+) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
+    """`forward` with any positions and pairs.
+
+    `keep` is bool and broadcasts to `[batch, heads, queries, keys]`, the positions `i` of queries and `j` of keys to
+    `[batch, queries, keys]`.
+    """
+    dtype, heads = jnp.promote_types(q.dtype, jnp.float32), q.shape[2]
     out_dtype, q = q.dtype, q.astype(dtype)
     k, v = (jnp.repeat(x.astype(dtype), heads // x.shape[2], axis=2) for x in (k, v))
-    i, j = jnp.arange(queries)[:, None] + keys - queries, jnp.arange(keys)[None]
 
     def head(score, head, q, k, v):
         """One head of all examples: q `[batch, queries, head_dim]`."""
@@ -36,13 +55,6 @@ def forward(
         return score.logits(dot, q_norm, k_norm, i, j, head)
 
     logits = jax.vmap(head, (0, 0, 2, 2, 2), 1)(score, jnp.arange(heads), q, k, v)
-    keep = jnp.ones((1, 1, queries, keys), bool) if pairs is None else pairs
-    if mask is not None:
-        q_segment, k_segment = (
-            jax.tree.map(lambda x, axis=axis: jnp.expand_dims(x, axis)[:, None], segments)
-            for segments, axis in zip(mask.segments, (2, 1))
-        )
-        keep = keep & mask.allowed(i, j, q_segment, k_segment)
 
     def apply(weights):
         return jnp.einsum("bhqk,bkhd->bqhd", weights, v, precision=options.precision).astype(out_dtype)
