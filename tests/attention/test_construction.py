@@ -177,7 +177,7 @@ def test_bytes_kept_by_hand(name):
 def test_bytes_of_the_decoders_that_exist():
     """Those of the arrays that they hold."""
     causal = abstract("gla", causal=True)
-    assert causal.state_bytes(99) == jax.eval_shape(lambda: causal.init_state(1)).size * 4
+    assert causal.state_bytes(99) == jax.eval_shape(lambda: causal.init_state(1)).memory.size * 4
     convolved = abstract("softmax", conv=4)
     assert (
         convolved.state_bytes(99) - abstract("softmax").state_bytes(99) == 4 * 3 * 3 * FEATURES
