@@ -29,7 +29,11 @@ from efficient_tx.attention.low_rank.nystromformer import Nystromformer, nystrom
 from efficient_tx.attention.low_rank.s3 import S3, s3
 from efficient_tx.attention.low_rank.skyformer import Skyformer, skyformer
 from efficient_tx.attention.low_rank.soft import Soft, soft
+from efficient_tx.attention.recurrent.delta import Delta, delta
+from efficient_tx.attention.recurrent.gated_delta import GatedDelta, gated_delta
 from efficient_tx.attention.recurrent.gla import GLA, gla, gla_step
+from efficient_tx.attention.recurrent.kda import KDA, kda
+from efficient_tx.attention.recurrent.retnet import RetNet, retnet
 from efficient_tx.attention.sampled.hyper import Hyper, hyper
 from efficient_tx.attention.sampled.lev import Lev, lev
 from efficient_tx.attention.sampled.lev_stream import LevState, lev_init, lev_step
@@ -50,6 +54,10 @@ ATTENTION: dict[str, type[Mixer]] = {
     "performer": Performer,
     "cosformer": Cosformer,
     "gla": GLA,
+    "retnet": RetNet,
+    "delta": Delta,
+    "gated_delta": GatedDelta,
+    "kda": KDA,
     "lev": Lev,
     "hyper": Hyper,
     "tensor": Tensor,
@@ -97,11 +105,14 @@ def as_attention_fn(name: str, *, key: KeySource | None = None, **options: Any) 
 __all__ = [
     "ATTENTION",
     "GLA",
+    "KDA",
     "S3",
     "BigBird",
     "Cosformer",
     "Custom",
+    "Delta",
     "Fourier",
+    "GatedDelta",
     "Hyper",
     "Kernelized",
     "Lev",
@@ -115,6 +126,7 @@ __all__ = [
     "Nystromformer",
     "Performer",
     "Pool",
+    "RetNet",
     "Sigmoid",
     "Skeinformer",
     "Skyformer",
@@ -128,10 +140,13 @@ __all__ = [
     "bigbird",
     "cosformer",
     "custom",
+    "delta",
     "fourier",
+    "gated_delta",
     "gla",
     "gla_step",
     "hyper",
+    "kda",
     "kernelized",
     "lev",
     "lev_init",
@@ -143,6 +158,7 @@ __all__ = [
     "nystromformer",
     "performer",
     "pool",
+    "retnet",
     "s3",
     "sigmoid",
     "skeinformer",

@@ -52,13 +52,9 @@ class MultiHead(Mixer):
         **common: Any,
     ):
         super().__init__(features, **common)
-        if heads < 1 or (head_dim is not None and head_dim < 1):
-            raise ValueError(f"heads is {heads} and head_dim {head_dim}: both must be at least 1")
-        if head_dim is None and features % heads:
-            raise ValueError(f"{features} features do not divide into {heads} heads: give head_dim, or other sizes")
         self.heads = heads
         self.dtype = dtype
-        self.head_dim = features // heads if head_dim is None else head_dim
+        self.head_dim = width_of_head(features, heads, head_dim)
         inner = self.heads * self.head_dim
         for name in self.projections:
             setattr(self, name, linear(features, inner, dtype=dtype, rngs=rngs))
@@ -242,6 +238,19 @@ class MultiHead(Mixer):
         real = jnp.concatenate([real, cache.moved(own, back)], axis=1)
         heads = self.attend(*(new | joined).values(), mask=real, key=None)
         return cache.moved(heads, None if back is None else -back)
+
+
+def width_of_head(features: int, heads: int, head_dim: int | None) -> int:
+    """`head_dim`, or features // heads.
+
+    Raises:
+      ValueError: it is not at least 1, or the features do not divide.
+    """
+    if heads < 1 or (head_dim is not None and head_dim < 1):
+        raise ValueError(f"heads is {heads} and head_dim {head_dim}: both must be at least 1")
+    if head_dim is None and features % heads:
+        raise ValueError(f"{features} features do not divide into {heads} heads: give head_dim, or other sizes")
+    return features // heads if head_dim is None else head_dim
 
 
 class State(NamedTuple):

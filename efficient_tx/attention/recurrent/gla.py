@@ -18,10 +18,10 @@ import numpy as np
 from flax import nnx
 
 from efficient_tx.attention.base.multihead import MultiHead
+from efficient_tx.attention.recurrent.base import both_ways
 from efficient_tx.checks import OptionError, at_least
 from efficient_tx.kernels import gated_linear_attention
 from efficient_tx.kernels.shapes import check_rank, check_shapes
-from efficient_tx.tokens.mask import key_mask, place, query_positions, take
 
 
 def gla(
@@ -50,18 +50,8 @@ def gla(
       ValueError: different numbers of queries and keys without `causal`, or shapes that do not fit.
     """
     check_shapes(q, k, v)
-    (batch, keys), queries = k.shape[:2], q.shape[1]
-    mask = key_mask(mask, batch, keys)
-    if queries != keys:
-        if not causal:
-            raise ValueError(f"gla has {queries} queries and {keys} keys: it needs positions, so use causal=True")
-        at = query_positions(jnp.ones((batch, keys), bool) if mask is None else mask, queries)
-        return take(gated_linear_attention(place(q, at, keys), k, v, log_decay=log_decay, mask=mask)[0], at)
-    out, _ = gated_linear_attention(q, k, v, log_decay=log_decay, mask=mask)
-    if causal:
-        return out
-    back, _ = gated_linear_attention(q, k, v, log_decay=log_decay, mask=mask, reverse=True)
-    return (out + back) / 2
+    run = partial(gated_linear_attention, k=k, v=v, log_decay=log_decay)
+    return both_ways(run, q, k, mask=mask, causal=causal, name="gla")
 
 
 def gla_step(
