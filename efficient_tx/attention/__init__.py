@@ -33,6 +33,7 @@ from efficient_tx.attention.recurrent.delta import Delta, delta
 from efficient_tx.attention.recurrent.gated_delta import GatedDelta, gated_delta
 from efficient_tx.attention.recurrent.gla import GLA, gla, gla_step
 from efficient_tx.attention.recurrent.kda import KDA, kda
+from efficient_tx.attention.recurrent.mamba2 import Mamba2, mamba2
 from efficient_tx.attention.recurrent.retnet import RetNet, retnet
 from efficient_tx.attention.sampled.hyper import Hyper, hyper
 from efficient_tx.attention.sampled.lev import Lev, lev
@@ -55,6 +56,7 @@ ATTENTION: dict[str, type[Mixer]] = {
     "cosformer": Cosformer,
     "gla": GLA,
     "retnet": RetNet,
+    "mamba2": Mamba2,
     "delta": Delta,
     "gated_delta": GatedDelta,
     "kda": KDA,
@@ -121,6 +123,7 @@ __all__ = [
     "Linformer",
     "Local",
     "Longformer",
+    "Mamba2",
     "Mixer",
     "MultiHead",
     "Nystromformer",
@@ -155,6 +158,7 @@ __all__ = [
     "linformer",
     "local",
     "longformer",
+    "mamba2",
     "nystromformer",
     "performer",
     "pool",

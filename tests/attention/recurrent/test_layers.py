@@ -1,4 +1,4 @@
-"""The whole layers of retnet, delta, gated_delta and kda, against loops over tokens in float64."""
+"""The whole layers of retnet, mamba2, delta, gated_delta and kda, against loops over tokens in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,35 @@ def recurrence(name, q, k, v, beta, decay):
     return out
 
 
+def mamba2(mixer, x, causal):
+    """Dao and Gu's recurrence, of one sequence."""
+    names = ("q", "k", "v")
+    q, k, v = (silu(convolved(x @ kernel(getattr(mixer, n)), mixer.short_conv[n])) for n in names)
+    step = softplus(x @ kernel(mixer.time) + np.asarray(mixer.time_bias[...]))
+    rate = np.exp(np.asarray(mixer.log_rate[...], np.float64))
+    v = v.reshape(len(x), HEADS, -1)
+
+    def scan(q, k, v, step):
+        out = np.zeros_like(v)
+        for h in range(HEADS):
+            state = np.zeros((k.shape[-1], v.shape[-1]))
+            for t in range(len(v)):
+                state = np.exp(-rate[h] * step[t, h]) * state + step[t, h] * np.outer(k[t], v[t, h])
+                out[t, h] = q[t] @ state
+        return out
+
+    heads = scan(q, k, v, step)
+    if not causal:
+        heads = (heads + scan(*(part[::-1] for part in (q, k, v, step)))[::-1]) / 2
+    heads = (heads + np.asarray(mixer.skip[...])[:, None] * v).reshape(len(x), -1)
+    gated = heads * silu(x @ kernel(mixer.gate))
+    scale = np.asarray(mixer.norm.scale[...], np.float64)
+    return scale * gated / np.sqrt(np.square(gated).mean(-1, keepdims=True) + 1e-5) @ kernel(mixer.out)
+
+
 def layer(name, mixer, x, causal):
+    if name == "mamba2":
+        return mamba2(mixer, x, causal)
     parts = projected(name, mixer, x)
     heads = recurrence(name, *parts)
     if not causal:
@@ -98,7 +126,7 @@ def layer(name, mixer, x, causal):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("name", ["gated_delta", "retnet", "delta", "kda"])
+@pytest.mark.parametrize("name", ["gated_delta", "mamba2", "retnet", "delta", "kda"])
 @pytest.mark.first(2)
 def test_equals_the_loop_of_its_paper(name, causal):
     options = {"conv": 3} if name == "retnet" else {"negative": name == "delta"} if "delta" in name else {}
@@ -121,11 +149,13 @@ def test_with_orthonormal_keys_and_whole_corrections_the_state_recalls():
     np.testing.assert_allclose(np.asarray(out) * WIDTH**0.5, v, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["gated_delta", "kda"])
+@pytest.mark.parametrize("name", ["gated_delta", "kda", "mamba2"])
 def test_initial_decays_are_those_of_the_published_layers(name):
     mixer = ATTENTION[name](256, heads=64, rngs=nnx.Rngs(0))
-    rate, step = np.exp(mixer.decay_rate[...]), softplus(np.asarray(mixer.decay_bias[...]))
-    low = 1 if name == "kda" else 0
+    names = ("log_rate", "time_bias") if name == "mamba2" else ("decay_rate", "decay_bias")
+    rate, bias = (np.asarray(getattr(mixer, name)[...]) for name in names)
+    rate, step = np.exp(rate), softplus(bias)
+    low = 0 if name == "gated_delta" else 1
     assert low <= rate.min() < 2 and 14 < rate.max() <= 16
     assert 0.001 <= step.min() * 1.001 < 0.002 and 0.08 < step.max() <= 0.1001
     assert np.median(step) == pytest.approx(0.01, rel=0.5)  # 64 draws or more, log-uniform over two decades
