@@ -55,11 +55,14 @@ class MultiHead(Mixer):
         self.heads = heads
         self.dtype = dtype
         self.head_dim = width_of_head(features, heads, head_dim)
-        inner = self.heads * self.head_dim
-        for name in self.projections:
-            setattr(self, name, linear(features, inner, dtype=dtype, rngs=rngs))
-        self.out = linear(inner, features, dtype=dtype, rngs=rngs)
-        self.add_convolutions(dict.fromkeys(self.projections, inner), conv, rngs=rngs)
+        for name, width in self.widths().items():
+            setattr(self, name, linear(features, width, dtype=dtype, rngs=rngs))
+        self.out = linear(self.heads * self.head_dim, features, dtype=dtype, rngs=rngs)
+        self.add_convolutions(self.widths(), conv, rngs=rngs)
+
+    def widths(self) -> dict[str, int]:
+        """Outputs of each of the `projections`. By default: heads · head_dim."""
+        return dict.fromkeys(self.projections, self.heads * self.head_dim)
 
     def mix(self, x: jax.Array, *, mask: jax.Array | None, key: jax.Array | None) -> jax.Array:
         # As [batch · length, features]: XLA's CPU backend is slow with a leading axis of 1.

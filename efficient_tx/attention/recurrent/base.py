@@ -68,9 +68,6 @@ class Recurrent(MultiHead):
       key_dim: width of a head's queries and keys; `head_dim` is that of its values.
     """
 
-    projections = ()
-    rotated = ("q", "k")
-
     def __init__(
         self, features: int, *,
         heads: int, head_dim: int | None = None, expand_k: float = 1.0, expand_v: float = 1.0, conv: int = 4,
@@ -80,35 +77,21 @@ class Recurrent(MultiHead):
         for name, factor in (("expand_k", expand_k), ("expand_v", expand_v)):
             if not width * factor >= 1:
                 raise OptionError(name, factor, f"with head_dim {width} it must be at least {1 / width:g}")
-        without_bias = partial(linear, use_bias=False)
-        super().__init__(
-            features,
-            heads=heads,
-            head_dim=round(expand_v * width),
-            linear=without_bias,
-            dtype=dtype,
-            rngs=rngs,
-            **common,
-        )
         self.key_dim = round(expand_k * width)
-        widths = {"q": heads * self.key_dim, "k": heads * self.key_dim, "v": heads * self.head_dim}
-        for name, inner in widths.items():
-            setattr(self, name, without_bias(features, inner, dtype=dtype, rngs=rngs))
+        own = {"linear": partial(linear, use_bias=False), "dtype": dtype, "rngs": rngs}
+        super().__init__(features, heads=heads, head_dim=round(expand_v * width), conv=conv, **own, **common)
         self.norm = nnx.RMSNorm(self.head_dim, epsilon=1e-5, dtype=dtype, rngs=rngs)
-        self.add_convolutions(widths, conv, rngs=rngs)
+
+    def widths(self) -> dict[str, int]:
+        return {"q": self.heads * self.key_dim, "k": self.heads * self.key_dim, "v": self.heads * self.head_dim}
 
     def project(self, tokens: jax.Array) -> dict[str, jax.Array]:
         """Queries, keys and values; a variant adds what else its recurrence takes, `[tokens, heads, ...]` each."""
-        parts = {name: getattr(self, name)(tokens) for name in ("q", "k", "v")}
-        if not self.short_conv:
-            parts = {name: self.activate(x) for name, x in parts.items()}
-        return {name: x.reshape(len(tokens), self.heads, -1) for name, x in parts.items()}
+        parts = super().project(tokens)
+        return parts if self.short_conv else {name: self.activate(x) for name, x in parts.items()}
 
     def activate(self, convolved: jax.Array) -> jax.Array:
         return jax.nn.silu(convolved)
-
-    def attend(self, *parts: jax.Array, mask: jax.Array | None, key: jax.Array | None) -> jax.Array:
-        raise NotImplementedError(f"{type(self).__name__} writes no `attend`")
 
     def recurrence(
         self, parts: dict[str, jax.Array], memory: jax.Array, mask: jax.Array | None

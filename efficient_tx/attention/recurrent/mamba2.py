@@ -83,7 +83,6 @@ class Mamba2(MultiHead):
     cost = "n"
     function = staticmethod(mamba2)
     refuses: ClassVar = {"cross": "it needs positions"}
-    projections = ()
     has_positions = False
 
     @staticmethod
@@ -100,20 +99,19 @@ class Mamba2(MultiHead):
         at_least(1, states=states)
         if not width * expand >= 1:
             raise OptionError("expand", expand, f"with head_dim {width} it must be at least {1 / width:g}")
-        without_bias = partial(linear, use_bias=False)
-        own = {"linear": without_bias, "dtype": dtype, "rngs": rngs}
-        super().__init__(features, heads=heads, head_dim=round(expand * width), **own, **common)
-        self.states, inner = states, self.heads * self.head_dim
-        widths = {"q": states, "k": states, "v": inner}
-        for name, size in widths.items():
-            setattr(self, name, without_bias(features, size, dtype=dtype, rngs=rngs))
-        self.gate = without_bias(features, inner, dtype=dtype, rngs=rngs)
+        self.states = states
+        own = {"linear": partial(linear, use_bias=False), "dtype": dtype, "rngs": rngs}
+        super().__init__(features, heads=heads, head_dim=round(expand * width), conv=conv, **own, **common)
+        inner = self.heads * self.head_dim
+        self.gate = linear(features, inner, use_bias=False, dtype=dtype, rngs=rngs)
         self.time = nnx.Linear(features, heads, use_bias=False, dtype=dtype, rngs=rngs)
         self.time_bias = nnx.Param(log_time_steps((heads,), rngs))
         self.log_rate = nnx.Param(jnp.log(jax.random.uniform(rngs.params(), (heads,), jnp.float32, 1, 16)))
         self.skip = nnx.Param(jnp.ones(heads))
         self.norm = nnx.RMSNorm(inner, epsilon=1e-5, dtype=dtype, rngs=rngs)
-        self.add_convolutions(widths, conv, rngs=rngs)
+
+    def widths(self) -> dict[str, int]:
+        return {"q": self.states, "k": self.states, "v": self.heads * self.head_dim}
 
     def project(self, tokens: jax.Array) -> dict[str, jax.Array]:
         """C and B `[tokens, 1, states]`, x `[tokens, heads, head_dim]` and Δ `[tokens, heads]`."""

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from efficient_tx.attention.base.multihead import MultiHead
 from efficient_tx.attention.recurrent.base import Recurrent, both_ways
 from efficient_tx.kernels import gated_linear_attention
 from efficient_tx.kernels.shapes import check_shapes
@@ -78,12 +79,7 @@ class RetNet(Recurrent):
 
     def project(self, tokens: jax.Array) -> dict[str, jax.Array]:
         """Queries, keys and values; only a convolution is followed by a SiLU."""
-        return {name: getattr(self, name)(tokens).reshape(len(tokens), self.heads, -1) for name in ("q", "k", "v")}
-
-    def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array | None, key: jax.Array | None
-    ) -> jax.Array:  # fmt: skip
-        return retnet(q, k, v, **self.arguments(mask=mask, key=key))
+        return MultiHead.project(self, tokens)
 
     def recurrence(
         self, parts: dict[str, jax.Array], memory: jax.Array, mask: jax.Array | None
