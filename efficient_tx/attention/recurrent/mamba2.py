@@ -107,7 +107,7 @@ class Mamba2(MultiHead):
         self.time = nnx.Linear(features, heads, use_bias=False, dtype=dtype, rngs=rngs)
         self.time_bias = nnx.Param(log_time_steps((heads,), rngs))
         self.log_rate = nnx.Param(jnp.log(jax.random.uniform(rngs.params(), (heads,), jnp.float32, 1, 16)))
-        self.skip = nnx.Param(jnp.ones(heads))
+        self.skip = nnx.Param(jnp.ones(heads, jnp.float32))
         self.norm = nnx.RMSNorm(inner, epsilon=1e-5, dtype=dtype, rngs=rngs)
 
     def widths(self) -> dict[str, int]:

@@ -3,9 +3,10 @@
     S_t = γ_h S_{t−1} + k_tᵀ v_t,    o_t = q_t S_t / √d_k,    γ_h = 1 − 2^(−5−h),  h = 0, 1, ...
     y_t = W_o [RMSNorm(o_t) ⊙ swish(W_g x_t)]
 
-Queries and keys are rotated by their positions. The default sizes are those of the authors' code: values twice as wide
-as keys. Like the code of flash-linear-attention, and unlike the paper: rotary positions, not xPos, whose decay is that
-of the state again; and the norm of each head replaces the paper's normalisation of scores, which it cancels.
+In the paper queries and keys turn with their positions: here that is `positions="rope"`, as in any mixer. The default
+sizes are those of the authors' code: values twice as wide as keys. As in the code of flash-linear-attention, and unlike
+in the paper: not xPos, whose decay is that of the state again; and no normalisation of the scores, which the norm of
+each head cancels.
 The method is causal; without `causal` it runs in both directions and the outputs are averaged.
 """
 
@@ -56,11 +57,7 @@ def log_decays(heads: int) -> jax.Array:
 
 
 class RetNet(Recurrent):
-    """The whole layer of retention; other arguments as in `Recurrent`.
-
-    Args:
-      positions: None and "rope" are the same, as the method has rotary positions.
-    """
+    """The whole layer of retention; arguments as in `Recurrent`."""
 
     paper = "Sun et al. 2023, arXiv 2307.08621"
     computes = "a state that forgets at a fixed rate of each head; both ways if not causal"
@@ -70,11 +67,11 @@ class RetNet(Recurrent):
 
     def __init__(
         self, features: int, *,
-        expand_v: float = 2.0, conv: int = 0, positions: str | None = None,
+        expand_v: float = 2.0, conv: int = 0,
         linear: Callable = nnx.Linear, dtype: jnp.dtype | None = None, rngs: nnx.Rngs, **common: Any,
     ):  # fmt: skip
         own = {"linear": linear, "dtype": dtype, "rngs": rngs}
-        super().__init__(features, expand_v=expand_v, conv=conv, positions=positions or "rope", **own, **common)
+        super().__init__(features, expand_v=expand_v, conv=conv, **own, **common)
         self.gate = linear(features, self.heads * self.head_dim, use_bias=False, dtype=dtype, rngs=rngs)
 
     def project(self, tokens: jax.Array) -> dict[str, jax.Array]:

@@ -2,6 +2,6 @@
 
 from types import ModuleType
 
-from efficient_tx.compare.commands import attention, linear, table
+from efficient_tx.compare.commands import attention, decode, linear, table
 
-COMMANDS: dict[str, ModuleType] = {"attention": attention, "linear": linear, "table": table}
+COMMANDS: dict[str, ModuleType] = {"attention": attention, "linear": linear, "decode": decode, "table": table}

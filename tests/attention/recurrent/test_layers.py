@@ -125,12 +125,15 @@ def layer(name, mixer, x, causal):
     return normed @ kernel(mixer.out)
 
 
+# What differs from the defaults.
+OPTIONS = {"retnet": {"conv": 3, "positions": "rope"}, "delta": {"negative": True}}
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("name", ["gated_delta", "mamba2", "retnet", "delta", "kda"])
 @pytest.mark.first(2)
 def test_equals_the_loop_of_its_paper(name, causal):
-    options = {"conv": 3} if name == "retnet" else {"negative": name == "delta"} if "delta" in name else {}
-    mixer = ATTENTION[name](FEATURES, heads=HEADS, causal=causal, rngs=nnx.Rngs(1), **options)
+    mixer = ATTENTION[name](FEATURES, heads=HEADS, causal=causal, rngs=nnx.Rngs(1), **OPTIONS.get(name, {}))
     x = tokens(0, 2, LENGTH, FEATURES)
     out = nnx.jit(lambda mixer, x: mixer(x))(mixer, x)
     for got, one in zip(out, x):

@@ -1,0 +1,1 @@
+"""Decoding with the causal token mixers, side by side."""
