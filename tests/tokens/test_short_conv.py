@@ -176,12 +176,6 @@ def test_gla_is_the_recurrence_of_convolved_projections_behind_a_silu(causal):
     np.testing.assert_allclose(mixer(jnp.asarray(x))[0], expected, atol=1e-5)  # float32
 
 
-def test_gla_with_a_convolution_refuses_to_step():
-    mixer = GLA(8, heads=2, causal=True, conv=4, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="no conv"):
-        mixer.step(jnp.zeros((1, 8)), mixer.init_state(1))
-
-
 @pytest.mark.quick
 @pytest.mark.parametrize("name", ["fourier", "pool"])
 def test_what_has_no_projections_has_no_convolution(name):
