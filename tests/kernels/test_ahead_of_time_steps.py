@@ -17,7 +17,9 @@ def test_a_step_sums_gradients_writes_over_its_state_and_needs_no_host(name, tar
     assert step.kernels["flash_attention"] == step.kernels["flash_attention_keys"] == 4
 
 
-# Without a kernel; with sorting; with a Fourier transform.
-@pytest.mark.parametrize(("name", "target"), [("tensor", "h100"), ("hyper", "h100"), ("fourier", "v5e")])
+# Without a kernel; with sorting; with a Fourier transform; with eigenvalues.
+@pytest.mark.parametrize(
+    ("name", "target"), [("tensor", "h100"), ("hyper", "h100"), ("fourier", "h100"), ("lev", "v5e")]
+)
 def test_a_mixer_has_no_loop_over_heads_examples_or_tokens(name, target):
     assert mixers.serial_loops(mixers.program_of(name, TARGETS[target])) == []
