@@ -165,7 +165,8 @@ def test_lists_by_key_block():
     """Against loops over the lists."""
     r = np.random.default_rng(0)
     blocks = lists(r, 2, 3, 5, 4, 6)
-    (entries, starts), (key, steps) = jax.jit(lambda x: (by_key_block(x, 4), transposed(x, 4, 3)))(blocks)
+    lists_of = jax.jit(lambda x: (by_key_block(x, 4), transposed(x, 4, 3)))
+    (entries, starts), (key, steps) = jax.tree.map(np.asarray, lists_of(blocks))
     assert steps.shape == (2, 3, -(-5 * 6 // 3) + 4, 3)
     for b, h in np.ndindex(2, 3):
         for c in range(4):
