@@ -65,7 +65,8 @@ def test_prefill_and_steps_are_rows_of_the_causal_forward_pass(name):
     check(make(ATTENTION[name], causal=True))
 
 
-@one_of_a_family([name for name in DECODING if issubclass(ATTENTION[name], MultiHead)])
+@pytest.mark.parametrize("name", [name for name in DECODING if issubclass(ATTENTION[name], MultiHead)])
+@pytest.mark.first(1)
 def test_so_they_are_with_convolutions_and_positions(name):
     turned = {"positions": "rope"} if ATTENTION[name].has_positions and name != "tensor" else {}
     check(make(ATTENTION[name], causal=True, conv=4, **turned))
@@ -145,6 +146,7 @@ def test_bfloat16_is_stored_where_tokens_are_and_sums_are_float32(name):
     check(mixer, 2e-2)  # two and a half digits, rounded at other places
 
 
+@pytest.mark.slow
 def test_a_stack_of_blocks_decodes():
     mixers = [lambda *args, cls=ATTENTION[name], **options: make(cls, causal=True, features=FEATURES, **options)
               for name in ("softmax", "gla")]  # fmt: skip
