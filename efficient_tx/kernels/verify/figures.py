@@ -55,12 +55,15 @@ def grown(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             found.append(f"{what} grew from {old} to {new}")
 
     compare("temporaries", before["temporaries"], now["temporaries"])
-    old_kernels = {kernel["name"]: kernel for kernel in before["kernels"]}
-    for kernel in now["kernels"]:
+    for name in dict.fromkeys(kernel["name"] for kernel in now["kernels"]):
         for figure in ("on_chip", "instructions", "spills", "registers"):
-            old = old_kernels.get(kernel["name"], {}).get(figure)
-            compare(f"{figure} of {kernel['name']}", old, kernel.get(figure))
+            compare(f"{figure} of {name}", *(largest(program, name, figure) for program in (before, now)))
     return found
+
+
+def largest(program: Mapping[str, Any], name: str, figure: str) -> float | None:
+    """Of the kernels of this name: a program may have several, of other sizes; None where none has the figure."""
+    return max((k[figure] for k in program["kernels"] if k["name"] == name and figure in k), default=None)
 
 
 def read(path: Path) -> dict[str, Any]:

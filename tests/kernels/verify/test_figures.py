@@ -26,6 +26,15 @@ def test_a_figure_or_kernel_that_was_not_there_has_not_grown():
     assert figures.grown(program(instructions=5), program(registers=200)) == []
 
 
+def test_of_several_kernels_of_one_name_the_largest_counts():
+    def of(*instructions):
+        kernels = tuple(Kernel("k", instructions=n) for n in instructions)
+        return figures.of_program(Program("a1b2", 1.0, 1, 1, 0, 0, kernels, ""))
+
+    assert figures.grown(of(300, 500), of(500, 300)) == [] == figures.grown(of(300, 500), of(450, 520))
+    assert figures.grown(of(300, 500), of(300, 600)) == ["instructions of k grew from 500 to 600"]
+
+
 def test_programs_are_stored_beside_known_ones(tmp_path):
     path = tmp_path / "kernels.json"
     figures.store(path, {"a": program(registers=3), "gone": program()}, ["a", "gone"])
