@@ -2,8 +2,8 @@
 
 Most of the time goes into compiling programs that run once, so LLVM does not optimise them: half the time; nor does it
 get them in parts to be compiled side by side: a third of the rest. jaxlib 0.10 compiles twice as fast again by its
-older emitter of fusions, which later versions no longer have. Slow tests that start train.py and eval.py as processes
-of their own run what users run.
+older emitter of fusions, which later versions no longer have. train.py and eval.py as processes of their own do so too,
+unless a test asks for programs as users have them.
 """
 
 import collections
