@@ -153,6 +153,7 @@ def test_with_orthonormal_keys_and_whole_corrections_the_state_recalls():
 
 
 @pytest.mark.parametrize("name", ["gated_delta", "kda", "mamba2"])
+@pytest.mark.first(1)
 def test_initial_decays_are_those_of_the_published_layers(name):
     mixer = ATTENTION[name](256, heads=64, rngs=nnx.Rngs(0))
     names = ("log_rate", "time_bias") if name == "mamba2" else ("decay_rate", "decay_bias")
