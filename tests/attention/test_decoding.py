@@ -81,7 +81,8 @@ def test_scores_and_masks_of_ones_own_count_from_the_first_token():
 
 def state(name, max_len, **options):
     """The shapes of a state of one sequence, and the mixer."""
-    mixer = nnx.eval_shape(lambda: make(ATTENTION[name], causal=True, **options))
+    longest = max(LONG, max_len or 0)
+    mixer = nnx.eval_shape(lambda: make(ATTENTION[name], causal=True, max_len=longest, **options))
     return jax.eval_shape(lambda: mixer.init_state(1, max_len=max_len)), mixer
 
 
@@ -136,6 +137,17 @@ def test_a_token_without_room_is_not_a_number():
         mixer.prefill(x, max_len=4)
     with pytest.raises(ValueError, match=r"Softmax takes .* with 16 features"):
         mixer.step(x[:, 0, :7], after)
+
+
+def test_what_is_tied_to_a_length_decodes_no_longer_text():
+    """As the forward pass: the bias and the weights beyond it would be others."""
+    for name in ("sigmoid", "cosformer"):
+        mixer = nnx.eval_shape(lambda name=name: make(ATTENTION[name], causal=True))
+        error = f"length is {LONG + 1}, but {ATTENTION[name].__name__} was built for max_len={LONG}"
+        with pytest.raises(ValueError, match=error):
+            mixer.init_state(1, max_len=LONG + 1)
+        with pytest.raises(ValueError, match=error):
+            mixer.prefill(jnp.zeros((1, LONG + 1, FEATURES)))
 
 
 @pytest.mark.parametrize("name", ["softmax", "gla"])

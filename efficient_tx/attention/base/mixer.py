@@ -198,8 +198,6 @@ class Mixer(nnx.Module):
             than `max_len` in a variant that needs it.
         """
         mask = self._checked(x, mask)
-        if self.needs_max_len and x.shape[1] > self.max_len:
-            raise ValueError(f"length is {x.shape[1]}, but {type(self).__name__} was built for max_len={self.max_len}")
         if not x.size:
             return x
         keys = example_keys(key, x.shape[0])
@@ -215,14 +213,19 @@ class Mixer(nnx.Module):
         return out if mask is None else jnp.where(mask[..., None], out, 0)
 
     def _checked(self, x: jax.Array, mask: jax.Array | None) -> jax.Array | None:
-        """The mask of the tokens `x` as bool `[batch, length]` or None, after checks of both shapes."""
+        """The mask of the tokens `x` as bool `[batch, length]` or None, after checks of both shapes and the length."""
         if x.ndim != 3 or x.shape[2] != self.features:
             wanted = f"{type(self).__name__} takes [batch, length, features] with {self.features} features"
             raise ValueError(f"x has shape {x.shape}: {wanted}")
         mask = bool_mask(mask)
         if mask is not None and mask.shape != x.shape[:2]:
             raise ValueError(f"mask has shape {mask.shape}: a mixer takes [batch, length], here {x.shape[:2]}")
+        self._check_length(x.shape[1])
         return mask
+
+    def _check_length(self, length: int) -> None:
+        if self.needs_max_len and length > self.max_len:
+            raise ValueError(f"length is {length}, but {type(self).__name__} was built for max_len={self.max_len}")
 
     def mix(self, x: jax.Array, *, mask: jax.Array | None, key: jax.Array | None) -> jax.Array:
         """The variant itself, before dropout and the final mask. By default: `function` of the tokens.
@@ -249,10 +252,12 @@ class Mixer(nnx.Module):
           dtype: of stored tokens; None means that of the computation. Sums and recurrent states are float32 at least.
 
         Raises:
-          ValueError: the mixer cannot decode, with the reason, or its state grows and there is no `max_len`.
+          ValueError: the mixer cannot decode, with the reason; its state grows and there is no `max_len`; or `max_len`
+            is above that of a mixer with parameters or constants tied to it.
         """
         if reason := self.not_decoding():
             raise ValueError(f"{type(self).__name__} cannot decode: {reason}")
+        self._check_length(0 if max_len is None else max_len)
         return self.empty(batch, self.max_len if max_len is None else max_len, dtype)
 
     def step(self, x: jax.Array, state: Any) -> tuple[jax.Array, Any]:
