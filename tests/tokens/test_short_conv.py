@@ -156,7 +156,7 @@ def test_gla_is_the_recurrence_of_convolved_projections_behind_a_silu(causal):
     """In plain Python: one state a head and direction, one token at a time."""
     mixer = GLA(8, heads=2, conv=4, causal=causal, rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).normal(size=(1, 7, 8)).astype(np.float32)
-    q, k, v, log_decay = (np.asarray(part, np.float64) for part in mixer.project(jnp.asarray(x[0])))
+    q, k, v, log_decay = (np.asarray(part, np.float64) for part in mixer.project(jnp.asarray(x[0])).values())
 
     def convolved(part, conv):
         weight, before = np.asarray(conv.weight[...], np.float64), 3 if causal else 2
