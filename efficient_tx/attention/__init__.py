@@ -32,9 +32,13 @@ from efficient_tx.attention.low_rank.soft import Soft, soft
 from efficient_tx.attention.recurrent.delta import Delta, delta
 from efficient_tx.attention.recurrent.gated_delta import GatedDelta, gated_delta
 from efficient_tx.attention.recurrent.gla import GLA, gla, gla_step
+from efficient_tx.attention.recurrent.hgrn import HGRN, hgrn
 from efficient_tx.attention.recurrent.kda import KDA, kda
 from efficient_tx.attention.recurrent.mamba2 import Mamba2, mamba2
+from efficient_tx.attention.recurrent.mega import Mega, mega
+from efficient_tx.attention.recurrent.mlgru import MLGRU
 from efficient_tx.attention.recurrent.retnet import RetNet, retnet
+from efficient_tx.attention.recurrent.s4d import S4D, s4d
 from efficient_tx.attention.sampled.hyper import Hyper, hyper
 from efficient_tx.attention.sampled.lev import Lev, lev
 from efficient_tx.attention.sampled.lev_stream import LevState, lev_init, lev_step
@@ -60,6 +64,10 @@ ATTENTION: dict[str, type[Mixer]] = {
     "delta": Delta,
     "gated_delta": GatedDelta,
     "kda": KDA,
+    "hgrn": HGRN,
+    "mlgru": MLGRU,
+    "s4d": S4D,
+    "mega": Mega,
     "lev": Lev,
     "hyper": Hyper,
     "tensor": Tensor,
@@ -107,8 +115,11 @@ def as_attention_fn(name: str, *, key: KeySource | None = None, **options: Any) 
 __all__ = [
     "ATTENTION",
     "GLA",
+    "HGRN",
     "KDA",
+    "MLGRU",
     "S3",
+    "S4D",
     "BigBird",
     "Cosformer",
     "Custom",
@@ -124,6 +135,7 @@ __all__ = [
     "Local",
     "Longformer",
     "Mamba2",
+    "Mega",
     "Mixer",
     "MultiHead",
     "Nystromformer",
@@ -148,6 +160,7 @@ __all__ = [
     "gated_delta",
     "gla",
     "gla_step",
+    "hgrn",
     "hyper",
     "kda",
     "kernelized",
@@ -159,11 +172,13 @@ __all__ = [
     "local",
     "longformer",
     "mamba2",
+    "mega",
     "nystromformer",
     "performer",
     "pool",
     "retnet",
     "s3",
+    "s4d",
     "sigmoid",
     "skeinformer",
     "skyformer",

@@ -127,7 +127,8 @@ def test_a_check_fires_at_a_call_and_at_construction(name):
     """Whatever number the check looks at: 0 and below are refused by one line, the same in both places."""
     cls = ATTENTION[name]
     defaults = cls.function.defaults
-    numbers = [option for option in options(cls.function) if type(defaults.get(option)) in (int, float)]
+    budgets = cls.within(BUDGET)
+    numbers = [name for name in options(cls.function) if name in budgets or type(defaults.get(name)) in (int, float)]
     refused = 0
     for option in numbers:
         try:

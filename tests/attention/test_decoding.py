@@ -87,7 +87,7 @@ def state(name, max_len, **options):
 
 
 def nbytes(tree):
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact))
 
 
 @pytest.mark.parametrize("name", DECODING)

@@ -82,6 +82,12 @@ class MultiHead(Mixer):
         Also returns, after a state, what the convolutions need of these tokens for the next ones.
         """
         parts = {name: x.reshape(*shape, *x.shape[1:]) for name, x in self.project(tokens).items()}
+        return self.placed(parts, mask, state)
+
+    def placed(
+        self, parts: dict[str, jax.Array], mask: jax.Array | None, state: "State | None" = None
+    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """Projections `[batch, length, heads, dim]` after convolutions and rotation; and as `projected`."""
         parts, kept = self.convolve(parts, mask, state.convolved if state else {})
         if self.positions:
             before = state.count if state else None
@@ -161,12 +167,16 @@ class MultiHead(Mixer):
 
     def state_numbers(self, length: int) -> int:
         """Numbers in the state of all heads, without convolutions. By default: those of the cache."""
-        slots = sum(needed.slots(length) for needed in self.stored().values())
-        return slots * self.heads * self.head_dim
+        widths = self.stored_widths()
+        return sum(needed.slots(length) * self.heads * widths[name] for name, needed in self.stored().items())
 
     def stored(self) -> dict[str, Needed]:
         """Which tokens of which projections a later query needs. By default: all that are not `asking`."""
         return {name: Needed() for name in self.projections if name not in self.asking}
+
+    def stored_widths(self) -> dict[str, int]:
+        """Width of a head of each of these projections."""
+        return dict.fromkeys(self.stored(), self.head_dim)
 
     def empty(self, batch: int, max_len: int | None, dtype: jnp.dtype | None) -> "State":
         dtype = self.dtype or jnp.float32 if dtype is None else dtype
@@ -178,10 +188,13 @@ class MultiHead(Mixer):
 
     def empty_memory(self, batch: int, max_len: int | None, dtype: jnp.dtype) -> Any:
         """What is remembered of the tokens before the first one. By default: the slots of the cache."""
-        stored, of_head = self.stored(), (self.heads, self.head_dim)
+        stored, widths = self.stored(), self.stored_widths()
         if max_len is None and any(needed.last is None for needed in stored.values()):
             raise ValueError(f"{type(self).__name__} stores all tokens to decode: give max_len")
-        return {name: jnp.zeros((batch, needed.slots(max_len), *of_head), dtype) for name, needed in stored.items()}
+        return {
+            name: jnp.zeros((batch, needed.slots(max_len), self.heads, widths[name]), dtype)
+            for name, needed in stored.items()
+        }
 
     def advance(
         self, x: jax.Array, state: "State", *, mask: jax.Array | None, first: bool
