@@ -1,6 +1,7 @@
 """Times one full training step of the Skyformer paper's ListOps model on this machine, for several mixers.
 
     python benchmarks/train_step.py [--rounds 9] [--scaling] [--out FILE.json]
+    python benchmarks/train_step.py --mixers=softmax,gla,mamba2 [--lengths=2048,16384]    causal, and their growth
 
 The model is 2 pre-norm layers, 64 wide, 2 heads of 32, MLP 128, dropout 0.1, sequences of 2048 real tokens, batch 32,
 float32 (Chen et al. 2021, arXiv 2111.00035). The step is that of train.py: forward, backward and AdamW, in 16
@@ -17,7 +18,8 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,8 +31,10 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from efficient_tx.attention import Kernelized, Mixer, MultiHead, Skyformer, Softmax
-from efficient_tx.commands import Parser, run
+from efficient_tx.attention import ATTENTION, Kernelized, Mixer, MultiHead, Skyformer, Softmax
+from efficient_tx.commands import Parser, names_of, run
+from efficient_tx.compare.flags import wholes
+from efficient_tx.compare.timing import exponent
 from efficient_tx.files import local_path
 from efficient_tx.models.classifier import Classifier
 from efficient_tx.training.step import init_state, make_train_step, split_batch
@@ -65,6 +69,9 @@ MIXERS = {
 }
 
 
+CAUSAL = [name for name, cls in ATTENTION.items() if cls.can_be_causal]
+
+
 class Size(NamedTuple):
     length: int
     batch: int
@@ -94,9 +101,9 @@ def product_flops(mixer: str, size: Size) -> float:
     return LAYERS * (linear + 7 * 2 * tokens * columns * FEATURES)
 
 
-def training_step(mixer: str, size: Size) -> Case:
+def training_step(mixer: str, size: Size, make: Callable[..., Mixer] | None = None) -> Case:
     model = Classifier(
-        num_classes=CLASSES, vocab_size=VOCAB, max_len=size.length, mixers=[MIXERS[mixer]], features=FEATURES,
+        num_classes=CLASSES, vocab_size=VOCAB, max_len=size.length, mixers=[make or MIXERS[mixer]], features=FEATURES,
         layers=LAYERS, heads=HEADS, mlp_features=MLP, dropout=size.dropout, rngs=nnx.Rngs(0),
     )  # fmt: skip
     optimizer = optax.adamw(1e-4, eps=1e-6, weight_decay=0.0)
@@ -236,6 +243,36 @@ def scaling(console: Console, rounds: int, dropout: float) -> dict:
     return figures
 
 
+def growth(console: Console, mixers: list[str], lengths: Sequence[int], rounds: int) -> dict:
+    """Causal mixers of the table at several lengths, all steps of as many tokens, one example at a time."""
+    tokens, seconds, temporaries = max(lengths), {}, {}
+    for length in lengths:
+        size = Size(length, tokens // length, tokens // length, 0.0)
+        with console.status(f"length {length}"):
+            cases = {name: training_step(name, size, causal(name)) for name in mixers}
+            for name, took in in_turns(cases, rounds).items():
+                seconds.setdefault(name, {})[length] = took
+                temporaries.setdefault(name, {})[length] = cases[name].temporaries
+    table = Table(
+        title=f"{tokens:,} tokens a step, causal: seconds, and the growth of an example's time with its length"
+    )
+    for column in ("", *(f"{length:,}" for length in lengths), f"× {mixers[0]}", "exponent", "temp. MB"):
+        table.add_column(column, justify="right" if column else "left")
+    figures = {}
+    for name, took in seconds.items():
+        slope = exponent({length: took[length] * length for length in lengths})
+        last = took[lengths[-1]] / seconds[mixers[0]][lengths[-1]]
+        figures[name] = {"seconds": took, "exponent": slope, "temporary_bytes": temporaries[name]}
+        row = (*(f"{took[length]:.3f}" for length in lengths), f"{last:.3f}", f"{slope:.2f}")
+        table.add_row(name, *row, f"{temporaries[name][lengths[-1]] / 1e6:.0f}")
+    console.print(table)
+    return figures
+
+
+def causal(name: str) -> Callable[..., Mixer]:
+    return partial(ATTENTION[name], causal=True, **ATTENTION[name].within(LANDMARKS))
+
+
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9, help="measurements of each, in turns (median shown)")
@@ -244,13 +281,20 @@ def main() -> None:
     parser.add_argument("--micro-batches", type=int, default=16)
     parser.add_argument("--dropout", type=float, default=0.1, help="the paper's is 0.1; drawing it costs time as well")
     parser.add_argument("--scaling", action="store_true", help="also lengths from 1k to 64k (minutes)")
+    parser.add_argument(
+        "--mixers", type=names_of(CAUSAL, "mixer"), metavar="A,B", help="causal ones, instead of all else"
+    )
+    parser.add_argument("--lengths", type=wholes, default=(2048, 16384), help="for --mixers, shortest first")
     parser.add_argument("--out", type=local_path, help="write the figures as JSON")
     args = parser.parse_args()
     console = Console()
     ran_on = machine()
     console.print(ran_on)
-    size = Size(args.length, args.batch, args.micro_batches, args.dropout)
-    record = {"machine": ran_on, **compare(console, size, args.rounds)}
+    if args.mixers:
+        record = {"machine": ran_on, "growth": growth(console, args.mixers, args.lengths, args.rounds)}
+    else:
+        size = Size(args.length, args.batch, args.micro_batches, args.dropout)
+        record = {"machine": ran_on, **compare(console, size, args.rounds)}
     if args.scaling:
         record["scaling"] = scaling(console, max(3, args.rounds // 3), args.dropout)
     if args.out:

@@ -49,20 +49,21 @@ def convolve(
     kernel = jnp.einsum("dn,dnt->dt", weight, powers[..., :-1], precision=EXACT).real
     within = jnp.einsum("bacd,dtc->batd", chunks, lower(kernel), precision=EXACT)
     leaving = weight[..., None] * powers[..., 1:]
-    across = jnp.einsum("badn,dnt->batd", states[:, :-1], leaving, precision=EXACT).real
+    across = jnp.einsum("badn,dnt->batd", halves(states[:, :-1], -1), halves(leaving.conj(), 1), precision=EXACT)
     y = (within + across).reshape(batch, -1, channels)[:, :length]
     count = jnp.full(batch, length) if count is None else count
     return y, state_after(count, states, chunks, log_decay, powers)
 
 
+def halves(x: jax.Array, axis: int) -> jax.Array:
+    """Real and imaginary parts one after the other along an axis; a real array as it is."""
+    return jnp.concatenate([x.real, x.imag], axis) if jnp.iscomplexobj(x) else x
+
+
 def entering(chunks: jax.Array, powers: jax.Array) -> jax.Array:
     """What the tokens of each chunk add to the state at its end, `[batch, chunks, channels, modes]`."""
-    reversed_powers = powers[..., -2::-1]
-    if not jnp.iscomplexobj(powers):
-        return jnp.einsum("bacd,dnc->badn", chunks, reversed_powers, precision=EXACT)
-    parts = [jnp.einsum("bacd,dnc->badn", chunks, part, precision=EXACT)
-             for part in (reversed_powers.real, reversed_powers.imag)]  # fmt: skip
-    return jax.lax.complex(*parts)
+    added = jnp.einsum("bacd,dnc->badn", chunks, halves(powers[..., -2::-1], 1), precision=EXACT)
+    return jax.lax.complex(*jnp.split(added, 2, axis=-1)) if jnp.iscomplexobj(powers) else added
 
 
 def lower(kernel: jax.Array) -> jax.Array:

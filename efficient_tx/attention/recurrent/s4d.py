@@ -5,9 +5,9 @@
 
 with N/2 of the N conjugate states a channel, a_n = −exp(r_n) + i w_n, discretised by a zero-order hold. As in the
 authors' code: N = 64, S4D-Lin's a_n = −1/2 + iπn, Δ log-uniform in [0.001, 0.1], c and d normal. Without `causal` a
-second readout c takes the states that the later tokens leave, as there. Unlike there, Δ, A and c learn as fast as all
-other parameters: their authors advise a learning rate of at most 0.001 for them, without weight decay. The authors' causal
-module (state-spaces/s4 @e757cef) gives the same numbers, to 4e-7.
+second readout c takes the states that the later tokens leave, as there. Unlike there, Δ, A and c learn as fast as
+all other parameters: their authors advise a learning rate of at most 0.001 for them, without weight decay. The causal
+module in state-spaces/s4 @e757cef gives the same numbers, to 4e-7.
 """
 
 from collections.abc import Callable
