@@ -4,10 +4,10 @@
     python benchmarks/recall.py --out=DIR --mixers=... --pairs=4,8,16 --sizes=0,1,2 --seeds=1 --conv=4     the figure
 
 Every run is `train.py --config=configs/recall.py:MIXER` (2 layers, 64 wide, examples of 64 tokens) in its own workdir
-below DIR, with three learning rates. The one with the best mean validation accuracy is reported, by its test accuracy.
-A second start resumes where the first one stopped and only reads finished runs: a last call with all settings draws the
-whole picture. Mixers are causal. One without a causal form reads both directions, where the answer is not visible
-either.
+below DIR, with three learning rates. The one with the best mean validation accuracy is reported, by its test accuracy;
+with `--again=3` it runs with further seeds, three in all. A second start resumes where the first one stopped and only
+reads finished runs: a last call with all settings draws the whole picture. Mixers are causal. One without a causal form
+reads both directions, where the answer is not visible either.
 
 The state is what a causal decoder keeps of earlier tokens, in all layers, in float32: keys and values of all tokens
 (softmax) or of the window (local); a matrix of keys × values for each head (linear, with a normaliser; gla); and with a
@@ -51,7 +51,8 @@ class Point(NamedTuple):
     @property
     def options(self) -> dict[str, int]:
         """Options of the mixer."""
-        return {"conv": self.conv} | self.variant.within(self.size)
+        conv = {"conv": self.conv} if issubclass(self.variant, MultiHead) else {}
+        return conv | self.variant.within(self.size)
 
     @property
     def heads(self) -> int:
@@ -92,17 +93,18 @@ class Result(NamedTuple):
         )
 
 
-def measure(out: Path, point: Point, rates: Sequence[float], seeds: int, steps: int) -> Result:
-    """Trains a point with every rate and seed."""
-    runs = {}
-    for rate in rates:
-        runs[rate] = []
-        for seed in range(seeds):
-            workdir = out / f"{point.mixer}-conv{point.conv}-pairs{point.pairs}-size{point.size}-rate{rate:g}-{seed}"
-            settings = point.settings() | {"optimizer.learning_rate": rate}
-            train(workdir, point.mixer, config="recall", seed=seed, steps=steps, eval_every=200, **settings)
-            runs[rate].append(summary(workdir))
+def measure(out: Path, point: Point, rates: Sequence[float], seeds: int, again: int, steps: int) -> Result:
+    """Trains a point with every rate and seed, and with the best rate up to the seed `again`."""
+
+    def trained(rate: float, seed: int) -> dict[str, float]:
+        workdir = out / f"{point.mixer}-conv{point.conv}-pairs{point.pairs}-size{point.size}-rate{rate:g}-{seed}"
+        settings = point.settings() | {"optimizer.learning_rate": rate}
+        train(workdir, point.mixer, config="recall", seed=seed, steps=steps, eval_every=200, **settings)
+        return summary(workdir)
+
+    runs = {rate: [trained(rate, seed) for seed in range(seeds)] for rate in rates}
     best = max(rates, key=lambda rate: np.mean([run["val_accuracy"] for run in runs[rate]]))
+    runs[best] += [trained(best, seed) for seed in range(seeds, again)]
     return Result(best, [run["test_accuracy"] for run in runs[best]])
 
 
@@ -145,27 +147,29 @@ def decimals(text: str) -> list[float]:
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=local_path, required=True, help="where the runs, recall.png and recall.json go")
-    parser.add_argument("--mixers", required=True, help="by commas; those that project queries, keys and values")
+    parser.add_argument("--mixers", required=True, help="by commas; a convolution is for those with projections")
     parser.add_argument("--pairs", type=numbers, default=[8], help="to be remembered, by commas")
     parser.add_argument("--sizes", type=numbers, default=[1], help="which of a mixer's sizes, 0 to 2, by commas")
     parser.add_argument("--conv", type=numbers, default=[0, 4], help="sizes of the convolution, by commas")
     parser.add_argument("--rates", type=decimals, default="0.001,0.003,0.01", help="learning rates, by commas")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each setting")
+    parser.add_argument("--again", type=int, default=0, help="runs of the best rate, if more than --seeds")
     parser.add_argument("--steps", type=int, default=1000)
     arguments = parser.parse_args()
     if arguments.seeds < 1:
         parser.error(f"--seeds={arguments.seeds}: must be at least 1")
     mixers = arguments.mixers.split(",")
-    known = [name for name, variant in ATTENTION.items() if issubclass(variant, MultiHead)]
-    if unknown := [mixer for mixer in mixers if mixer not in known]:
-        parser.error(f"--mixers has {unknown[0]!r}: use some of {', '.join(known)}")
+    if unknown := [mixer for mixer in mixers if mixer not in ATTENTION]:
+        parser.error(f"--mixers has {unknown[0]!r}: use some of {', '.join(ATTENTION)}")
     results: dict[Point, Result] = {}
     for conv, pairs, mixer, index in itertools.product(arguments.conv, arguments.pairs, mixers, arguments.sizes):
         of_mixer = sizes(mixer)
         point = Point(mixer, conv, pairs, of_mixer[min(index, len(of_mixer) - 1)])
         if point in results:
             continue
-        results[point] = measure(arguments.out, point, arguments.rates, arguments.seeds, arguments.steps)
+        results[point] = measure(
+            arguments.out, point, arguments.rates, arguments.seeds, arguments.again, arguments.steps
+        )
         print(
             f"{mixer:9s}  conv {conv}  {pairs:2d} pairs  {point.state_bytes():7,} bytes  {results[point]}", flush=True
         )

@@ -102,6 +102,10 @@ class HGRN(MultiHead):
     refuses: ClassVar = {"cross": "it needs positions"}
     has_positions = False
 
+    @staticmethod
+    def within(budget: int) -> dict[str, int]:
+        return {"states": budget}
+
     def __init__(
         self, features: int, *,
         states: int | None = None, linear: Callable = nnx.Linear, dtype: jnp.dtype | None = None, rngs: nnx.Rngs,

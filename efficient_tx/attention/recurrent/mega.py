@@ -16,6 +16,7 @@ this the authors' module (facebookresearch/mega @aeaa4b4) gives the same numbers
 directions, with and without chunks: 4e-6 at most.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
@@ -32,7 +33,7 @@ from efficient_tx.checks import OptionError, at_least
 from efficient_tx.kernels import flash_attention
 from efficient_tx.kernels.flash_attention import Mask, Score, documents, padding
 from efficient_tx.kernels.shapes import check_shapes
-from efficient_tx.tokens.mask import compact, key_mask, place, query_positions, spread, take
+from efficient_tx.tokens.mask import compact, key_mask, place, query_positions, repeat_heads, spread, take
 from efficient_tx.tokens.rotary import rotate
 
 
@@ -45,6 +46,8 @@ class Laplace(Score):
         return (1 + jax.lax.erf((logits - 0.5**0.5) * (2 * jnp.pi) ** 0.5)) / 2
 
 
+# Wider values are heads of their own, of the same queries and keys: no accelerator's kernel takes them.
+WIDEST = 256
 SCORES = {"softmax": "softmax", "laplace": Laplace()}
 
 
@@ -133,7 +136,13 @@ def weighed(
     if alpha is not None:
         q = jnp.concatenate([q, turned(alpha, q, None, before)], axis=-1)
         k = jnp.concatenate([k, turned(beta, k, real, None)], axis=-1)
-    return flash_attention(q, k, v, score=SCORES[weighting], mask=mask, causal=causal, scale=1.0)
+    wanted, slices = (*q.shape[:3], v.shape[3]), math.ceil(v.shape[3] / WIDEST)
+    if slices > 1 and v.shape[3] % slices == 0:
+        k, v = (repeat_heads(x, q.shape[2], "k and v") for x in (k, v))
+        q, k = (jnp.repeat(x, slices, axis=2) for x in (q, k))
+        v = v.reshape(*v.shape[:2], q.shape[2], -1)
+    out = flash_attention(q, k, v, score=SCORES[weighting], mask=mask, causal=causal, scale=1.0)
+    return out.reshape(wanted)
 
 
 def turned(vector: jax.Array, x: jax.Array, real: jax.Array | None, before: jax.Array | None) -> jax.Array:

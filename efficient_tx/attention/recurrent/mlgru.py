@@ -47,5 +47,9 @@ class MLGRU(HGRN):
     computes = "HGRN with ternary projections; both ways if not causal"
     function = staticmethod(hgrn)
 
+    @staticmethod
+    def within(budget: int) -> dict[str, int]:
+        return {}
+
     def __init__(self, features: int, **common: Any):
         super().__init__(features, **common | {"linear": BitLinear})

@@ -132,19 +132,22 @@ LOOP = re.compile(r"^\s*(?:ROOT )?%?\S+ = .* while\(", re.MULTILINE)
 
 
 def tpu_kernels(text: str) -> list[Kernel]:
+    calls = [(name, rest) for name, call, rest in CALL.findall(text) if call == "tpu_custom_call"]
     kernels = []
-    for name, call, rest in CALL.findall(text):
-        if call != "tpu_custom_call":
+    for name, rest in calls:
+        written = list(schedules().glob(f"*-{name}-*-{SCHEDULE}.txt"))
+        if not written:  # libtpu compiles calls that are equal once
             continue
         found = re.search(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"', rest)
         on_chip = int(found[1]) if found else None
-        kernels.append(Kernel(re.sub(r"\.\d+$", "", name), on_chip, **schedule(name)))
+        kernels.append(Kernel(re.sub(r"\.\d+$", "", name), on_chip, **schedule(*written)))
+    if calls and not kernels:
+        raise FileNotFoundError(f"libtpu wrote no schedule for {', '.join(name for name, _ in calls)}")
     return kernels
 
 
-def schedule(name: str) -> dict[str, float]:
-    """Figures of the schedule that libtpu wrote for the custom call of this name."""
-    (path,) = schedules().glob(f"*-{name}-*-{SCHEDULE}.txt")
+def schedule(path: Path) -> dict[str, float]:
+    """Figures of a schedule that libtpu wrote for a custom call."""
     lines = path.read_text().splitlines()
     units = dict(
         zip(re.split(r",\s*", lines[1].strip()), zip(*(map(int, line.split()) for line in [lines[2], *lines[4:]])))

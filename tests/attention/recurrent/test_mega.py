@@ -118,6 +118,15 @@ def test_decodes_the_laplace_weights_of_chunks():
     check(varied(make(Mega, causal=True, weighting="laplace", key_dim=KEYS)))
 
 
+@pytest.mark.slow
+def test_wide_values_are_those_of_their_parts():
+    """Two heads of queries for one of keys, values in two slices."""
+    q, k, v = tokens(0, 1, 9, 2, 4), tokens(1, 1, 9, 1, 4), tokens(2, 1, 9, 1, 320)
+    whole = mega(q, k, v, causal=True)
+    assert_same(whole[..., :200], mega(q, k, v[..., :200], causal=True))
+    assert_same(whole[..., 200:], mega(q, k, v[..., 200:], causal=True))
+
+
 @pytest.mark.quick
 def test_initial_values_are_those_of_the_authors():
     mixer = Mega(256, rngs=nnx.Rngs(0))
