@@ -6,8 +6,7 @@ A file `kernels/<operation>/cases.py` has
     SMALL   other values of some of these axes, with which interpreters run it and a device checks it
     case    function of one value of every axis, passed by name, that returns a `Case`, or None where they do not fit
 
-and optionally `peers`, a function of the same values that returns the functions of others that compute the same, by
-name. CI compiles a selection of AXES with every pair of values, `verify --all` one with every triple, so that lengths
+CI compiles a selection of AXES with every pair of values, `verify --all` one with every triple, so that lengths
 cost little and long lists of options cost much. Example:
 
     AXES = {"tokens": (1024, 65536), "features": (1024, 4096), "dtype": ("bfloat16", "float32")}

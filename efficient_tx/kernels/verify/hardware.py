@@ -15,6 +15,7 @@ import numpy as np
 from efficient_tx.kernels.case import Case, cases_of, label, production, small
 from efficient_tx.kernels.verify import accuracy
 from efficient_tx.kernels.verify.cover import cover
+from efficient_tx.kernels.verify.peers import beside
 from efficient_tx.kernels.verify.training import MIXERS, listops_step
 
 # The largest error of an entry, as a share of the largest entry: float32 rounds 2⁻²⁴ and sums of thousands add up;
@@ -110,13 +111,13 @@ def dtype_of(case: Case) -> str:
 
 def timed(
     operations: Collection[str], clock: Clock, seed: int, progress: Callable[[str], Any],
-    rows_of: Callable[[str], Iterator] = production,
+    rows_of: Callable[[str], Iterator] = production, peers: Callable[..., dict[str, Callable]] = beside,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Times production cases: the operation as it chooses, its XLA form, and its peers. Yields a row for each pass."""
     for operation, values in rounds(operations, rows_of):
         module = cases_of(operation)
         case = module.case(**values)
-        others = module.peers(**values) if hasattr(module, "peers") else {}
+        others = peers(operation, values, jax.default_backend())
         functions = {
             "ours": case.function,
             "xla": lambda *a, case=case: case.function(*a, implementation="xla"),

@@ -1,9 +1,11 @@
-"""Others' attention kernels beside flash_attention, compiled for the same chips: what can be compared without one.
+"""Others' attention kernels beside flash_attention: compiled for the same chips, and run on one that is there.
 
 Those of jax itself: for TPUs its flash and its splash attention (both as jax ships them, and flash attention with our
-blocks too, as its own of 128 are small), for GPUs the one for Triton.
+blocks too, as its own of 128 are small), for GPUs the one for Triton. On a device also `jax.nn.dot_product_attention`,
+with cuDNN on a GPU, and that of tokamax where it is installed.
 """
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from efficient_tx.kernels.case import Values
 from efficient_tx.kernels.flash_attention import flash_attention
 from efficient_tx.kernels.verify.program import Program, compiled
 from efficient_tx.kernels.verify.targets import TARGETS
@@ -71,6 +74,31 @@ PEERS: dict[str, dict[str, Callable[[bool], Attention]]] = {
     },
     "h100": {"ours": ours, "jax Triton": gpu_triton},
 }
+
+
+# Longer sequences have more weights than an accelerator has memory for.
+LONGEST_DENSE = 16384
+
+
+def beside(operation: str, values: Values, platform: str) -> dict[str, Attention]:
+    """What others have for a case on a device of this platform ("cpu", "gpu", "tpu"), by name."""
+    known = operation == "flash_attention" and values["score"] == "softmax" and values["keys"] == "all"
+    if not known or values["mask"] not in ("none", "causal"):
+        return {}
+    causal = values["mask"] == "causal"
+    found: dict[str, Attention] = {}
+    if values["length"] <= LONGEST_DENSE:
+        found["jax.nn"] = partial(jax.nn.dot_product_attention, is_causal=causal)
+    if platform == "gpu":
+        found["cuDNN"] = partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
+    if "/" not in values["heads"]:  # jax's kernels have as many heads of keys as of queries
+        chip = {"gpu": "h100", "tpu": "v5e"}.get(platform, "")
+        found |= {name: make(causal) for name, make in PEERS.get(chip, {}).items() if make is not ours}
+    if importlib.util.find_spec("tokamax"):
+        import tokamax
+
+        found["tokamax"] = partial(tokamax.dot_product_attention, is_causal=causal)
+    return found
 
 
 def gradient(make: Callable[[bool], Attention], causal: bool, dim: int, target: str) -> Program:

@@ -17,15 +17,11 @@ def square(x, *, implementation=None, interpret=False):
 
 @pytest.fixture
 def cases(monkeypatch):
-    """One operation, with a peer that does not run."""
+    """One operation."""
     module = types.SimpleNamespace(
         AXES={"length": (8, 16), "dtype": ("float32", "bfloat16")},
         SMALL={"length": (3,)},
         case=lambda length, dtype: Case(square, (shape(dtype, length),)),
-        peers=lambda length, dtype: {
-            "slower": lambda x, **_: jnp.power(x, 2),
-            "none": lambda x, **_: x @ jnp.zeros((99, 1)),
-        },
     )
     for name in ("efficient_tx.kernels.case", "efficient_tx.kernels.verify.hardware"):
         monkeypatch.setattr(f"{name}.cases_of", lambda operation: module)
@@ -47,7 +43,9 @@ def test_a_kernel_that_fails_is_a_finding(cases):
 
 def test_times_are_of_both_passes_and_of_peers_that_run(cases, monkeypatch):
     monkeypatch.setattr(hardware, "BATCH_SECONDS", 1e-4)
-    rows = list(hardware.timed(["op"], hardware.Clock.start(9999), 0, lambda text: None))
+    others = {"slower": lambda x: jnp.power(x, 2), "none": lambda x: x @ jnp.zeros((99, 1))}
+    clock = hardware.Clock.start(9999)
+    rows = list(hardware.timed(["op"], clock, 0, lambda text: None, peers=lambda operation, values, platform: others))
     assert len(rows) == 2 * 2 * 2
     for row in rows:
         assert row["milliseconds"].keys() == {"ours", "xla", "slower"} and min(row["milliseconds"].values()) > 0

@@ -1,0 +1,110 @@
+"""A needle in a haystack, decoded with constant memory: trained on short texts, asked at the end of long ones.
+
+    python benchmarks/needle.py --out=DIR [--mixers=gated_delta,lev] [--lengths=256,4096,65536] [--seeds=1]
+
+Every run is `train.py --config=configs/recall.py:MIXER` with the task "needle" in 256 tokens (one key and its word
+somewhere among random words, the key again at the end: which word was it?), 2 layers, 64 wide, no positions, short
+convolutions of size 4, in its own workdir below DIR; a second start only reads finished runs. Then the model reads new
+texts of each length in pieces of 1,024 tokens, and the last token by itself: what it keeps of the tokens before is the
+decoder's state, whose arrays' bytes are printed. `lev` keeps 32 keys of each head.
+"""
+
+import argparse
+import json
+import time
+from functools import partial
+
+import jax
+import numpy as np
+from flax import nnx
+from runs import summary, train
+
+from efficient_tx.attention import ATTENTION
+from efficient_tx.commands import Parser, names_of, run
+from efficient_tx.compare.flags import whole, wholes
+from efficient_tx.compare.timing import machine
+from efficient_tx.config.build import build_model, build_stages, build_task
+from efficient_tx.data.recall import Needle
+from efficient_tx.files import local_path
+from efficient_tx.models.classifier import TokenClassifier
+from efficient_tx.training.evaluation import trained_parameters
+from efficient_tx.training.objective import objective_of
+from efficient_tx.training.workdir import read_config
+
+TRAINED, PIECE, BUDGET = 256, 1024, 32
+DECODING = [name for name, cls in ATTENTION.items() if cls.can_decode]
+
+
+def trained(workdir, mixer: str, seed: int, steps: int) -> TokenClassifier:
+    """The model of a run, which is trained if it is not there."""
+    options = {f"attention.{mixer}.{name}": value for name, value in ATTENTION[mixer].within(BUDGET).items()}
+    settings = {"task.kind": "needle", "task.max_len": TRAINED, "model.positions": "none", "batch_size": 32}
+    conv = {f"attention.{mixer}.conv": 4}
+    train(workdir, mixer, config="recall", seed=seed, steps=steps, eval_every=200, **settings, **options, **conv)
+    config = read_config(workdir)
+    task = build_task(config)
+    stages, _ = build_stages(config, nnx.eval_shape(lambda: build_model(config, task)), objective_of(task))
+    _, stage, parameters = trained_parameters(str(workdir), "best", stages, print)
+    return nnx.merge(nnx.split(stage.model)[0], parameters)
+
+
+def read(model: TokenClassifier, texts: np.ndarray) -> tuple[np.ndarray, list, float]:
+    """The logits at the last token of `texts` `[batch, length]`, the state before it, and the seconds of that token."""
+    graphdef, params = nnx.split(model)
+
+    @partial(jax.jit, donate_argnums=2)
+    def piece(params, ids, state):
+        model = nnx.merge(graphdef, params)
+        return model.encoder.prefill(model.embedding(ids), state=state)[1]
+
+    @jax.jit
+    def last(params, ids, state):
+        model = nnx.merge(graphdef, params)
+        return model.head(model.encoder.step(model.embedding(ids[:, None])[:, 0], state)[0])
+
+    state = jax.jit(lambda params: nnx.merge(graphdef, params).encoder.init_state(len(texts)))(params)
+    for at in range(0, texts.shape[1] - 1, PIECE):
+        state = piece(params, texts[:, at : min(at + PIECE, texts.shape[1] - 1)], state)
+    logits = jax.block_until_ready(last(params, texts[:, -1], state))
+    began = time.perf_counter()
+    jax.block_until_ready(last(params, texts[:, -1], state))
+    return np.asarray(logits), state, time.perf_counter() - began
+
+
+def needles(length: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Texts `[count, length]` that no run has seen, and their answers."""
+    kind = Needle(max_len=length)
+    found = [kind.example(np.random.default_rng((10**6, length, i))) for i in range(count)]
+    return np.stack([one["inputs"] for one in found]), np.array([one["label"][-1] for one in found])
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=local_path, required=True, help="where the runs and needle.json go")
+    parser.add_argument("--mixers", type=names_of(DECODING, "mixer that decodes"), default=["gated_delta", "lev"],
+                        metavar="A,B", help="default: gated_delta,lev")  # fmt: skip
+    parser.add_argument("--lengths", type=wholes, default=(TRAINED, 4096, 65536), help="tokens of the texts")
+    parser.add_argument("--examples", type=whole, default=64, help="texts of each length")
+    parser.add_argument("--seeds", type=whole, default=1, help="runs of each mixer")
+    parser.add_argument("--steps", type=whole, default=1000)
+    args = parser.parse_args()
+    print(machine())
+    rows = []
+    for mixer in args.mixers:
+        for seed in range(args.seeds):
+            workdir = args.out / f"{mixer}-{seed}"
+            model = trained(workdir, mixer, seed, args.steps)
+            print(f"{mixer}, seed {seed}: test accuracy in {TRAINED} tokens {summary(workdir)['test_accuracy']:.3f}")
+            for length in args.lengths:
+                texts, answers = needles(length, args.examples)
+                logits, state, seconds = read(model, texts)
+                share = float((logits.argmax(-1) == answers).mean())
+                stored = sum(x.nbytes for x in jax.tree.leaves(state)) // args.examples
+                rows.append({"mixer": mixer, "seed": seed, "length": length, "accuracy": share, "bytes": stored,
+                             "seconds_a_token": seconds / args.examples})  # fmt: skip
+                print(f"  {length:9,} tokens  right {share:5.1%}  state {stored:7,} bytes", flush=True)
+            (args.out / "needle.json").write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    run(main)
