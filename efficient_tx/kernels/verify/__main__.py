@@ -81,13 +81,13 @@ def without_accelerator(args: argparse.Namespace, console: Console) -> int:
         raise ValueError("; ".join(lacking))
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "kernels.json"
-    tpu = any(TARGETS[name].platform == "tpu" for name in args.targets)
+    implementations = list(dict.fromkeys(TARGETS[name].implementation for name in args.targets))
     with console.status("starting") as status:
         of_ci = selection(args.kernels, [name for name in args.targets if name in GATES])
         rest = [] if args.quick else selection(args.kernels, args.targets, strength=3)
         planned = {c.name: c for c in of_ci + rest}
         interpreted = list(ladder.interpreted(args.kernels, status.update))
-        moved = list(ladder.accounts(args.kernels, status.update)) if tpu else []
+        moved = list(ladder.accounts(args.kernels, implementations, status.update))
         compiled = list(kept(ladder.compilations(planned.values(), figures.read(path), status.update), path))
         whole = set(args.kernels) == set(OPERATIONS) and set(args.targets) == set(TARGETS)
         further, sound = sections.of_all(status.update) if whole else ([], True)

@@ -1,5 +1,6 @@
 """The rungs that need no accelerator: interpreters, for every operation; compilers, for every case and target."""
 
+import itertools
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib.metadata import packages_distributions
@@ -11,10 +12,12 @@ import jax.numpy as jnp
 from efficient_tx.kernels.case import cases_of, label, nbytes, production, small
 from efficient_tx.kernels.verify import accuracy, figures
 from efficient_tx.kernels.verify.cover import cover
+from efficient_tx.kernels.verify.loads import account as traffic_of_loads
 from efficient_tx.kernels.verify.plan import Compilation, faults
 from efficient_tx.kernels.verify.program import digest, ptxas
 from efficient_tx.kernels.verify.program import program as compile_program
 from efficient_tx.kernels.verify.targets import TARGETS
+from efficient_tx.kernels.verify.traffic import account as traffic_of_blocks
 from efficient_tx.kernels.verify.traffic import traffic
 
 
@@ -60,28 +63,33 @@ def interpreted(operations: Collection[str], progress: Callable[[str], Any]) -> 
 
 # Cases whose traffic is counted: few, and of at most so many bytes, because the program around is run on the host.
 COUNTED, LARGEST = 3, 1 << 26
+ACCOUNTS = {"pallas_tpu": traffic_of_blocks, "pallas_gpu": traffic_of_loads}
 
 
-def accounts(operations: Collection[str], progress: Callable[[str], Any]) -> Iterator[dict[str, Any]]:
-    """Counts the bytes that TPU kernels move, on some production cases of each operation.
+def accounts(
+    operations: Collection[str], implementations: Collection[str], progress: Callable[[str], Any]
+) -> Iterator[dict[str, Any]]:
+    """Counts the bytes that kernels move, on some production cases of each operation.
 
     Yields:
       a row for each kernel of a case: the bytes, the lower bound, and their ratio.
     """
-    for operation in operations:
+    for operation, implementation in itertools.product(operations, implementations):
         fitting = []
         for values in production(operation):
             case = cases_of(operation).case(**values)
-            if "pallas_tpu" not in case.without and nbytes((case.arrays, case.outputs())) <= LARGEST:
+            if implementation not in case.without and nbytes((case.arrays, case.outputs())) <= LARGEST:
                 fitting.append(values)
         for values in (fitting[number] for number in cover(fitting, 2)[:COUNTED]):
             case = cases_of(operation).case(**values)
-            progress(f"{label(operation, values)}: bytes moved")
+            progress(f"{label(operation, values)}: bytes moved by {implementation}")
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (case.arrays, case.outputs()))
             least = case.traffic(min(target.on_chip for target in TARGETS.values())) if case.traffic else 0.0
-            for found in traffic(case.gradient(implementation="pallas_tpu", interpret=True), *zeros):
-                row = {"operation": operation, "case": label(operation, values), "kernel": found.kernel}
-                yield row | {"moved": found.moved, "least": max(found.once, least), "ratio": found.ratio(least)}
+            call = case.gradient(implementation=implementation, interpret=True)
+            for found in traffic(call, *zeros, of=ACCOUNTS[implementation]):
+                row = {"operation": operation, "implementation": implementation, "case": label(operation, values)}
+                row |= {"kernel": found.kernel, "moved": found.moved}
+                yield row | {"least": max(found.once, least), "ratio": found.ratio(least)}
 
 
 def compilations(

@@ -26,9 +26,9 @@ def markdown(
         f"Must compile and keep its limits: {gates}; recorded only: {recorded}.", "",
         "Each row has the largest figure of all cases of an operation. Error: the largest of an entry beside the plain "
         "formula in float64, as a share of the largest entry, in an interpreter (float32; bfloat16). On chip: MiB of "
-        "VMEM, or of shared memory of a block. I/O: bytes that a kernel moves from and to main memory by its grid "
-        "and block specs, as a multiple of the lower bound; there is none for GPUs, where a kernel computes the "
-        "addresses that it reads. Temporaries: of main memory, as a share of arguments and outputs. Registers are of a "
+        "VMEM, or of shared memory of a block. I/O: bytes that a kernel moves from and to main memory, as a multiple "
+        "of the lower bound: on a TPU by its grid and block specs, on a GPU by its loads and stores, of which the "
+        "caches answer some. Temporaries: of main memory, as a share of arguments and outputs. Registers are of a "
         "thread; spills are bytes (GPU) or instructions (TPU); instructions are of PTX, or "
         "bundles.", "",
         *table(HEAD, rows(interpreted, moved, compiled)), "",
@@ -48,12 +48,10 @@ def rows(interpreted: Rows, moved: Rows, compiled: Rows) -> list[tuple]:
     for operation in dict.fromkeys(row["operation"] for row in compiled):
         for name, target in TARGETS.items():
             mine = [row for row in compiled if (row["operation"], row["target"]) == (operation, name)]
-            runs = [
-                row for row in interpreted
-                if (row["operation"], row["implementation"]) == (operation, target.implementation)
-            ]  # fmt: skip
+            kernel = (operation, target.implementation)
+            runs = [row for row in interpreted if (row["operation"], row["implementation"]) == kernel]
             if mine:
-                ratios = [row["ratio"] for row in moved if row["operation"] == operation and target.platform == "tpu"]
+                ratios = [row["ratio"] for row in moved if (row["operation"], row["implementation"]) == kernel]
                 io = f"{max(ratios):.2f}" if ratios else "–"
                 found.append((operation, name, len(mine), *of_runs(runs), io, *of_programs(mine)))
     return found

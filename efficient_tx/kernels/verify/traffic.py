@@ -34,8 +34,12 @@ class Traffic:
         return self.moved / max(self.once, least)
 
 
-def traffic(function: Callable, *arguments: Any) -> list[Traffic]:
-    """The account of every Pallas call for a TPU in a function of arrays.
+def traffic(function: Callable, *arguments: Any, of: Callable[..., Traffic]) -> list[Traffic]:
+    """The account of every Pallas call in a function of arrays.
+
+    Args:
+      function: of the arguments.
+      of: the account of one call.
 
     Raises:
       ValueError: a grid has more than four million steps.
@@ -43,7 +47,7 @@ def traffic(function: Callable, *arguments: Any) -> list[Traffic]:
     found: list[Traffic] = []
 
     def note(equation, operands):
-        found.append(account(equation, operands))
+        found.append(of(equation, operands))
         return [jnp.zeros(x.aval.shape, x.aval.dtype) for x in equation.outvars]
 
     evaluate(jax.make_jaxpr(function)(*arguments), jax.tree.leaves(arguments), {"pallas_call": note})

@@ -64,7 +64,11 @@ def rungs(monkeypatch):
     run |= {"forward": 1e-7, "gradient": 2e-7}
     monkeypatch.setattr(ladder, "missing", lambda targets: [])
     monkeypatch.setattr(ladder, "interpreted", lambda *_: [run])
-    monkeypatch.setattr(ladder, "accounts", lambda *_: [{"operation": "monarch", "ratio": 1.25}])
+    moved = [
+        {"operation": "monarch", "implementation": implementation, "ratio": ratio}
+        for implementation, ratio in (("pallas_tpu", 1.25), ("pallas_gpu", 2.5))
+    ]
+    monkeypatch.setattr(ladder, "accounts", lambda *_: moved)
     monkeypatch.setattr(ladder, "compilations", lambda *_: programs)
     monkeypatch.setattr(command, "selection", lambda *_, **__: [])
     monkeypatch.setattr(sections, "of_all", lambda _: (["## Whole training steps"], True))
@@ -77,7 +81,7 @@ def test_all_writes_a_table_and_figures(rungs, tmp_path, capsys):
     assert command.main(["--all", f"--out={tmp_path}"]) == 0
     page = (tmp_path / "kernels.md").read_text()
     assert "| monarch | v5e | 1 | 2e-07; – | 0 | 1.25 | 1.0 | 2.00 | 0.25 | – | 0 | 7 | 0 |" in page
-    assert "| monarch | h100 | 1 | –; – | – | – | 1.0 |" in page
+    assert "| monarch | h100 | 1 | –; – | – | 2.50 | 1.0 |" in page
     assert "## Whole training steps" in page
     assert len(json.loads((tmp_path / "kernels.json").read_text())) == len(TARGETS)
 
