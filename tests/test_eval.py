@@ -10,7 +10,7 @@ import pytest
 from efficient_tx.training.checkpoint import Checkpoints
 from efficient_tx.training.disk import write_checked
 from tests.support import toy
-from tests.support.command import evaluate, evaluate_here, finished_run, process_run
+from tests.support.command import evaluate, evaluate_here, finished_run
 
 
 def read(path):
@@ -145,13 +145,12 @@ def test_a_signal_is_one_line(run, monkeypatch, number, ending):
 
 
 @pytest.mark.slow
-def test_a_run_of_one_device_is_evaluated_on_three():
-    """As processes: validation at a step, against the line that the run wrote there; every item counts once."""
-    path, _ = process_run()
-    options = [f"--workdir={path}", "--split=validation", "--checkpoint=40", "--batch_size=7"]
+def test_a_run_of_four_devices_is_evaluated_on_three(run):
+    """As a process: validation at a step, against the line that the run wrote there; every item counts once."""
+    options = [f"--workdir={run}", "--split=validation", "--checkpoint=40", "--batch_size=7"]
     status, _, error = evaluate(*options, devices=3)
     assert (status, error) == (0, "")
-    result, line = read(path / "eval_validation_40.json"), toy.lines(path)[-1]
+    result, line = read(run / "eval_validation_40.json"), toy.lines(run)[-1]
     assert (result["count"], result["batch_size"], result["device"]["count"]) == (50, 9, 3)
     # Sums of float32 in another order.
     assert result["accuracy"] == line["accuracy"] and result["loss"] == pytest.approx(line["loss"], rel=1e-5)

@@ -150,18 +150,8 @@ def evaluate_here(*arguments: object, **settings) -> Result:
 @functools.cache
 def finished_run() -> tuple[Path, str]:
     """Workdir and output of a tiny run of this process. Read it, or copy it: all tests share it."""
-    return _finished("here", train_here)
-
-
-@functools.cache
-def process_run() -> tuple[Path, str]:
-    """The same of the run SAMPLED in a process of its own, which has one device, as most users have."""
-    return _finished("process", functools.partial(train, run=SAMPLED))
-
-
-def _finished(name: str, run: Callable[..., Result]) -> tuple[Path, str]:
-    path = scratch() / name
-    status, out, error = run(path)
+    path = scratch() / "here"
+    status, out, error = train_here(path)
     assert status == 0, error
     return path, out
 

@@ -16,10 +16,8 @@ from tests.support.command import (
     SAMPLED,
     TINY,
     as_here,
-    evaluate_here,
     finish,
     finished_run,
-    process_run,
     start,
     train,
     train_here,
@@ -110,24 +108,25 @@ def test_damaged_checkpoints_cost_a_line_each(tmp_path):
 @pytest.mark.slow
 def test_a_full_disk_is_one_line(tmp_path):
     """In every file of a run; its end, with room again, is below."""
-    process_run()  # Its compiled programs are stored by then: the limit does not hit those first.
-    status, _, error = train(tmp_path / "run", run=SAMPLED, file_limit=20_000)
+    finished_run()  # Its compiled programs are stored by then: the limit does not hit those first.
+    status, _, error = train(tmp_path / "run", file_limit=20_000, environment=as_here())
     assert status == 1 and error.count("\n") == 1
     assert error.startswith(f"cannot write {tmp_path}/run/") and "File too large; the same command goes on" in error
 
 
 @pytest.mark.slow
 def test_killed_at_random(tmp_path):
-    """Six processes, each killed within 12 s: while it compiles, trains, saves, evaluates, sums up."""
-    generator = random.Random(0)
-    for _ in range(6):
-        run = start("train.py", *SAMPLED, f"--workdir={tmp_path / 'run'}", data=tmp_path / "data")
-        time.sleep(generator.uniform(0, 12))
+    """Five processes, each killed within 8 s: while it compiles, trains, saves, evaluates, sums up."""
+    generator, settings = random.Random(0), {"data": tmp_path / "data", "environment": as_here()}
+    for _ in range(5):
+        run = start("train.py", *SAMPLED, f"--workdir={tmp_path / 'run'}", **settings)
+        time.sleep(generator.uniform(0, 8))
         run.kill()
         finish(run)
-    status, _, error = train(tmp_path / "run", run=SAMPLED, data=tmp_path / "data")
+    status, _, error = train(tmp_path / "run", run=SAMPLED, **settings)
     assert status == 0, error
-    assert toy.lines(tmp_path / "run") == toy.lines(process_run()[0])
+    assert train_here(tmp_path / "straight", run=SAMPLED)[0] == 0
+    assert toy.lines(tmp_path / "run") == toy.lines(tmp_path / "straight")
 
 
 @pytest.mark.slow
@@ -151,63 +150,61 @@ def test_killed_while_data_are_generated(tmp_path):
 @pytest.mark.slow
 def test_a_really_full_disk(tmp_path):
     """A file system of 300 kB fills up during the run; with room again, the same command ends as it should."""
-    process_run()  # Its data are there by then.
+    finished_run()  # Its data are there by then.
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("mounting needs root")
     try:
-        status, _, error = train(disk / "run", "--config.keep=100", run=SAMPLED)
+        status, _, error = train(disk / "run", "--config.keep=100", environment=as_here())
         assert status == 1 and error.count("\n") == 1 and "No space left on device; the same command goes on" in error
         saved = Checkpoints(disk / "run" / "checkpoints").steps()
         assert saved and saved[-1] < 40
         subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
-        status, out, error = train(disk / "run", "--config.keep=100", run=SAMPLED)
+        status, out, error = train_here(disk / "run", "--config.keep=100")
         assert (status, error) == (0, "") and f"resuming from step {saved[-1]} " in out
-        assert toy.lines(disk / "run") == toy.lines(process_run()[0])
+        assert toy.lines(disk / "run") == toy.lines(finished_run()[0])
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-        status, _, error = train(disk / "new", run=SAMPLED)
+        status, _, error = train_here(disk / "new")
         assert status == 2 and error.count("\n") == 1 and "cannot be made" in error
     finally:
         subprocess.run(["umount", disk], check=True)
 
 
+TERMINATED = """
+import os, signal, sys
+from efficient_tx import train
+from efficient_tx.training.loop import Loop
+from tests.support import toy
+
+if "--process_id=1" in sys.argv:
+    toy.once(Loop, "_advance", 18, lambda: os.kill(os.getpid(), signal.SIGTERM))
+train.command()
+"""
+
+
 @pytest.mark.slow
 def test_two_processes_stop_together_and_one_goes_on(tmp_path):
-    """SIGTERM to one of two processes stops both after the same step; undisturbed, they do what one does."""
+    """SIGTERM to one of two processes stops both after the same step; what they left, one ends as if alone."""
     path = tmp_path / "run"
-
-    def start_both(*options):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
-        return [
-            start(
-                "train.py", *SAMPLED, f"--workdir={path}", *options,
-                f"--coordinator_address={address}", "--num_processes=2", f"--process_id={index}",
-            )
-            for index in range(2)
-        ]  # fmt: skip
-
-    process_run()
-    long = ["--config.checkpoint_every=1000", "--config.eval_every=1000", "--config.steps=1000"]
-    runs = start_both(*long)
-    wait_for_step(path, 14)
-    runs[1].send_signal(signal.SIGTERM)
+    (tmp_path / "terminated.py").write_text(TERMINATED)
+    finished_run()  # Its data are there by then.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    runs = [
+        start(
+            str(tmp_path / "terminated.py"), *TINY, f"--workdir={path}", f"--coordinator_address={address}",
+            "--num_processes=2", f"--process_id={index}", environment={"PYTHONPATH": "."},
+        )
+        for index in range(2)
+    ]  # fmt: skip
     results = [finish(run) for run in runs]
     assert [status for status, _, _ in results] == [143, 143], results
     saved = Checkpoints(path / "checkpoints").steps()[-1]
-    assert all(f"step {saved} of 1000 is saved" in error for _, _, error in results)
-    status, out, error = train(path, *long, run=SAMPLED)
-    assert (status, error) == (0, "") and f"resuming from step {saved} of 1000" in out
-    assert [line["step"] for line in toy.lines(path) if line["split"] == "train"] == [*range(7, 1000, 7), 1000]
-    shutil.rmtree(path)
-
-    for run in start_both():
-        status, _, error = finish(run)
-        assert status == 0, error
-    for line, alone in zip(toy.lines(path), toy.lines(process_run()[0]), strict=True):
-        # The sums over two processes are added in another order, and the updates carry the difference on.
+    assert 18 <= saved < 40 and all(f"step {saved} of 40 is saved" in error for _, _, error in results)
+    status, out, error = train_here(path)
+    assert (status, error) == (0, "") and f"resuming from step {saved} of 40" in out
+    for line, alone in zip(toy.lines(path), toy.lines(finished_run()[0]), strict=True):
+        # The sums over two devices are added in another order, and the updates carry the difference on.
         assert line.pop("split") == alone.pop("split") and line == pytest.approx(alone, rel=1e-3)
-    status, _, error = evaluate_here(f"--workdir={path}")
-    assert status == 0, error
