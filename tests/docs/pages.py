@@ -26,7 +26,7 @@ SHORT = """
     --config.task.max_len=24
 """
 # And to runs of a page's own config.
-SHORT_OWN = "--config.steps=10 --config.eval_every=5 --config.log_every=5"
+SHORT_OWN = "--config.steps=4 --config.eval_every=2 --config.log_every=2"
 
 
 class Block(NamedTuple):
