@@ -210,6 +210,8 @@ def test_modules_run_from_an_empty_folder(tmp_path):
     path = {"PYTHONPATH": str(ROOT)}
     small = ["--config=quickstart:softmax", "--config.steps=2", "--config.task.train_size=300"]
     small += ["--config.task.val_size=50", "--config.task.test_size=50", "--config.model.layers=1"]
+    small += ["--config.model.features=16", "--config.model.heads=2", "--config.model.mlp_features=16"]
+    small += ["--config.batch_size=8", "--config.grad_accum=1", "--config.task.max_len=24", "--config.task.min_len=4"]
     status, _, error = finish(
         start("-m efficient_tx.train", *small, "--workdir=run", folder=tmp_path, environment=path)
     )

@@ -66,11 +66,11 @@ def test_a_run_ends_with_the_dense_model_and_is_evaluated_in_either_form():
 
 def test_killed_around_the_change_and_resumed_ends_with_the_same_lines(tmp_path):
     generator = random.Random(0)
-    for _ in range(4):
+    for _ in range(3):
         run = start("train.py", *DENSIFIED, f"--workdir={tmp_path / 'run'}", environment=as_here())
         if not (tmp_path / "run" / "metrics.jsonl").exists():
             wait_for_step(tmp_path / "run", 14)
-        time.sleep(generator.uniform(0, 5))
+        time.sleep(generator.uniform(0, 4))
         run.kill()
         finish(run)
     status, _, error = train_here(tmp_path / "run", run=DENSIFIED)
