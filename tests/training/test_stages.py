@@ -149,7 +149,7 @@ def test_every_optimizer_carries_its_state_over_and_descends(name):
 def test_the_dense_model_computes_what_the_structured_one_did(name):
     (first, second), _ = stages_of(LINEAR[name])
     state = started(first)
-    changed = enter(state, first, second)
+    changed = jax.jit(lambda state: enter(state, first, second))(state)
     x = np.random.default_rng(5).normal(size=(7, 6)).astype(np.float32)
     one, other = (
         jax.jit(lambda params, stage=stage: nnx.merge(nnx.split(stage.model)[0], params)(x))(params)
