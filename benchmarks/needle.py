@@ -1,8 +1,8 @@
 """A needle in a haystack, decoded with constant memory: trained on short texts, asked at the end of long ones.
 
-    python benchmarks/needle.py --out=DIR [--mixers=gated_delta,lev] [--lengths=256,4096,65536] [--seeds=1]
+    python benchmarks/needle.py --out=DIR [--mixers=gated_delta,lev] [--lengths=64,1024,8192,65536] [--seeds=1]
 
-Every run is `train.py --config=configs/recall.py:MIXER` with the task "needle" in 256 tokens (one key and its word
+Every run is `train.py --config=configs/recall.py:MIXER` with the task "needle" in 64 tokens (one key and its word
 somewhere among random words, the key again at the end: which word was it?), 2 layers, 64 wide, no positions, short
 convolutions of size 4, in its own workdir below DIR; a second start only reads finished runs. Then the model reads new
 texts of each length in pieces of 1,024 tokens, and the last token by itself: what it keeps of the tokens before is the
@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -24,6 +25,7 @@ from efficient_tx.commands import Parser, names_of, run
 from efficient_tx.compare.flags import whole, wholes
 from efficient_tx.compare.timing import machine
 from efficient_tx.config.build import build_model, build_stages, build_task
+from efficient_tx.config.evaluation import apply_settings
 from efficient_tx.data.recall import Needle
 from efficient_tx.files import local_path
 from efficient_tx.models.classifier import TokenClassifier
@@ -31,17 +33,17 @@ from efficient_tx.training.evaluation import trained_parameters
 from efficient_tx.training.objective import objective_of
 from efficient_tx.training.workdir import read_config
 
-TRAINED, PIECE, BUDGET = 256, 1024, 32
+TRAINED, PIECE, BUDGET = 64, 1024, 32
 DECODING = [name for name, cls in ATTENTION.items() if cls.can_decode]
 
 
-def trained(workdir, mixer: str, seed: int, steps: int) -> TokenClassifier:
+def trained(workdir: Path, mixer: str, seed: int, steps: int) -> TokenClassifier:
     """The model of a run, which is trained if it is not there."""
     options = {f"attention.{mixer}.{name}": value for name, value in ATTENTION[mixer].within(BUDGET).items()}
-    settings = {"task.kind": "needle", "task.max_len": TRAINED, "model.positions": "none", "batch_size": 32}
+    settings = {"task.kind": "needle", "task.max_len": TRAINED, "model.positions": "none", "batch_size": 128}
     conv = {f"attention.{mixer}.conv": 4}
     train(workdir, mixer, config="recall", seed=seed, steps=steps, eval_every=200, **settings, **options, **conv)
-    config = read_config(workdir)
+    config = apply_settings(read_config(str(workdir)), {}, "test")
     task = build_task(config)
     stages, _ = build_stages(config, nnx.eval_shape(lambda: build_model(config, task)), objective_of(task))
     _, stage, parameters = trained_parameters(str(workdir), "best", stages, print)
@@ -83,7 +85,7 @@ def main() -> None:
     parser.add_argument("--out", type=local_path, required=True, help="where the runs and needle.json go")
     parser.add_argument("--mixers", type=names_of(DECODING, "mixer that decodes"), default=["gated_delta", "lev"],
                         metavar="A,B", help="default: gated_delta,lev")  # fmt: skip
-    parser.add_argument("--lengths", type=wholes, default=(TRAINED, 4096, 65536), help="tokens of the texts")
+    parser.add_argument("--lengths", type=wholes, default=(TRAINED, 1024, 8192, 65536), help="tokens of the texts")
     parser.add_argument("--examples", type=whole, default=64, help="texts of each length")
     parser.add_argument("--seeds", type=whole, default=1, help="runs of each mixer")
     parser.add_argument("--steps", type=whole, default=1000)
