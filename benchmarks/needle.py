@@ -2,14 +2,16 @@
 
     python benchmarks/needle.py --out=DIR [--mixers=gated_delta,lev] [--lengths=64,1024,8192,65536] [--seeds=1]
 
-Every run is `train.py --config=configs/recall.py:MIXER` with the task "needle" in 64 tokens (one key and its word
-somewhere among random words, the key again at the end: which word was it?), 2 layers, 64 wide, no positions, short
-convolutions of size 4, in its own workdir below DIR; a second start only reads finished runs. Then the model reads new
+The task: one key and its word somewhere among random words, the key again at the end: which word was it? The model has
+2 layers, 64 wide, no positions, short convolutions of size 4; `lev` keeps 32 keys of each head. Every run is `train.py
+--config=configs/recall.py:MIXER` in its own workdir below DIR: first with texts of 64 tokens, then on from there with
+512 and 4,096 tokens, where it learns not to forget. A second start only reads finished runs. Then the model reads new
 texts of each length in pieces of 1,024 tokens, and the last token by itself: what it keeps of the tokens before is the
-decoder's state, whose arrays' bytes are printed. `lev` keeps 32 keys of each head.
+decoder's state, whose arrays' bytes are printed.
 """
 
 import argparse
+import itertools
 import json
 import time
 from functools import partial
@@ -33,16 +35,23 @@ from efficient_tx.training.evaluation import trained_parameters
 from efficient_tx.training.objective import objective_of
 from efficient_tx.training.workdir import read_config
 
-TRAINED, PIECE, BUDGET = 64, 1024, 32
+PIECE, BUDGET = 1024, 32
+# Tokens of a text, texts of a batch, steps.
+STAGES = ((64, 128, 1000), (512, 32, 300), (4096, 4, 150))
 DECODING = [name for name, cls in ATTENTION.items() if cls.can_decode]
 
 
-def trained(workdir: Path, mixer: str, seed: int, steps: int) -> TokenClassifier:
-    """The model of a run, which is trained if it is not there."""
+def trained(out: Path, mixer: str, seed: int) -> TokenClassifier:
+    """The model after all stages; those that are not there are run."""
     options = {f"attention.{mixer}.{name}": value for name, value in ATTENTION[mixer].within(BUDGET).items()}
-    settings = {"task.kind": "needle", "task.max_len": TRAINED, "model.positions": "none", "batch_size": 128}
-    conv = {f"attention.{mixer}.conv": 4}
-    train(workdir, mixer, config="recall", seed=seed, steps=steps, eval_every=200, **settings, **options, **conv)
+    options |= {f"attention.{mixer}.conv": 4, "task.kind": "needle", "model.positions": "none"}
+    before = {}
+    for length, batch, steps in STAGES:
+        workdir = out / f"{mixer}-{seed}-{length}"
+        settings = {"task.max_len": length, "task.val_size": 256, "task.test_size": 256, "batch_size": batch}
+        train(workdir, mixer, config="recall", seed=seed, steps=steps, eval_every=50, **settings, **options, **before)
+        before = {"init_from": workdir.absolute(), "optimizer.learning_rate": 1e-3, "optimizer.warmup": 10}
+        print(f"{mixer}, seed {seed}: {summary(workdir)['test_accuracy']:.1%} of texts of {length} tokens", flush=True)
     config = apply_settings(read_config(str(workdir)), {}, "test")
     task = build_task(config)
     stages, _ = build_stages(config, nnx.eval_shape(lambda: build_model(config, task)), objective_of(task))
@@ -85,27 +94,23 @@ def main() -> None:
     parser.add_argument("--out", type=local_path, required=True, help="where the runs and needle.json go")
     parser.add_argument("--mixers", type=names_of(DECODING, "mixer that decodes"), default=["gated_delta", "lev"],
                         metavar="A,B", help="default: gated_delta,lev")  # fmt: skip
-    parser.add_argument("--lengths", type=wholes, default=(TRAINED, 1024, 8192, 65536), help="tokens of the texts")
+    parser.add_argument("--lengths", type=wholes, default=(64, 1024, 8192, 65536), help="tokens of the texts")
     parser.add_argument("--examples", type=whole, default=64, help="texts of each length")
     parser.add_argument("--seeds", type=whole, default=1, help="runs of each mixer")
-    parser.add_argument("--steps", type=whole, default=1000)
     args = parser.parse_args()
     print(machine())
     rows = []
-    for mixer in args.mixers:
-        for seed in range(args.seeds):
-            workdir = args.out / f"{mixer}-{seed}"
-            model = trained(workdir, mixer, seed, args.steps)
-            print(f"{mixer}, seed {seed}: test accuracy in {TRAINED} tokens {summary(workdir)['test_accuracy']:.3f}")
-            for length in args.lengths:
-                texts, answers = needles(length, args.examples)
-                logits, state, seconds = read(model, texts)
-                share = float((logits.argmax(-1) == answers).mean())
-                stored = sum(x.nbytes for x in jax.tree.leaves(state)) // args.examples
-                rows.append({"mixer": mixer, "seed": seed, "length": length, "accuracy": share, "bytes": stored,
-                             "seconds_a_token": seconds / args.examples})  # fmt: skip
-                print(f"  {length:9,} tokens  right {share:5.1%}  state {stored:7,} bytes", flush=True)
-            (args.out / "needle.json").write_text(json.dumps(rows, indent=1))
+    for mixer, seed in itertools.product(args.mixers, range(args.seeds)):
+        model = trained(args.out, mixer, seed)
+        for length in args.lengths:
+            texts, answers = needles(length, args.examples)
+            logits, state, seconds = read(model, texts)
+            share = float((logits.argmax(-1) == answers).mean())
+            stored = sum(x.nbytes for x in jax.tree.leaves(state)) // args.examples
+            rows.append({"mixer": mixer, "seed": seed, "length": length, "accuracy": share, "bytes": stored,
+                         "seconds_a_token": seconds / args.examples})  # fmt: skip
+            print(f"  {length:9,} tokens  right {share:6.1%}  state {stored:7,} bytes", flush=True)
+        (args.out / "needle.json").write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":
