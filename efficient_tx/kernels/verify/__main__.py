@@ -45,7 +45,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     what.add_argument("--all", action="store_true", help="run what needs no accelerator, write kernels.json and .md")
     what.add_argument("--hardware", action="store_true", help="run and time the kernels on this machine's accelerator")
     parser.add_argument("--quick", action="store_true",
-                        help="of --all the programs that CI compiles: minutes, not hours")  # fmt: skip
+                        help="of --all the programs that CI compiles, no mixers for TPUs: an hour, not several")  # fmt: skip
     parser.add_argument("--kernels", type=names_of(OPERATIONS, "operation with cases"), default=list(OPERATIONS),
                         metavar="A,B", help="default: all of " + ", ".join(OPERATIONS))  # fmt: skip
     parser.add_argument("--targets", type=names_of(tuple(TARGETS), "target"), default=list(TARGETS),
@@ -90,7 +90,7 @@ def without_accelerator(args: argparse.Namespace, console: Console) -> int:
         moved = list(ladder.accounts(args.kernels, implementations, status.update))
         compiled = list(kept(ladder.compilations(planned.values(), figures.read(path), status.update), path))
         whole = set(args.kernels) == set(OPERATIONS) and set(args.targets) == set(TARGETS)
-        further, sound = sections.of_all(status.update) if whole else ([], True)
+        further, sound = sections.of_all(status.update, quick=args.quick) if whole else ([], True)
     date = datetime.date.today().isoformat()
     page = report.markdown(date, interpreted, moved, compiled, further, quick=args.quick)
     console.print(page, highlight=False, markup=False, soft_wrap=True)

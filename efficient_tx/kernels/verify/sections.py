@@ -18,12 +18,15 @@ from efficient_tx.kernels.verify.training import RECIPES
 TWO = ("v5e", "h100")
 
 
-def of_all(progress: Callable[[str], Any]) -> tuple[list[str], bool]:
-    """Compiles what the sections are about: their lines, and whether nothing in them must not be."""
+def of_all(progress: Callable[[str], Any], *, quick: bool = False) -> tuple[list[str], bool]:
+    """Compiles what the sections are about: their lines, and whether nothing in them must not be.
+
+    With `quick` no mixers for TPUs: XLA takes a minute and more for many.
+    """
     compiled = list(trained(progress))
     priced = list(paid(progress))
     compared = [row for target in peers.PEERS for row in peers.compared(target, progress)]
-    mixed = list(looked_at(progress))
+    mixed = list(looked_at(TWO[1:] if quick else TWO, progress))
     lines = [*of_steps(compiled), *of_price(priced), *of_peers(compared), *of_mixers(mixed)]
     failed = [row for row in compiled + mixed if row["faults"]], [pair for pair in priced if pair.faults()]
     return lines, not any(failed)
@@ -50,9 +53,9 @@ def paid(progress: Callable[[str], Any]) -> Iterator[price.Pair]:
                 yield from price.pairs(score, dim, TARGETS[target])
 
 
-def looked_at(progress: Callable[[str], Any]) -> Iterator[dict[str, Any]]:
+def looked_at(targets: Sequence[str], progress: Callable[[str], Any]) -> Iterator[dict[str, Any]]:
     for name in ATTENTION:
-        for target in TWO:
+        for target in targets:
             progress(f"program of {name} for {target}")
             row = {"name": name, "target": target}
             try:

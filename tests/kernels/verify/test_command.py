@@ -71,7 +71,7 @@ def rungs(monkeypatch):
     monkeypatch.setattr(ladder, "accounts", lambda *_: moved)
     monkeypatch.setattr(ladder, "compilations", lambda *_: programs)
     monkeypatch.setattr(command, "selection", lambda *_, **__: [])
-    monkeypatch.setattr(sections, "of_all", lambda _: (["## Whole training steps"], True))
+    monkeypatch.setattr(sections, "of_all", lambda _, quick: (["## Whole training steps"], True))
     monkeypatch.setattr(figures, "store", lambda path, programs, known: path.write_text(json.dumps(programs)))
     monkeypatch.setattr(figures, "read", lambda path: {})
     return run, programs
