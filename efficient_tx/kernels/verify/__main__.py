@@ -45,7 +45,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     what.add_argument("--all", action="store_true", help="run what needs no accelerator, write kernels.json and .md")
     what.add_argument("--hardware", action="store_true", help="run and time the kernels on this machine's accelerator")
     parser.add_argument("--quick", action="store_true",
-                        help="of --all the programs that CI compiles, no mixers for TPUs: an hour, not several")  # fmt: skip
+                        help="of --all the programs of CI, and no mixers for TPUs: an hour, not several")  # fmt: skip
     parser.add_argument("--kernels", type=names_of(OPERATIONS, "operation with cases"), default=list(OPERATIONS),
                         metavar="A,B", help="default: all of " + ", ".join(OPERATIONS))  # fmt: skip
     parser.add_argument("--targets", type=names_of(tuple(TARGETS), "target"), default=list(TARGETS),
