@@ -193,6 +193,7 @@ def exact(inputs, **options):
         ("channel", True, 37),
         pytest.param("head", False, 37, marks=slow),
         pytest.param("none", True, 37, marks=slow),
+        pytest.param("head", True, 5, marks=slow),  # a block has as many places outside as tokens
         pytest.param("channel", False, 1, marks=slow),
     ],
 )

@@ -334,7 +334,8 @@ class Head(NamedTuple):
 
     def tile(self, x: Any, at: jax.Array, dims: jax.Array) -> tuple[Any, jax.Array]:
         _, length, groups, size = x.shape
-        token = (length - 1 - at if self.reverse else at)[:, None]
+        # Not below 0, where an interpreter counts from the end and would write to a real token.
+        token = (jnp.where(at < length, length - 1 - at, at) if self.reverse else at)[:, None]
         head = jax.lax.div(self.head, jnp.int32(self.heads // groups))
         return x.at[self.example, token, head, dims[None]], (at < length)[:, None] & (dims < size)[None]
 

@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def without_accelerator(args: argparse.Namespace, console: Console) -> int:
-    """Returns 1 if a kernel races or has a fault for a target that gates, or a section of the page has a fault."""
+    """Returns 1 if a kernel is wrong, races or has a fault for a target that gates, or a section has a fault."""
     if lacking := ladder.missing(args.targets):
         raise ValueError("; ".join(lacking))
     args.out.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,8 @@ def without_accelerator(args: argparse.Namespace, console: Console) -> int:
     else:
         console.print(f"wrote {args.out}/kernels.json; kernels.md has all kernels and targets, and was not written")
     failed = any(row["faults"] and TARGETS[row["target"]].gate for row in compiled)
-    return int(failed or not sound or any(row["races"] for row in interpreted))
+    wrong = any(row["races"] or not report.holds(row) for row in interpreted)
+    return int(failed or not sound or wrong)
 
 
 KEEP_EVERY = 20

@@ -18,10 +18,6 @@ from efficient_tx.kernels.verify.cover import cover
 from efficient_tx.kernels.verify.peers import beside
 from efficient_tx.kernels.verify.training import MIXERS, listops_step
 
-# The largest error of an entry, as a share of the largest entry: float32 rounds 2⁻²⁴ and sums of thousands add up;
-# bfloat16 rounds 2⁻⁹, at every intermediate result that an operation has.
-MOST_ERROR = {"float32": 1e-4, "bfloat16": 4e-2}
-
 # The implementation whose kernels are for a platform, by jax's name of a device's platform.
 KERNELS = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
 
@@ -100,13 +96,7 @@ def checked(
         except Exception as error:  # a kernel that does not run is a finding; the others run on
             yield row | {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
         else:
-            yield row | {"most": MOST_ERROR[dtype_of(case)]}
-
-
-def dtype_of(case: Case) -> str:
-    """The narrowest of its floating dtypes that has a limit of its own."""
-    names = {x.dtype.name for x in case.arrays if jnp.issubdtype(x.dtype, jnp.inexact)}
-    return "float32" if names <= {"float32", "float64"} else "bfloat16"
+            yield row | {"most": accuracy.most(case)}
 
 
 def timed(

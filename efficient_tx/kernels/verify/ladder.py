@@ -44,7 +44,8 @@ def interpreted(operations: Collection[str], progress: Callable[[str], Any]) -> 
     """Runs a selection of the small cases of each operation, with fresh arrays.
 
     Yields:
-      a row for each case and Pallas implementation: its errors beside float64, and the races of a TPU's.
+      a row for each case and Pallas implementation: its errors beside float64, the most that rounding explains, and
+      the races of a TPU's.
     """
     seed = random.randrange(2**31)
     for operation in operations:
@@ -57,6 +58,7 @@ def interpreted(operations: Collection[str], progress: Callable[[str], Any]) -> 
                 progress(f"{label(operation, values)} {implementation}, interpreted")
                 row = {"operation": operation, "case": label(operation, values), "implementation": implementation}
                 row |= accuracy.errors(case, seed, implementation=implementation, interpret=True)
+                row["most"] = accuracy.most(case)
                 row["races"] = accuracy.races(case, seed) if implementation == "pallas_tpu" else None
                 yield row
 

@@ -32,7 +32,7 @@ def markdown(
         "thread; spills are bytes (GPU) or instructions (TPU); instructions are of PTX, or "
         "bundles.", "",
         *table(HEAD, rows(interpreted, moved, compiled)), "",
-        *faulty(compiled), "",
+        *faulty(interpreted, compiled), "",
         *sections,
     ])  # fmt: skip
 
@@ -84,8 +84,13 @@ def of_programs(rows: Rows) -> tuple:
     )  # fmt: skip
 
 
-def faulty(compiled: Rows) -> list[str]:
-    lines = [f"- {row['name']}: {fault}" for row in compiled for fault in row["faults"]]
+def faulty(interpreted: Rows, compiled: Rows) -> list[str]:
+    lines = [
+        f"- {row['case']} {row['implementation']}, interpreted: errors {row['forward']:.0e}, {row['gradient']:.0e}"
+        for row in interpreted
+        if not holds(row)
+    ]
+    lines += [f"- {row['name']}: {fault}" for row in compiled for fault in row["faults"]]
     return ["## What must not be, or is only recorded", "", *lines] if lines else []
 
 
@@ -95,7 +100,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
 
 
 def holds(row: dict[str, Any]) -> bool:
-    """Whether a kernel ran on the accelerator and its errors are those of rounding."""
+    """Whether a kernel ran and its errors are those of rounding."""
     return "failed" not in row and all(row[which] <= row["most"] for which in ("forward", "gradient"))
 
 

@@ -30,6 +30,11 @@ def test_an_infinity_is_an_error_where_the_formula_has_none():
     assert accuracy.error(jnp.array([1.0, 0.0]), exact) == np.inf
 
 
+@pytest.mark.quick
+def test_beside_zeros_the_error_itself_counts():
+    assert accuracy.error(jnp.array([0.0, 3e-8]), np.zeros(2)) == pytest.approx(3e-8)
+
+
 @pytest.mark.parametrize(("meaning", "some"), [("parallel", True), ("arbitrary", False)])
 def test_a_sum_over_an_axis_said_to_be_parallel_is_a_race(meaning, some):
     def total(x, *, implementation=None, interpret=False):

@@ -61,7 +61,7 @@ def rungs(monkeypatch):
         for name in TARGETS
     ]
     run = {"operation": "monarch", "case": "monarch x float32", "implementation": "pallas_tpu", "races": 0}
-    run |= {"forward": 1e-7, "gradient": 2e-7}
+    run |= {"forward": 1e-7, "gradient": 2e-7, "most": 1e-4}
     monkeypatch.setattr(ladder, "missing", lambda targets: [])
     monkeypatch.setattr(ladder, "interpreted", lambda *_: [run])
     moved = [
@@ -101,7 +101,7 @@ def test_a_part_leaves_the_table_of_all_as_it_is(rungs, tmp_path, capsys):
     assert not (tmp_path / "kernels.md").exists() and (tmp_path / "kernels.json").exists()
 
 
-def test_faults_fail_where_a_target_gates_and_races_everywhere(rungs, tmp_path, capsys):
+def test_faults_fail_where_a_target_gates_and_races_and_wrong_results_everywhere(rungs, tmp_path, capsys):
     run, programs = rungs
     programs[list(TARGETS).index("v4")]["faults"] = ["a spill"]
     assert command.main(["--all", f"--out={tmp_path}"]) == 0
@@ -110,6 +110,10 @@ def test_faults_fail_where_a_target_gates_and_races_everywhere(rungs, tmp_path, 
     assert command.main(["--all", f"--out={tmp_path}"]) == 1
     programs[0]["faults"], run["races"] = [], 1
     assert command.main(["--all", f"--out={tmp_path}"]) == 1
+    run["races"], run["gradient"] = 0, float("inf")
+    assert command.main(["--all", f"--out={tmp_path}"]) == 1
+    wrong = "- monarch x float32 pallas_tpu, interpreted: errors 1e-07, inf"
+    assert wrong in (tmp_path / "kernels.md").read_text()
 
 
 def test_who_interrupts_it_keeps_what_was_compiled(rungs, tmp_path, monkeypatch):
