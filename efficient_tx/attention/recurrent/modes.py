@@ -36,9 +36,12 @@ def convolve(
     batch, length, channels = x.shape
     size = min(CHUNK, length)
     log_decay = log_decay.astype(jnp.result_type(log_decay, x))
-    powers = jnp.exp(log_decay[..., None] * jnp.arange(size + 1))  # [channels, modes, size + 1]
     shape = (batch, channels, log_decay.shape[1])
-    state = jnp.zeros(shape, powers.dtype) if state is None else state.astype(powers.dtype)
+    state = jnp.zeros(shape, log_decay.dtype) if state is None else state.astype(log_decay.dtype)
+    if length == 1 and count is None:
+        state = jnp.exp(log_decay) * state + x[:, 0, :, None]
+        return (weight * state).sum(-1).real[:, None], state
+    powers = jnp.exp(log_decay[..., None] * jnp.arange(size + 1))  # [channels, modes, size + 1]
     chunks = jnp.pad(x, ((0, 0), (0, -length % size), (0, 0))).reshape(batch, -1, size, channels)
 
     added = entering(chunks, powers)

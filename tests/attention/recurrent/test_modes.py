@@ -43,6 +43,9 @@ def test_equals_the_recurrence_from_any_state_to_any_count(length, complex_modes
         assert_same(out, y, 1e-11)
         assert_same(end[0], states[0, -1], 1e-11)
         assert_same(end[1], state[1] if length == 1 else states[1, count[1] - 1], 1e-11)
+        one, after = run(x[:, :1], rate, weight, state=state)
+        assert_same(one, y[:, :1], 1e-11)
+        assert_same(after, states[:, 0], 1e-11)
         first, between = run(x[:, :3], rate, weight, state=state)
         if length > 3:
             second, end = run(x[:, 3:], rate, weight, state=between)
