@@ -6,6 +6,7 @@ with cuDNN on a GPU, and that of tokamax where it is installed.
 """
 
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -60,7 +61,10 @@ def tpu_splash(causal: bool) -> Attention:
 
 
 def gpu_triton(causal: bool) -> Attention:
-    from jax.experimental.pallas.ops.gpu import attention as module
+    with warnings.catch_warnings():
+        # Newer versions of jax point to tokamax, which `beside` has as well.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from jax.experimental.pallas.ops.gpu import attention as module
 
     return lambda q, k, v: module.mha(q, k, v, None, sm_scale=q.shape[-1] ** -0.5, causal=causal)
 
