@@ -81,7 +81,7 @@ class Followed:
         if name == "while":
             return self.loop(params, operands, active)
         if name == "scan":
-            return self.scan(params, operands, active, len(equation.outvars))
+            return self.scan(equation, operands, active)
         if name == "cond":
             return self.branch(params["branches"], operands, active)
         for inner in ("jaxpr", "call_jaxpr"):
@@ -110,14 +110,21 @@ class Followed:
             after = self.run(params["body_jaxpr"].jaxpr, [*of_body, *carry], active)
             carry = [chosen(active, new, old) for new, old in zip(after, carry, strict=True)]
 
-    def scan(self, params: dict[str, Any], operands: list[Any], active: np.ndarray, outputs: int) -> list[Any]:
-        """A loop of a fixed number of turns, without arrays along it: the form of `fori_loop`."""
-        consts, carried = params["num_consts"], params["num_carry"]
-        of_body, carry = operands[:consts], operands[consts : consts + carried]
-        along = [UNKNOWN] * (len(operands) - consts - carried)
-        for _ in range(params["length"]):
-            carry = self.run(params["jaxpr"].jaxpr, [*of_body, *carry, *along], active)[:carried]
-        return [*carry, *[UNKNOWN] * (outputs - carried)]
+    def scan(self, equation: Any, operands: list[Any], active: np.ndarray) -> list[Any]:
+        """A loop of a fixed number of turns, as `fori_loop` makes it.
+
+        Raises:
+          ValueError: it runs along arrays.
+        """
+        body, carried = equation.params["jaxpr"].jaxpr, len(equation.outvars)
+        inner, outer = ([x.aval.shape for x in some if hasattr(x.aval, "shape")] for some in
+                        ((*body.invars, *body.outvars), (*equation.invars, *equation.outvars)))  # fmt: skip
+        if inner != outer:
+            raise ValueError("a loop runs along arrays")
+        consts, carry = operands[: len(operands) - carried], operands[len(operands) - carried :]
+        for _ in range(equation.params["length"]):
+            carry = self.run(body, [*consts, *carry], active)
+        return carry
 
     def branch(self, branches: Sequence[Any], operands: list[Any], active: np.ndarray) -> list[Any]:
         """The branch of each place; where numbers choose, the one that moves most."""
