@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 from runs import summary, train
 
-from efficient_tx.attention import ATTENTION
+from efficient_tx.attention import ATTENTION, MultiHead
 from efficient_tx.commands import Parser, names_of, run
 from efficient_tx.compare.flags import whole, wholes
 from efficient_tx.compare.timing import machine
@@ -44,7 +44,8 @@ DECODING = [name for name, cls in ATTENTION.items() if cls.can_decode]
 def trained(out: Path, mixer: str, seed: int) -> TokenClassifier:
     """The model after all stages; those that are not there are run."""
     options = {f"attention.{mixer}.{name}": value for name, value in ATTENTION[mixer].within(BUDGET).items()}
-    options |= {f"attention.{mixer}.conv": 4, "task.kind": "needle", "model.positions": "none"}
+    options |= {f"attention.{mixer}.conv": 4} if issubclass(ATTENTION[mixer], MultiHead) else {}
+    options |= {"task.kind": "needle", "model.positions": "none"}
     before = {}
     for length, batch, steps in STAGES:
         workdir = out / f"{mixer}-{seed}-{length}"

@@ -38,12 +38,30 @@ def both_ways(
     (batch, keys), queries = k.shape[:2], q.shape[1]
     mask = key_mask(mask, batch, keys)
     if queries != keys:
-        if not causal:
-            raise ValueError(f"{name} has {queries} queries and {keys} keys: it needs positions, so use causal=True")
-        at = query_positions(jnp.ones((batch, keys), bool) if mask is None else mask, queries)
-        return take(run(place(q, at, keys), mask=mask, reverse=False)[0], at)
+        return at_last(lambda q: run(q, mask=mask, reverse=False)[0], q, k, mask=mask, causal=causal, name=name)
     out, _ = run(q, mask=mask, reverse=False)
     return out if causal else (out + run(q, mask=mask, reverse=True)[0]) / 2
+
+
+def at_last(
+    attend: Callable[[jax.Array], jax.Array], q: jax.Array, k: jax.Array, *,
+    mask: jax.Array | None, causal: bool, name: str,
+) -> jax.Array:  # fmt: skip
+    """Attends with other numbers of queries than keys: the last query is at the last real key.
+
+    Args:
+      attend: the attention of as many queries as keys.
+      q, k, causal, name: as in `both_ways`.
+      mask: bool `[batch, keys]` or None.
+
+    Raises:
+      ValueError: not `causal`.
+    """
+    (batch, keys), queries = k.shape[:2], q.shape[1]
+    if not causal:
+        raise ValueError(f"{name} has {queries} queries and {keys} keys: it needs positions, so use causal=True")
+    at = query_positions(jnp.ones((batch, keys), bool) if mask is None else mask, queries)
+    return take(attend(place(q, at, keys)), at)
 
 
 def unit(x: jax.Array) -> jax.Array:
@@ -124,6 +142,10 @@ class Recurrent(MultiHead):
 
 def log_time_steps(shape: tuple[int, ...], rngs: nnx.Rngs) -> jax.Array:
     """What softplus maps to time steps, log-uniform in [0.001, 0.1], as Mamba's code draws them."""
-    low, high = jnp.log(1e-3), jnp.log(1e-1)
-    step = jnp.exp(jax.random.uniform(rngs.params(), shape, jnp.float32, low, high))
+    step = jnp.exp(log_uniform_steps(shape, rngs))
     return step + jnp.log(-jnp.expm1(-step))
+
+
+def log_uniform_steps(shape: tuple[int, ...], rngs: nnx.Rngs) -> jax.Array:
+    """Logarithms of time steps in [0.001, 0.1], uniform."""
+    return jax.random.uniform(rngs.params(), shape, jnp.float32, jnp.log(1e-3), jnp.log(1e-1))

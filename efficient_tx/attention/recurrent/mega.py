@@ -28,12 +28,13 @@ from efficient_tx.attention.base import cache
 from efficient_tx.attention.base.cache import Needed
 from efficient_tx.attention.base.multihead import MultiHead, State
 from efficient_tx.attention.base.options import checked_by
+from efficient_tx.attention.recurrent.base import at_last
 from efficient_tx.attention.recurrent.modes import convolve
 from efficient_tx.checks import OptionError, at_least
 from efficient_tx.kernels import flash_attention
 from efficient_tx.kernels.flash_attention import Mask, Score, documents, padding
 from efficient_tx.kernels.shapes import check_shapes
-from efficient_tx.tokens.mask import compact, key_mask, place, query_positions, repeat_heads, spread, take
+from efficient_tx.tokens.mask import compact, key_mask, repeat_heads, spread
 from efficient_tx.tokens.rotary import rotate
 
 
@@ -94,11 +95,8 @@ def mega(
     (batch, keys), queries = k.shape[:2], q.shape[1]
     mask = key_mask(mask, batch, keys)
     if queries != keys:
-        if not causal:
-            raise ValueError(f"mega has {queries} queries and {keys} keys: it needs positions, so use causal=True")
-        at = query_positions(jnp.ones((batch, keys), bool) if mask is None else mask, queries)
         given = {"alpha": alpha, "beta": beta, "mask": mask, "causal": True, "chunk": chunk, "weighting": weighting}
-        return take(mega(place(q, at, keys), k, v, **given), at)
+        return at_last(lambda q: mega(q, k, v, **given), q, k, mask=mask, causal=causal, name="mega")
     size = keys if chunk is None else min(chunk, keys)
     rest = -keys % size
     real = None if mask is None and not rest else jnp.ones((batch, keys), bool) if mask is None else compact(mask, mask)

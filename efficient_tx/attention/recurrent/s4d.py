@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from efficient_tx.attention.base.mixer import Mixer
+from efficient_tx.attention.recurrent.base import log_uniform_steps
 from efficient_tx.attention.recurrent.modes import convolve
 from efficient_tx.checks import OptionError
 from efficient_tx.kernels.shapes import check_rank
@@ -125,8 +126,7 @@ class S4D(Mixer):
         pairs, directions = states // 2, 1 if self.causal else 2
         self.states = states
         self.dtype = dtype
-        low, high = jnp.log(1e-3), jnp.log(1e-1)
-        self.log_step = nnx.Param(jax.random.uniform(rngs.params(), (features,), jnp.float32, low, high))
+        self.log_step = nnx.Param(log_uniform_steps((features,), rngs))
         self.log_rate = nnx.Param(jnp.full((features, pairs), jnp.log(0.5), jnp.float32))
         frequencies = jnp.broadcast_to(jnp.pi * jnp.arange(pairs), (features, pairs))
         self.frequency = nnx.Param(frequencies.astype(jnp.float32))
