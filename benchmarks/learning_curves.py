@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(ATTENTION), help="MIXER or MIXER+LINEAR, by commas; default: all")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each model")
     parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--positions", default="learned", help="of mixers with queries and keys; others: learned")
     arguments = parser.parse_args()
     models = arguments.models.split(",")
     for model in models:
@@ -38,10 +39,12 @@ def main() -> None:
     curves = {}
     for model in models:
         mixer = model.partition("+")[0]
-        sizes = {f"attention.{mixer}.{option}": value for option, value in ATTENTION[mixer].within(BUDGET).items()}
+        settings = {f"attention.{mixer}.{option}": value for option, value in ATTENTION[mixer].within(BUDGET).items()}
+        if ATTENTION[mixer].has_positions:
+            settings["model.positions"] = arguments.positions
         workdirs = [arguments.out / f"{model}-{seed}" for seed in range(arguments.seeds)]
         for seed, workdir in enumerate(workdirs):
-            train(workdir, model, seed=seed, steps=arguments.steps, **sizes)
+            train(workdir, model, seed=seed, steps=arguments.steps, **settings)
         curves[model] = [validation(workdir) for workdir in workdirs]
         about = summary(workdirs[0])
         size = f"{about['parameters']:,} parameters  {about['steps_per_second']:.1f} steps/s"

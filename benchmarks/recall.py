@@ -7,7 +7,8 @@ Every run is `train.py --config=configs/recall.py:MIXER` (2 layers, 64 wide, exa
 below DIR, with three learning rates. The one with the best mean validation accuracy is reported, by its test accuracy;
 with `--again=3` it runs with further seeds, three in all. A second start resumes where the first one stopped and only
 reads finished runs: a last call with all settings draws the whole picture. Mixers are causal. One without a causal form
-reads both directions, where the answer is not visible either.
+reads both directions, where the answer is not visible either. Queries and keys have rotary positions; a mixer that has
+neither gets learnt ones.
 
 The state is what a causal decoder keeps of earlier tokens, in all layers, in float32: keys and values of all tokens
 (softmax) or of the window (local); a matrix of keys × values for each head (linear, with a normaliser; gla); and with a
@@ -62,7 +63,8 @@ class Point(NamedTuple):
         """Keys of the config."""
         options = {f"attention.{self.mixer}.{option}": value for option, value in self.options.items()}
         causal = {} if self.variant.can_be_causal else {"model.causal": False}
-        return {**options, "task.pairs": self.pairs, "model.heads": self.heads, **causal}
+        positions = {} if self.variant.has_positions else {"model.positions": "learned"}
+        return {**options, "task.pairs": self.pairs, "model.heads": self.heads, **causal, **positions}
 
     def state_bytes(self) -> int:
         """Bytes of the state, as the module's docstring defines it."""
