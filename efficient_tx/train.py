@@ -25,7 +25,7 @@ import functools
 import shlex
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from efficient_tx.config.build import build_model, build_stages, build_task
 from efficient_tx.config.check import check_objective
 from efficient_tx.config.names import task_module
 from efficient_tx.config.schema import with_dense_weights
-from efficient_tx.config.stored import restore, take_former
+from efficient_tx.config.stored import restore, take_former, take_structure, to_store
 from efficient_tx.data.batching import check_examples, evaluation_batches, train_batches
 from efficient_tx.files import local_path
 from efficient_tx.linear.replacement import dotted, relative_error, transfer
@@ -82,7 +82,7 @@ def train(asked: command_line.Run, workdir: Workdir) -> None:
         check_batch_size(config.batch_size, devices=jax.device_count(), grad_accum=config.grad_accum)
         task = build_task(config)
         if jax.process_count() > 1:
-            processes.agree(identity(config.to_dict(), task))
+            processes.agree(identity(to_store(config), task))
         objective = objective_of(task)
         check_memory(
             nnx.eval_shape(lambda: build_model(config, task)),
@@ -247,13 +247,23 @@ def run(asked: command_line.Run) -> None:
     with contextlib.suppress(OSError, ValueError):
         began = decode((local_path(FLAGS.workdir) / "config.json").read_bytes())
         take_former(config, began, typed=asked.typed)
+        take_structure(config, began)
+    if config.init_from and not config.init_from.endswith(SUFFIXES):
+        with contextlib.suppress(OSError, ValueError, Refused):  # the start of the run judges it
+            take_structure(config, read_config(local_path(config.init_from)))
     jax.config.update("jax_debug_nans", config.debug_nans)
+    proceed(asked, FLAGS.workdir)
+
+
+def proceed(asked: command_line.Run, path: str | os.PathLike) -> None:
+    """Trains in the workdir `path`, or says that this is done."""
+    config = asked.config
     writer = jax.process_index() == 0
     workdir = Workdir(
-        FLAGS.workdir,
-        config.to_dict(),
+        path,
+        to_store(config),
         writer=writer,
-        complete=lambda stored: restore(stored).to_dict(),
+        complete=lambda stored: to_store(restore(stored)),
         warn=print if writer else lambda line: None,
     )
     workdir.claim()
@@ -276,9 +286,14 @@ def main(asked: command_line.Run) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does with SIGHUP
             signal.signal(number, lambda number, _: sys.exit(128 + number))
-    again = f"the same command goes on: {shlex.join([*command_line.invoked('train'), *sys.argv[1:]])}"
+    return concluded(lambda: run(asked), "train")
+
+
+def concluded(work: Callable[[], None], command: str) -> int:
+    """The exit status of `work`, the work of a command; one line on an error that ends it says how to go on."""
+    again = f"the same command goes on: {shlex.join([*command_line.invoked(command), *sys.argv[1:]])}"
     try:
-        run(asked)
+        work()
     except RunError as error:
         status = processes.last_words(f"{error.flag}; {again}" if error.resumable else error.flag, error.status)
         if error.together:

@@ -20,6 +20,7 @@ from efficient_tx.config.names import (
     task_sizes,
 )
 from efficient_tx.config.objects import with_objects
+from efficient_tx.config.structure import entries, rebuild
 from efficient_tx.linear import densify, structured_learning_rates
 from efficient_tx.task import Objective, Task
 from efficient_tx.training.objective import CLASSIFICATION
@@ -110,7 +111,7 @@ def build_model(config: ConfigDict, task: Task) -> nnx.Module:
         build_mixer(name, config.attention[section_name(name)], projections) for name in parse_mixers(config.mixers)
     ]
     with at("model"):
-        return model(
+        built = model(
             num_classes=task.num_classes,
             **({"image_shape": task.image_shape} if task.kind == "image" else tokens),
             mixers=mixers,
@@ -120,6 +121,8 @@ def build_model(config: ConfigDict, task: Task) -> nnx.Module:
             rngs=nnx.Rngs(jax.random.fold_in(jax.random.key(config.seed), PARAMETERS)),
             **arguments,
         )
+    rebuild(built, entries(config))
+    return built
 
 
 def build_stages(

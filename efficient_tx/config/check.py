@@ -29,9 +29,10 @@ def check(config: ConfigDict) -> None:
     The model is built and called on abstract values, so its own errors appear here.
     """
     numbers(config)
-    counts = ("steps", "batch_size", "grad_accum", "eval_every", "checkpoint_every", "log_every", "keep")
+    counts = ("batch_size", "grad_accum", "eval_every", "checkpoint_every", "log_every", "keep")
     sizes = ("features", "layers", "heads", "head_dim", "mlp_features")
     with at():
+        at_least(0, steps=config.steps)
         at_least(1, **{key: config[key] for key in counts})
         if not 0 <= config.seed < 2**32:
             raise OptionError("seed", config.seed, "it must be in [0, 2^32)")

@@ -84,6 +84,7 @@ def make_config(module: str, argument: str = "", /, **settings: Any) -> ConfigDi
     config.model = ConfigDict({"name": settings.get("model", {}).get("name", next(iter(models)))})
     config.linear = ConfigDict({"mlp": {"name": mlp}, "projections": {"name": projections}})
     config.optimizer = options(make_optimizer, GIVEN["optimizer"])
+    config.structure = ConfigDict()  # of a compressed model only, see config.structure
     config = complete(config)
     for key, value in workdir.flatten(settings).items():
         assign(config, key, value)
@@ -156,6 +157,7 @@ def with_dense_weights(config: ConfigDict) -> ConfigDict:
     config = copy.deepcopy(config)
     with config.unlocked():
         config.linear = ConfigDict({place: {"name": "dense"} for place in ("mlp", "projections")})
+        config.structure = ConfigDict()
     return complete(config)
 
 

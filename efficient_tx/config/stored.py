@@ -8,7 +8,13 @@ from ml_collections import ConfigDict
 from efficient_tx.config.keys import assign
 from efficient_tx.config.resolve import NAMES
 from efficient_tx.config.schema import make_config, owners
+from efficient_tx.config.structure import SECTION, entries, in_config
 from efficient_tx.training import workdir
+
+
+def to_store(config: ConfigDict) -> dict[str, Any]:
+    """The content of config.json: `restore` reads it."""
+    return config.to_dict() | {SECTION: entries(config)}
 
 
 def restore(stored: Mapping[str, Any]) -> ConfigDict:
@@ -33,12 +39,21 @@ def restore(stored: Mapping[str, Any]) -> ConfigDict:
     try:
         config = make_config(flat["task.name"], "+".join(flat[name] for name in NAMES), **model)
         for key, value in flat.items():
-            if value is not None:
+            if value is not None and not key.startswith(f"{SECTION}."):
                 assign(config, key, tuple(value) if isinstance(value, list) else value)
         take_former(config, stored)
+        with config.unlocked():
+            config.structure = in_config(stored.get(SECTION, {}))
     except ValueError as error:
         raise ValueError(f"config.json: {error}") from None
     return config
+
+
+def take_structure(config: ConfigDict, stored: Mapping[str, Any]) -> None:
+    """Takes over, in place, the structure of a stored config if `config` has none."""
+    if stored.get(SECTION) and not config[SECTION]:
+        with config.unlocked():
+            config[SECTION] = in_config(stored[SECTION])
 
 
 def take_former(config: ConfigDict, stored: Mapping[str, Any], typed: Collection[str] = ()) -> None:

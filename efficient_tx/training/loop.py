@@ -87,7 +87,8 @@ class Loop:
     After each step the loop does what is due, in this order: a train line, the next stage, a checkpoint, a validation
     line. A stage begins with a checkpoint of its new state. A checkpoint holds the open window of training sums. A
     resumed run first drops the lines after its step, and evaluates if the validation line of its step is missing. So a
-    run that was killed at any point and resumed writes the same lines.
+    run that was killed at any point and resumed writes the same lines. A run of no steps saves and evaluates the
+    parameters that it starts from.
 
     Args:
       stages: from `make_stages`; the run starts from the parameters of the first stage's model.
@@ -155,7 +156,9 @@ class Loop:
         self._report.start(step)
         try:
             with StopSignals() as signals:
-                if step and self._plan.validates(step) and not self._history.validated(step):
+                if not self._plan.steps and not self._checkpoints.steps():
+                    self._save(state, step)
+                if self._checkpoints.steps() and self._plan.validates(step) and not self._history.validated(step):
                     self._validate(state, step, signals)
                 batches = prefetch(self._batches, step, self._plan.steps)
                 while step < self._plan.steps:

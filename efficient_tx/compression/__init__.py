@@ -1,0 +1,30 @@
+"""Compression of trained models: methods that exchange layers, or cut neurons and heads, within a budget.
+
+A new method is one file and one row of `METHODS`. Every weight structure of `LINEAR` but dense is a method as well: the
+projection of each layer onto it.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+from efficient_tx.compression.compress import Compressed, compress
+from efficient_tx.compression.flap import Flap
+from efficient_tx.compression.interpolative import Interpolative, Stat
+from efficient_tx.compression.low_rank import Truncated, Welore, Whitened
+from efficient_tx.compression.method import Method
+from efficient_tx.compression.projection import Projection
+from efficient_tx.linear import LINEAR
+
+METHODS: dict[str, Callable[..., Method]] = {
+    "svd": Truncated,
+    "whitened": Whitened,
+    "welore": Welore,
+    "id": Interpolative,
+    "stat": Stat,
+    "flap": Flap,
+    **{name: partial(Projection, cls) for name, cls in LINEAR.items() if name not in ("dense", "sum")},
+}
+# Methods that follow another one, written after a plus: "monarch+eora".
+SECOND: dict[str, Callable[..., Method]] = {}
+
+__all__ = ["METHODS", "SECOND", "Compressed", "Method", "compress"]

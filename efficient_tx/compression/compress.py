@@ -1,0 +1,68 @@
+"""Compress: a model within a budget, by one method: statistics, plan, fit."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from flax import nnx
+
+from efficient_tx.checks import one_of
+from efficient_tx.compression.budget import check_budget, within
+from efficient_tx.compression.cost import UNITS, Costs
+from efficient_tx.compression.method import Change, Method, Setting
+from efficient_tx.compression.model import select
+from efficient_tx.compression.statistics import gather
+from efficient_tx.linear.replacement import Path, find
+
+
+class Compressed(NamedTuple):
+    """What a compression did.
+
+    Attributes:
+      changes: of all layers that the method touched.
+      heads: path -> number of heads, of mixers that lost some.
+      before, after: cost of these layers.
+    """
+
+    changes: list[Change]
+    heads: dict[Path, int]
+    before: float
+    after: float
+
+
+def compress(
+    model: nnx.Module, method: Method, budget: float, *, where: str = "mlp|projections", unit: str = "bytes",
+    batches: Iterable[Mapping[str, Any]] = (), progress: Callable[[str], None] = lambda what: None,
+) -> Compressed:  # fmt: skip
+    """Compresses a model in place.
+
+    Args:
+      model: with trained values, built with `remat=False`.
+      method: one of `METHODS`, made with its options.
+      budget: share of the cost of the layers that the method touches, which they may keep, in (0, 1].
+      where: which layers: see `model.select`.
+      unit: of the cost: bytes (as stored for inference), parameters, multiplications (for a token), or milliseconds
+        (measured on this machine).
+      batches: of calibration, for methods that need them: see `statistics.gather`.
+      progress: gets a line on each step.
+
+    Raises:
+      ValueError: a budget that is out of range or that the method cannot meet, a pattern that selects nothing, a layer
+        that cannot be changed, no calibration data, or inputs that are not finite. The model is then as before.
+    """
+    check_budget(budget)
+    one_of(UNITS, unit=unit)
+    layers = method.chosen(model, select(model, where))
+    inputs = {}
+    if "inputs" in method.needs:
+        wanted = method.watched(model, layers)
+        triangles = [path for path in wanted if "triangles" in method.needs]
+        watched = [layer for layer in layers if layer.path in wanted]
+        inputs = gather(
+            model, watched, batches, triangles=triangles, progress=lambda done: progress(f"calibration batch {done}")
+        )
+    progress("preparing")
+    method.prepare(Setting(model, layers, inputs, Costs(unit)))
+    plan, before, after = within(method, budget, unit)
+    changes = method.apply(plan, progress)
+    heads = {path: find(model, path).heads for path in plan.kept if hasattr(find(model, path), "heads")}
+    return Compressed(changes, heads, before, after)
