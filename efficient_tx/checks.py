@@ -1,6 +1,8 @@
 """Range checks of user options, and look-ups of names that people typed."""
 
+import ast
 import difflib
+import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -58,6 +60,29 @@ def lookup(table: Mapping[str, T], name: str, where: str) -> T:
     """table[name]; an unknown name raises the OptionError of `one_of` for the option `where`."""
     one_of(table, **{where: name})
     return table[name]
+
+
+def parse_call(text: str, where: str) -> tuple[str, dict[str, Any]]:
+    """The name and the options in "name(option=value, ...)", "name" or "module:name(...)"; runs nothing.
+
+    Args:
+      text: what a person typed; values are Python's numbers, strings, tuples, True, False and None.
+      where: the option that has this text, for the error.
+
+    Raises:
+      OptionError: the text has another form.
+    """
+    match = re.fullmatch(r"\s*([\w.]+(?::\w+)?)\s*(\(.*\))?\s*", text, re.DOTALL)
+    try:
+        # The name may be no Python name, so any other stands in for it.
+        call = ast.parse(f"_{match[2] or '()'}", mode="eval").body if match else None
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args:
+            options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+            if None not in options and len(options) == len(call.keywords):  # no **, nothing twice
+                return match[1], options
+    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
+        pass
+    raise OptionError(where, text, "give NAME or NAME(OPTION=VALUE, ...), with numbers or quoted text as values")
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -64,6 +64,7 @@ def build_linear(section: ConfigDict, where: str) -> Callable[..., nnx.Module]:
     """A factory of linear layers with the signature of `nnx.Linear`, from a section {name, options}."""
     arguments = dict(section)
     structure = structure_class(arguments.pop("name"), f"{where}.name")
+    arguments = with_objects(structure, arguments, where)
 
     def make(in_features, out_features, **given):
         with at(where):

@@ -11,7 +11,8 @@ from efficient_tx.config.errors import ConfigError, at, blame
 from efficient_tx.config.keys import flatten
 from efficient_tx.config.names import DEEPEST, mixer_class, parse_mixers, task_module, task_sizes
 from efficient_tx.config.schema import task_options
-from efficient_tx.linear.structured import Structured
+from efficient_tx.linear import Dense
+from efficient_tx.linear.structured import Weight
 from efficient_tx.numerics.random import check_rate
 from efficient_tx.task import Task
 from efficient_tx.training.loggers import LOGGERS
@@ -108,7 +109,7 @@ def check_densify(config: ConfigDict, model: nnx.Module) -> None:
         rule = f"it must be at least 1 and less than steps={config.steps}"
         raise OptionError("densify_at", config.densify_at, rule)
     at_least(0, densify_warmup=config.densify_warmup)
-    if not any(isinstance(layer, Structured) for _, layer in nnx.iter_modules(model)):
+    if not any(isinstance(layer, Weight) and not isinstance(layer, Dense) for _, layer in nnx.iter_modules(model)):
         rule = "no weight is structured: choose a structure, as linear.mlp.name=monarch"
         raise OptionError("densify_at", config.densify_at, rule)
 

@@ -1,4 +1,7 @@
-"""Scores and masks that a config names: "module:name" of a user's own, or what this project calls them."""
+"""Scores, masks and weight structures with options, which a config gives as text.
+
+"module:name" is one of a user's own; others have this project's names.
+"""
 
 import ast
 import inspect
@@ -6,15 +9,16 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
-from efficient_tx.checks import OptionError
-from efficient_tx.config.errors import ConfigError, blame
-from efficient_tx.config.names import attribute
+from efficient_tx.checks import OptionError, parse_call
+from efficient_tx.config.errors import ConfigError, at, blame
+from efficient_tx.config.names import attribute, structure_class
 from efficient_tx.kernels.flash_attention import Mask, Score, causal, prefix, window
+from efficient_tx.linear import Form
 
 MASKS: dict[str, Callable[..., Mask]] = {"causal": causal, "window": window, "prefix": prefix}
 OPERATORS = {ast.BitAnd: operator.and_, ast.BitOr: operator.or_, ast.Invert: operator.invert}
 # Types of arguments that are text in a config.
-KINDS = (Score, Mask)
+KINDS = (Score, Mask, Form)
 
 
 def kind_of(annotation: Any) -> type | None:
@@ -36,7 +40,9 @@ def with_objects(cls: type, section: Mapping[str, Any], where: str) -> dict[str,
 
 
 def named(text: str, kind: type, where: str) -> Any:
-    """The Score or Mask of this name; a name of a score in `SCORES` stays one, and "" is no mask."""
+    """The Score, Mask or Form of this name; a name of a score in `SCORES` stays one, and "" is no mask and no form."""
+    if kind is Form:
+        return form(text, where) if text else None
     if ":" not in text:
         return text if kind is Score else expression(text, where) if text else None
     found = attribute(text, where)
@@ -48,6 +54,21 @@ def named(text: str, kind: type, where: str) -> Any:
     if not isinstance(found, kind):
         raise ConfigError(where, f"is {text!r}: that is no efficient_tx.kernels.flash_attention.{kind.__name__}")
     return found
+
+
+def form(text: str, where: str) -> Form:
+    """The weight structure of "monarch(blocks=4)" or "module:Class(rank=2)"; names and options only, no sizes.
+
+    Raises:
+      ConfigError: an unknown structure or option, or a value of another type, of the key `where`.
+    """
+    with at():
+        name, options = parse_call(text, where)
+    structure = structure_class(name, where)
+    try:
+        return Form(structure, **options)
+    except ValueError as error:
+        raise ConfigError(where, f"is {text!r}: {error}") from None
 
 
 def expression(text: str, where: str) -> Mask:

@@ -38,6 +38,7 @@ class Blast(Structured):
     computes = "blocks V_j diag(s_ij) U_iᵀ"
     size = "2·n·rank + blocks²·rank"
     nearest = "a fit by alternating least squares"
+    fits_under_jit = False
 
     @staticmethod
     def sized_by(n: int, m: int) -> tuple[str, Sequence[int]]:

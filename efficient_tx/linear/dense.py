@@ -3,7 +3,7 @@
 import jax
 from flax import nnx
 
-from efficient_tx.linear.structured import Weight
+from efficient_tx.linear.structured import Weight, scale_array
 
 
 class Dense(Weight, nnx.Linear):
@@ -24,6 +24,9 @@ class Dense(Weight, nnx.Linear):
 
     def to_dense(self) -> jax.Array:
         return self.kernel[...]
+
+    def rescale(self, factor: float) -> None:
+        scale_array(self.kernel, factor)
 
     def set_dense(self, kernel: jax.Array) -> None:
         self.kernel[...] = kernel.astype(self.param_dtype)

@@ -21,7 +21,7 @@ from flax import nnx
 
 from efficient_tx.checks import OptionError
 from efficient_tx.linear.straight_through import straight_through
-from efficient_tx.linear.structured import Factor, Structured
+from efficient_tx.linear.structured import Factor, Structured, scale_array
 
 SPREAD = 0.5  # standard deviation of the initial shifts, before rounding
 
@@ -140,6 +140,9 @@ class DenseShift(Structured):
     def to_dense(self) -> jax.Array:
         weights = self.weights(jnp.promote_types(self.param_dtype, jnp.float32))
         return (weights["levels"] * weights["gain"]).astype(self.param_dtype)
+
+    def rescale(self, factor: float) -> None:
+        scale_array(self.gain, factor)
 
     def fit(self, kernel: jax.Array) -> dict[str, jax.Array]:
         scale, shift = nearest_shifts(jnp.abs(kernel), self.bits)

@@ -15,6 +15,7 @@ import optax
 from flax import nnx
 
 from efficient_tx.linear.structured import Structured
+from efficient_tx.linear.sum import Sum
 
 # A dense layer of this fan-in has multiplier 1: it uses the optimizer's learning rate unchanged.
 BASE = 64
@@ -23,22 +24,33 @@ BASE = 64
 def multipliers(model: nnx.Module) -> nnx.State:
     """The multiplier of every parameter's learning rate, in the structure of `nnx.split(model)[1]`.
 
-    It is BASE / (fan_in · number of factors) for a factor of a structured weight, BASE / in_features for the kernel of
-    a dense layer, and 1 for everything else: biases, norms, embeddings, parameters of attention other than projections.
+    It is BASE / (fan_in · number of factors) for a factor of a structured weight, both parts of a sum being one weight,
+    BASE / in_features for the kernel of a dense layer, and 1 for everything else: biases, norms, embeddings, parameters
+    of attention other than projections.
 
     Args:
       model: any model; its values are not used, so it may be abstract.
     """
     graphdef, params = nnx.split(model)
     marked = nnx.merge(graphdef, jax.tree.map(lambda _: 1.0, params))
+    # The parts of a sum come before the sum, which counts the factors of both.
     for _, layer in nnx.iter_modules(marked):
-        if isinstance(layer, Structured):
-            factors = layer.factors()
-            for name, factor in factors.items():
-                getattr(layer, name).set_value(BASE / (factor.fan_in * len(factors)))
-        elif isinstance(layer, nnx.Linear):
-            layer.kernel.set_value(BASE / layer.in_features)
+        arrays = multiplied(layer)
+        for array, fan_in in arrays:
+            array.set_value(BASE / (fan_in * len(arrays)))
     return nnx.split(marked)[1]
+
+
+def multiplied(layer: nnx.Module) -> list[tuple[nnx.Param, float]]:
+    """The arrays that a linear layer multiplies with, and the fan-in of each; none for another module."""
+    match layer:
+        case Sum():
+            return [*multiplied(layer.first), *multiplied(layer.second)]
+        case Structured():
+            return [(getattr(layer, name), factor.fan_in) for name, factor in layer.factors().items()]
+        case nnx.Linear():
+            return [(layer.kernel, layer.in_features)]
+    return []
 
 
 def structured_learning_rates(model: nnx.Module) -> optax.GradientTransformation:

@@ -12,55 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from efficient_tx.checks import OptionError, at_least
-from efficient_tx.linear.structured import Factor, Structured
+from efficient_tx.checks import at_least
+from efficient_tx.linear.sparsity import chosen, count_kept, nonzero_only, sparse_draw, sparsify
+from efficient_tx.linear.structured import Factor, Structured, scale_array
 from efficient_tx.numerics.factorisations import qr, svd
 
 ITERATIONS = 100
 SOFT_ITERATIONS = 400
 # The softness of S at the start and at the end of the soft iterations, relative to the root mean square of W.
 SOFTEST, HARDEST = 0.3, 0.01
-
-
-def largest(size: jax.Array, count: int) -> jax.Array:
-    """True at the `count` largest entries of `size` (nonnegative, any shape); ties go to the first.
-
-    By bisection over the bit patterns, which have the same order as the numbers; on XLA's CPU backend a sort takes 40
-    times as long.
-    """
-    bits = 8 * size.dtype.itemsize
-    patterns = jax.lax.bitcast_convert_type(size.ravel(), jnp.dtype(f"int{bits}"))
-
-    def halve(i, least):
-        higher = least + (jnp.ones((), patterns.dtype) << (bits - 2 - i))
-        return jnp.where(jnp.sum(patterns >= higher) >= count, higher, least)
-
-    least = jax.lax.fori_loop(0, bits - 1, halve, jnp.zeros((), patterns.dtype))
-    above, equal = patterns > least, patterns == least
-    return (above | (equal & (jnp.cumsum(equal) <= count - jnp.sum(above)))).reshape(size.shape)
-
-
-def two_of_four(size: jax.Array) -> jax.Array:
-    """True at the two largest of each four entries along the first axis of `size` `[n, m]`; ties go to the first."""
-    n, m = size.shape
-    groups = jnp.pad(size, [(0, -n % 4), (0, 0)], constant_values=-1).reshape(-1, 4, m)
-    mine, other = groups[:, :, None], groups[:, None]
-    place = jnp.arange(4)
-    earlier = (place < place[:, None])[None, :, :, None]
-    beaten = jnp.sum((other > mine) | ((other == mine) & earlier), axis=2)
-    return (beaten < 2).reshape(-1, m)[:n]
-
-
-def chosen(matrix: jax.Array, *, pattern: str, kept: int) -> jax.Array:
-    """True at the entries that the nearest matrix with a pattern has: "2:4" along the first axis, or "top", `kept`."""
-    size = jnp.abs(matrix)
-    return largest(size, kept) if pattern == "top" else two_of_four(size)
-
-
-@partial(jax.jit, static_argnames=("pattern", "kept"))
-def sparsify(matrix: jax.Array, *, pattern: str, kept: int) -> jax.Array:
-    """The nearest matrix with a pattern, "2:4" along the first axis, or "top", the `kept` largest entries."""
-    return jnp.where(chosen(matrix, pattern=pattern, kept=kept), matrix, 0)
 
 
 def soften(matrix: jax.Array, softness: jax.Array, *, pattern: str, kept: int) -> jax.Array:
@@ -170,19 +130,9 @@ class LowRankPlusSparse(Structured):
     ):
         side = min(in_features, out_features)
         at_least(1, rank=rank)
-        if pattern not in ("2:4", "top"):
-            raise OptionError("pattern", pattern, "choose '2:4' or 'top'")
-        if pattern == "2:4" and density is not None:
-            raise OptionError("density", density, "pattern '2:4' keeps a half; leave it out, or use pattern='top'")
-        if density is not None and not 0 < density <= 1:
-            raise OptionError("density", density, "it must be above 0 and at most 1")
         self.rank = min(side, -(-side // 8) if rank is None else rank)
         self.pattern = pattern
-        if pattern == "top":
-            share = 0.25 if density is None else density
-            self.kept = max(1, round(share * in_features * out_features))
-        else:
-            self.kept = (in_features // 4 * 2 + min(in_features % 4, 2)) * out_features
+        self.kept = count_kept(in_features, out_features, pattern=pattern, density=density, default=0.25)
         super().__init__(in_features, out_features, **common)
 
     def factors(self) -> dict[str, Factor]:
@@ -198,18 +148,18 @@ class LowRankPlusSparse(Structured):
         drawn = super().draw(key, name, factor)
         if name != "sparse":
             return drawn
-        # The kept entries are the largest of the draw: they are scaled back to the intended variance.
-        drawn = drawn.astype(jnp.promote_types(drawn.dtype, jnp.float32))
-        kept = sparsify(drawn, pattern=self.pattern, kept=self.kept)
-        return (kept * jnp.sqrt(factor.variance * self.kept / jnp.sum(kept**2))).astype(self.param_dtype)
+        drawn = sparse_draw(drawn, pattern=self.pattern, kept=self.kept, variance=factor.variance)
+        return drawn.astype(self.param_dtype)
 
     def weights(self, dtype: jnp.dtype) -> dict[str, jax.Array]:
-        there = jax.lax.stop_gradient(self.sparse[...]) != 0
-        factors = super().weights(dtype)
-        return factors | {"sparse": jnp.where(there, factors["sparse"], 0)}
+        return super().weights(dtype) | {"sparse": nonzero_only(self.sparse[...]).astype(dtype)}
 
     def multiply(self, x: jax.Array, *, down: jax.Array, up: jax.Array, sparse: jax.Array) -> jax.Array:
         return x @ down @ up + x @ sparse
+
+    def rescale(self, factor: float) -> None:
+        scale_array(self.up, factor)
+        scale_array(self.sparse, factor)
 
     def fit(self, kernel: jax.Array) -> dict[str, jax.Array]:
         down, up, sparse = decompose(kernel, rank=self.rank, pattern=self.pattern, kept=self.kept)

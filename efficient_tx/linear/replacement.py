@@ -1,6 +1,6 @@
 """Replace: swaps linear layers of any NNX model, ours or not, for layers of another structure, by projection."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -123,15 +123,16 @@ def transfer(source: nnx.Module, target: nnx.Module) -> list[Projection]:
       ValueError: another difference between the models; the message has its path and both shapes.
     """
     projections = []
-    for path, new in nnx.iter_modules(target):
+    weights = {path: layer for path, layer in nnx.iter_modules(target) if isinstance(layer, Weight)}
+    for path, new in weights.items():
         old = find(source, path)
-        if isinstance(new, Weight) and is_linear(old) and form(old) != form(new):
+        if is_linear(old) and form(old) != form(new) and not below(path, weights):
             bias = None if old.bias is None else old.bias[...]
             projections.append(project(path, dense_weight(old), bias, new))
     projected = {projection.path for projection in projections}
     for here, there in ((target, source), (source, target)):
         for path, variable in nnx.iter_graph(here):
-            if isinstance(variable, nnx.Variable) and path[:-1] not in projected:
+            if isinstance(variable, nnx.Variable) and not below(path, projected):
                 other = find(there, path)
                 if not (isinstance(other, nnx.Variable) and other.shape == variable.shape):
                     shapes = [getattr(find(model, path), "shape", "absent") for model in (source, target)]
@@ -139,6 +140,11 @@ def transfer(source: nnx.Module, target: nnx.Module) -> list[Projection]:
                 if here is target:
                     variable.set_value(other[...].astype(variable.dtype))
     return projections
+
+
+def below(path: Path, others: Collection[Path]) -> bool:
+    """Whether a path leads into one of the other paths."""
+    return any(path[:end] in others for end in range(len(path)))
 
 
 def is_linear(node: Any) -> bool:
@@ -158,7 +164,7 @@ def form(layer: nnx.Module) -> tuple:
     if isinstance(layer, nnx.Linear):
         return sizes
     options = {
-        name: value
+        name: form(value) if isinstance(value, Weight) else value
         for name, value in vars(layer).items()
         if not (name.startswith("_") or name in ("dtype", "param_dtype") or isinstance(value, nnx.Variable))
     }

@@ -31,6 +31,11 @@ def pad(x: jax.Array, size: int) -> jax.Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
 
 
+def scale_array(array: nnx.Variable, factor: float) -> None:
+    """Multiplies an array by a number, in place and in its dtype."""
+    array[...] *= jnp.asarray(factor, array.dtype)
+
+
 # Input numbers per chunk of tokens: together with the intermediate products about the size of a core's cache.
 CHUNK = 2**18
 
@@ -73,6 +78,7 @@ class Weight:
       input_step: the inputs of a token are rounded to multiples of input_step times the largest of them; 0 means no
         rounding. So the output may differ from x · to_dense() by half a step in every input.
       latent: whether the parameters are rounded for use, so that they are not the weight itself.
+      fits_under_jit: whether `project` and `from_dense` work under jit.
       formerly: option -> its value in a run that was stored before this was an option (`config.stored`).
     """
 
@@ -80,8 +86,9 @@ class Weight:
     computes: ClassVar[str] = ""
     size: ClassVar[str] = ""
     nearest: ClassVar[str] = ""
-    input_step: ClassVar[float] = 0.0
-    latent: ClassVar[bool] = False
+    input_step: float = 0.0
+    latent: bool = False
+    fits_under_jit: ClassVar[bool] = True
     formerly: ClassVar[Mapping[str, Any]] = {}
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -89,7 +96,7 @@ class Weight:
         cls.__signature__ = constructor(cls)
 
     @staticmethod
-    def sized_by(n: int, m: int) -> tuple[str, Sequence[int]] | None:
+    def sized_by(n: int, m: int) -> tuple[str, Sequence[Any]] | None:
         """The option that sets the storage of an n × m weight, and its values in order of increasing storage.
 
         Padding is ignored. None for a structure with a fixed size.
@@ -131,6 +138,10 @@ class Weight:
 
         The bias is not in it: the layer's output is x · to_dense() + `bias`.
         """
+        raise NotImplementedError
+
+    def rescale(self, factor: float) -> None:
+        """Multiplies the weight by a positive number, in place; not the bias."""
         raise NotImplementedError
 
     def project(self, kernel: jax.Array, bias: jax.Array | None = None) -> None:
@@ -253,6 +264,11 @@ class Structured(Weight, nnx.Module):
     def to_dense(self) -> jax.Array:
         """The weight as one matrix, `[in_features, out_features]`, in the dtype of the factors."""
         return self.multiply(jnp.eye(self.in_features, dtype=self.param_dtype), **self.weights(self.param_dtype))
+
+    def rescale(self, factor: float) -> None:
+        """Multiplies the weight by a positive number, in place. By default: the last factor, in which it is linear."""
+        *_, last = self.factors()
+        scale_array(getattr(self, last), factor)
 
     def set_dense(self, kernel: jax.Array) -> None:
         for name, value in self.fit(kernel).items():

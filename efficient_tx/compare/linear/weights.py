@@ -61,7 +61,8 @@ def from_run(workdir: Path, layer: str | None = None) -> Dense:
         config = flatten(read_config(workdir))
     except Refused as error:
         raise OptionError("run", str(workdir), str(error)) from None
-    for name in (config.get("linear.mlp.name"), config.get("linear.projections.name")):
+    structures = {config.get("linear.mlp.name"), config.get("linear.projections.name")}
+    for name in structures:
         if name in LINEAR and LINEAR[name].latent:
             rule = f"it has {name} layers, whose kernels are latent: name a run with dense ones"
             raise OptionError("run", str(workdir), rule)
@@ -75,6 +76,8 @@ def from_run(workdir: Path, layer: str | None = None) -> Dense:
         for name, array in arrays.items()
         if name.startswith("params.") and name.endswith(".kernel") and array.ndim == 2
     }
+    if "sum" in structures:  # the kernel of a part is no weight of a layer
+        layers = {name: array for name, array in layers.items() if not name.endswith((".first", ".second"))}
     if not layers:
         raise OptionError("run", str(workdir), "it has no dense layer")
     if layer is not None:
