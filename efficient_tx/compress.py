@@ -257,9 +257,8 @@ def table(changes: Sequence[Change], before: float, after: float, unit: str) -> 
         result.add_column(name, justify="left" if name in ("layer", "becomes") else "right")
     for change in changes:
         form = change.form
-        options = ", ".join(f"{name} {value}" for name, value in form.options)
         theory = f"{change.theory[0]} {change.theory[1]:.4f}" if change.theory else ""
-        becomes = f"{form.structure.__name__}{f' ({options})' if options else ''}"
+        becomes = str(form.form)
         sizes = f"{form.in_features} × {form.out_features}"
         result.add_row(dotted(change.path), becomes, sizes, f"{change.error:.4f}", theory)
     return result

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 
 from efficient_tx.compression.compress import Compressed, compress
+from efficient_tx.compression.eora import Eora
 from efficient_tx.compression.flap import Flap
 from efficient_tx.compression.interpolative import Interpolative, Stat
 from efficient_tx.compression.low_rank import Truncated, Welore, Whitened
@@ -25,6 +26,6 @@ METHODS: dict[str, Callable[..., Method]] = {
     **{name: partial(Projection, cls) for name, cls in LINEAR.items() if name not in ("dense", "sum")},
 }
 # Methods that follow another one, written after a plus: "monarch+eora".
-SECOND: dict[str, Callable[..., Method]] = {}
+SECOND: dict[str, Callable[..., Method]] = {"eora": Eora}
 
 __all__ = ["METHODS", "SECOND", "Compressed", "Method", "compress"]

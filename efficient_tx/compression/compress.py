@@ -54,11 +54,9 @@ def compress(
     layers = method.chosen(model, select(model, where))
     inputs = {}
     if "inputs" in method.needs:
-        wanted = method.watched(model, layers)
-        triangles = [path for path in wanted if "triangles" in method.needs]
-        watched = [layer for layer in layers if layer.path in wanted]
+        triangles = method.triangles(model, layers)
         inputs = gather(
-            model, watched, batches, triangles=triangles, progress=lambda done: progress(f"calibration batch {done}")
+            model, layers, batches, triangles=triangles, progress=lambda done: progress(f"calibration batch {done}")
         )
     progress("preparing")
     method.prepare(Setting(model, layers, inputs, Costs(unit)))

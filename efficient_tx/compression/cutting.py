@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from flax import nnx
 
-from efficient_tx.compression.form import Form
+from efficient_tx.compression.layer_form import LayerForm
 from efficient_tx.compression.method import Change, Method, Plan, Setting, layer_error
 from efficient_tx.compression.model import Heads, Layer, Units, bias_of, dense, kernel_of, put, units
-from efficient_tx.linear import Dense
+from efficient_tx.linear import Dense, Form
 from efficient_tx.linear.replacement import Path, dotted, find
 
 
@@ -41,9 +41,6 @@ class Cutting(Method):
         touched = {path for one in self.units(model, layers) for path in (*one.making, one.reading)}
         return [layer for layer in layers if layer.path in touched]
 
-    def watched(self, model: nnx.Module, layers: Sequence[Layer]) -> set[Path]:
-        return {one.reading for one in self.units(model, layers)}
-
     def prepare(self, setting: Setting) -> None:
         super().prepare(setting)
         self.found = {one.path: one for one in self.units(setting.model, setting.layers)}
@@ -73,10 +70,10 @@ class Cutting(Method):
             width = len(left) * one.size
             for making in one.making:
                 layer = find(self.setting.model, making)
-                forms[making] = Form(Dense, layer.in_features, width, layer.bias is not None)
+                forms[making] = LayerForm(Form(Dense), layer.in_features, width, layer.bias is not None)
             layer = find(self.setting.model, one.reading)
             bias = layer.bias is not None or (self.adds_bias and path in kept)
-            forms[one.reading] = Form(Dense, width, layer.out_features, bias)
+            forms[one.reading] = LayerForm(Form(Dense), width, layer.out_features, bias)
         return Plan(forms, kept)
 
     def apply(self, plan: Plan, progress: Callable[[str], None] = lambda name: None) -> list[Change]:
@@ -102,12 +99,12 @@ class Cutting(Method):
             bias = bias_of(layer)
             new = dense(kernel_of(layer)[:, columns], None if bias is None else bias[columns], layer)
             put(model, path, new)
-            changes.append(Change(path, Form.of(Dense, new), 0.0))
+            changes.append(Change(path, LayerForm.of(Dense, new), 0.0))
         layer = find(model, one.reading)
         new = dense(*self.correct(one, kept), layer)
         put(model, one.reading, new)
         error = layer_error(layer, new, self.setting.inputs[one.reading], rows=columns)
-        return [*changes, Change(one.reading, Form.of(Dense, new), error, self.theory(one, kept))]
+        return [*changes, Change(one.reading, LayerForm.of(Dense, new), error, self.theory(one, kept))]
 
     def theory(self, one: Units, kept: np.ndarray) -> tuple[str, float] | None:
         """What theory says of the error in what the units make: name and relative value; None: nothing."""

@@ -1,3 +1,153 @@
-"""EoRA: a low-rank layer beside a compressed one, which compensates its error on the layer's own inputs."""
+"""EoRA: a low-rank layer beside a compressed one, which compensates its error on the layer's own inputs.
 
-raise NotImplementedError
+For the error ΔW = W − Ŵ of a layer with the second moment C = S Sᵀ of its inputs, D U minimises E ‖x (ΔW − D U)‖²: it
+is the truncated singular value decomposition of Sᵀ ΔW, with S undone (Liu et al. 2024, arXiv 2410.21271).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from efficient_tx.checks import OptionError
+from efficient_tx.compression.cutting import Cutting, expand
+from efficient_tx.compression.interpolative import regression
+from efficient_tx.compression.layer_form import LayerForm
+from efficient_tx.compression.low_rank import svd, whitening
+from efficient_tx.compression.method import Change, Method, Plan, Setting, energy, layer_error, low_rank, ratio
+from efficient_tx.compression.model import Layer, bias_of, kernel_of, put
+from efficient_tx.compression.statistics import Inputs
+from efficient_tx.linear import Form, LowRank, Sum
+from efficient_tx.linear.replacement import Path, dotted, find
+
+
+def compensation(error: np.ndarray, moment: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """D `[in, rank]` and U `[rank, out]` that minimise E ‖x (error − D U)‖², and that minimum.
+
+    Directions without inputs have no part in D.
+    """
+    factor, inverse = whitening(moment)
+    u, s, v = svd(factor.T @ error)
+    return inverse.T @ (u[:, :rank] * s[:rank]), v[:rank], float(np.sum(s[rank:] ** 2))
+
+
+class Left(NamedTuple):
+    """The inputs and outputs of a layer that the first stage has left; None: all."""
+
+    rows: np.ndarray | None
+    columns: np.ndarray | None
+
+
+class Eora(Method):
+    """Another method, and beside each of its layers a low-rank one for the error that it leaves on the inputs.
+
+    All errors are those against the original model's inputs. If the first stage has cut inputs of a layer, D U
+    compensates what the best linear prediction from the other inputs would still gain.
+
+    Args:
+      first: the method of the first stage.
+      share: of the budget of each layer, for its low-rank part.
+    """
+
+    paper = "Liu et al. 2024, arXiv 2410.21271"
+    computes = "then + D U, min ‖X (W − Ŵ − D U)‖"
+
+    def __init__(self, first: Method, *, share: float = 0.2):
+        if not 0 < share < 1:
+            raise OptionError("share", share, "it must be above 0 and below 1")
+        self.first, self.share = first, share
+        self.needs = first.needs | {"inputs"}
+
+    def chosen(self, model: nnx.Module, layers: Sequence[Layer]) -> list[Layer]:
+        return self.first.chosen(model, layers)
+
+    def triangles(self, model: nnx.Module, layers: Sequence[Layer]) -> set[Path]:
+        return self.first.triangles(model, layers)
+
+    def prepare(self, setting: Setting) -> None:
+        super().prepare(setting)
+        self.first.prepare(setting)
+
+    def plan(self, amount: float) -> Plan:
+        first = self.first.plan(amount)
+        forms = {path: self.form(form) for path, form in first.forms.items()}
+        return Plan(forms, first.kept, first)
+
+    def form(self, base: LayerForm) -> LayerForm:
+        """The form with a low-rank part of the share; the form itself if rank 1 is more."""
+        if base.form.structure is Sum:
+            raise ValueError(f"{base.form} is a sum already: eora follows a method whose layers are none")
+        limit = self.setting.then(base) * self.share / (1 - self.share)
+        low, high = 0, min(base.in_features, base.out_features)
+        while low < high:
+            middle = (low + high + 1) // 2
+            part = LayerForm(Form(LowRank, rank=middle), base.in_features, base.out_features, False)
+            low, high = (middle, high) if self.setting.then(part) <= limit else (low, middle - 1)
+        if not low:
+            return base
+        return base._replace(form=Form(Sum, first=base.form, second=Form(LowRank, rank=low)))
+
+    def apply(self, plan: Plan, progress: Callable[[str], None] = lambda name: None) -> list[Change]:
+        before = {path: find(self.setting.model, path) for path in plan.forms}
+        changes = {change.path: change for change in self.first.apply(plan.first, progress)}
+        for path, form in plan.forms.items():
+            if form.form.structure is Sum:
+                progress(dotted(path))
+                changes[path] = self.compensate(before[path], path, form, self.left(plan, path))
+        return list(changes.values())
+
+    def left(self, plan: Plan, path: Path) -> Left:
+        if isinstance(self.first, Cutting):
+            for owner, kept in plan.kept.items():
+                one = self.first.found[owner]
+                channels = expand(kept, one.size)
+                if path == one.reading:
+                    return Left(channels, None)
+                if path in one.making:
+                    return Left(None, channels)
+        return Left(None, None)
+
+    def compensate(self, before: nnx.Module, path: Path, form: LayerForm, left: Left) -> Change:
+        """Puts the sum of the first stage's layer and its compensation at the path."""
+        after, inputs = find(self.setting.model, path), self.setting.inputs[path]
+        target, moment = aim(before, inputs, left)
+        rank = dict(dict(form.form.options)["second"].options)["rank"]
+        down, up, missed = compensation(target - kernel_of(after), moment, rank)
+        new = form.blank(after)
+        nnx.update(new.first, nnx.state(without_bias(after)))
+        nnx.update(new.second, nnx.state(low_rank(down, up, new.second)))
+        if new.bias is not None:
+            new.bias[...] = after.bias[...]
+            if left.rows is not None:
+                # The bias makes the mean right, which D U has moved.
+                old = bias_of(before)
+                mean = inputs.mean @ kernel_of(before) + (0 if old is None else old)
+                new.bias[...] = jnp.asarray(mean - inputs.mean[left.rows] @ kernel_of(new), new.param_dtype)
+        put(self.setting.model, path, new)
+        error = layer_error(before, new, inputs, rows=left.rows, columns=left.columns)
+        theory = ratio(missed, energy(target, moment))
+        return Change(path, form, error, ("tail of Sᵀ (W − Ŵ)'s singular values", theory))
+
+
+def aim(before: nnx.Module, inputs: Inputs, left: Left) -> tuple[np.ndarray, np.ndarray]:
+    """What a layer should compute of the inputs that are left, and their second moment.
+
+    If inputs are gone: the best linear prediction of the outputs from the others, up to a constant if there is a bias.
+    """
+    kernel = kernel_of(before)
+    if left.columns is not None:
+        kernel = kernel[:, left.columns]
+    if left.rows is None:
+        return kernel, inputs.moment
+    moment = inputs.moment - np.outer(inputs.mean, inputs.mean)
+    return regression(moment, left.rows) @ kernel, moment[np.ix_(left.rows, left.rows)]
+
+
+def without_bias(layer: nnx.Module) -> nnx.Module:
+    """The same layer without its bias."""
+    graphdef, state = nnx.split(layer)
+    bare = nnx.merge(graphdef, state)
+    bare.bias = None
+    return bare

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import scipy.linalg
+from flax import nnx
 
 from efficient_tx.compression.cutting import Cutting, expand, unit_costs
 from efficient_tx.compression.method import Setting, ratio
-from efficient_tx.compression.model import Neurons, Units, bias_of, kernel_of
+from efficient_tx.compression.model import Layer, Neurons, Units, bias_of, kernel_of
 from efficient_tx.linear.replacement import Path, find
 
 # Share of an MLP's neurons that is left after each step of the greedy choice of sizes.
@@ -92,10 +93,12 @@ class Interpolative(Cutting):
 
     paper = "Chee et al. 2021, arXiv 2108.00065"
     computes = "Z ≈ Z_J T by pivoted QR"
-    needs = frozenset({"inputs", "triangles"})
 
     def __init__(self):
         super().__init__(heads=False)
+
+    def triangles(self, model: nnx.Module, layers: Sequence[Layer]) -> set[Path]:
+        return {one.reading for one in self.units(model, layers) if isinstance(one, Neurons)}
 
     def prepare(self, setting: Setting) -> None:
         self.factors: dict[Path, tuple[np.ndarray, np.ndarray]] = {}

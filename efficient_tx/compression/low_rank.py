@@ -8,7 +8,7 @@ import numpy as np
 import scipy.linalg
 from flax import nnx
 
-from efficient_tx.compression.form import Form
+from efficient_tx.compression.layer_form import LayerForm
 from efficient_tx.compression.method import ByLayer, Setting, largest_rank, low_rank, ratio
 from efficient_tx.compression.model import Layer, bias_of, dense, kernel_of
 from efficient_tx.compression.statistics import Inputs
@@ -62,14 +62,14 @@ class Truncated(ByLayer):
         u, s, v = svd(kernel_of(layer.module))
         return u * s, s, v
 
-    def form(self, layer: Layer, amount: float) -> Form:
+    def form(self, layer: Layer, amount: float) -> LayerForm:
         rank = self.rank or largest_rank(self.setting, layer, amount * self.setting.now(layer.path))
-        return Form.of(LowRank, layer.module, rank=min(rank, layer.module.in_features, layer.module.out_features))
+        return LayerForm.of(LowRank, layer.module, rank=min(rank, layer.module.in_features, layer.module.out_features))
 
-    def fit(self, layer: Layer, form: Form) -> tuple[nnx.Module, tuple[str, float] | None]:
-        if form.structure is Dense:
+    def fit(self, layer: Layer, form: LayerForm) -> tuple[nnx.Module, tuple[str, float] | None]:
+        if form.form.structure is Dense:
             return dense(kernel_of(layer.module), bias_of(layer.module), layer.module), (self.tail, 0.0)
-        rank = dict(form.options)["rank"]
+        rank = dict(form.form.options)["rank"]
         down, s, up = self.decomposed[layer.path]
         return low_rank(down[:, :rank], up[:rank], layer.module), (self.tail, tail(s, rank))
 
@@ -110,11 +110,11 @@ class Welore(Truncated):
     def __init__(self):
         super().__init__()
 
-    def form(self, layer: Layer, amount: float) -> Form:
+    def form(self, layer: Layer, amount: float) -> LayerForm:
         rank = welore_rank(self.decomposed[layer.path][1], 1 - amount)
-        form = Form.of(LowRank, layer.module, rank=max(1, rank))
+        form = LayerForm.of(LowRank, layer.module, rank=max(1, rank))
         saves = self.setting.then(form) < self.setting.now(layer.path)
-        return form if saves else Form.of(Dense, layer.module)
+        return form if saves else LayerForm.of(Dense, layer.module)
 
 
 def welore_rank(singular: np.ndarray, threshold: float) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from efficient_tx.compression.cost import Costs
-from efficient_tx.compression.form import Form
+from efficient_tx.compression.layer_form import LayerForm
 from efficient_tx.compression.model import Layer, bias_of, kernel_of, put
 from efficient_tx.compression.statistics import Inputs
 from efficient_tx.linear import LowRank
@@ -26,7 +26,7 @@ class Plan:
       first: of a compression in two stages, the plan of the first one.
     """
 
-    forms: Mapping[Path, Form]
+    forms: Mapping[Path, LayerForm]
     kept: Mapping[Path, np.ndarray] = field(default_factory=dict)
     first: "Plan | None" = None
 
@@ -43,7 +43,7 @@ class Change(NamedTuple):
     """
 
     path: Path
-    form: Form
+    form: LayerForm
     error: float
     theory: tuple[str, float] | None = None
 
@@ -69,7 +69,7 @@ class Setting(NamedTuple):
         shapes = tuple((name, array.shape) for name, array in nnx.to_flat_state(nnx.state(layer)))
         return self.costs(lambda: layer, (type(layer), str(form(layer)), shapes))
 
-    def then(self, form: Form) -> float:
+    def then(self, form: LayerForm) -> float:
         """The cost of a layer of this form."""
         return self.costs(form.make, form)
 
@@ -84,7 +84,7 @@ class Method:
     Attributes:
       paper: authors, year and arXiv id; empty for what is older than papers.
       computes: what the method minimises or keeps.
-      needs: what it gathers before: "inputs", statistics of the inputs of layers, and "triangles", their QR factors.
+      needs: what it gathers before: "inputs", statistics of the inputs of layers.
     """
 
     paper: ClassVar[str] = ""
@@ -99,9 +99,9 @@ class Method:
         """
         return list(layers)
 
-    def watched(self, model: nnx.Module, layers: Sequence[Layer]) -> set[Path]:
-        """The layers whose inputs it needs. By default: all that it changes."""
-        return {layer.path for layer in layers}
+    def triangles(self, model: nnx.Module, layers: Sequence[Layer]) -> set[Path]:
+        """Those of the layers that it changes whose inputs' QR factors it needs."""
+        return set()
 
     def prepare(self, setting: Setting) -> None:
         """Computes what all plans share.
@@ -129,11 +129,11 @@ class ByLayer(Method):
     def plan(self, amount: float) -> Plan:
         return Plan({layer.path: self.form(layer, amount) for layer in self.setting.layers})
 
-    def form(self, layer: Layer, amount: float) -> Form:
+    def form(self, layer: Layer, amount: float) -> LayerForm:
         """The form of a layer at an amount of its present cost."""
         raise NotImplementedError
 
-    def fit(self, layer: Layer, form: Form) -> tuple[nnx.Module, tuple[str, float] | None]:
+    def fit(self, layer: Layer, form: LayerForm) -> tuple[nnx.Module, tuple[str, float] | None]:
         """The layer of this form, and as `Change.theory`."""
         raise NotImplementedError
 
@@ -186,7 +186,7 @@ def ratio(error: float, norm: float) -> float:
 
 def low_rank(down: np.ndarray, up: np.ndarray, layer: nnx.Module) -> LowRank:
     """The layer x · down · up, `[in, rank]` and `[rank, out]`, with the bias of another one."""
-    new = Form.of(LowRank, layer, rank=down.shape[1]).blank(layer)
+    new = LayerForm.of(LowRank, layer, rank=down.shape[1]).blank(layer)
     # Both factors get the same norm in each direction.
     sizes = np.sqrt(np.linalg.norm(down, axis=0) / np.maximum(np.linalg.norm(up, axis=1), np.finfo(float).tiny))
     sizes = np.where(np.isfinite(sizes) & (sizes > 0), sizes, 1)
@@ -201,7 +201,7 @@ def largest_rank(setting: Setting, layer: Layer, limit: float) -> int:
     low, high = 1, min(layer.module.in_features, layer.module.out_features)
     while low < high:
         middle = (low + high + 1) // 2
-        fits = setting.then(Form.of(LowRank, layer.module, rank=middle)) <= limit
+        fits = setting.then(LayerForm.of(LowRank, layer.module, rank=middle)) <= limit
         low, high = (middle, high) if fits else (low, middle - 1)
     return low
 

@@ -9,8 +9,8 @@ import numpy as np
 from flax import nnx
 
 from efficient_tx.attention import Mixer, MultiHead
-from efficient_tx.compression.form import Form
-from efficient_tx.linear import Dense
+from efficient_tx.compression.layer_form import LayerForm
+from efficient_tx.linear import Dense, Form
 from efficient_tx.linear.replacement import Path, dotted, find, is_linear
 from efficient_tx.linear.structured import Weight
 from efficient_tx.models.transformer import Mlp
@@ -152,7 +152,7 @@ def put(model: nnx.Module, path: Path, layer: nnx.Module) -> None:
 
 def dense(kernel: np.ndarray, bias: np.ndarray | None, like: nnx.Module) -> Dense:
     """A dense layer with this kernel `[in, out]` and bias `[out]`, with the dtypes of another layer."""
-    layer = Form(Dense, *kernel.shape, bias is not None).blank(like)
+    layer = LayerForm(Form(Dense), *kernel.shape, bias is not None).blank(like)
     layer.kernel[...] = jnp.asarray(kernel, like.param_dtype)
     if bias is not None:
         layer.bias[...] = jnp.asarray(bias, like.param_dtype)

@@ -4,7 +4,7 @@ import bisect
 
 from flax import nnx
 
-from efficient_tx.compression.form import Form
+from efficient_tx.compression.layer_form import LayerForm
 from efficient_tx.compression.method import ByLayer
 from efficient_tx.compression.model import Layer
 from efficient_tx.linear.replacement import dense_weight
@@ -25,21 +25,21 @@ class Projection(ByLayer):
         self.structure, self.options = structure, options
         self.paper = structure.paper
 
-    def form(self, layer: Layer, amount: float) -> Form:
+    def form(self, layer: Layer, amount: float) -> LayerForm:
         module = layer.module
         sized = self.structure.sized_by(module.in_features, module.out_features)
         if sized is None or sized[0] in self.options:
-            return Form.of(self.structure, module, **self.options)
+            return LayerForm.of(self.structure, module, **self.options)
         option, values = sized
 
         def of(value):
-            return Form.of(self.structure, module, **self.options, **{option: value})
+            return LayerForm.of(self.structure, module, **self.options, **{option: value})
 
         limit = amount * self.setting.now(layer.path)
         fitting = bisect.bisect_right(values, limit, key=lambda value: self.setting.then(of(value)))
         return of(values[max(0, fitting - 1)])
 
-    def fit(self, layer: Layer, form: Form) -> tuple[nnx.Module, None]:
+    def fit(self, layer: Layer, form: LayerForm) -> tuple[nnx.Module, None]:
         new = form.blank(layer.module)
         new.project(dense_weight(layer.module))
         if layer.module.bias is not None:

@@ -1,6 +1,6 @@
 """Statistics of the inputs of linear layers, gathered in one pass over calibration batches with fixed memory."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -50,7 +50,7 @@ class Tokens(NamedTuple):
 
 
 def gather(
-    model: nnx.Module, layers: Sequence[Layer], batches: Iterable[Mapping[str, Any]], *, triangles: Sequence[Path] = (),
+    model: nnx.Module, layers: Sequence[Layer], batches: Iterable[Mapping[str, Any]], *, triangles: Collection[Path] = (),
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[Path, Inputs]:  # fmt: skip
     """Statistics of the inputs of some layers of a model at evaluation, over all tokens that are neither padding nor

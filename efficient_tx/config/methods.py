@@ -1,9 +1,7 @@
 """Methods of compression by name: "svd", "low_rank(rank=8)", "monarch+eora"."""
 
-from efficient_tx.checks import OptionError, lookup
+from efficient_tx.checks import OptionError, lookup, parse_call
 from efficient_tx.compression import METHODS, SECOND, Method
-from efficient_tx.config.errors import blame
-from efficient_tx.expressions import parse_call
 
 
 def named_method(text: str) -> Method:
@@ -18,13 +16,9 @@ def named_method(text: str) -> Method:
 
 
 def one(text: str, table: dict, *before: Method) -> Method:
+    name, options = parse_call(text, "method")
+    make = lookup(table, name, "method")
     try:
-        name, options = parse_call(text)
-        make = lookup(table, name, "method")
         return make(*before, **options)
-    except OptionError as error:
-        if error.option == "method":
-            raise
-        raise OptionError("method", text, str(error)) from None
     except (TypeError, ValueError) as error:
-        raise OptionError("method", text, blame(error)) from None
+        raise OptionError("method", text, str(error)) from None

@@ -16,12 +16,12 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from efficient_tx.attention import MultiHead
-from efficient_tx.compression.form import Form
+from efficient_tx.compression.layer_form import LayerForm
 from efficient_tx.compression.model import put
 from efficient_tx.config.errors import ConfigError, at
 from efficient_tx.config.names import structure_class
 from efficient_tx.config.objects import with_objects
-from efficient_tx.linear import LINEAR
+from efficient_tx.linear import Form
 from efficient_tx.linear.replacement import Path, find, is_linear
 from efficient_tx.linear.structured import Weight
 
@@ -45,15 +45,11 @@ def in_config(structure: Mapping[str, Mapping[str, Any]]) -> ConfigDict:
     return ConfigDict({path.replace(".", "/"): dict(values) for path, values in structure.items()})
 
 
-def entry(form: Form) -> dict[str, Any]:
+def entry(form: LayerForm) -> dict[str, Any]:
     """The entry of a layer of this form."""
-    name = next((name for name, cls in LINEAR.items() if cls is form.structure), None)
-    name = name or f"{form.structure.__module__}:{form.structure.__qualname__}"
     sizes = {size: getattr(form, size) for size in SIZES}
-    plain = {
-        option: value if isinstance(value, bool | int | float | str) else str(value) for option, value in form.options
-    }
-    return {"name": name, **sizes, **plain}
+    options = {name: str(value) if isinstance(value, Form) else value for name, value in form.form.options}
+    return {"name": form.form.name, **sizes, **options}
 
 
 def rebuild(model: nnx.Module, structure: Mapping[str, Mapping[str, Any]]) -> None:
@@ -80,7 +76,7 @@ def layer(values: Mapping[str, Any], where: str, like: nnx.Module) -> Weight:
     options = {name: value for name, value in values.items() if name not in ("name", *SIZES)}
     options = with_objects(structure, options, where)
     with at(where):
-        form = Form(structure, *(values[size] for size in SIZES), tuple(sorted(options.items())))
+        form = LayerForm(Form(structure, **options), *(values[size] for size in SIZES))
         return form.make(dtype=like.dtype, param_dtype=like.param_dtype)
 
 

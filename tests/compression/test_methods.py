@@ -1,0 +1,353 @@
+"""Every method on a small transformer: budget, values, errors, what is refused; and each against its own identities."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from efficient_tx.attention import GLA, RetNet, Softmax
+from efficient_tx.compression import METHODS, compress
+from efficient_tx.compression.cost import UNITS, stored
+from efficient_tx.compression.eora import Left, aim
+from efficient_tx.compression.model import bias_of, dense, kernel_of, linear_layers, select
+from efficient_tx.compression.statistics import Inputs, gather
+from efficient_tx.config.methods import named_method
+from efficient_tx.linear import Dense, LowRank, Monarch, Sum
+from efficient_tx.linear.replacement import dotted, find
+from efficient_tx.models import Classifier
+from tests.support.models import run
+
+LENGTH = 12
+SIZES = {"features": 16, "layers": 2, "heads": 4, "mlp_features": 48, "max_len": LENGTH}
+
+
+def model(mixer=Softmax, mlp="gelu", linear=Dense, seed=0, **sizes):
+    """A model whose biases and neurons are not those of a fresh one: spread out, as after training."""
+    made = Classifier(
+        num_classes=3, vocab_size=16, mixers=[functools.partial(mixer, linear=linear)], mlp=mlp, linear=linear,
+        rngs=nnx.Rngs(seed), **(SIZES | sizes),
+    )  # fmt: skip
+    draws = np.random.default_rng(seed)
+    for layer in linear_layers(made):
+        if layer.module.bias is not None:
+            layer.module.bias[...] = jnp.asarray(draws.normal(size=layer.module.out_features), jnp.float32)
+    return made
+
+
+@functools.cache
+def batches(count=6):
+    draws = np.random.default_rng(1)
+    return tuple(
+        {
+            "inputs": draws.integers(0, 16, (8, LENGTH)),
+            "mask": np.arange(LENGTH) < draws.integers(4, LENGTH + 1, (8, 1)),
+            "label": np.zeros(8, int),
+            "weight": np.ones(8, np.float32),
+        }
+        for _ in range(count)
+    )
+
+
+def output(made):
+    return run(made, batches()[0]["inputs"], mask=batches()[0]["mask"])
+
+
+def compressed(name, budget=0.5, made=None, **options):
+    made = made or model()
+    return made, compress(made, named_method(name), budget, batches=batches(), **options)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_keeps_its_budget_and_says_its_errors(name):
+    """Costs are counted anew from the arrays; errors from the inputs that reach the layer, by running them through."""
+    budget = 0.98 if name in ("dense_shift", "low_rank_plus_sparse") else 0.7
+    made, before = model(features=32), model(features=32)
+    try:
+        done = compress(made, named_method(name), budget, batches=batches())
+    except ValueError as error:
+        assert "cannot meet it" in str(error)  # its smallest layers are larger at this width
+        return
+    touched = [change.path for change in done.changes]
+    assert len(set(touched)) == len(touched) > 0
+    costs = [sum(stored(find(one, path)) for path in touched) for one in (before, made)]
+    assert costs == [done.before, done.after] and costs[1] <= budget * costs[0]
+    assert np.isfinite(output(made)).all()
+    for layer in linear_layers(made):
+        if layer.path not in touched:
+            np.testing.assert_array_equal(kernel_of(layer.module), kernel_of(find(before, layer.path)))
+    # Twice the same.
+    again, repeated = model(features=32), None
+    repeated = compress(again, named_method(name), budget, batches=batches())
+    assert repeated == done
+    for one, two in zip(jax.tree.leaves(nnx.state(made)), jax.tree.leaves(nnx.state(again)), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def layer_inputs(made, batch, path):
+    """What reaches a layer, `[tokens, in]` of the real tokens, by a layer in its place that keeps it."""
+    seen = []
+
+    class Spy:
+        def __call__(self, x):
+            seen.append(np.asarray(x))
+            return layer(x)
+
+    layer = find(made, path)
+    owner = find(made, path[:-1])
+    for name, parts in ((path[-1], owner),):
+        object.__setattr__(parts, name, Spy())
+        try:
+            hidden = made.embedding(batch["inputs"], mask=batch["mask"])
+            for block in made.encoder.blocks:
+                hidden = block(hidden, mask=jnp.asarray(batch["mask"]))
+        finally:
+            object.__setattr__(parts, name, layer)
+    return seen[0].reshape(-1, layer.in_features)[batch["mask"].ravel()]
+
+
+@pytest.mark.parametrize("path", ["encoder.blocks.1.mlp.down", "encoder.blocks.1.mixer.out"])
+def test_statistics_are_those_of_the_real_tokens(path):
+    made = model()
+    layers = select(made, path)
+    inputs = gather(made, layers, batches(), triangles=[layers[0].path])[layers[0].path]
+    x = np.concatenate([layer_inputs(made, batch, layers[0].path) for batch in batches()]).astype(np.float64)
+    assert inputs.count == len(x) == sum(batch["mask"].sum() for batch in batches())
+    # The model computes in float32, compiled and not; the sums are float64.
+    np.testing.assert_allclose(inputs.mean, x.mean(0), atol=1e-6)
+    np.testing.assert_allclose(inputs.moment, x.T @ x / len(x), atol=1e-5)
+    np.testing.assert_allclose(inputs.variance, x.var(0), atol=1e-5)
+    np.testing.assert_allclose(inputs.triangle.T @ inputs.triangle / len(x), inputs.moment, atol=1e-10)
+
+
+def test_examples_without_weight_and_padding_count_for_nothing():
+    made, layers = model(), select(model(), "mlp")
+    (batch, *_) = batches()
+    first = {name: array[:5] for name, array in batch.items()}
+    noisy = {name: array.copy() for name, array in batch.items()}
+    noisy["weight"][5:] = 0
+    noisy["inputs"][~noisy["mask"]] = 3
+    for path, one in gather(made, layers, [first]).items():
+        other = gather(made, layers, [noisy])[path]
+        assert one.count == other.count
+        np.testing.assert_allclose(one.moment, other.moment, atol=1e-6)
+
+
+def test_whitened_beats_plain_svd_on_the_inputs_and_both_are_what_theory_says():
+    (_, plain), (_, white) = compressed("svd"), compressed("whitened")
+    for one, two in zip(plain.changes, white.changes, strict=True):
+        assert (one.path, one.form) == (two.path, two.form)
+        assert two.error == pytest.approx(two.theory[1], abs=1e-5)  # the factors are float32
+    spectra = {
+        change.path: np.linalg.svd(kernel_of(find(model(), change.path)), compute_uv=False) for change in plain.changes
+    }
+    for change in plain.changes:
+        rank, s = dict(change.form.form.options)["rank"], spectra[change.path]
+        assert change.theory[1] == pytest.approx(np.sqrt(np.sum(s[rank:] ** 2) / np.sum(s**2)))
+    # The same inputs for both: Frobenius-optimal factors leave at least as much on them.
+    inputs = gather(model(), select(model(), "mlp|projections"), batches())
+    for one, two in zip(plain.changes, white.changes):
+        made, _ = compressed("svd")
+        off = kernel_of(find(model(), one.path)) - kernel_of(find(made, one.path))
+        left = np.sum(off * (inputs[one.path].moment @ off))
+        whole = kernel_of(find(model(), one.path))
+        assert two.error <= np.sqrt(left / np.sum(whole * (inputs[one.path].moment @ whole))) + 1e-6
+
+
+def test_welore_gives_ranks_by_one_threshold_and_leaves_dense_what_would_not_shrink():
+    made = model()
+    low = find(made, ("encoder", "blocks", 0, "mlp", "up"))
+    u, s, v = np.linalg.svd(kernel_of(low), full_matrices=False)
+    s[3:] *= 1e-4  # nearly of rank 3
+    low.kernel[...] = jnp.asarray((u * s) @ v, jnp.float32)
+    _, done = compressed("welore", budget=0.8, made=made)
+    forms = {dotted(change.path): change for change in done.changes}
+    planted = forms["encoder.blocks.0.mlp.up"]
+    assert planted.form.form.structure is LowRank and dict(planted.form.form.options)["rank"] <= 3
+    kinds = {change.form.form.structure for change in done.changes}
+    assert kinds == {LowRank, Dense}
+    for change in done.changes:
+        rank = dict(change.form.form.options).get("rank")
+        n, m = change.form.in_features, change.form.out_features
+        assert rank is None or rank * (n + m) < n * m
+        assert rank is not None or change.error == 0
+
+
+@pytest.mark.parametrize("name", ["id", "stat", "flap"])
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+def test_units_are_cut_from_all_layers_around_them(name, mlp):
+    made, done = compressed(name, made=model(mlp=mlp))
+    assert np.isfinite(output(made)).all()
+    for block in made.encoder.blocks:
+        inner = block.mlp
+        width = inner.down.in_features
+        assert inner.up.out_features == width and (inner.gate is None or inner.gate.out_features == width)
+        mixer = block.mixer
+        assert mixer.q.out_features == mixer.out.in_features == mixer.heads * mixer.head_dim
+        if name == "id":
+            assert mixer.heads == SIZES["heads"]
+    assert done.after <= 0.5 * done.before
+    assert (
+        sum(block.mlp.down.in_features for block in made.encoder.blocks)
+        < 2 * find(model(mlp=mlp), ("encoder", "blocks", 0, "mlp", "down")).in_features
+    )
+
+
+@pytest.mark.parametrize("name", ["id", "stat"])
+def test_neurons_and_heads_that_are_copies_go_without_a_change(name):
+    """Half of the neurons are copies of the others, and so are two heads of four."""
+    made = model()
+    for block in made.encoder.blocks:
+        for layer in (block.mlp.up,):
+            layer.kernel[...] = layer.kernel[...].at[:, 24:].set(layer.kernel[...][:, :24])
+            layer.bias[...] = layer.bias[...].at[24:].set(layer.bias[...][:24])
+        if name == "stat":
+            for layer in (block.mixer.q, block.mixer.k, block.mixer.v):
+                layer.kernel[...] = layer.kernel[...].at[:, 8:].set(layer.kernel[...][:, :8])
+                layer.bias[...] = layer.bias[...].at[8:].set(layer.bias[...][:8])
+    before = output(made)
+    _, done = compressed(name, budget=0.53, made=made)
+    np.testing.assert_allclose(output(made), before, atol=2e-4)  # float32, through two blocks
+    assert max(change.error for change in done.changes) < 1e-4
+
+
+def test_a_channel_that_never_changes_is_the_first_that_flap_removes_and_its_mean_stays():
+    made = model()
+    for block in made.encoder.blocks:
+        block.mlp.up.kernel[...] = block.mlp.up.kernel[...].at[:, 40:].set(0)  # gelu of the bias, for every token
+    before = output(made)
+    _, done = compressed("flap", budget=0.93, made=made, where="mlp")
+    assert done.after < done.before
+    np.testing.assert_allclose(output(made), before, atol=2e-5)
+    for block in made.encoder.blocks:
+        assert block.mlp.down.in_features >= 40
+
+
+def test_flap_keeps_the_mean_of_the_outputs():
+    """Of the first block's MLP, whose inputs are the same before and after."""
+    made = model()
+    path = ("encoder", "blocks", 0, "mlp")
+    before = find(made, path)
+    x = jnp.asarray(np.concatenate([layer_inputs(made, batch, (*path, "up")) for batch in batches()]))
+    mean = np.mean(np.asarray(before(x), np.float64), 0)
+    compressed("flap", budget=0.5, made=made, where="blocks.0.mlp")
+    np.testing.assert_allclose(np.mean(np.asarray(find(made, path)(x), np.float64), 0), mean, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["block_diagonal", "sparse(density=0.25)", "flap", "id"])
+def test_eora_lowers_the_error_of_what_it_follows(name):
+    made, done = compressed(f"{name}+eora(share=0.3)", budget=0.9, where="mlp")
+    assert done.after <= 0.9 * done.before and np.isfinite(output(made)).all()
+    parts = [change for change in done.changes if change.form.form.structure is Sum]
+    assert parts
+    for change in parts:
+        layer = find(made, change.path)
+        if change.path[-1] == "down" and name in ("flap", "id"):
+            continue
+        # Theory is the error on the inputs, if the means agree: no bias is corrected where nothing was cut.
+        assert change.error == pytest.approx(change.theory[1], abs=1e-4)
+        whole = find(model(), change.path)
+        inputs = gather(model(), select(model(), "mlp"), batches())[change.path].moment
+        alone = kernel_of(whole)
+        if layer.first.out_features != whole.out_features:
+            continue
+        off = alone - kernel_of(layer.first)
+        left = np.sqrt(np.sum(off * (inputs @ off)) / np.sum(alone * (inputs @ alone)))
+        assert change.error < left
+
+
+@pytest.mark.quick
+def test_after_a_cut_eora_aims_at_the_best_linear_prediction_from_what_is_left():
+    draws = np.random.default_rng(0)
+    x = draws.normal(size=(200, 6)) @ draws.normal(size=(6, 6)) + draws.normal(size=6)
+    layer = dense(draws.normal(size=(6, 4)), draws.normal(size=4), nnx.Linear(1, 1, rngs=nnx.Rngs(0)))
+    rows = np.array([0, 2, 5])
+    inputs = Inputs(len(x), x.mean(0), x.T @ x / len(x))
+    target, moment = aim(layer, inputs, Left(rows, None))
+    y = x @ kernel_of(layer) + bias_of(layer)
+    with_constant = np.concatenate([x[:, rows], np.ones((len(x), 1))], axis=1)
+    np.testing.assert_allclose(target, np.linalg.lstsq(with_constant, y, rcond=None)[0][:3], atol=1e-8)
+    np.testing.assert_allclose(moment, np.cov(x[:, rows].T, bias=True), atol=1e-10)
+
+
+@pytest.mark.parametrize("unit", [unit for unit in UNITS if unit != "bytes"])
+def test_units_of_the_budget(unit):
+    _, done = compressed("low_rank", unit=unit, where="mlp", budget=0.9 if unit == "milliseconds" else 0.5)
+    if unit == "milliseconds":
+        assert 0 < done.after <= 0.9 * done.before
+        return
+    counts = {"parameters": lambda n, m, r: n * r + r * m + m, "multiplications": lambda n, m, r: n * r + r * m}
+    expected = sum(
+        counts[unit](change.form.in_features, change.form.out_features, dict(change.form.form.options)["rank"])
+        for change in done.changes
+    )
+    assert done.after == expected <= 0.5 * done.before
+
+
+def test_layers_of_other_structures_are_compressed_again():
+    made = model(linear=functools.partial(Monarch, blocks=2), features=32)
+    before = sum(stored(layer.module) for layer in select(made, "mlp"))
+    done = compress(made, named_method("svd"), 0.5, where="mlp", batches=batches())
+    assert done.before == before and done.after <= before / 2
+    assert all(isinstance(layer.module, LowRank) for layer in select(made, "mlp"))
+
+
+def test_bfloat16_layers_stay_bfloat16():
+    made = model(dtype=jnp.bfloat16)
+    for layer in select(made, "mlp"):
+        layer.module.param_dtype = jnp.bfloat16
+        layer.module.kernel[...] = layer.module.kernel[...].astype(jnp.bfloat16)
+    done = compress(made, named_method("whitened"), 0.5, where="mlp", batches=batches())
+    for change in done.changes:
+        layer = find(made, change.path)
+        assert layer.up.dtype == jnp.bfloat16 and layer.dtype == jnp.bfloat16
+        assert change.error == pytest.approx(change.theory[1], abs=0.02)  # bfloat16 factors
+
+
+def test_what_cannot_be_is_one_line_and_changes_nothing():
+    cases = {
+        ("svd", 0.0, "mlp"): "budget is 0.0: it must be above 0 and at most 1",
+        ("svd", 2, "mlp"): "budget is 2: it must be above 0 and at most 1",
+        ("svd", 1e-4, "mlp"): "budget is 0.0001: Truncated cannot meet it: its smallest layers take",
+        ("svd", 0.5, "mpl"): "where='mpl' selects no linear layer: use mlp, projections or a part of encoder.blocks",
+        ("svd", 0.5, "("): "where='(' is no regular expression",
+        ("id", 0.5, "mlp.down"): "Interpolative cuts neurons: the selected layers hold no whole MLP or mixer",
+    }
+    made, state = model(), None
+    state = jax.tree.map(np.asarray, nnx.state(made))
+    for (name, budget, where), line in cases.items():
+        with pytest.raises(ValueError) as error:
+            compress(made, named_method(name), budget, where=where, batches=batches())
+        assert str(error.value).startswith(line) and "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="there are no calibration data"):
+        compress(made, named_method("flap"), 0.5)
+    with pytest.raises(ValueError, match=r"blocks\.0\.mlp\.up is a Monarch: neurons are cut from dense layers only"):
+        compress(model(linear=Monarch, features=32), named_method("id"), 0.5, where="mlp", batches=batches())
+    for mixer in (RetNet, GLA):
+        with pytest.raises(ValueError, match=r"encoder.blocks.0.mixer \(.*\) has .* its heads cannot be cut"):
+            compress(model(mixer=mixer), named_method("flap"), 0.5, batches=batches())
+    damaged = model()
+    damaged.encoder.blocks[0].mlp.up.bias[...] = jnp.full(48, jnp.nan)
+    with pytest.raises(ValueError, match=r"blocks\.0\.mlp\.down has inputs that are not finite"):
+        compress(damaged, named_method("whitened"), 0.5, where="mlp", batches=batches())
+    for one, two in zip(jax.tree.leaves(state), jax.tree.leaves(nnx.state(made)), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("svdd", "method is 'svdd': choose one of svd, whitened"),
+        ("monarch+svd", "method is 'svd': choose one of eora"),
+        ("svd(rank)", "method is 'svd(rank)'"),
+        ("svd(ranks=3)", "method is 'svd(ranks=3)'"),
+        ("id+eora(share=2)", "method is 'eora(share=2)': share is 2: it must be above 0 and below 1"),
+    ],
+)
+def test_names_of_methods(text, line):
+    with pytest.raises(ValueError) as error:
+        named_method(text)
+    assert str(error.value).startswith(line)
