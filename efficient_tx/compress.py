@@ -252,7 +252,9 @@ def record(asked: dict[str, Any], done: Compressed, step: int) -> dict[str, Any]
 
 def table(changes: Sequence[Change], before: float, after: float, unit: str) -> Table:
     """Layer, new form and error; the last row the cost of all of them."""
-    result = Table(title=f"{len(changes)} layers: {before:,.4g} {unit} become {after:,.4g} ({after / before:.1%})")
+    digits = 3 if unit == "milliseconds" else 0
+    become = f"{before:,.{digits}f} {unit} become {after:,.{digits}f} ({after / before:.1%})"
+    result = Table(title=f"{len(changes)} layers: {become}")
     for name in ("layer", "becomes", "sizes", "error", "theory"):
         result.add_column(name, justify="left" if name in ("layer", "becomes") else "right")
     for change in changes:

@@ -11,7 +11,7 @@ from flax import nnx
 from efficient_tx.attention import GLA, RetNet, Softmax
 from efficient_tx.compression import METHODS, compress
 from efficient_tx.compression.cost import UNITS, stored
-from efficient_tx.compression.eora import Left, aim
+from efficient_tx.compression.eora import aim
 from efficient_tx.compression.model import bias_of, dense, kernel_of, linear_layers, select
 from efficient_tx.compression.statistics import Inputs, gather
 from efficient_tx.config.methods import named_method
@@ -60,6 +60,7 @@ def compressed(name, budget=0.5, made=None, **options):
     return made, compress(made, named_method(name), budget, batches=batches(), **options)
 
 
+@pytest.mark.first(3)
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_keeps_its_budget_and_says_its_errors(name):
     """Costs are counted anew from the arrays; errors from the inputs that reach the layer, by running them through."""
@@ -265,7 +266,7 @@ def test_after_a_cut_eora_aims_at_the_best_linear_prediction_from_what_is_left()
     layer = dense(draws.normal(size=(6, 4)), draws.normal(size=4), nnx.Linear(1, 1, rngs=nnx.Rngs(0)))
     rows = np.array([0, 2, 5])
     inputs = Inputs(len(x), x.mean(0), x.T @ x / len(x))
-    target, moment = aim(layer, inputs, Left(rows, None))
+    target, moment = aim(layer, inputs, rows)
     y = x @ kernel_of(layer) + bias_of(layer)
     with_constant = np.concatenate([x[:, rows], np.ones((len(x), 1))], axis=1)
     np.testing.assert_allclose(target, np.linalg.lstsq(with_constant, y, rcond=None)[0][:3], atol=1e-8)
