@@ -91,3 +91,7 @@ def test_no_float_of_any_config_may_be_infinite(name):
             check.numbers(changed)
         assert caught.value.key == key
     assert "optimizer.learning_rate" in floats
+
+
+def test_a_sum_is_structured():
+    check.check(load.ConfigFile("lra_listops:vmean+sum").resolve({"densify_at": 10}))
