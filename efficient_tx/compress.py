@@ -29,6 +29,7 @@ import math
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from flax import nnx
@@ -154,16 +155,16 @@ class Result:
         return record
 
 
-def load(options: argparse.Namespace) -> tuple[ConfigDict, Task, nnx.Module, int]:
+def load(workdir: Path, checkpoint: str) -> tuple[ConfigDict, Task, nnx.Module, int]:
     """The run to compress: its config, whose layers are those of the checkpoint; its task, its model and the step."""
-    path = str(options.workdir)
+    path = str(workdir)
     with refusing(path):
         config = restore(read_config(path))
         with config.unlocked():
             config.remat = False
         task = build_task(config)
         stages, _ = build_stages(config, nnx.eval_shape(lambda: build_model(config, task)), objective_of(task))
-    step, stage, parameters = trained_parameters(path, options.checkpoint, stages, print)
+    step, stage, parameters = trained_parameters(path, checkpoint, stages, print)
     model = nnx.merge(nnx.split(stage.model)[0], parameters)
     return with_dense_weights(config) if stage.start else config, task, model, step
 
@@ -183,7 +184,7 @@ def result_config(config: ConfigDict, entries: dict[str, dict], options: argpars
     """
     new = copy.deepcopy(config)
     with new.unlocked():
-        new.structure = in_config({**to_store(config)["structure"], **entries})
+        new.structure = in_config({**to_store(config).get("structure", {}), **entries})
     new.steps, new.init_from, new.densify_at = options.tune, None, None
     new.optimizer.warmup = min(config.optimizer.warmup, options.tune // 10)
     for key, text in options.settings.items():
@@ -194,7 +195,7 @@ def result_config(config: ConfigDict, entries: dict[str, dict], options: argpars
 
 def compressed(options: argparse.Namespace, result: Result, console: Console) -> tuple[ConfigDict, Task]:
     """Compresses, and writes the result as the workdir of a run at step 0."""
-    config, task, model, step = load(options)
+    config, task, model, step = load(options.workdir, options.checkpoint)
     method = named_method(options.method)
     with refusing(str(options.workdir)):
         check_examples(task)
@@ -266,9 +267,12 @@ def table(changes: Sequence[Change], before: float, after: float, unit: str) -> 
     return result
 
 
-def run(options: argparse.Namespace) -> None:
-    """Compresses, unless that is done, and then trains and evaluates as train.py does."""
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, emoji=False)
+def run(options: argparse.Namespace, console: Console) -> None:
+    """Compresses, unless that is done, and then trains and evaluates as train.py does.
+
+    Raises:
+      RunError: it cannot be done, in one line.
+    """
     result = Result(options)
     known = result.stored()
     with refusing(str(options.workdir)):
@@ -288,7 +292,8 @@ def main(arguments: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda number, _: sys.exit(128 + number))
-    return train.concluded(lambda: run(options), "compress")
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, emoji=False)
+    return train.concluded(lambda: run(options, console), "compress")
 
 
 def command() -> None:

@@ -110,7 +110,7 @@ def test_killed_at_any_time_the_same_command_ends_with_the_same_run(tmp_path):
     wait_for_step(killed, 10)
     process.kill()
     process.communicate()
-    status, out, error = finish(start(*command, f"--out={killed}", environment=as_here()))
+    status, _, error = finish(start(*command, f"--out={killed}", environment=as_here()))
     assert status == 0, error
     assert toy.lines(killed) == toy.lines(whole)
     for name, array in arrays(whole, 30).items():

@@ -13,8 +13,10 @@ from efficient_tx.training import workdir
 
 
 def to_store(config: ConfigDict) -> dict[str, Any]:
-    """The content of config.json: `restore` reads it."""
-    return config.to_dict() | {SECTION: entries(config)}
+    """The content of config.json: `restore` reads it. Only that of a compressed model has a structure."""
+    stored = config.to_dict()
+    del stored[SECTION]
+    return stored | ({SECTION: entries(config)} if config[SECTION] else {})
 
 
 def restore(stored: Mapping[str, Any]) -> ConfigDict:
