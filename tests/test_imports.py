@@ -45,6 +45,10 @@ ALLOWED = {
     },
     "efficient_tx.compare": {
         *MODULES,
+        "efficient_tx.compress",
+        "efficient_tx.compression",
+        "efficient_tx.config",
+        "efficient_tx.data",
         "efficient_tx.commands",
         "efficient_tx.files",
         "efficient_tx.linear",

@@ -45,12 +45,13 @@ class Eora(Method):
 
     paper = "Liu et al. 2024, arXiv 2410.21271"
     computes = "then + D U, min ‖X (W − Ŵ − D U)‖"
+    needs = frozenset({"inputs"})
 
     def __init__(self, first: Method, *, share: float = 0.2):
         if not 0 < share < 1:
             raise OptionError("share", share, "it must be above 0 and below 1")
         self.first, self.share = first, share
-        self.needs = first.needs | {"inputs"}
+        self.needs = first.needs | type(self).needs
 
     def chosen(self, model: nnx.Module, layers: Sequence[Layer]) -> list[Layer]:
         return self.first.chosen(model, layers)
