@@ -237,6 +237,29 @@ def test_flap_keeps_the_mean_of_the_outputs():
     np.testing.assert_allclose(np.mean(np.asarray(find(made, path)(x), np.float64), 0), mean, atol=1e-4)
 
 
+def test_something_of_every_mlp_and_mixer_stays_and_a_bias_is_added_where_it_is_needed():
+    """The reference code has no guard against a layer without heads, and assumes a bias."""
+    made = model(linear=functools.partial(Dense, use_bias=False))
+    assert made.encoder.blocks[0].mlp.down.bias is None
+    with pytest.raises(ValueError, match=r"Flap cannot meet it: its smallest layers take 0\.\d+"):
+        compress(made, named_method("flap"), 0.01, batches=batches())
+    least = compress(made, named_method("flap"), 0.3, batches=batches())
+    for block in made.encoder.blocks:
+        assert block.mixer.heads >= 1 and block.mlp.down.in_features >= 1
+        cut = block.mlp.down.in_features < SIZES["mlp_features"]
+        assert (block.mlp.down.bias is not None) == cut and block.mlp.up.bias is None
+    assert least.after <= 0.3 * least.before and np.isfinite(output(made)).all()
+
+
+def test_layers_with_shared_weights_are_refused():
+    made = model()
+    made.encoder.blocks[1].mlp.up = made.encoder.blocks[0].mlp.up
+    made.encoder.blocks[1].mixer.q.kernel = made.encoder.blocks[0].mixer.q.kernel
+    for where in ("mlp", "mixer.q"):
+        with pytest.raises(ValueError, match="shares its weights with another layer: select others"):
+            compress(made, named_method("svd"), 0.5, where=where)
+
+
 @pytest.mark.parametrize("name", ["block_diagonal", "sparse(density=0.25)", "flap", "id"])
 def test_eora_lowers_the_error_of_what_it_follows(name):
     made, done = compressed(f"{name}+eora(share=0.3)", budget=0.9, where="mlp")
