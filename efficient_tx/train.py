@@ -19,7 +19,6 @@ from efficient_tx.extras import require
 
 require("train", "grain", "matplotlib", "ml_collections", "orbax", "rich")
 
-import contextlib
 import dataclasses
 import functools
 import shlex
@@ -41,7 +40,7 @@ from efficient_tx.config.build import build_model, build_stages, build_task
 from efficient_tx.config.check import check_objective
 from efficient_tx.config.names import task_module
 from efficient_tx.config.schema import with_dense_weights
-from efficient_tx.config.stored import restore, take_former
+from efficient_tx.config.stored import restore, workdir_of
 from efficient_tx.data.batching import check_examples, evaluation_batches, train_batches
 from efficient_tx.files import local_path
 from efficient_tx.linear.replacement import dotted, relative_error, transfer
@@ -50,7 +49,6 @@ from efficient_tx.task import Task, data_directory
 from efficient_tx.training import processes, summary
 from efficient_tx.training.checkpoint import Checkpoints
 from efficient_tx.training.compilation import keep_programs
-from efficient_tx.training.disk import decode
 from efficient_tx.training.errors import NonFinite, Refused, RunError, place_of_nan, refusing
 from efficient_tx.training.evaluation import make_evaluate, trained_parameters
 from efficient_tx.training.history import History
@@ -156,6 +154,7 @@ def train(asked: command_line.Run, workdir: Workdir) -> None:
         f"val_{metric}": next(line[metric] for line in history.of("validation") if line["step"] == best_step),
         f"test_{metric}": best.means[metric],
         f"last_test_{metric}": last.means[metric],
+        "higher_is_better": objective.higher_is_better,
         "baselines": dict(task.baselines),
         "parameters": summary.parameter_count(stages[-1].model),
         "steps_per_second": summary.steps_per_second(history.of("train"), config.batch_size),
@@ -173,7 +172,7 @@ def train(asked: command_line.Run, workdir: Workdir) -> None:
 
 def sentences(result: Mapping[str, Any], path: Path) -> list[str]:
     """The lines that are printed at the end of a run, from its summary."""
-    metric = next(key.removeprefix("val_") for key in result if key.startswith("val_"))
+    metric = summary.metric(result)
     baselines = ", ".join(f"{name} {value:.4f}" for name, value in result["baselines"].items())
     score, step = result[f"test_{metric}"], result["best_step"]
     evaluator, trusted = command_line.invoked("eval"), [f"--trust={name}" for name in trust.allowed()]
@@ -243,18 +242,10 @@ def run(asked: command_line.Run) -> None:
     config = asked.config
     with refusing():
         keep_programs(data_directory(config.task.get("data_dir")) / "compilation")
-    # The same command goes on with what the run began with. Workdir judges paths and files that are none.
-    with contextlib.suppress(OSError, ValueError):
-        began = decode((local_path(FLAGS.workdir) / "config.json").read_bytes())
-        take_former(config, began, typed=asked.typed)
     jax.config.update("jax_debug_nans", config.debug_nans)
     writer = jax.process_index() == 0
-    workdir = Workdir(
-        FLAGS.workdir,
-        config.to_dict(),
-        writer=writer,
-        complete=lambda stored: restore(stored).to_dict(),
-        warn=print if writer else lambda line: None,
+    workdir = workdir_of(
+        FLAGS.workdir, config, typed=asked.typed, writer=writer, warn=print if writer else lambda line: None
     )
     workdir.claim()
     result = workdir.summary()

@@ -81,7 +81,7 @@ COMMANDS = {
 }  # fmt: skip
 
 
-COMMAND_FOLDERS = ("efficient_tx/compare/commands/", "efficient_tx/kernels/verify/")
+COMMAND_FOLDERS = ("efficient_tx/compare/commands/", "efficient_tx/kernels/verify/", "efficient_tx/sweep/")
 
 
 def literals(path):

@@ -4,6 +4,7 @@ import importlib.metadata
 import platform
 import resource
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,6 +20,16 @@ def steps_per_second(lines: list[Line], batch_size: int) -> float | None:
     return (
         sum(line["examples_per_second"] * line["seconds"] for line in timed) / seconds / batch_size if timed else None
     )
+
+
+def metric(result: Mapping[str, Any]) -> str:
+    """The name of the score in a summary that ranks checkpoints, "accuracy"."""
+    return next(key.removeprefix("val_") for key in result if key.startswith("val_"))
+
+
+def higher_is_better(result: Mapping[str, Any]) -> bool:
+    """Whether a higher score is better in a summary; those of older versions do not say it of a metric of one's own."""
+    return result.get("higher_is_better", metric(result) != "loss")
 
 
 def parameter_count(model: nnx.Module) -> int:

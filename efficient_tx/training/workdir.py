@@ -12,7 +12,7 @@ from typing import Any
 
 from efficient_tx.files import clear, local_path
 from efficient_tx.training.disk import CHECKSUMS, decode, read_checked, still_there, write_checked, writing
-from efficient_tx.training.errors import Refused
+from efficient_tx.training.errors import InUse, Refused
 
 # Folder of the data, interval of train lines, number of checkpoints, loggers: none changes a result.
 FREE_KEYS = ("task.data_dir", "log_every", "keep", "loggers")
@@ -65,7 +65,8 @@ class Workdir:
         """Locks the folder if it exists and its run is not finished.
 
         Raises:
-          Refused: it belongs to another config or to a live run, or it cannot be created.
+          InUse: it belongs to a live run.
+          Refused: it belongs to another config, or it cannot be created.
           RunError: it cannot be written.
         """
         try:
@@ -205,7 +206,7 @@ class Workdir:
             lock.seek(0)
             owner = lock.read().strip() or "unknown"
             lock.close()
-            raise Refused(
+            raise InUse(
                 f"{self.path} is in use by a live run (process {owner}): wait for it, stop it, or use another",
                 option="workdir",
             ) from None
