@@ -67,15 +67,17 @@ def to_tex(table: Table) -> str:
 
 
 def to_html(table: Table) -> str:
-    """A `table`, in a `div` that scrolls sideways."""
+    """A `table` that scrolls sideways, below its title, which does not."""
 
     def cells(tag: str, row: Sequence[str]) -> str:
         classes = [' class="left"' if left else "" for left in table.left]
         return "".join(f"<{tag}{c}>{html.escape(cell)}</{tag}>" for c, cell in zip(classes, row))
 
     body = "\n".join(f"<tr>{cells('td', row)}</tr>" for row in table.rows)
-    head = f"<caption>{html.escape(table.title)}</caption>\n<thead><tr>{cells('th', table.heads)}</tr></thead>"
-    return f'<div class="wide"><table>\n{head}\n<tbody>\n{body}\n</tbody></table></div>\n'
+    title = html.escape(table.title)
+    head = f"<thead><tr>{cells('th', table.heads)}</tr></thead>"
+    inner = f'<table aria-label="{title}">\n{head}\n<tbody>\n{body}\n</tbody></table>'
+    return f'<h3>{title}</h3>\n<div class="wide" tabindex="0">{inner}</div>\n'
 
 
 FORMATS: dict[str, Callable[[Table], str]] = {"md": to_markdown, "csv": to_csv, "tex": to_tex}

@@ -97,6 +97,7 @@ def train(asked: command_line.Run, workdir: Workdir) -> None:
             "protocol": config.protocol,
             "protocol_departures": asked.departures,
             "versions": summary.versions(),
+            "commit": summary.commit(),
             "device": summary.device(),
         }
     checkpoints = Checkpoints(workdir.path / "checkpoints")

@@ -59,7 +59,13 @@ ALLOWED = {
     },
 }
 # Commands, which may know everything but lra: tasks are loaded by the name of their module.
-COMMANDS = ("efficient_tx.train", "efficient_tx.eval", "efficient_tx.kernels.verify", "efficient_tx.sweep")
+COMMANDS = (
+    "efficient_tx.train",
+    "efficient_tx.eval",
+    "efficient_tx.kernels.verify",
+    "efficient_tx.sweep",
+    "efficient_tx.report",
+)
 
 
 def part_of(module):

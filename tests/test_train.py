@@ -39,7 +39,7 @@ def test_the_summary_agrees_with_the_lines():
     assert set(summary) == {
         "task", "source", "best_step", "val_accuracy", "test_accuracy", "last_test_accuracy", "higher_is_better",
         "baselines", "parameters", "steps_per_second", "compile_seconds", "peak_memory_bytes", "peak_memory_of",
-        "protocol", "protocol_departures", "versions", "device",
+        "protocol", "protocol_departures", "versions", "commit", "device",
     }  # fmt: skip
     assert (summary["task"], summary["source"]) == ("listops", "generated, seed 0")
     validation = {line["step"]: line["accuracy"] for line in toy.lines(path) if line["split"] == "validation"}
