@@ -56,7 +56,7 @@ from efficient_tx.training.identity import identity
 from efficient_tx.training.loop import Loop, Plan
 from efficient_tx.training.memory import check_memory
 from efficient_tx.training.objective import objective_of
-from efficient_tx.training.optimizer import evaluation_params
+from efficient_tx.training.optimizer import evaluation_params, make_optimizer
 from efficient_tx.training.report import Report
 from efficient_tx.training.step import check_batch_size
 from efficient_tx.training.workdir import Workdir, read_config
@@ -64,6 +64,7 @@ from efficient_tx.training.workdir import Workdir, read_config
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "folder of the run; the same command goes on in it", required=True)
 flags.register_validator("workdir", bool, "--workdir is empty: name a folder")
+flags.DEFINE_boolean("extend", False, "go on with a run that has ended, up to a larger number of steps")
 flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, for a run over several processes")
 flags.DEFINE_integer("num_processes", None, "how many processes the run has")
 flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
@@ -161,11 +162,13 @@ def train(asked: command_line.Run, workdir: Workdir) -> None:
         "steps_per_second": summary.steps_per_second(history.of("train"), config.batch_size),
         "compile_seconds": loop.compile_seconds,
         **summary.peak_memory(),
+        **({"extended_from": workdir.extended()} if workdir.extended() else {}),
         **terms,
     }
     if workdir.writer:
         workdir.verify()
         report.draw(last=True)
+        report.summarise(config.steps, result)
         workdir.finish(result)
     for line in sentences(result, workdir.path):
         report.say(line)
@@ -231,6 +234,22 @@ def from_file(path: str, config: ConfigDict, task: Task) -> tuple[nnx.Module, li
         return model, load_pretrained(model, path)
 
 
+def extend(workdir: Workdir, config: ConfigDict) -> None:
+    """Gives a run in the workdir the larger number of steps of `config`; says what it means for the learning rate."""
+    before = workdir.extend()
+    if before is None:
+        return
+
+    def rate(steps, updates):
+        return float(make_optimizer(steps=steps, **config.optimizer)[1](updates))
+
+    last, following = rate(before, before - 1), rate(config.steps, before)
+    print(
+        f"extended from {before} to {config.steps} steps: after a learning rate of {last:.2g} it goes on with "
+        f"{following:.2g}, as a run of {config.steps} has there. What was trained so far followed the old schedule"
+    )
+
+
 def run(asked: command_line.Run) -> None:
     """Does what the flags say, unless the run is finished."""
     processes.join(
@@ -248,6 +267,8 @@ def run(asked: command_line.Run) -> None:
     workdir = workdir_of(
         FLAGS.workdir, config, typed=asked.typed, writer=writer, warn=print if writer else lambda line: None
     )
+    if FLAGS.extend and writer:
+        extend(workdir, config)
     workdir.claim()
     result = workdir.summary()
     if result is None:
@@ -293,7 +314,15 @@ def main(asked: command_line.Run) -> int:
 def command() -> None:
     """The command line."""
     sys.path.append(os.getcwd())  # for a task or a mixer of the user's own
-    own = ("workdir", "coordinator_address", "num_processes", "process_id", "join_timeout", "heartbeat_timeout")
+    own = (
+        "workdir",
+        "extend",
+        "coordinator_address",
+        "num_processes",
+        "process_id",
+        "join_timeout",
+        "heartbeat_timeout",
+    )
     parse = functools.partial(command_line.parse, usage=__doc__, own=own)
     smaller = "a smaller --config.batch_size, a larger --config.grad_accum or a smaller model"
     # The results are files: a run whose output nobody reads goes on, and is a run like any other.

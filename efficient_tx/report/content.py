@@ -234,6 +234,8 @@ def reading(problem: Problem) -> list[str]:
         notes.append("± is the standard deviation over seeds; the interval is that of their mean, by Student's t.")
     if unfinished := [method.label for method in problem.methods if len(method.finished) < len(method.runs)]:
         notes.append(f"Not finished, or not in all seeds: {'; '.join(unfinished)}.")
+    if longer := [m.label for m in problem.methods if any(run.summary.get("extended_from") for run in m.finished)]:
+        notes.append(f"Extended after their end, so that the learning rate rose again: {'; '.join(longer)}.")
     figures, departures = figures_of(problem), departed(problem)
     if figures:
         notes.append(f"Published figures: {figures.source}" + f" ({figures.note})" * bool(figures.note) + ".")

@@ -1,7 +1,6 @@
 """Pictures of a report, as SVG: they read without colour, by marks, dashes and names beside the lines."""
 
 import io
-import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 
@@ -10,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from efficient_tx.compare.labels import label_right
 from efficient_tx.report.budgets import validation
 from efficient_tx.report.content import unit
 from efficient_tx.report.runs import Problem, Run
@@ -52,39 +52,6 @@ def scaled(problem: Problem, values: Sequence[float]) -> np.ndarray:
     return np.asarray(values, float) * (100 if problem.metric == "accuracy" else 1)
 
 
-def apart(wanted: Sequence[float], least: float) -> list[float]:
-    """Heights near the wanted ones and at least `least` from each other."""
-    order = np.argsort(wanted, kind="stable")
-    placed = np.array(wanted, float)
-    for _ in range(200):
-        for low, high in itertools.pairwise(order):
-            gap = placed[high] - placed[low]
-            if gap < least:
-                placed[low] -= (least - gap) / 2
-                placed[high] += (least - gap) / 2
-    return placed.tolist()
-
-
-def name_beside(axes: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:
-    """Writes names right of the axes, at the heights of (x, y, name, colour), moved apart, with a line to the point."""
-    if not points:
-        return
-    low, high = axes.get_ylim()
-    places = apart([(y - low) / (high - low) for _, y, _, _ in points], NAME_HEIGHT)
-    for (x, y, name, colour), place in zip(points, places):
-        axes.annotate(
-            name.replace("$", r"\$"),
-            (x, y),
-            xytext=(1.02, place),
-            textcoords="axes fraction",
-            va="center",
-            fontsize=9,
-            color=colour,
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2},
-        )
-
-
 def lines_to_beat(problem: Problem, axes: Axes) -> None:
     for name, value in problem.baselines.items():
         (height,) = scaled(problem, [value])
@@ -108,11 +75,11 @@ def curves(problem: Problem) -> Figure:
         axes.plot(shared, mean, linewidth=1.5, markersize=4, markevery=every, **style)
         if len(seeds) > 1:
             axes.fill_between(shared, values.min(0), values.max(0), color=style["color"], alpha=0.15, linewidth=0)
-        names.append((shared[-1], mean[-1], method.label, style["color"]))
+        names.append((mean[-1], method.label, style["color"], shared[-1]))
     lines_to_beat(problem, axes)
     axes.set(xlabel="step", ylabel=f"validation {unit(problem)}")
     axes.grid(alpha=0.3)
-    name_beside(axes, names)
+    label_right(axes, names, size=9, gap=NAME_HEIGHT)
     return figure
 
 
@@ -138,7 +105,7 @@ def against(
             x, of.mean, yerr=of.deviation, marker=style["marker"], color=style["color"], markersize=8,
             markerfacecolor=style["color"] if front else "white", capsize=2, linewidth=1,
         )  # fmt: skip
-        names.append((x, of.mean, method.label, style["color"]))
+        names.append((of.mean, method.label, style["color"], x))
     front = sorted((x, of.mean) for (x, of, _, _), chosen in zip(points, best) if chosen)
     axes.plot(*zip(*front), color="0.5", linewidth=0.8, zorder=0)
     xs = [x for x, *_ in points]
@@ -148,7 +115,7 @@ def against(
     lines_to_beat(problem, axes)
     axes.set(xlabel=label, ylabel=f"test {unit(problem)}")
     axes.grid(alpha=0.3)
-    name_beside(axes, names)
+    label_right(axes, names, size=9, gap=NAME_HEIGHT)
     return figure
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from efficient_tx.report.__main__ import command
-from efficient_tx.report.plots import apart, pareto
+from efficient_tx.report.plots import pareto
 from tests.support.command import here
 from tests.support.workdirs import config_of, write_run
 
@@ -168,13 +168,6 @@ def test_mistakes_are_one_line(folder, arguments, line):
     (folder / "empty").mkdir()
     status, out, error = report(*(argument.replace("FOLDER", str(folder)) for argument in arguments))
     assert (status, out, error.count("\n")) == (2, "", 1) and line.replace("FOLDER", str(folder)) in error
-
-
-@pytest.mark.quick
-def test_names_are_moved_apart():
-    places = apart([0.5, 0.5, 0.51, 0.9], 0.05)
-    assert np.all(np.diff(sorted(places)) >= 0.05 - 1e-6) and abs(np.mean(places[:3]) - 0.503) < 0.01
-    assert places[3] == 0.9 and apart([0.1], 0.05) == [0.1]
 
 
 @pytest.mark.quick
