@@ -53,7 +53,7 @@ from efficient_tx.config.flags import TRUST, Run
 from efficient_tx.config.keys import assign, parse
 from efficient_tx.config.methods import named_method
 from efficient_tx.config.schema import with_dense_weights
-from efficient_tx.config.stored import restore, to_store
+from efficient_tx.config.stored import restore, to_store, workdir_of
 from efficient_tx.config.structure import entry, in_config
 from efficient_tx.data.batching import check_examples, train_batches
 from efficient_tx.files import local_path
@@ -283,7 +283,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
             config = restore(read_config(result.path))
     else:
         config, _ = compressed(options, result, console)
-    train.proceed(Run(config, sorted({"structure", "steps", *options.settings}), ()), result.path)
+    departures = sorted({"structure", "steps", *options.settings})
+    train.proceed(Run(config, departures, ()), workdir_of(result.path, config, warn=print))
 
 
 def main(arguments: list[str]) -> int:

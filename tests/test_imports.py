@@ -13,6 +13,7 @@ BOTTOM = {"efficient_tx.checks", "efficient_tx.extras", "efficient_tx.signatures
 MODULES = {*BOTTOM, "efficient_tx.numerics", "efficient_tx.tokens", "efficient_tx.kernels"}
 ALLOWED = {
     "efficient_tx.files": set(),
+    "efficient_tx.tables": set(),
     "efficient_tx.checks": set(),
     "efficient_tx.signatures": set(),
     "efficient_tx.extras": set(),
@@ -64,7 +65,14 @@ ALLOWED = {
     },
 }
 # Commands, which may know everything but lra: tasks are loaded by the name of their module.
-COMMANDS = ("efficient_tx.train", "efficient_tx.eval", "efficient_tx.compress", "efficient_tx.kernels.verify")
+COMMANDS = (
+    "efficient_tx.train",
+    "efficient_tx.eval",
+    "efficient_tx.compress",
+    "efficient_tx.kernels.verify",
+    "efficient_tx.sweep",
+    "efficient_tx.report",
+)
 
 
 def part_of(module):

@@ -82,7 +82,12 @@ COMMANDS = {
 }  # fmt: skip
 
 
-COMMAND_FOLDERS = ("efficient_tx/compare/commands/", "efficient_tx/kernels/verify/")
+COMMAND_FOLDERS = (
+    "efficient_tx/compare/commands/",
+    "efficient_tx/kernels/verify/",
+    "efficient_tx/sweep/",
+    "efficient_tx/report/",
+)
 
 
 def literals(path):

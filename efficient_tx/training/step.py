@@ -16,6 +16,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from efficient_tx.numerics.random import evaluation_keys
 from efficient_tx.task import Batch, Objective
 from efficient_tx.training import metrics
 from efficient_tx.training.errors import innermost
@@ -24,7 +25,7 @@ from efficient_tx.training.objective import CLASSIFICATION
 
 AXIS = "devices"
 # Entries of a batch that a model does not get.
-NOT_READ = ("label", "label2", "mix", "weight", "row", "seed")
+NOT_READ = ("label", "label2", "mix", "weight", "row", "seed", "item")
 
 
 class State(NamedTuple):
@@ -98,11 +99,18 @@ def check_batch_size(batch_size: int, *, devices: int, grad_accum: int) -> None:
 def score(model: nnx.Module, batch: Batch, keys: jax.Array | None, objective: Objective) -> Metrics:
     """Sums over the rows of one micro-batch: loss and metrics of the objective, each with its divisor.
 
-    The model gets, by name, every entry of the batch except `label`, `label2`, `mix`, `weight`, `row` and `seed`, and
-    one key per example (None at evaluation). The objective gets the model's output in float32.
+    The objective gets the model's output in float32.
+    """
+    return objective.score(outputs(model, batch, keys), batch)
+
+
+def outputs(model: nnx.Module, batch: Batch, keys: jax.Array | None) -> jax.Array:
+    """What the model answers to a batch, float32.
+
+    It gets, by name, every entry of the batch that is not in NOT_READ, and one key per example (None at evaluation).
     """
     features = {name: array for name, array in batch.items() if name not in NOT_READ}
-    return objective.score(model(**features, key=keys).astype(jnp.float32), batch)
+    return model(**features, key=keys).astype(jnp.float32)
 
 
 def train_step(
@@ -155,9 +163,22 @@ def train_step(
     )
 
 
-def eval_step(params: nnx.State, batch: Batch, *, graphdef: nnx.GraphDef, objective: Objective) -> Metrics:
-    """Loss and metrics of the global batch as (sum, count) pairs, from one device's rows `[b, ...]`."""
-    return jax.lax.psum(score(nnx.merge(graphdef, params), batch, None, objective), AXIS)
+def eval_step(
+    params: nnx.State, batch: Batch, *, graphdef: nnx.GraphDef, objective: Objective, draw: int = 0
+) -> tuple[Metrics, dict[str, jax.Array]]:
+    """Loss and metrics of the global batch as (sum, count) pairs, and this device's rows, from its rows `[b, ...]`.
+
+    `draw` 0 is evaluation. With another one, the mixers that draw do it from another key, the same for every example;
+    the model must have no dropout. The rows are what the model answers, `output`, and the (sum, count) of each row, by
+    their names.
+    """
+    keys = None
+    if draw:
+        keys = jnp.broadcast_to(jax.random.fold_in(evaluation_keys(1)[0], draw), batch["label"].shape[:1])
+    output = outputs(nnx.merge(graphdef, params), batch, keys)
+    each = jax.vmap(lambda *row: objective.score(*jax.tree.map(lambda x: x[None], row)))
+    rows = {"output": output, **each(output, batch)}
+    return jax.lax.psum(objective.score(output, batch), AXIS), rows
 
 
 def make_train_step(
@@ -212,14 +233,22 @@ def make_train_step(
 
 
 def make_eval_step(
-    graphdef: nnx.GraphDef, *, objective: Objective = CLASSIFICATION, devices: Sequence[jax.Device] | None = None
+    graphdef: nnx.GraphDef,
+    *,
+    objective: Objective = CLASSIFICATION,
+    devices: Sequence[jax.Device] | None = None,
+    draw: int = 0,
+    rows: bool = False,
 ) -> Callable[[nnx.State, Batch], Metrics]:
     """The evaluation step of all devices: (params, batch from `split_batch`) -> sums over devices and processes.
 
-    Parameters that are not yet on the `devices` are copied at every call: `replicate` them first.
+    Parameters that are not yet on the `devices` are copied at every call: `replicate` them first. `draw` is that of
+    `eval_step`. With `rows` the step returns the sums and the rows of `eval_step`, `[devices, b, ...]`.
     """
-    step = partial(eval_step, graphdef=graphdef, objective=objective)
-    return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=_devices(devices)[1])
+    step = partial(eval_step, graphdef=graphdef, objective=objective, draw=draw)
+    mapped = step if rows else lambda params, batch: step(params, batch)[0]
+    out = (None, 0) if rows else None
+    return jax.pmap(mapped, axis_name=AXIS, in_axes=(None, 0), out_axes=out, devices=_devices(devices)[1])
 
 
 def _everywhere(devices: Sequence[jax.Device]) -> NamedSharding:
