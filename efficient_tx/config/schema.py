@@ -40,7 +40,10 @@ RUN: dict[str, tuple[Any, str]] = {
     "keep": (2, "newest checkpoints that stay on disk, beside the best one"),
     "dtype": ("float32", "dtype of the computation: float32 or bfloat16; parameters are float32"),
     "remat": (False, "recompute each block in the backward pass, to save memory (XLA undoes it on CPU)"),
-    "init_from": (str, "start from the best parameters of this workdir, or from a ViT in .npz or .safetensors"),
+    "init_from": (
+        str,
+        "start from the best parameters of this workdir, or from a published ViT or BERT, a file or its folder",
+    ),
     "densify_at": (int, "step after which structured weights become dense ones; unset = never"),
     "densify_warmup": (100, "steps of a new learning-rate warm-up for these dense weights"),
     "loggers": (("tensorboard",), "where metrics go beside metrics.jsonl: tensorboard, wandb"),
