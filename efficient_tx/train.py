@@ -226,7 +226,9 @@ def from_file(path: str, config: ConfigDict, task: Task) -> tuple[nnx.Module, li
     """A model as in `config`, but with dense weights and those of a published checkpoint; and lines that report it."""
     with refusing():
         if config.model.name not in ("vit", "bert"):
-            raise ValueError(f"a file has the parameters of a vit or a bert, here is {config.model.name}")
+            raise ValueError(
+                f"a file has the parameters of a vit for images or of a bert for texts, here is {config.model.name}"
+            )
         model = build_model(with_dense_weights(config), task)
         return model, load_pretrained(model, path)
 

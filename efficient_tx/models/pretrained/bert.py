@@ -121,7 +121,13 @@ def pretrained_bert(
         "mlp": said.mlp or BERT.mlp,
         "norm_epsilon": said.norm_epsilon or BERT.norm_epsilon,
     }
-    model = Bert(num_classes=num_classes, mixers=mixers, rngs=rngs or nnx.Rngs(0), **sizes | options)
+
+    def make() -> Bert:
+        return Bert(num_classes=num_classes, mixers=mixers, rngs=rngs or nnx.Rngs(0), **sizes | options)
+
+    model = nnx.eval_shape(make)
+    if parameters(model).keys() - found.keys():
+        model = make()  # some of them stay as they are drawn here
     load_bert(model, path)
     return model
 
