@@ -34,9 +34,8 @@ def test_every_email_is_in_one_split_with_its_label(root):
     check_examples(made)
     splits = (made.train, made.validation, made.test)
     assert [len(split) for split in splits] == [15, 1, 4]
-    everything = [
-        (tuple(e["inputs"].tolist()), e["label"]) for split in splits for e in map(split.__getitem__, range(len(split)))
-    ]
+    examples = [split[i] for split in splits for i in range(len(split))]
+    everything = [(tuple(example["inputs"].tolist()), example["label"]) for example in examples]
     assert sorted(everything) == sorted([(tuple(pieces(t)), 0) for t in HAM] + [(tuple(pieces(t)), 1) for t in SPAM])
     assert made.source == f"spam in {root}/spam, 15/1/4 e-mails, seed 0"
     test = [label for _, label in everything[-4:]]
