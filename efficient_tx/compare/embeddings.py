@@ -107,7 +107,7 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def linear_probe(
-    train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray, *, penalty: float = 1e-3
+    train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray, *, penalty: float = 0.1
 ) -> float:
     """Test accuracy of the linear classifier of embeddings that ridge regression gives, a closed form in float64.
 

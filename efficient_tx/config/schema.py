@@ -52,7 +52,7 @@ RUN: dict[str, tuple[Any, str]] = {
 
 # Arguments that the builders pass themselves; they are not keys of the class's config section.
 GIVEN = {
-    "model": {"linear", "prefix", "segments", "post_norm", "remat", "dtype"},
+    "model": {"linear", "prefix", "epsilon", "segments", "post_norm", "remat", "dtype"},
     "mixer": {"heads", "head_dim", "linear", "dropout", "causal", "positions", "max_len", "dtype", "rngs"},
     "linear": {"use_bias", "dtype", "param_dtype"},
     "optimizer": {"scaling", "births", "rewarm"},

@@ -62,7 +62,7 @@ class Bert(TokenEncoder):
             layers=layers,
             heads=heads,
             mlp_features=mlp_features,
-            norm_epsilon=norm_epsilon,
+            epsilon=norm_epsilon,
             mlp=mlp,
             segments=segments,
             post_norm=post_norm,

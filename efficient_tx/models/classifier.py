@@ -58,10 +58,10 @@ class TokenEncoder(nnx.Module):
       dropout: dropout rate on the embeddings and on the output of every mixer and MLP.
       positions: position encoding: "learned", "sinusoidal", "rope", "rope2d" or "none".
       norm: normalisation: "layer" or "rms".
-      norm_epsilon: number added to the variance in the norms.
       mlp: kind of MLP: "gelu", "gelu_erf" or "swiglu".
       causal: whether token i sees tokens j ≤ i only.
       prefix: number of learnt tokens in front of the sequence.
+      epsilon: number added to the variance in the norms.
       segments: number of segments, see `TokenEmbedding`.
       post_norm: whether the norms follow the embeddings and the residual sums, as in BERT, not precede the branches.
       remat: whether to recompute blocks in the backward pass.
@@ -84,10 +84,10 @@ class TokenEncoder(nnx.Module):
         dropout: float = 0.1,
         positions: str = "learned",
         norm: str = "layer",
-        norm_epsilon: float = 1e-6,
         mlp: str = "gelu",
         causal: bool = False,
         prefix: int = 0,
+        epsilon: float = 1e-6,
         segments: int = 0,
         post_norm: bool = False,
         remat: bool = False,
@@ -100,7 +100,7 @@ class TokenEncoder(nnx.Module):
             max_len=max_len,
             positions=positions,
             segments=segments,
-            norm=make_norm(norm, features, epsilon=norm_epsilon, dtype=dtype, rngs=rngs) if post_norm else None,
+            norm=make_norm(norm, features, epsilon=epsilon, dtype=dtype, rngs=rngs) if post_norm else None,
             dtype=dtype,
             rngs=rngs,
         )
@@ -120,7 +120,7 @@ class TokenEncoder(nnx.Module):
             linear=linear,
             mlp=mlp,
             norm=norm,
-            norm_epsilon=norm_epsilon,
+            norm_epsilon=epsilon,
             dropout=dropout,
             post_norm=post_norm,
             remat=remat,
