@@ -44,7 +44,7 @@ from efficient_tx.config.stored import restore, to_store, workdir_of
 from efficient_tx.data.batching import check_examples, evaluation_batches, train_batches
 from efficient_tx.files import local_path
 from efficient_tx.linear.replacement import dotted, relative_error, transfer
-from efficient_tx.models.pretrained import SUFFIXES, load_pretrained
+from efficient_tx.models.pretrained import is_published, load_pretrained
 from efficient_tx.task import Task, data_directory
 from efficient_tx.training import processes, summary
 from efficient_tx.training.checkpoint import Checkpoints
@@ -198,7 +198,7 @@ def warm_start(model: nnx.Module, task: Task, config: ConfigDict) -> list[str]:
     try:
         with refusing():
             place = str(local_path(path))
-        source, lines = (from_file if path.endswith(SUFFIXES) else from_run)(place, config, task)
+        source, lines = (from_file if is_published(place) else from_run)(place, config, task)
         with refusing():
             projections = transfer(source, model)
     except Refused as error:
@@ -228,8 +228,10 @@ def from_run(path: str, config: ConfigDict, task: Task) -> tuple[nnx.Module, lis
 def from_file(path: str, config: ConfigDict, task: Task) -> tuple[nnx.Module, list[str]]:
     """A model as in `config`, but with dense weights and those of a published checkpoint; and lines that report it."""
     with refusing():
-        if (task.kind, config.model.name) != ("image", "vit"):
-            raise ValueError(f"a file has the parameters of a vit for images, here is {config.model.name}")
+        if config.model.name not in ("vit", "bert"):
+            raise ValueError(
+                f"a file has the parameters of a vit for images or of a bert for texts, here is {config.model.name}"
+            )
         model = build_model(with_dense_weights(config), task)
         return model, load_pretrained(model, path)
 
