@@ -99,5 +99,8 @@ def workdir_of(
         # What cannot be read here is no workdir, or the start of the run says so.
         with contextlib.suppress(OSError, ValueError):
             take_structure(config, decode((local_path(config.init_from) / "config.json").read_bytes()))
-    complete = lambda stored: to_store(restore(stored))  # noqa: E731
+
+    def complete(stored):
+        return to_store(restore(stored))
+
     return workdir.Workdir(path, to_store(config), writer=writer, complete=complete, warn=warn)
