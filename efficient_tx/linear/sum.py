@@ -162,7 +162,7 @@ class Sum(Weight, nnx.Module):
 
 
 class PackedSum(Packed):
-    """The two parts, each packed if it can be, else with its parameters as they are, which are none any more.
+    """The two parts, each packed if it can be; else its arrays as they are, in plain variables.
 
     Attributes:
       first, second: the parts, without bias.
