@@ -1,10 +1,10 @@
 """Evaluation of parameters on a split, and the choice of the checkpoint to evaluate."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -19,7 +19,7 @@ from efficient_tx.training.history import NAME, History, read
 from efficient_tx.training.objective import CLASSIFICATION
 from efficient_tx.training.optimizer import evaluation_params
 from efficient_tx.training.stages import Stage, stage_at
-from efficient_tx.training.step import make_eval_step, replicate, split_batch
+from efficient_tx.training.step import NOTHING, make_eval_step, replicate, split_batch
 
 # How often a checkpoint is looked for anew that a live run deleted while it was read.
 TRIES = 10
@@ -52,12 +52,15 @@ def prefetch(batches: grain.MapDataset, start: int = 0, stop: int | None = None)
         yield from batches[start:stop].map(split).to_iter_dataset(read)
 
 
-def make_evaluate(graphdef: nnx.GraphDef, objective: Objective = CLASSIFICATION) -> Callable[..., Scores]:
+def make_evaluate(
+    graphdef: nnx.GraphDef, objective: Objective = CLASSIFICATION, given: Mapping[str, Any] = NOTHING
+) -> Callable[..., Scores]:
     """Returns evaluate(params, batches, check=None) -> Scores over all devices and processes; each item counts once.
 
-    `check` is called before each batch; an exception from it ends the evaluation.
+    `check` is called before each batch; an exception from it ends the evaluation. `given` as in
+    `make_train_step`.
     """
-    step = make_eval_step(graphdef, objective=objective)
+    step = make_eval_step(graphdef, objective=objective, given=given)
 
     def evaluate(params: nnx.State, batches: grain.MapDataset, check: Callable[[], None] | None = None) -> Scores:
         params = replicate(params)
