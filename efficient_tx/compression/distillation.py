@@ -22,7 +22,7 @@ from efficient_tx.task import Objective
 
 
 class Call(NamedTuple):
-    """One call of a block: its path, input and output `[rows, length, features]`, mask bool `[rows, length]` or None."""
+    """A call of a block: its path, input and output `[rows, length, features]`, mask bool `[rows, length]` or None."""
 
     path: Path
     x: jax.Array
@@ -66,12 +66,12 @@ class Student(nnx.Module):
     Args:
       model: the student; built with `remat=False`.
       teacher: graph definition of the teacher, `nnx.split(teacher)[0]`. Its blocks have the paths of the student's.
-      variances: of the teacher, see `variances`.
+      variances: of the teacher, see `variances`; the errors need them.
       jointly: whether the student's blocks run one after the other, or each on the teacher's inputs.
     """
 
     def __init__(
-        self, model: nnx.Module, teacher: nnx.GraphDef, variances: Sequence[float], *, jointly: bool = False
+        self, model: nnx.Module, teacher: nnx.GraphDef, variances: Sequence[float] = (), *, jointly: bool = False
     ):
         self.model = model
         self.teach: Callable = lambda params, features: trace(nnx.merge(teacher, params), features)
@@ -134,6 +134,13 @@ def join(student: Student) -> None:
     student.jointly = True
 
 
+def joined(student: Student) -> Student:
+    """The same student, whose blocks run one after the other."""
+    copy = nnx.merge(*nnx.split(student))
+    join(copy)
+    return copy
+
+
 def variances(teacher: nnx.Module, batches: Iterable[Mapping[str, Any]]) -> list[float]:
     """The variance of the output of each block, in the order of their calls, and then of the logits.
 
@@ -155,7 +162,9 @@ def variances(teacher: nnx.Module, batches: Iterable[Mapping[str, Any]]) -> list
         calls, logits = trace(nnx.merge(graphdef, params), features)
         counted = batch["weight"].reshape(len(batch["weight"]), -1).any(1)
         outs = [(call.out, call.mask) for call in calls]
-        outs.append((logits.reshape(len(counted), -1, logits.shape[-1]), batch.get("mask") if logits.ndim > 2 else None))
+        outs.append(
+            (logits.reshape(len(counted), -1, logits.shape[-1]), batch.get("mask") if logits.ndim > 2 else None)
+        )
         return [(out.astype(jnp.float32), real_tokens(out, mask, counted)) for out, mask in outs]
 
     parts = [[moments(*output) for output in run(params, batch)] for batch in batches]

@@ -192,7 +192,9 @@ def make_train_step(
     """
     devices, mesh_devices = _devices(devices)
     step = partial(train_step, graphdef=graphdef, optimizer=optimizer, objective=objective, grad_accum=grad_accum)
-    mapped = jax.pmap(step, axis_name=AXIS, in_axes=(None, 0, None), out_axes=None, donate_argnums=0, devices=mesh_devices)
+    mapped = jax.pmap(
+        step, axis_name=AXIS, in_axes=(None, 0, None), out_axes=None, donate_argnums=0, devices=mesh_devices
+    )
     given = replicate(given, devices)
     home = _everywhere(devices)
 
