@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -26,26 +27,17 @@ class Distillation:
 
     Args:
       path: the folder.
-      steps: the first half trains each block on the teacher's inputs, the second all of them together.
+      steps: the first half trains each block on the teacher's inputs, the second all of them together. Each half begins
+        with fresh moments and a warm-up, and ends with the end of its schedule.
     """
 
     def __init__(self, path: Path, steps: int):
-        self.path, self.steps = path, steps
+        self.path, self.steps, self.half = path, steps, -(-steps // 2)
         self.checkpoints = Checkpoints(path / "checkpoints")
-
-    def settings(self, config: ConfigDict) -> ConfigDict:
-        """The config of the distillation of a result: that of the result, with an optimizer fitted to the steps.
-
-        Without weight decay, which would pull parameters to zero that a step gives no gradient.
-        """
-        config = copy.deepcopy(config)
-        config.steps, config.optimizer.warmup, config.optimizer.weight_decay = self.steps, self.steps // 10, 0.0
-        config.remat = False
-        return config
 
     def begin(self, config: ConfigDict, model: nnx.Module) -> None:
         """Writes a model as what is to be distilled; `config` is that of the result."""
-        begin(self.checkpoints, self.settings(config), Student(model, nnx.split(model)[0]), DISTILLATION)
+        begin(self.checkpoints, fitted(config, self.half), Student(model, nnx.split(model)[0]), DISTILLATION)
 
     def run(
         self, config: ConfigDict, task: Task, teacher: nnx.Module, variances: Sequence[float], *, title: str
@@ -59,22 +51,25 @@ class Distillation:
           variances: of the teacher's outputs, see `compression.distillation.variances`.
           title: of the learning curve.
         """
-        settings = self.settings(config)
+        first, second = fitted(config, self.half), fitted(config, max(self.steps - self.half, 1))
         graphdef, parameters = nnx.split(teacher)
-        student = Student(nnx.eval_shape(lambda: build_model(settings, task)), graphdef, variances)
-        (alone,), schedule = build_stages(settings, student, DISTILLATION)
+        student = Student(nnx.eval_shape(lambda: build_model(first, task)), graphdef, variances)
+        (alone,), early = build_stages(first, student, DISTILLATION)
+        (together,), late = build_stages(second, joined(student), DISTILLATION)
+        # By its name the state of this optimizer is another one, and starts anew.
+        anew = optax.named_chain(("together", together.optimizer))
         alone = alone._replace(given={"teacher": parameters})
-        together = alone._replace(start=self.steps // 2, model=joined(student), transform=join)
+        together = together._replace(start=self.half, optimizer=anew, transform=join, given=alone.given)
         rows = {"batch_size": config.batch_size}
         history = History(self.path / "metrics.jsonl")
         report = Report(self.path, history, steps=self.steps, config={}, title=title, objective=DISTILLATION, **rows)
-        report.say(f"distilling: up to step {together.start} each block alone, up to {self.steps} all together")
+        report.say(f"distilling: up to step {self.half} each block alone, up to {self.steps} all together")
         loop = Loop(
             [alone, together],
-            schedule,
+            lambda step: early(step) if step < self.half else late(step - self.half),
             batches=train_batches(task, seed=config.seed, **rows),
             validation=evaluation_batches(task.validation, task, **rows),
-            plan=Plan(**{field.name: settings[field.name] for field in dataclasses.fields(Plan)}),
+            plan=Plan(**{field.name: config[field.name] for field in dataclasses.fields(Plan)} | {"steps": self.steps}),
             checkpoints=self.checkpoints,
             history=history,
             report=report,
@@ -87,6 +82,17 @@ class Distillation:
     def clear(self) -> None:
         """Deletes the checkpoints of a distillation that is done; its metric lines stay."""
         shutil.rmtree(self.checkpoints.directory, ignore_errors=True)
+
+
+def fitted(config: ConfigDict, steps: int) -> ConfigDict:
+    """The config of a part of a distillation: that of the result, with its optimizer fitted to these steps.
+
+    Without weight decay, which would pull parameters to zero that a step gives no gradient.
+    """
+    config = copy.deepcopy(config)
+    config.steps, config.optimizer.warmup, config.optimizer.weight_decay = steps, steps // 10, 0.0
+    config.remat = False
+    return config
 
 
 def begin(checkpoints: Checkpoints, config: ConfigDict, model: nnx.Module, objective: Objective) -> None:

@@ -20,6 +20,7 @@ from unittest import mock
 import jax
 from absl.testing import flagsaver
 
+import efficient_tx.compress
 import efficient_tx.eval
 import efficient_tx.train
 from efficient_tx import commands
@@ -126,6 +127,7 @@ def here(command: Callable[[], None], *arguments: object, data: Path | None = No
         # The programs stay where conftest.py keeps them.
         mock.patch("efficient_tx.train.keep_programs"),
         mock.patch("efficient_tx.eval.keep_programs"),
+        mock.patch("efficient_tx.compress.keep_programs"),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(error),
     ):
