@@ -65,15 +65,15 @@ def test_a_swap_to_the_same_mixer_is_the_identity():
     ("before", "after"),
     [
         (Softmax, functools.partial(Lev, budget=LENGTH)),
-        (Kernelized, functools.partial(Skyformer, landmarks=2 * LENGTH)),
+        (Kernelized, functools.partial(Skyformer, landmarks=2 * LENGTH, ridge=1e-5)),
     ],
     ids=["lev", "skyformer"],
 )
 def test_a_mixer_with_all_keys_changes_nothing(before, after):
     source, target = model(before), model(before, after, seed=1)
     swap(source, target)
-    # Skyformer solves with all its landmarks, in float32.
-    np.testing.assert_allclose(output(target), output(source), atol=1e-4)
+    # Skyformer adds its ridge to the kernel, and solves in float32.
+    np.testing.assert_allclose(output(target), output(source), atol=1e-5 if after.func is Lev else 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -94,9 +94,9 @@ def test_what_cannot_be_swapped_is_one_line_and_changes_nothing():
     cases = [
         (
             model(RetNet, seed=1),
-            "encoder.blocks.0.mixer.v is 16 × 16 in Softmax and 16 × 32 in RetNet, which therefore cannot replace it",
+            "encoder.blocks.0.mixer.out is 16 × 16 in Softmax and 32 × 16 in RetNet, which therefore cannot replace it",
         ),
-        (model(Lev, seed=1, mlp_features=40), "is (32,) there and (40,) here"),
+        (model(Lev, seed=1, mlp_features=40), "encoder.blocks.0.mlp.down.kernel is (32, 16) there and (40, 16) here"),
         (model(Lev, seed=1, layers=1), "is (16,) there and absent here"),
     ]
     for target, line in cases:
@@ -279,7 +279,7 @@ def test_a_run_with_other_mixers_killed_and_resumed(original, tmp_path):
     """By processes of their own: the lines of one that was killed twice are those of one that was not."""
     arguments = [
         f"--workdir={original}", "--mixers=softmax,linformer", "--distill=20", "--tune=10", "--calibration=64",
-        "--set", "attention.linformer.rank=8", "log_every=1", "eval_every=10", "checkpoint_every=4",
+        "--set", "attention.linformer.rank=8", "log_every=1", "eval_every=5", "checkpoint_every=4",
     ]  # fmt: skip
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     status, out, error = finish(start("-m efficient_tx.compress", *arguments, f"--out={whole}"))
@@ -302,7 +302,7 @@ def test_a_run_with_other_mixers_killed_and_resumed(original, tmp_path):
         lines = toy.lines(whole / folder)
         assert lines == toy.lines(killed / folder) and lines[-1]["step"] == (20 if folder == "distill" else 10)
     validation = [line["loss"] for line in toy.lines(whole / "distill") if line["split"] == "validation"]
-    assert validation[1] < validation[0]  # the same loss; that of step 20 has the logits as well
+    assert validation[1] < validation[0] and validation[4] < validation[2]  # from step 10 on with the logits
     assert not (whole / "distill" / "checkpoints").exists()
 
     status, out, error = finish(start("-m efficient_tx.compress", *arguments, f"--out={whole}"))
@@ -363,7 +363,7 @@ def test_the_result_is_a_run_like_any_other(original, tmp_path):
             ["--mixers=softmax*3,lev*3"],
             "--mixers=softmax*3,lev*3: it names 6 mixers for 2 places: name 2, or a number that divides it",
         ),
-        (["--mixers=retnet"], "--mixers=retnet: encoder.blocks.0.mixer.v is 16 × 16 in Softmax and 16 × 32 in RetNet"),
+        (["--mixers=retnet"], "--mixers=retnet: encoder.blocks.0.mixer.out is 16 × 16 in Softmax and 32 × 16"),
         (["--mixers=lev", "--set", "attention.lev.budget=0"], "--set=attention.lev.budget=0: config.attention.lev"),
         (["--mixers=lev", "--set", "attention.lev.keys=4"], "--set=attention.lev.keys=4: config.attention.lev.keys is"),
     ],
