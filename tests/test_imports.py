@@ -66,7 +66,13 @@ ALLOWED = {
     },
 }
 # Commands, which may know everything but lra: tasks are loaded by the name of their module.
-COMMANDS = ("efficient_tx.train", "efficient_tx.eval", "efficient_tx.kernels.verify")
+COMMANDS = (
+    "efficient_tx.train",
+    "efficient_tx.eval",
+    "efficient_tx.compress",
+    "efficient_tx.distillation",
+    "efficient_tx.kernels.verify",
+)
 
 
 def part_of(module):

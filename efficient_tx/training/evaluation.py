@@ -135,7 +135,7 @@ def _choice(path: Path, which: str, checkpoints: Checkpoints, objective: Objecti
     if not steps:
         raise Refused(f"{path} has no checkpoint yet: train it first")
     notes = [] if (path / CHECKSUMS).exists() else [f"{path} has no {CHECKSUMS}, as in older versions: read unchecked"]
-    named = [step for step in steps if str(step) == which.lstrip("0")]
+    named = [step for step in steps if str(step) == (which.lstrip("0") or which[-1:])]
     if named or which == "last":
         return named or steps[::-1], notes
     if which != "best":

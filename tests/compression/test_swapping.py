@@ -307,7 +307,8 @@ def test_a_run_with_other_mixers_killed_and_resumed(original, tmp_path):
 
     status, out, error = finish(start("-m efficient_tx.compress", *arguments, f"--out={whole}"))
     assert status == 0 and "is finished: 10 steps are done" in out, error
-    status, out, error = compress(*arguments[:2], "--distill=21", f"--out={whole}")
+    arguments[2] = "--distill=21"
+    status, out, error = compress(*arguments, f"--out={whole}")
     assert status == 2 and "distill was 20 there and is 21 here" in error
 
 
