@@ -76,6 +76,7 @@ def draw(
     for index, name in enumerate(sorted(curves, key=lambda name: -accuracies[name][:, -1].mean())):
         accuracy = accuracies[name]
         style = {"color": f"C{index % 10}", "linestyle": ("-", "--", ":")[index // 10 % 3]}
+        style["marker"] = "o" if len(steps[name]) == 1 else None  # a line through one point is nothing
         axes.plot(steps[name], accuracy.mean(0), label=f"{name} ({accuracy[:, -1].mean():.3f})", **style)
         low, high = accuracy.min(0), accuracy.max(0)
         axes.fill_between(steps[name], low, high, color=style["color"], alpha=0.1, linewidth=0)

@@ -35,6 +35,7 @@ import math
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -62,7 +63,7 @@ from efficient_tx.config.keys import assign, parse
 from efficient_tx.config.methods import named_method
 from efficient_tx.config.names import parse_mixers
 from efficient_tx.config.schema import complete, with_dense_weights
-from efficient_tx.config.stored import restore, to_store
+from efficient_tx.config.stored import restore, to_store, workdir_of
 from efficient_tx.config.structure import entries, entry, fitting, in_config
 from efficient_tx.data.batching import check_examples, train_batches
 from efficient_tx.distillation import Distillation, begin
@@ -178,16 +179,16 @@ class Result:
         return record
 
 
-def load(options: argparse.Namespace) -> tuple[ConfigDict, Task, nnx.Module, int]:
+def load(workdir: Path, checkpoint: str) -> tuple[ConfigDict, Task, nnx.Module, int]:
     """The run to compress: its config, whose layers are those of the checkpoint; its task, its model and the step."""
-    path = str(options.workdir)
+    path = str(workdir)
     with refusing(path):
         config = restore(read_config(path))
         with config.unlocked():
             config.remat = False
         task = build_task(config)
         stages, _ = build_stages(config, nnx.eval_shape(lambda: build_model(config, task)), objective_of(task))
-    step, stage, parameters = trained_parameters(path, options.checkpoint, stages, print)
+    step, stage, parameters = trained_parameters(path, checkpoint, stages, print)
     model = nnx.merge(nnx.split(stage.model)[0], parameters)
     return with_dense_weights(config) if stage.start else config, task, model, step
 
@@ -246,7 +247,7 @@ def swapped(model: nnx.Module, new: ConfigDict, task: Task) -> tuple[nnx.Module,
 
 def compressed(options: argparse.Namespace, result: Result, console: Console) -> None:
     """Swaps mixers and compresses; writes the result as the workdir of a run at step 0, or of its distillation."""
-    config, task, model, step = load(options)
+    config, task, model, step = load(options.workdir, options.checkpoint)
     with refusing(str(options.workdir)):
         check_examples(task)
     new = result_config(config, task, options)
@@ -309,7 +310,7 @@ def by_method(
 def distilled(options: argparse.Namespace, result: Result) -> None:
     """Distills the result from the run, and writes it as the workdir of a run at step 0."""
     step = str(result.stored()["step"])  # the best one of a run that goes on may be another by now
-    _, task, teacher, _ = load(argparse.Namespace(**{**vars(options), "checkpoint": step}))
+    _, task, teacher, _ = load(options.workdir, step)
     with refusing(str(result.path)):
         config = restore(read_config(result.path))
         own_task = build_task(config)
@@ -348,7 +349,9 @@ def record(done: Compressed) -> dict[str, Any]:
 
 def table(changes: Sequence[Change], before: float, after: float, unit: str) -> Table:
     """Layer, new form and error; the last row the cost of all of them."""
-    result = Table(title=f"{len(changes)} layers: {before:,.4g} {unit} become {after:,.4g} ({after / before:.1%})")
+    digits = 3 if unit == "milliseconds" else 0
+    become = f"{before:,.{digits}f} {unit} become {after:,.{digits}f} ({after / before:.1%})"
+    result = Table(title=f"{len(changes)} layers: {become}")
     for name in ("layer", "becomes", "sizes", "error", "theory"):
         result.add_column(name, justify="left" if name in ("layer", "becomes") else "right")
     for change in changes:
@@ -360,9 +363,12 @@ def table(changes: Sequence[Change], before: float, after: float, unit: str) -> 
     return result
 
 
-def run(options: argparse.Namespace) -> None:
-    """Compresses and distills, unless that is done, and then trains and evaluates as train.py does."""
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, emoji=False)
+def run(options: argparse.Namespace, console: Console) -> None:
+    """Compresses and distills, unless that is done, and then trains and evaluates as train.py does.
+
+    Raises:
+      RunError: it cannot be done, in one line.
+    """
     result = Result(options)
     known = result.stored()
     with refusing(str(options.workdir)):
@@ -375,7 +381,8 @@ def run(options: argparse.Namespace) -> None:
     result.distillation.clear()
     with refusing(str(result.path)):
         config = restore(read_config(result.path))
-    train.proceed(Run(config, sorted({"structure", "steps", *options.settings}), ()), result.path)
+    departures = sorted({"structure", "steps", *options.settings})
+    train.proceed(Run(config, departures, ()), workdir_of(result.path, config, warn=print))
 
 
 def main(arguments: list[str]) -> int:
@@ -384,7 +391,8 @@ def main(arguments: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda number, _: sys.exit(128 + number))
-    return train.concluded(lambda: run(options), "compress")
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, emoji=False)
+    return train.concluded(lambda: run(options, console), "compress")
 
 
 def command() -> None:

@@ -2,8 +2,9 @@
 
 Needs only the workdirs and runs on any number of devices. Prints one table for each protocol and writes the results
 into each workdir. `--set KEY=VALUE` evaluates the same parameters with another mixer, budget or length that they fit. A
-RUN that does not exist is a pattern: --workdir='runs/*'. Exit status: 0; 2 a workdir could not be evaluated, the others
-were; 1 a file could not be written; 143 or 130 stopped by SIGTERM or Ctrl-C.
+RUN that does not exist is a pattern: --workdir='runs/*'. `--draws=5` scores the mixers that draw landmarks or features
+under further draws, `--save_predictions` keeps what the model answers to each item. Exit status: 0; 2 a workdir could
+not be evaluated, the others were; 1 a file could not be written; 143 or 130 stopped by SIGTERM or Ctrl-C.
 """
 
 import os
@@ -25,6 +26,7 @@ import contextlib
 import glob
 import re
 import signal
+import statistics
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,27 +35,33 @@ from typing import Any
 import jax
 from flax import nnx
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 
+from efficient_tx.compare.flags import whole
 from efficient_tx.config import trust
 from efficient_tx.config.build import build_model, build_stages, build_task
 from efficient_tx.config.check import check
 from efficient_tx.config.errors import ConfigError
-from efficient_tx.config.evaluation import apply_settings
+from efficient_tx.config.evaluation import apply_settings, without_dropout
 from efficient_tx.config.flags import TRUST, refuse
 from efficient_tx.data.batching import evaluation_batches
 from efficient_tx.files import local_path
+from efficient_tx.tables import FORMATS, Table
 from efficient_tx.task import data_directory
 from efficient_tx.training import summary
 from efficient_tx.training.compilation import keep_programs
-from efficient_tx.training.disk import write_json
+from efficient_tx.training.disk import read_checked, write_json
 from efficient_tx.training.errors import Refused, RunError, refusing
 from efficient_tx.training.evaluation import make_evaluate, trained_parameters
 from efficient_tx.training.objective import objective_of
+from efficient_tx.training.predictions import Predictions
+from efficient_tx.training.stages import stage_at
 from efficient_tx.training.workdir import FREE_KEYS, read_config
 
 # Rows that a batch may have although the split has fewer items.
 MOST_ROWS = 4096
+# Of the table on a terminal: characters of a column of words, and columns that are shown in any case.
+NARROWEST, LEAST_COLUMNS = 8, 5
 
 
 def warn(line: str) -> None:
@@ -72,11 +80,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
     parser = commands.Parser(description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "--workdir", action="append", required=True, help="a run's folder, or a pattern; may be repeated"
+        "--workdir", action="extend", nargs="+", required=True, help="folders of runs, or patterns; may be repeated"
     )
     parser.add_argument("--checkpoint", default="best", help="best (on validation), last, or a step")
     parser.add_argument("--split", default="test", choices=("train", "validation", "test"))
     parser.add_argument("--batch_size", type=int, help="default: that of the training run")
+    parser.add_argument(
+        "--draws", type=whole, default=1, metavar="N", help="score N draws of landmarks, features or hashes, not one"
+    )
+    parser.add_argument(
+        "--save_predictions", action="store_true", help="write predictions_<split>_<checkpoint>.npz beside the results"
+    )
+    parser.add_argument("--format", default="table", choices=("table", *FORMATS), help="of what is printed")
     parser.add_argument("--trust", action="append", default=[], metavar="MODULE", help=TRUST)
     parser.add_argument(
         "--set", action="extend", nargs="+", default=[], type=setting, metavar="KEY=VALUE", dest="settings"
@@ -128,6 +143,8 @@ def evaluate(path: str, options: argparse.Namespace) -> dict[str, Any]:
         task = build_task(config)
         objective = objective_of(task)
         stages, _ = build_stages(config, nnx.eval_shape(lambda: build_model(config, task)), objective)
+        quiet = without_dropout(config)
+        drawn, _ = build_stages(quiet, nnx.eval_shape(lambda: build_model(quiet, task)), objective)
     step, stage, parameters = trained_parameters(path, options.checkpoint, stages, warn)
     dead = [key for key in options.settings if key.startswith("linear.") and stage.start]
     if dead:
@@ -139,26 +156,48 @@ def evaluate(path: str, options: argparse.Namespace) -> dict[str, Any]:
     if options.batch_size and batch_size > max(items, MOST_ROWS):
         rule = f"the {options.split} split of {path} has {items} items: use at most {max(items, MOST_ROWS)}"
         raise Refused(f"{options.batch_size}: {rule}", option="batch_size")
-    batches = evaluation_batches(getattr(task, options.split), task, batch_size=batch_size)
+    batches = evaluation_batches(getattr(task, options.split), task, batch_size=batch_size, numbered=True)
+    predictions = Predictions(objective, classes=task.objective is None, outputs=options.save_predictions)
     with enough_memory(path, batch_size):
-        scores = make_evaluate(nnx.split(stage.model)[0], objective)(parameters, batches)
-    return {
+        scores = make_evaluate(nnx.split(stage.model)[0], objective, keep=predictions.keep)(parameters, batches)
+        other = nnx.split(stage_at(drawn, step).model)[0]
+        draws = [make_evaluate(other, objective, draw=draw)(parameters, batches) for draw in range(1, options.draws)]
+    row = {
         "task": task.name,
         "source": task.source,
         "protocol": config.protocol,
         "split": options.split,
         "checkpoint": options.checkpoint,
         "step": step,
+        "seed": config.seed,
         "set": {key: value for key, value in options.settings.items() if key not in FREE_KEYS},
         "metrics": objective.metrics,
         **scores.means,
+        "standard_error": predictions.standard_errors(),
+        "baselines": dict(task.baselines) if options.split == "test" else {},
         "count": scores.count,
         "examples_per_second": scores.examples_per_second,
         "parameters": summary.parameter_count(stage.model),
         "batch_size": batch_size,
         "versions": summary.versions(),
         "device": summary.device(),
+        **trained_with(path),
     }
+    if draws:
+        means = [each.means for each in (scores, *draws)]
+        row["draws"] = {name: [each[name] for each in means] for name in scores.means}
+    if options.save_predictions:
+        predictions.write(Path(path) / file_name(row, "predictions", "npz"))
+    return row
+
+
+def trained_with(path: str) -> dict[str, Any]:
+    """Speed and memory of the training of a finished run; of another one nothing is known."""
+    try:
+        result = read_checked(Path(path) / "summary.json")
+    except (OSError, ValueError):
+        return {}
+    return {key: result.get(key) for key in ("steps_per_second", "peak_memory_bytes", "peak_memory_of")}
 
 
 def settings_of(row: Mapping[str, Any]) -> str:
@@ -166,30 +205,77 @@ def settings_of(row: Mapping[str, Any]) -> str:
     return ",".join(f"{key}={value}" for key, value in row["set"].items())
 
 
-def file_name(row: Mapping[str, Any]) -> str:
+def file_name(row: Mapping[str, Any], what: str = "eval", ending: str = "json") -> str:
     """eval_<split>_<checkpoint>[_<set>].json"""
-    parts = ["eval", row["split"], row["checkpoint"], *filter(None, [settings_of(row)])]
-    return re.sub(r"[^\w.=,*+()&|~-]", "-", "_".join(parts)) + ".json"
+    parts = [what, row["split"], row["checkpoint"], *filter(None, [settings_of(row)])]
+    return re.sub(r"[^\w.=,*+()&|~-]", "-", "_".join(parts)) + f".{ending}"
 
 
 def table(protocol: str, rows: list[tuple[str, Mapping[str, Any]]]) -> Table:
     """The table of one protocol, with one row for each (workdir, result)."""
     head = rows[0][1]
-    result = Table(title=f"{head['split']} split, {head['checkpoint']} checkpoint, protocol {protocol}")
     metrics = list(dict.fromkeys(name for _, row in rows for name in (*row["metrics"], "loss")))
-    for name in ("task", "run", "step", *metrics, "count", "parameters", "examples/s"):
-        result.add_column(name, justify="left" if name in ("task", "run") else "right", no_wrap=True)
+    columns = ["task|", "run|", "seed", "step", *metrics, "count", "parameters", "examples/s", "steps/s", "memory"]
+    cells = []
     for path, row in rows:
-        speed = row["examples_per_second"]
-        result.add_row(
-            row["task"],
-            " ".join([path, *filter(None, [settings_of(row)])]),
-            str(row["step"]),
-            *(f"{row[name]:.4f}" if name in row else "-" for name in metrics),
-            str(row["count"]),
-            f"{row['parameters']:,}",
-            f"{speed:.0f}" if speed else "-",
+        cells.append(
+            [
+                row["task"],
+                " ".join([path, *filter(None, [settings_of(row)])]),
+                str(row["seed"]),
+                str(row["step"]),
+                *(score_of(row, name) for name in metrics),
+                str(row["count"]),
+                f"{row['parameters']:,}",
+                "-" if row["examples_per_second"] is None else f"{row['examples_per_second']:.0f}",
+                "-" if row.get("steps_per_second") is None else f"{row['steps_per_second']:.2f}",
+                "-" if row.get("peak_memory_bytes") is None else f"{row['peak_memory_bytes'] / 1e9:.2f} GB",
+            ]
         )
+    return Table(f"{head['split']} split, {head['checkpoint']} checkpoint, protocol {protocol}", columns, cells)
+
+
+def score_of(row: Mapping[str, Any], name: str) -> str:
+    """A score, and after ± its standard error."""
+    if name not in row:
+        return "-"
+    error = row["standard_error"][name]
+    return f"{row[name]:.4f}" + (f" ±{error:.4f}" if error is not None else "")
+
+
+def notes(rows: list[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """What the tables do not say by themselves: the answers to beat, and what ± and the draws are."""
+    lines = ["±: standard error over the items of the split; between seeds and draws scores differ more"]
+    for _, row in rows:
+        if row["baselines"]:
+            scores = ", ".join(f"{name} {score:.4f}" for name, score in row["baselines"].items())
+            lines.append(f"to beat on {row['task']} ({row['source']}): {scores}")
+    for path, row in rows:
+        if "draws" in row and len(set(row["draws"]["loss"])) == 1:
+            lines.append(f"{path}: the draws are equal, as its mixers draw nothing, or all there is")
+        elif "draws" in row:
+            for name in row["metrics"]:
+                draws = row["draws"][name]
+                spread = f"mean {statistics.fmean(draws):.4f}, standard deviation {statistics.stdev(draws):.4f}"
+                lines.append(f"{path}: {name} over {len(draws)} draws: {spread}, {min(draws):.4f} to {max(draws):.4f}")
+    return list(dict.fromkeys(lines))
+
+
+def on_terminal(table: Table, width: int) -> RichTable:
+    """The table, without its last columns as far as they do not fit: the files have them all."""
+    needed = [
+        max(len(head), *(len(row[i]) for row in table.rows)) if not left else NARROWEST
+        for i, (head, left) in enumerate(zip(table.heads, table.left))
+    ]
+    shown = len(needed)
+    while shown > LEAST_COLUMNS and sum(needed[:shown]) + 3 * shown + 1 > width:
+        shown -= 1
+    result = RichTable(title=table.title)
+    for name, left in list(zip(table.heads, table.left))[:shown]:
+        words = {"justify": "left", "overflow": "fold", "min_width": NARROWEST}
+        result.add_column(name, **(words if left else {"justify": "right", "no_wrap": True}))
+    for row in table.rows:
+        result.add_row(*row[:shown])
     return result
 
 
@@ -212,9 +298,14 @@ def main(arguments: list[str]) -> int:
             warn(error.flag)
             status = max(status, error.status)
     # A fixed width if standard output is not a terminal: rows must not be cut.
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False, emoji=False)
+    console = Console(width=None if sys.stdout.isatty() else 300, highlight=False, markup=False, emoji=False)
     for protocol in dict.fromkeys(row["protocol"] for _, row in rows):
-        console.print(table(protocol, [(path, row) for path, row in rows if row["protocol"] == protocol]))
+        made = table(protocol, [(path, row) for path, row in rows if row["protocol"] == protocol])
+        console.print(
+            on_terminal(made, console.width) if options.format == "table" else FORMATS[options.format](made), end=""
+        )
+    if rows and options.format != "csv":
+        console.print("\n".join(["", *notes(rows)]), soft_wrap=True)
     return status
 
 

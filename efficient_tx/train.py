@@ -19,7 +19,6 @@ from efficient_tx.extras import require
 
 require("train", "grain", "matplotlib", "ml_collections", "orbax", "rich")
 
-import contextlib
 import dataclasses
 import functools
 import shlex
@@ -41,16 +40,15 @@ from efficient_tx.config.build import build_model, build_stages, build_task
 from efficient_tx.config.check import check_objective
 from efficient_tx.config.names import task_module
 from efficient_tx.config.schema import with_dense_weights
-from efficient_tx.config.stored import restore, take_former, take_structure, to_store
+from efficient_tx.config.stored import restore, to_store, workdir_of
 from efficient_tx.data.batching import check_examples, evaluation_batches, train_batches
 from efficient_tx.files import local_path
 from efficient_tx.linear.replacement import dotted, relative_error, transfer
-from efficient_tx.models.pretrained import SUFFIXES, load_pretrained
+from efficient_tx.models.pretrained import is_published, load_pretrained
 from efficient_tx.task import Task, data_directory
 from efficient_tx.training import processes, summary
 from efficient_tx.training.checkpoint import Checkpoints
 from efficient_tx.training.compilation import keep_programs
-from efficient_tx.training.disk import decode
 from efficient_tx.training.errors import NonFinite, Refused, RunError, place_of_nan, refusing
 from efficient_tx.training.evaluation import make_evaluate, trained_parameters
 from efficient_tx.training.history import History
@@ -58,7 +56,7 @@ from efficient_tx.training.identity import identity
 from efficient_tx.training.loop import Loop, Plan
 from efficient_tx.training.memory import check_memory
 from efficient_tx.training.objective import objective_of
-from efficient_tx.training.optimizer import evaluation_params
+from efficient_tx.training.optimizer import evaluation_params, make_optimizer
 from efficient_tx.training.report import Report
 from efficient_tx.training.step import check_batch_size
 from efficient_tx.training.workdir import Workdir, read_config
@@ -66,6 +64,7 @@ from efficient_tx.training.workdir import Workdir, read_config
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "folder of the run; the same command goes on in it", required=True)
 flags.register_validator("workdir", bool, "--workdir is empty: name a folder")
+flags.DEFINE_boolean("extend", False, "go on with a run that has ended, up to a larger number of steps")
 flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, for a run over several processes")
 flags.DEFINE_integer("num_processes", None, "how many processes the run has")
 flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
@@ -99,6 +98,7 @@ def train(asked: command_line.Run, workdir: Workdir) -> None:
             "protocol": config.protocol,
             "protocol_departures": asked.departures,
             "versions": summary.versions(),
+            "commit": summary.commit(),
             "device": summary.device(),
         }
     checkpoints = Checkpoints(workdir.path / "checkpoints")
@@ -156,16 +156,19 @@ def train(asked: command_line.Run, workdir: Workdir) -> None:
         f"val_{metric}": next(line[metric] for line in history.of("validation") if line["step"] == best_step),
         f"test_{metric}": best.means[metric],
         f"last_test_{metric}": last.means[metric],
+        "higher_is_better": objective.higher_is_better,
         "baselines": dict(task.baselines),
         "parameters": summary.parameter_count(stages[-1].model),
         "steps_per_second": summary.steps_per_second(history.of("train"), config.batch_size),
         "compile_seconds": loop.compile_seconds,
         **summary.peak_memory(),
+        **({"extended_from": workdir.extended()} if workdir.extended() else {}),
         **terms,
     }
     if workdir.writer:
         workdir.verify()
         report.draw(last=True)
+        report.summarise(config.steps, result)
         workdir.finish(result)
     for line in sentences(result, workdir.path):
         report.say(line)
@@ -173,7 +176,7 @@ def train(asked: command_line.Run, workdir: Workdir) -> None:
 
 def sentences(result: Mapping[str, Any], path: Path) -> list[str]:
     """The lines that are printed at the end of a run, from its summary."""
-    metric = next(key.removeprefix("val_") for key in result if key.startswith("val_"))
+    metric = summary.metric(result)
     baselines = ", ".join(f"{name} {value:.4f}" for name, value in result["baselines"].items())
     score, step = result[f"test_{metric}"], result["best_step"]
     evaluator, trusted = command_line.invoked("eval"), [f"--trust={name}" for name in trust.allowed()]
@@ -195,7 +198,7 @@ def warm_start(model: nnx.Module, task: Task, config: ConfigDict) -> list[str]:
     try:
         with refusing():
             place = str(local_path(path))
-        source, lines = (from_file if path.endswith(SUFFIXES) else from_run)(place, config, task)
+        source, lines = (from_file if is_published(place) else from_run)(place, config, task)
         with refusing():
             projections = transfer(source, model)
     except Refused as error:
@@ -225,10 +228,28 @@ def from_run(path: str, config: ConfigDict, task: Task) -> tuple[nnx.Module, lis
 def from_file(path: str, config: ConfigDict, task: Task) -> tuple[nnx.Module, list[str]]:
     """A model as in `config`, but with dense weights and those of a published checkpoint; and lines that report it."""
     with refusing():
-        if (task.kind, config.model.name) != ("image", "vit"):
-            raise ValueError(f"a file has the parameters of a vit for images, here is {config.model.name}")
+        if config.model.name not in ("vit", "bert"):
+            raise ValueError(
+                f"a file has the parameters of a vit for images or of a bert for texts, here is {config.model.name}"
+            )
         model = build_model(with_dense_weights(config), task)
         return model, load_pretrained(model, path)
+
+
+def extend(workdir: Workdir, config: ConfigDict) -> None:
+    """Gives a run in the workdir the larger number of steps of `config`; says what it means for the learning rate."""
+    before = workdir.extend()
+    if before is None:
+        return
+
+    def rate(steps, updates):
+        return float(make_optimizer(steps=steps, **config.optimizer)[1](updates))
+
+    last, following = rate(before, before - 1), rate(config.steps, before)
+    print(
+        f"extended from {before} to {config.steps} steps: after a learning rate of {last:.2g} it goes on with "
+        f"{following:.2g}, as a run of {config.steps} has there. What was trained so far followed the old schedule"
+    )
 
 
 def run(asked: command_line.Run) -> None:
@@ -243,29 +264,19 @@ def run(asked: command_line.Run) -> None:
     config = asked.config
     with refusing():
         keep_programs(data_directory(config.task.get("data_dir")) / "compilation")
-    # The same command goes on with what the run began with. Workdir judges paths and files that are none.
-    with contextlib.suppress(OSError, ValueError):
-        began = decode((local_path(FLAGS.workdir) / "config.json").read_bytes())
-        take_former(config, began, typed=asked.typed)
-        take_structure(config, began)
-    if config.init_from and not config.init_from.endswith(SUFFIXES):
-        with contextlib.suppress(OSError, ValueError, Refused):  # the start of the run judges it
-            take_structure(config, read_config(local_path(config.init_from)))
     jax.config.update("jax_debug_nans", config.debug_nans)
-    proceed(asked, FLAGS.workdir)
-
-
-def proceed(asked: command_line.Run, path: str | os.PathLike) -> None:
-    """Trains in the workdir `path`, or says that this is done."""
-    config = asked.config
     writer = jax.process_index() == 0
-    workdir = Workdir(
-        path,
-        to_store(config),
-        writer=writer,
-        complete=lambda stored: to_store(restore(stored)),
-        warn=print if writer else lambda line: None,
+    workdir = workdir_of(
+        FLAGS.workdir, config, typed=asked.typed, writer=writer, warn=print if writer else lambda line: None
     )
+    if FLAGS.extend and writer:
+        extend(workdir, config)
+    proceed(asked, workdir)
+
+
+def proceed(asked: command_line.Run, workdir: Workdir) -> None:
+    """Trains in the workdir, or says that this is done."""
+    config = asked.config
     workdir.claim()
     result = workdir.summary()
     if result is None:
@@ -316,7 +327,15 @@ def concluded(work: Callable[[], None], command: str) -> int:
 def command() -> None:
     """The command line."""
     sys.path.append(os.getcwd())  # for a task or a mixer of the user's own
-    own = ("workdir", "coordinator_address", "num_processes", "process_id", "join_timeout", "heartbeat_timeout")
+    own = (
+        "workdir",
+        "extend",
+        "coordinator_address",
+        "num_processes",
+        "process_id",
+        "join_timeout",
+        "heartbeat_timeout",
+    )
     parse = functools.partial(command_line.parse, usage=__doc__, own=own)
     smaller = "a smaller --config.batch_size, a larger --config.grad_accum or a smaller model"
     # The results are files: a run whose output nobody reads goes on, and is a run like any other.

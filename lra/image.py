@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from efficient_tx.checks import OptionError, at_least
-from efficient_tx.data import prepared
+from efficient_tx.data import fetched, prepared
 from efficient_tx.data.labels import class_labels
 from efficient_tx.files import local_path, visible
 from efficient_tx.task import Task, data_directory
-from lra import cifar, fetched, store
+from lra import cifar, store
 
 KIND = "tokens"
 COUNTS = {"cifar10": (50000, 10000), "fashion_mnist": (60000, 10000)}  # images for training and for testing

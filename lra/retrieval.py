@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from efficient_tx.checks import at_least
+from efficient_tx.data import fetched, order
 from efficient_tx.files import local_path
 from efficient_tx.task import Task, data_directory
-from lra import fetched, ngrams, store
+from lra import ngrams, store
 
 KIND = "token_pairs"
 FILES = {"train": "new_aan_pairs.train.tsv", "val": "new_aan_pairs.eval.tsv", "test": "new_aan_pairs.test.tsv"}
@@ -300,8 +301,7 @@ def _addresses(place: pathlib.Path) -> dict[str, list[bytes]]:
 
 def _split(addresses: dict[str, list[bytes]], seed: int) -> list[list[list[bytes]]]:
     """Splits the addresses by `seed`: eight tenths for training, a tenth for validation, a tenth for testing."""
-    key = str(seed).encode()
-    names = sorted(addresses, key=lambda name: hashlib.blake2b(name.encode(), key=key, digest_size=16).digest())
+    names = sorted(addresses, key=lambda name: order.place(name.encode(), seed))
     cut = len(names) // 10
     if cut < 2:
         raise ValueError(f"{len(names)} addresses of two pieces or more: a split needs two, so there must be 20")

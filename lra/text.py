@@ -6,28 +6,25 @@ from `python -m efficient_tx.data.fetch spam` give a task of the same form with 
 
 import hashlib
 import pathlib
-import re
 import sys
 from typing import Any
 
 import numpy as np
 
 from efficient_tx.checks import OptionError, at_least
-from efficient_tx.data import prepared
+from efficient_tx.data import emails, fetched, order, prepared
+from efficient_tx.data.emails import Labelled
 from efficient_tx.data.labels import class_labels
 from efficient_tx.files import local_path, visible
 from efficient_tx.task import Task, data_directory
-from lra import fetched, ngrams, store
+from lra import ngrams, store
 
 KIND = "tokens"
 REVIEWS = 25000  # of IMDb, in the training split and in the test split
 
 _CLASSES = ("neg", "pos")
 _IMDB = "imdb_reviews/plain_text"
-_SAME = 1024  # e-mails that agree in this many bytes, except for white space and case, count as one
 _BASELINES = "v1"  # part of the stored baselines' name: increase it with any change of their computation
-
-Labelled = list[tuple[bytes, int]]
 
 
 def sizes(*, max_len: int, **_) -> dict[str, int]:
@@ -82,7 +79,7 @@ def get_task(
         raise ValueError(f'validation is {validation!r}: it must be "split" or "test"')
     place = _locate(source, data_dir)
     if source == "spam":
-        name, everything = "text-spam", _ordered(_emails(place), seed)
+        name, everything = "text-spam", _ordered(emails.bodies(place), seed)
         cut = max(len(everything) // 5, 1)
         test, pool = everything[:cut], everything[cut:]
     else:
@@ -155,8 +152,7 @@ class Texts:
 
 def _ordered(texts: Labelled, seed: int) -> Labelled:
     """The texts in an order that depends on the seed and the texts only; equal ones are neighbours."""
-    key = str(seed).encode()
-    return sorted(texts, key=lambda item: (hashlib.blake2b(item[0], key=key, digest_size=16).digest(), item[1]))
+    return sorted(texts, key=lambda item: (order.place(item[0], seed), item[1]))
 
 
 def _baselines(train: Texts, test: Texts, directory: pathlib.Path) -> dict[str, float]:
@@ -233,16 +229,3 @@ def _reviews(place: pathlib.Path, split: str) -> Labelled:
     for label, name in enumerate(_CLASSES):
         texts += [(path.read_bytes(), label) for path in visible(place / split / name, "*.txt")]
     return texts
-
-
-def _emails(place: pathlib.Path) -> Labelled:
-    """The bodies of the fetched e-mails, each once, 1 for spam. Headers are left out, because they tell the label.
-
-    Raises:
-      ValueError: a file is missing or differs from what was fetched.
-    """
-    bodies: dict[bytes, tuple[bytes, int]] = {}
-    for name, email in fetched.read(place):
-        body = re.split(rb"\r?\n\r?\n", email, maxsplit=1)[-1].strip()
-        bodies.setdefault(b" ".join(body.lower().split())[:_SAME], (body, int(name.startswith("spam"))))
-    return list(bodies.values())

@@ -18,6 +18,8 @@ HEAVY = [
     (["eval.py"], "jax"),
     (["-m", "efficient_tx.train"], "jax"),
     (["-m", "efficient_tx.eval"], "jax"),
+    (["-m", "efficient_tx.sweep"], "jax"),
+    (["-m", "efficient_tx.report"], "jax"),
     (["-m", "efficient_tx.compare"], "rich"),
     (["-m", "efficient_tx.data.fetch"], "numpy"),
     (["-m", "lra"], "numpy"),

@@ -5,8 +5,11 @@ import os
 import shutil
 import signal
 
+import numpy as np
 import pytest
 
+from efficient_tx.config.build import build_task
+from efficient_tx.config.stored import restore
 from efficient_tx.training.checkpoint import Checkpoints
 from efficient_tx.training.disk import write_checked
 from tests.support import toy
@@ -44,10 +47,16 @@ def test_best_and_last_score_what_the_run_said(run):
         assert result["step"] == (summary["best_step"] if which == "best" else 40)
         assert (result["task"], result["split"], result["checkpoint"]) == ("listops", "test", which)
         assert result["parameters"] == summary["parameters"] and result["protocol"] == "default"
-        ((task, name, step, accuracy, loss, count, parameters, _),) = rows(out)
-        assert (task, name, step) == ("listops", str(run), str(result["step"]))
-        assert (accuracy, loss) == (f"{result['accuracy']:.4f}", f"{result['loss']:.4f}")
+        ((task, name, seed, step, accuracy, loss, count, parameters, _, speed, memory),) = rows(out)
+        assert (task, name, seed, step) == ("listops", str(run), "0", str(result["step"]))
+        # Of n answers, a share p of them right: √(p(1−p)/(n−1)).
+        error = (result["accuracy"] * (1 - result["accuracy"]) / 49) ** 0.5
+        assert result["standard_error"]["accuracy"] == pytest.approx(error)
+        assert accuracy == f"{result['accuracy']:.4f} ±{error:.4f}" and loss.startswith(f"{result['loss']:.4f} ±")
         assert (count, parameters) == ("50", f"{summary['parameters']:,}")
+        assert (speed, memory[-3:]) == (f"{summary['steps_per_second']:.2f}", " GB")
+        for name, score in summary["baselines"].items():
+            assert f"{name} {score:.4f}" in out
 
 
 def test_batch_size_and_devices_change_nothing(run):
@@ -82,6 +91,45 @@ def test_the_same_weights_under_other_settings(run):
     assert half["parameters"] == read(run / name)["parameters"] and half["loss"] != read(run / name)["loss"]
 
 
+@pytest.mark.slow
+def test_draws_are_other_draws_of_the_same_weights(run):
+    """The first one is the evaluation as ever; a mixer that draws nothing says so."""
+    options = [f"--workdir={run}", "--checkpoint=40", "--draws=3"]
+    status, out, error = evaluate_here(*options, "--set", "mixers=skyformer", "attention.skyformer.landmarks=4")
+    assert (status, error) == (0, "")
+    result = read(run / "eval_test_40_mixers=skyformer,attention.skyformer.landmarks=4.json")
+    losses = result["draws"]["loss"]
+    assert losses[0] == result["loss"] and len(set(losses)) == 3
+    assert f"accuracy over 3 draws: mean {sum(result['draws']['accuracy']) / 3:.4f}" in out
+    status, out, error = evaluate_here(*options)
+    assert (status, error) == (0, "") and "the draws are equal, as its mixers draw nothing" in out
+
+
+def test_predictions_are_those_that_were_scored(run):
+    """In the order of the split, whatever the batch size; and several paths after one --workdir, as Markdown."""
+    other = shutil.copytree(run, run.parent / "other")
+    files = []
+    for size in (7, 64):
+        arguments = ["--workdir", run, other, f"--batch_size={size}", "--save_predictions", "--format=md"]
+        status, out, error = evaluate_here(*arguments)
+        assert (status, error) == (0, "") and out.count("\n| listops | ") == 2
+        result = read(run / "eval_test_best.json")
+        with np.load(run / "predictions_test_best.npz") as file:
+            files.append(dict(file))
+    small, large = files
+    np.testing.assert_array_equal(small["label"], large["label"])
+    task = build_task(restore(read(run / "config.json")))
+    assert small["label"].tolist() == [task.test[item]["label"] for item in range(50)]
+    assert (small["prediction"] == small["label"]).mean() == result["accuracy"]
+    assert small["accuracy"].sum() / small["accuracy_count"].sum() == result["accuracy"]
+    np.testing.assert_array_equal(small["output"].argmax(-1), small["prediction"])
+    np.testing.assert_allclose(small["output"], large["output"], atol=1e-5)  # float32, products of another shape
+    logits = small["output"].astype(np.float64)
+    loss = np.log(np.exp(logits).sum(-1)) - logits[np.arange(50), small["label"]]
+    np.testing.assert_allclose(small["loss"], loss, rtol=1e-5, atol=1e-6)  # float32
+    assert result["standard_error"]["loss"] == pytest.approx(loss.std(ddof=1) / 50**0.5, rel=1e-4)
+
+
 def test_what_does_not_fit_is_named_and_the_others_are_evaluated(run):
     """Linformer has parameters that skyformer lacks; a folder that is no run; a run without checkpoints."""
     status, out, error = evaluate_here(f"--workdir={run}", "--set", "mixers=linformer")
@@ -102,7 +150,7 @@ def test_a_damaged_checkpoint_is_named_and_the_next_stands_in(run):
     steps = Checkpoints(run / "checkpoints").steps()
     damage(run / "checkpoints" / str(steps[-1]))
     status, out, error = evaluate_here(f"--workdir={run}", "--checkpoint=last")
-    assert status == 0 and error.count("\n") == 1 and rows(out)[0][2] == str(steps[-2])
+    assert status == 0 and error.count("\n") == 1 and rows(out)[0][3] == str(steps[-2])
     assert f"checkpoints/{steps[-1]} is damaged" in error and f"using {steps[-2]} instead" in error
     assert read(run / "eval_test_last.json")["step"] == steps[-2]
 
@@ -131,7 +179,7 @@ def test_a_batch_beyond_measure_and_lack_of_memory_are_one_line(run, monkeypatch
     def evaluate(*_):
         raise MemoryError
 
-    monkeypatch.setattr("efficient_tx.eval.make_evaluate", lambda *_: evaluate)
+    monkeypatch.setattr("efficient_tx.eval.make_evaluate", lambda *_, **__: evaluate)
     status, out, error = evaluate_here(f"--workdir={run}", "--batch_size=64")
     assert (status, out) == (2, "") and error.count("\n") == 1
     assert f"{run}: 64 rows at once need more memory than there is" in error
@@ -167,6 +215,7 @@ def test_a_run_of_four_devices_is_evaluated_on_three(run):
         (["--set", "mixers=skyfromer"], "--set mixers=skyfromer: config.mixers is 'skyfromer': choose one of"),
         (["--set", "model.heads=3"], "--set model.heads=3: config.model.heads is 3"),
         (["--set", "steps=3"], "--set steps=3: config.steps has no part in an evaluation"),
+        (["--draws=0"], "argument --draws: '0' is no whole number"),
         (["--batch_size=0"], "--batch_size=0: must be at least 1"),
         (["--work"], "--work is no flag: the nearest is --workdir"),
         (["--set", "task.source=/nowhere"], "/nowhere"),

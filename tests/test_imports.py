@@ -13,6 +13,7 @@ BOTTOM = {"efficient_tx.checks", "efficient_tx.extras", "efficient_tx.signatures
 MODULES = {*BOTTOM, "efficient_tx.numerics", "efficient_tx.tokens", "efficient_tx.kernels"}
 ALLOWED = {
     "efficient_tx.files": set(),
+    "efficient_tx.tables": set(),
     "efficient_tx.checks": set(),
     "efficient_tx.signatures": set(),
     "efficient_tx.extras": set(),
@@ -51,6 +52,10 @@ ALLOWED = {
     },
     "efficient_tx.compare": {
         *MODULES,
+        "efficient_tx.compress",
+        "efficient_tx.compression",
+        "efficient_tx.config",
+        "efficient_tx.data",
         "efficient_tx.commands",
         "efficient_tx.files",
         "efficient_tx.linear",
@@ -72,6 +77,8 @@ COMMANDS = (
     "efficient_tx.compress",
     "efficient_tx.distillation",
     "efficient_tx.kernels.verify",
+    "efficient_tx.sweep",
+    "efficient_tx.report",
 )
 
 

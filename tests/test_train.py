@@ -37,9 +37,9 @@ def test_the_summary_agrees_with_the_lines():
     path, out = finished_run()
     summary = read(path / "summary.json")
     assert set(summary) == {
-        "task", "source", "best_step", "val_accuracy", "test_accuracy", "last_test_accuracy", "baselines", "parameters",
-        "steps_per_second", "compile_seconds", "peak_memory_bytes", "peak_memory_of", "protocol",
-        "protocol_departures", "versions", "device",
+        "task", "source", "best_step", "val_accuracy", "test_accuracy", "last_test_accuracy", "higher_is_better",
+        "baselines", "parameters", "steps_per_second", "compile_seconds", "peak_memory_bytes", "peak_memory_of",
+        "protocol", "protocol_departures", "versions", "commit", "device",
     }  # fmt: skip
     assert (summary["task"], summary["source"]) == ("listops", "generated, seed 0")
     validation = {line["step"]: line["accuracy"] for line in toy.lines(path) if line["split"] == "validation"}
@@ -122,6 +122,31 @@ def test_what_cannot_be_is_refused_in_one_line_and_nothing_is_written(tmp_path):
     assert {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()} == before
     shutil.rmtree(tmp_path / "images")
     assert [entry.name for entry in tmp_path.rglob("*") if "compilation" not in entry.parts] in ([], ["data"])
+
+
+def test_a_run_that_has_ended_can_be_extended(tmp_path):
+    """Its lines so far stay, the learning rate goes on as that of the longer run, and the summary says so."""
+    path = shutil.copytree(finished_run()[0], tmp_path / "run")
+    before = toy.lines(path)
+    status, _, error = train_here(path, "--config.steps=50")
+    assert status == 2 and "steps is 40 there and 50 here. " in error and "or extend it to 50 steps" in error
+    status, out, error = train_here(path, "--config.steps=50", "--extend", "--config.batch_size=4")
+    assert status == 2 and "batch_size is 8 there and 4 here" in error
+    status, out, error = train_here(path, "--config.steps=30", "--extend")
+    assert status == 2 and read(path / "config.json")["steps"] == 40 and (path / "summary.json").exists()
+    status, out, error = train_here(path, "--config.steps=50", "--extend")
+    assert (status, error) == (0, "") and "extended from 40 to 50 steps: after a learning rate of " in out
+    assert "resuming from step 40 of 50" in out
+    lines = toy.lines(path)
+    assert lines[: len(before)] == before
+    assert [(line["step"], line["split"]) for line in lines[len(before) :]] == [
+        (42, "train"), (49, "train"), (50, "train"), (50, "validation"),
+    ]  # fmt: skip
+    assert read(path / "summary.json")["extended_from"] == [40] and read(path / "config.json")["steps"] == 50
+    rates = {line["step"]: line["learning_rate"] for line in lines if line["split"] == "train"}
+    assert rates[42] > rates[40]
+    status, out, error = train_here(path, "--config.steps=50")
+    assert (status, error) == (0, "") and "is finished: 50 steps are done" in out
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 python -m efficient_tx.compare attention --lengths=1024,4096,16384 --budget=128 --max_seconds=20 --out=DIR
 python -m efficient_tx.compare linear --features=1024,2048 --tokens=8192 --out=DIR
 python -m efficient_tx.compare decode --lengths=1024,16384,262144 --out=DIR
+python -m efficient_tx.compare compression --workdir=RUN --budgets=0.75,0.5,0.25 --tune=300 --out=DIR
 python -m efficient_tx.compare table [--write README.md]
 """
 

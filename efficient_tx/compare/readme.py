@@ -1,4 +1,4 @@
-"""The README's tables of token mixers and weight structures, from attributes of their classes."""
+"""The README's tables of token mixers, weight structures and compressions, from attributes of their classes."""
 
 import re
 import sys
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from efficient_tx.attention import ATTENTION, Mixer
+from efficient_tx.compression import METHODS, SECOND, Method
 from efficient_tx.linear import LINEAR
 from efficient_tx.linear.structured import Weight
 
@@ -14,8 +15,8 @@ END = "<!-- end of the generated tables -->"
 
 
 def tables() -> str:
-    """Markdown: both tables, a blank line between them."""
-    return f"{mixer_table()}\n{structure_table()}"
+    """Markdown: the tables, a blank line between two of them."""
+    return "\n".join((mixer_table(), structure_table(), method_table()))
 
 
 def mixer_table() -> str:
@@ -40,6 +41,22 @@ def structure_table() -> str:
     )
 
 
+def method_table() -> str:
+    """Name, paper, what is minimised or kept, need of data and file of every compression but the projections."""
+    classes = {name: made for name, made in (METHODS | SECOND).items() if isinstance(made, type)}
+    return table(
+        ("compression", "paper", "what it does", "needs", "file"),
+        (
+            (f"`{name}`", paper(method), method.computes, needs(method), file(method))
+            for name, method in classes.items()
+        ),
+    )
+
+
+def needs(method: type[Method]) -> str:
+    return ", ".join(sorted(method.needs)) or "no data"
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table with one line per row."""
     lines = [f"| {' | '.join(cells)} |" for cells in (columns, *rows)]
@@ -50,7 +67,7 @@ def causal(variant: type[Mixer]) -> str:
     return "yes" if variant.can_be_causal else "no"
 
 
-def paper(cls: type[Mixer] | type[Weight]) -> str:
+def paper(cls: type[Mixer] | type[Weight] | type[Method]) -> str:
     return re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[\1](https://arxiv.org/abs/\1)", cls.paper)
 
 

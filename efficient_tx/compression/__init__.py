@@ -7,7 +7,7 @@ projection of each layer onto it.
 from collections.abc import Callable
 from functools import partial
 
-from efficient_tx.compression.compress import Compressed, compress
+from efficient_tx.compression.compressed import Compressed, compress
 from efficient_tx.compression.eora import Eora
 from efficient_tx.compression.flap import Flap
 from efficient_tx.compression.interpolative import Interpolative, Stat

@@ -1,5 +1,6 @@
 """Cost: what a linear layer takes, in bytes, parameters, multiplications of a token, or measured milliseconds."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -8,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from efficient_tx.compression.layer_form import LayerForm
+from efficient_tx.linear import Sum
 from efficient_tx.linear.structured import Weight
 
 # Tokens of a timed call: 32 sequences of 128.
@@ -17,6 +20,9 @@ ROUNDS = 7
 
 def stored(layer: nnx.Module) -> int:
     """Bytes of a layer as it is stored for inference, with its bias: packed, if its structure can be."""
+    if isinstance(layer, Sum):
+        bias = 0 if layer.bias is None else layer.bias.size * layer.bias.dtype.itemsize
+        return stored(layer.first) + stored(layer.second) + bias
     if isinstance(layer, Weight):
         return (layer.pack() if hasattr(layer, "pack") else layer).bytes_stored
     return Weight.bytes_stored.fget(layer)
@@ -42,7 +48,7 @@ UNITS = (*COUNTED, "milliseconds")
 
 
 class Costs:
-    """Costs of layers in one unit. Layers of equal kind and sizes are measured once.
+    """Costs of layers in one unit, each found out once.
 
     Args:
       unit: one of UNITS. Milliseconds are those of the layer's forward pass for `TOKENS` tokens on this machine: the
@@ -51,16 +57,25 @@ class Costs:
 
     def __init__(self, unit: str):
         self.unit = unit
-        self._known: dict[object, float] = {}
+        self._measured: dict[LayerForm, float] = {}
 
-    def __call__(self, make: Callable[[], nnx.Module], key: object) -> float:
-        """The cost of the layer that `make` makes; `key` identifies its kind and sizes."""
-        if key not in self._known:
-            if self.unit == "milliseconds":
-                self._known[key] = milliseconds(make())
-            else:
-                self._known[key] = nnx.eval_shape(lambda: Counted(make(), COUNTED[self.unit])).cost
-        return self._known[key]
+    def of(self, layer: nnx.Module) -> float:
+        """The cost of a layer."""
+        return milliseconds(layer) if self.unit == "milliseconds" else COUNTED[self.unit](layer)
+
+    def __call__(self, form: LayerForm) -> float:
+        """The cost of a layer of this form."""
+        if self.unit != "milliseconds":
+            return counted(form, self.unit)
+        if form not in self._measured:
+            self._measured[form] = milliseconds(form.make())
+        return self._measured[form]
+
+
+@functools.cache
+def counted(form: LayerForm, unit: str) -> int:
+    """The cost of a layer of this form in a unit of COUNTED."""
+    return nnx.eval_shape(lambda: Counted(form.make(), COUNTED[unit])).cost
 
 
 class Counted(nnx.Module):

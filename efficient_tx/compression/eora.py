@@ -4,8 +4,7 @@ For the error ΔW = W − Ŵ of a layer with the second moment C = S Sᵀ of its
 is the truncated singular value decomposition of Sᵀ ΔW, with S undone (Liu et al. 2024, arXiv 2410.21271).
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +16,7 @@ from efficient_tx.compression.interpolative import regression
 from efficient_tx.compression.layer_form import LayerForm
 from efficient_tx.compression.low_rank import svd, whitening
 from efficient_tx.compression.method import Change, Method, Plan, Setting, energy, layer_error, low_rank, ratio
-from efficient_tx.compression.model import Layer, bias_of, kernel_of, put
+from efficient_tx.compression.model import Layer, Units, bias_of, kernel_of, put
 from efficient_tx.compression.statistics import Inputs
 from efficient_tx.linear import Form, LowRank, Sum
 from efficient_tx.linear.replacement import Path, dotted, find
@@ -33,13 +32,6 @@ def compensation(error: np.ndarray, moment: np.ndarray, rank: int) -> tuple[np.n
     return inverse.T @ (u[:, :rank] * s[:rank]), v[:rank], float(np.sum(s[rank:] ** 2))
 
 
-class Left(NamedTuple):
-    """The inputs and outputs of a layer that the first stage has left; None: all."""
-
-    rows: np.ndarray | None
-    columns: np.ndarray | None
-
-
 class Eora(Method):
     """Another method, and beside each of its layers a low-rank one for the error that it leaves on the inputs.
 
@@ -53,12 +45,13 @@ class Eora(Method):
 
     paper = "Liu et al. 2024, arXiv 2410.21271"
     computes = "then + D U, min ‖X (W − Ŵ − D U)‖"
+    needs = frozenset({"inputs"})
 
     def __init__(self, first: Method, *, share: float = 0.2):
         if not 0 < share < 1:
             raise OptionError("share", share, "it must be above 0 and below 1")
         self.first, self.share = first, share
-        self.needs = first.needs | {"inputs"}
+        self.needs = first.needs | type(self).needs
 
     def chosen(self, model: nnx.Module, layers: Sequence[Layer]) -> list[Layer]:
         return self.first.chosen(model, layers)
@@ -72,8 +65,14 @@ class Eora(Method):
 
     def plan(self, amount: float) -> Plan:
         first = self.first.plan(amount)
-        forms = {path: self.form(form) for path, form in first.forms.items()}
+        # A layer of which outputs were cut computes the others exactly.
+        exact = {path for one in self.cut_units() for path in one.making}
+        forms = {path: form if path in exact else self.form(form) for path, form in first.forms.items()}
         return Plan(forms, first.kept, first)
+
+    def cut_units(self) -> Collection[Units]:
+        """The neurons and heads that the first stage can cut."""
+        return self.first.found.values() if isinstance(self.first, Cutting) else ()
 
     def form(self, base: LayerForm) -> LayerForm:
         """The form with a low-rank part of the share; the form itself if rank 1 is more."""
@@ -95,24 +94,18 @@ class Eora(Method):
         for path, form in plan.forms.items():
             if form.form.structure is Sum:
                 progress(dotted(path))
-                changes[path] = self.compensate(before[path], path, form, self.left(plan, path))
+                changes[path] = self.compensate(before[path], path, form, self.rows(plan, path))
         return list(changes.values())
 
-    def left(self, plan: Plan, path: Path) -> Left:
-        if isinstance(self.first, Cutting):
-            for owner, kept in plan.kept.items():
-                one = self.first.found[owner]
-                channels = expand(kept, one.size)
-                if path == one.reading:
-                    return Left(channels, None)
-                if path in one.making:
-                    return Left(None, channels)
-        return Left(None, None)
+    def rows(self, plan: Plan, path: Path) -> np.ndarray | None:
+        """The inputs of a layer that the first stage has left; None: all."""
+        reading = {one.reading: one for one in self.cut_units() if one.path in plan.kept}
+        return expand(plan.kept[reading[path].path], reading[path].size) if path in reading else None
 
-    def compensate(self, before: nnx.Module, path: Path, form: LayerForm, left: Left) -> Change:
+    def compensate(self, before: nnx.Module, path: Path, form: LayerForm, rows: np.ndarray | None) -> Change:
         """Puts the sum of the first stage's layer and its compensation at the path."""
         after, inputs = find(self.setting.model, path), self.setting.inputs[path]
-        target, moment = aim(before, inputs, left)
+        target, moment = aim(before, inputs, rows)
         rank = dict(dict(form.form.options)["second"].options)["rank"]
         down, up, missed = compensation(target - kernel_of(after), moment, rank)
         new = form.blank(after)
@@ -120,29 +113,27 @@ class Eora(Method):
         nnx.update(new.second, nnx.state(low_rank(down, up, new.second)))
         if new.bias is not None:
             new.bias[...] = after.bias[...]
-            if left.rows is not None:
+            if rows is not None:
                 # The bias makes the mean right, which D U has moved.
                 old = bias_of(before)
                 mean = inputs.mean @ kernel_of(before) + (0 if old is None else old)
-                new.bias[...] = jnp.asarray(mean - inputs.mean[left.rows] @ kernel_of(new), new.param_dtype)
+                new.bias[...] = jnp.asarray(mean - inputs.mean[rows] @ kernel_of(new), new.param_dtype)
         put(self.setting.model, path, new)
-        error = layer_error(before, new, inputs, rows=left.rows, columns=left.columns)
+        error = layer_error(before, new, inputs, rows=rows)
         theory = ratio(missed, energy(target, moment))
-        return Change(path, form, error, ("tail of Sᵀ (W − Ŵ)'s singular values", theory))
+        return Change(path, form, error, ("tail of Sᵀ ΔW", theory))
 
 
-def aim(before: nnx.Module, inputs: Inputs, left: Left) -> tuple[np.ndarray, np.ndarray]:
-    """What a layer should compute of the inputs that are left, and their second moment.
+def aim(before: nnx.Module, inputs: Inputs, rows: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """What a layer should compute of the inputs `rows` that are left (None: all), and their second moment.
 
     If inputs are gone: the best linear prediction of the outputs from the others, up to a constant if there is a bias.
     """
     kernel = kernel_of(before)
-    if left.columns is not None:
-        kernel = kernel[:, left.columns]
-    if left.rows is None:
+    if rows is None:
         return kernel, inputs.moment
     moment = inputs.moment - np.outer(inputs.mean, inputs.mean)
-    return regression(moment, left.rows) @ kernel, moment[np.ix_(left.rows, left.rows)]
+    return regression(moment, rows) @ kernel, moment[np.ix_(rows, rows)]
 
 
 def without_bias(layer: nnx.Module) -> nnx.Module:

@@ -31,8 +31,8 @@ class Flap(Cutting):
     """Neurons and heads of all layers by one threshold on the standardised fluctuation score.
 
     A channel that never changes has the score 0 before standardising; removing it changes nothing, because the bias
-    takes its mean. As published, the scores of mixers are squared before they are standardised. Per unit of cost, a
-    head competes with as many neurons as take its multiplications.
+    takes its mean. As published, the scores of mixers are squared before they are standardised, and what a unit costs
+    counts against the budget but not in its rank. One unit of each MLP and mixer stays.
     """
 
     paper = "An et al. 2023, arXiv 2312.11983"

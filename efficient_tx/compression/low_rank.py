@@ -48,7 +48,7 @@ class Truncated(ByLayer):
 
     paper = "Eckart and Young 1936"
     computes = "min ‖W − D U‖"
-    tail = "tail of W's singular values"
+    tail = "tail of W"
 
     def __init__(self, *, rank: int | None = None):
         self.rank = rank
@@ -82,7 +82,7 @@ class Whitened(Truncated):
 
     paper = "Liu et al. 2024, arXiv 2410.21271"
     computes = "min ‖X (W − D U)‖"
-    tail = "tail of Sᵀ W's singular values"
+    tail = "tail of Sᵀ W"
     needs = frozenset({"inputs"})
 
     def decompose(self, layer: Layer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

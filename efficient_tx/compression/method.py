@@ -13,7 +13,7 @@ from efficient_tx.compression.layer_form import LayerForm
 from efficient_tx.compression.model import Layer, bias_of, kernel_of, put
 from efficient_tx.compression.statistics import Inputs
 from efficient_tx.linear import LowRank
-from efficient_tx.linear.replacement import Path, dotted, find, form
+from efficient_tx.linear.replacement import Path, dotted
 
 
 @dataclass(frozen=True)
@@ -56,22 +56,22 @@ class Setting(NamedTuple):
       layers: the layers that may be changed.
       inputs: statistics of their inputs; empty for a method without calibration.
       costs: of layers, in the unit of the budget.
+      before: the cost of each of the layers as it is.
     """
 
     model: nnx.Module
     layers: Sequence[Layer]
     inputs: Mapping[Path, Inputs]
     costs: Costs
+    before: Mapping[Path, float]
 
     def now(self, path: Path) -> float:
         """The cost of a layer as it is."""
-        layer = find(self.model, path)
-        shapes = tuple((name, array.shape) for name, array in nnx.to_flat_state(nnx.state(layer)))
-        return self.costs(lambda: layer, (type(layer), str(form(layer)), shapes))
+        return self.before[path]
 
     def then(self, form: LayerForm) -> float:
         """The cost of a layer of this form."""
-        return self.costs(form.make, form)
+        return self.costs(form)
 
     def total(self, plan: Plan) -> tuple[float, float]:
         """The costs of the layers that a plan changes: as they are, and after."""
@@ -152,23 +152,20 @@ class ByLayer(Method):
 
 
 def layer_error(
-    before: nnx.Module, after: nnx.Module, inputs: Inputs | None, rows: np.ndarray | None = None,
-    columns: np.ndarray | None = None,
+    before: nnx.Module, after: nnx.Module, inputs: Inputs | None, rows: np.ndarray | None = None
 ) -> float:  # fmt: skip
     """How far a layer's outputs are from those of the layer before, relative to these without the bias.
 
-    √(E ‖x W + b − x̂ Ŵ − b̂‖² / E ‖x W‖²) over its calibration inputs x, of which x̂ are the `rows` that are left; the
-    outputs are compared in the `columns` that are left. Without inputs: ‖W − Ŵ‖ / ‖W‖. 0 for 0 / 0.
+    √(E ‖x W + b − x̂ Ŵ − b̂‖² / E ‖x W‖²) over its calibration inputs x, of which x̂ are the `rows` that are left (None:
+    all). Without inputs: ‖W − Ŵ‖ / ‖W‖. 0 for 0 / 0.
     """
     whole, new = kernel_of(before), kernel_of(after)
-    if columns is not None:
-        whole = whole[:, columns]
     off = whole.copy()
     off[slice(None) if rows is None else rows] -= new
     if inputs is None:
         return ratio(float(np.sum(off**2)), float(np.sum(whole**2)))
     old_bias, new_bias = (np.zeros(1) if (bias := bias_of(layer)) is None else bias for layer in (before, after))
-    shift = (old_bias if columns is None or old_bias.size == 1 else old_bias[columns]) - new_bias
+    shift = old_bias - new_bias
     error = energy(off, inputs.moment) + 2 * float(np.sum(shift * (inputs.mean @ off)))
     error += float(np.sum(np.broadcast_to(shift, off.shape[1:]) ** 2))
     return ratio(error, energy(whole, inputs.moment))

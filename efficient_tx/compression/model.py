@@ -62,7 +62,7 @@ def select(model: nnx.Module, where: str) -> list[Layer]:
         "mlp|projections" or "blocks.[0-3].mlp".
 
     Raises:
-      ValueError: it is no regular expression, or it selects nothing.
+      ValueError: it is no regular expression, it selects nothing, or a layer shares its weights with another one.
     """
     try:
         pattern = re.compile(where)
@@ -73,6 +73,11 @@ def select(model: nnx.Module, where: str) -> list[Layer]:
     if not chosen:
         known = ", ".join(one.name for one in layers[:6])
         raise ValueError(f"where={where!r} selects no linear layer: use mlp, projections or a part of {known}, ...")
+    shared = [path for paths in nnx.find_duplicates(model) for path in paths]
+    for one in chosen:
+        # The layer itself, a parameter in it, or a module around it.
+        if any(all(a == b for a, b in zip(path, one.path)) for path in shared):
+            raise ValueError(f"{one.name} shares its weights with another layer: select others")
     return chosen
 
 

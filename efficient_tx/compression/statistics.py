@@ -50,13 +50,13 @@ class Tokens(NamedTuple):
 
 
 def gather(
-    model: nnx.Module, layers: Sequence[Layer], batches: Iterable[Mapping[str, Any]], *, triangles: Collection[Path] = (),
-    progress: Callable[[int], None] = lambda done: None,
+    model: nnx.Module, layers: Sequence[Layer], batches: Iterable[Mapping[str, Any]], *,
+    triangles: Collection[Path] = (), progress: Callable[[int], None] = lambda done: None,
 ) -> dict[Path, Inputs]:  # fmt: skip
-    """Statistics of the inputs of some layers of a model at evaluation, over all tokens that are neither padding nor
-    examples of weight 0.
+    """Statistics of the inputs of some layers of a model at evaluation, over its real tokens.
 
-    One batch is in memory at a time, shared out over the local devices. Sums are float64.
+    Neither padding nor examples of weight 0 count. One batch is in memory at a time, shared out over the local devices.
+    Sums are float64.
 
     Args:
       model: with its values; not changed.

@@ -49,6 +49,15 @@ def apply_settings(stored: Mapping[str, Any], settings: Mapping[str, str], split
     return config
 
 
+def without_dropout(config: ConfigDict) -> ConfigDict:
+    """The same config with nothing random but the draws of mixers."""
+    config = copy.deepcopy(config)
+    for key in ("dropout", "drop_path"):
+        if key in config.model:
+            config.model[key] = 0.0
+    return config
+
+
 def hold_out(task: ConfigDict, trained: ConfigDict, split: str, *, typed: bool) -> None:
     """Keeps training examples out of an evaluation whose options may move the splits.
 

@@ -19,12 +19,12 @@ from efficient_tx.config.errors import ConfigError, at, blame
 from efficient_tx.files import local_path
 from efficient_tx.linear import LINEAR
 from efficient_tx.linear.structured import Weight
-from efficient_tx.models import Classifier, DualEncoder, Pyramid, TokenClassifier, ViT
+from efficient_tx.models import Bert, Classifier, DualEncoder, Pyramid, TokenClassifier, ViT
 from efficient_tx.task import check_sizes
 
 # The models for each kind of examples, by name; the first one is the default.
 MODELS: dict[str, dict[str, type[nnx.Module]]] = {
-    "tokens": {"transformer": Classifier},
+    "tokens": {"transformer": Classifier, "bert": Bert},
     "token_labels": {"transformer": TokenClassifier},
     "token_pairs": {"transformer": DualEncoder},
     "image": {"vit": ViT, "pyramid": Pyramid},

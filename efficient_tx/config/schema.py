@@ -40,7 +40,10 @@ RUN: dict[str, tuple[Any, str]] = {
     "keep": (2, "newest checkpoints that stay on disk, beside the best one"),
     "dtype": ("float32", "dtype of the computation: float32 or bfloat16; parameters are float32"),
     "remat": (False, "recompute each block in the backward pass, to save memory (XLA undoes it on CPU)"),
-    "init_from": (str, "start from the best parameters of this workdir, or from a ViT in .npz or .safetensors"),
+    "init_from": (
+        str,
+        "start from the best parameters of this workdir, or from a published ViT or BERT (file or folder)",
+    ),
     "densify_at": (int, "step after which structured weights become dense ones; unset = never"),
     "densify_warmup": (100, "steps of a new learning-rate warm-up for these dense weights"),
     "loggers": (("tensorboard",), "where metrics go beside metrics.jsonl: tensorboard, wandb"),
@@ -49,7 +52,7 @@ RUN: dict[str, tuple[Any, str]] = {
 
 # Arguments that the builders pass themselves; they are not keys of the class's config section.
 GIVEN = {
-    "model": {"linear", "prefix", "remat", "dtype"},
+    "model": {"linear", "prefix", "epsilon", "segments", "post_norm", "remat", "dtype"},
     "mixer": {"heads", "head_dim", "linear", "dropout", "causal", "positions", "max_len", "dtype", "rngs"},
     "linear": {"use_bias", "dtype", "param_dtype"},
     "optimizer": {"scaling", "births", "rewarm"},

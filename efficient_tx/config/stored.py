@@ -1,6 +1,8 @@
 """Stored configs: config.json of a run, of this version or an older one, becomes a config again."""
 
-from collections.abc import Collection, Mapping
+import contextlib
+import os
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -9,12 +11,16 @@ from efficient_tx.config.keys import assign
 from efficient_tx.config.resolve import NAMES
 from efficient_tx.config.schema import make_config, owners
 from efficient_tx.config.structure import SECTION, entries, in_config
+from efficient_tx.files import local_path
 from efficient_tx.training import workdir
+from efficient_tx.training.disk import decode
 
 
 def to_store(config: ConfigDict) -> dict[str, Any]:
-    """The content of config.json: `restore` reads it."""
-    return config.to_dict() | {SECTION: entries(config)}
+    """The content of config.json: `restore` reads it. Only that of a compressed model has a structure."""
+    stored = config.to_dict()
+    del stored[SECTION]
+    return stored | ({SECTION: entries(config)} if config[SECTION] else {})
 
 
 def restore(stored: Mapping[str, Any]) -> ConfigDict:
@@ -67,3 +73,34 @@ def take_former(config: ConfigDict, stored: Mapping[str, Any], typed: Collection
         for option, value in getattr(owner, "formerly", {}).items():
             if (key := f"{section}.{option}") not in flat and key not in typed:
                 assign(config, key, value)
+
+
+def workdir_of(
+    path: str | os.PathLike,
+    config: ConfigDict,
+    *,
+    typed: Collection[str] = (),
+    writer: bool = True,
+    warn: Callable[[str], None] = lambda line: None,
+) -> workdir.Workdir:
+    """The workdir of a run of `config`, which takes, in place, what a run that is there began with (`take_former`).
+
+    If the run starts from a compressed one, its layers have that one's forms (`take_structure`).
+
+    Raises:
+      Refused: no path of this machine.
+    """
+    # Workdir judges paths and files that are none.
+    with contextlib.suppress(OSError, ValueError):
+        began = decode((local_path(path) / "config.json").read_bytes())
+        take_former(config, began, typed=typed)
+        take_structure(config, began)
+    if config.init_from:
+        # What cannot be read here is no workdir, or the start of the run says so.
+        with contextlib.suppress(OSError, ValueError):
+            take_structure(config, decode((local_path(config.init_from) / "config.json").read_bytes()))
+
+    def complete(stored):
+        return to_store(restore(stored))
+
+    return workdir.Workdir(path, to_store(config), writer=writer, complete=complete, warn=warn)

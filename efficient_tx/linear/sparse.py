@@ -1,7 +1,7 @@
 """Sparse: W has a fixed pattern of nonzero entries.
 
 The nearest such matrix to a dense one keeps its largest entries (magnitude pruning). For inference it is stored as
-Flash-LLM (Xia et al. 2023, arXiv 2309.10285) proposes for moderate sparsity: loaded as sparse, multiplied as dense.
+Flash-LLM (Xia et al. 2023, arXiv 2309.10285) does on a GPU: loaded as sparse, multiplied as dense.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ class Sparse(Structured):
     """
 
     paper = "Han et al. 2015, arXiv 1506.02626; Mishra et al. 2021, arXiv 2104.08378"
-    computes = "S"
+    computes = "S, a fixed pattern of nonzero entries"
     size = "density·n², stored as n², packed for inference with a bit per entry"
     nearest = "its largest entries"
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 from efficient_tx.checks import OptionError
 from efficient_tx.models.embedding import TokenEmbedding
-from efficient_tx.models.transformer import Encoder
+from efficient_tx.models.transformer import Encoder, make_norm
 from efficient_tx.numerics.random import dropout, example_keys, fold
 from efficient_tx.tokens.mask import bool_mask
 
@@ -61,6 +61,9 @@ class TokenEncoder(nnx.Module):
       mlp: kind of MLP: "gelu", "gelu_erf" or "swiglu".
       causal: whether token i sees tokens j ≤ i only.
       prefix: number of learnt tokens in front of the sequence.
+      epsilon: number added to the variance in the norms.
+      segments: number of segments, see `TokenEmbedding`.
+      post_norm: whether the norms follow the embeddings and the residual sums, as in BERT, not precede the branches.
       remat: whether to recompute blocks in the backward pass.
       dtype: dtype of the computation; parameters are float32.
       rngs: source of the initial parameters.
@@ -84,12 +87,22 @@ class TokenEncoder(nnx.Module):
         mlp: str = "gelu",
         causal: bool = False,
         prefix: int = 0,
+        epsilon: float = 1e-6,
+        segments: int = 0,
+        post_norm: bool = False,
         remat: bool = False,
         dtype: jnp.dtype | None = None,
         rngs: nnx.Rngs,
     ):
         self.embedding = TokenEmbedding(
-            vocab_size, features, max_len=max_len, positions=positions, dtype=dtype, rngs=rngs
+            vocab_size,
+            features,
+            max_len=max_len,
+            positions=positions,
+            segments=segments,
+            norm=make_norm(norm, features, epsilon=epsilon, dtype=dtype, rngs=rngs) if post_norm else None,
+            dtype=dtype,
+            rngs=rngs,
         )
         self.prefix = nnx.Param(jax.random.normal(rngs.params(), (prefix, features), jnp.float32)) if prefix else None
         sizes = {
@@ -107,7 +120,9 @@ class TokenEncoder(nnx.Module):
             linear=linear,
             mlp=mlp,
             norm=norm,
+            norm_epsilon=epsilon,
             dropout=dropout,
+            post_norm=post_norm,
             remat=remat,
             dtype=dtype,
             rngs=rngs,
@@ -115,11 +130,16 @@ class TokenEncoder(nnx.Module):
         self.dropout = dropout
 
     def encode(
-        self, inputs: jax.Array, mask: jax.Array | None, key: jax.Array | None, positions: jax.Array | None = None
+        self,
+        inputs: jax.Array,
+        mask: jax.Array | None,
+        key: jax.Array | None,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None]:
         """int `[batch, length]` -> `[batch, prefix + length, features]`, and the mask of that length (or None)."""
         mask = bool_mask(mask)
-        x = self.embedding(inputs, mask=mask, positions=positions)
+        x = self.embedding(inputs, mask=mask, positions=positions, segments=segments)
         if self.prefix is not None:
             count = self.prefix.shape[0]
             prefix = jnp.broadcast_to(self.prefix[...].astype(x.dtype), (x.shape[0], count, x.shape[2]))

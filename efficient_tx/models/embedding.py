@@ -1,11 +1,12 @@
-"""Token embeddings with absolute positions."""
+"""Token embeddings with absolute positions and, as in BERT, segments and a norm."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from efficient_tx.checks import OptionError
+from efficient_tx.checks import OptionError, at_least
+from efficient_tx.models.transformer import token_wise
 from efficient_tx.tokens.mask import bool_mask, token_ranks
 
 POSITIONS = ("learned", "sinusoidal", "rope", "rope2d", "none")
@@ -28,6 +29,8 @@ class TokenEmbedding(nnx.Module):
       features: width of the vectors.
       max_len: the largest sequence length; longer input raises with "learned" and "sinusoidal" positions.
       positions: position encoding: "learned", "sinusoidal", or one that adds nothing here ("rope", "rope2d", "none").
+      segments: number of segments (BERT's token types), each with a vector that is added; 0 adds none.
+      norm: the norm of the sum, a module of `[..., features]`; None is none.
       dtype: dtype of the computation; parameters are float32.
       rngs: source of the initial parameters.
     """
@@ -39,9 +42,12 @@ class TokenEmbedding(nnx.Module):
         *,
         max_len: int,
         positions: str = "learned",
+        segments: int = 0,
+        norm: nnx.Module | None = None,
         dtype: jnp.dtype | None = None,
         rngs: nnx.Rngs,
     ):
+        at_least(0, segments=segments)
         if positions not in POSITIONS:
             raise OptionError("positions", positions, f"choose one of {', '.join(POSITIONS)}")
         self.tokens = nnx.Param(jax.random.normal(rngs.params(), (vocab_size, features), jnp.float32) * 1.0)
@@ -50,26 +56,39 @@ class TokenEmbedding(nnx.Module):
             if positions == "learned"
             else None
         )
+        self.segments = (
+            nnx.Param(jax.random.normal(rngs.params(), (segments, features), jnp.float32)) if segments else None
+        )
+        self.norm = norm
         self.positions = positions
         self.max_len = max_len
         self.dtype = dtype
 
     def __call__(
-        self, inputs: jax.Array, *, mask: jax.Array | None = None, positions: jax.Array | None = None
+        self,
+        inputs: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
     ) -> jax.Array:
         """`inputs` int `[batch, length]` -> `[batch, length, features]`.
 
         Args:
           mask: bool `[batch, length]`, True for real tokens; None means all are.
           positions: position of each token, int `[batch, length]`; None means its rank among the real tokens.
+          segments: segment of each token, int `[batch, length]`; None means the first one.
 
-        A real token whose id is not in [0, vocab_size), or whose position is not in [0, max_len), is NaN, which stops
-        training. Ids and positions of padding mean nothing.
+        A real token whose id is not in [0, vocab_size), whose position is not in [0, max_len), or whose segment is none
+        is NaN, which stops training. Ids, positions and segments of padding mean nothing.
 
         Raises:
           ValueError: ids that are no integers; input longer than max_len with "learned" or "sinusoidal" positions;
-            positions given with "rope" or "rope2d", whose mixers use the ranks of the real tokens.
+            positions given with "rope" or "rope2d", whose mixers use the ranks of the real tokens; segments given to a
+            model without.
         """
+        if segments is not None and self.segments is None:
+            raise ValueError("segments are given, and this model has none: build it with segments=2")
         if positions is not None and self.positions.startswith("rope"):
             raise ValueError(
                 f"positions is {self.positions!r}, which counts real tokens only, but the task masks some between them "
@@ -79,16 +98,23 @@ class TokenEmbedding(nnx.Module):
             raise ValueError(f"inputs have dtype {inputs.dtype}: a model of tokens takes their ids, integers")
         mask = bool_mask(mask)
         dtype = self.dtype or self.tokens[...].dtype
-        x = rows(self.tokens[...].astype(dtype), inputs, mask)
+        x = self._placed(rows(self.tokens[...].astype(dtype), inputs, mask), mask, positions)
+        if self.segments is not None:
+            table = self.segments[...].astype(dtype)
+            x = x + (table[0] if segments is None else rows(table, segments, mask))
+        return x if self.norm is None else token_wise(self.norm, x)
+
+    def _placed(self, x: jax.Array, mask: jax.Array | None, positions: jax.Array | None) -> jax.Array:
+        """Vectors `[batch, length, features]` plus those of their positions."""
         if self.positions not in ("learned", "sinusoidal"):
             return x
-        batch, length = inputs.shape
+        batch, length, _ = x.shape
         if length > self.max_len:
             raise ValueError(
                 f"length is {length}, but {self.positions} positions were built for max_len={self.max_len}"
             )
         table = self.learned[...] if self.positions == "learned" else sinusoids(self.max_len, x.shape[-1])
-        table = jnp.asarray(table, dtype)
+        table = jnp.asarray(table, x.dtype)
         if positions is None and mask is None:
             return x + table[:length]
         ranks = token_ranks(mask, batch, length) if positions is None else positions

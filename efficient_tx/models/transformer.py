@@ -83,7 +83,7 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """A pre-norm residual block: x + mixer(norm x), then x + mlp(norm x).
+    """A residual block: x + mixer(norm x), then x + mlp(norm x); post-norm: norm(x + mixer x), then norm(x + mlp x).
 
     Args:
       features: width of the tokens.
@@ -97,6 +97,7 @@ class Block(nnx.Module):
       drop_path: rate at which an example skips the mixer and, separately, the MLP.
       layer_scale: initial value of a learnt factor per channel of both branches; None means no factor. LayerScale is
         from Touvron et al. 2021, arXiv 2103.17239.
+      post_norm: whether the norms follow the residual sums, as in Vaswani et al. 2017 (arXiv 1706.03762) and BERT.
       dtype: dtype of the computation; parameters are float32.
       rngs: source of the initial parameters.
     """
@@ -114,6 +115,7 @@ class Block(nnx.Module):
         dropout: float = 0.0,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
+        post_norm: bool = False,
         dtype: jnp.dtype | None = None,
         rngs: nnx.Rngs,
     ):
@@ -129,10 +131,11 @@ class Block(nnx.Module):
         )
         self.dropout = dropout
         self.drop_path = drop_path
+        self.post_norm = post_norm
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None, key: jax.Array | None = None) -> jax.Array:
         """`x` `[batch, length, features]`, `mask` bool `[batch, length]`, `key` `[batch]` or None -> the shape of x."""
-        mixed = self.mixer(token_wise(self.mixer_norm, x), mask=mask, key=fold(key, 0))
+        mixed = self.mixer(self._before(x), mask=mask, key=fold(key, 0))
         return self._after(mixed, x, key)
 
     def init_state(self, batch: int, *, max_len: int | None = None, dtype: jnp.dtype | None = None) -> Any:
@@ -141,25 +144,34 @@ class Block(nnx.Module):
 
     def step(self, x: jax.Array, state: Any) -> tuple[jax.Array, Any]:
         """One token of each sequence, `[batch, features]`, at evaluation, and the next state; see `Mixer.step`."""
-        mixed, state = self.mixer.step(self.mixer_norm(x), state)
+        mixed, state = self.mixer.step(self._before(x), state)
         return self._after(mixed, x, None), state
 
     def prefill(
         self, x: jax.Array, *, mask: jax.Array | None = None, state: Any = None, max_len: int | None = None
     ) -> tuple[jax.Array, Any]:
         """Several tokens, `[batch, length, features]`, at evaluation, and the next state; see `Mixer.prefill`."""
-        mixed, state = self.mixer.prefill(token_wise(self.mixer_norm, x), mask=mask, state=state, max_len=max_len)
+        mixed, state = self.mixer.prefill(self._before(x), mask=mask, state=state, max_len=max_len)
         return self._after(mixed, x, None), state
 
     def state_bytes(self, length: int) -> int:
         """Bytes of the state of one sequence, in float32, after `length` tokens."""
         return self.mixer.state_bytes(length)
 
+    def _before(self, x: jax.Array) -> jax.Array:
+        """The input of the mixer for that of the block, `[..., features]`."""
+        return x if self.post_norm else token_wise(self.mixer_norm, x)
+
     def _after(self, mixed: jax.Array, x: jax.Array, key: jax.Array | None) -> jax.Array:
         """The output of the block for that of the mixer, and its input `[..., features]`."""
         x = x + self._branch(mixed, self.mixer_scale, fold(key, 2))
-        hidden = token_wise(lambda tokens: self.mlp(self.mlp_norm(tokens)), x)
-        return x + self._branch(dropout(hidden, self.dropout, fold(key, 1)), self.mlp_scale, fold(key, 3))
+        if self.post_norm:
+            x = token_wise(self.mixer_norm, x)
+            hidden = token_wise(self.mlp, x)
+        else:
+            hidden = token_wise(lambda tokens: self.mlp(self.mlp_norm(tokens)), x)
+        x = x + self._branch(dropout(hidden, self.dropout, fold(key, 1)), self.mlp_scale, fold(key, 3))
+        return token_wise(self.mlp_norm, x) if self.post_norm else x
 
     def _branch(self, x: jax.Array, scale: nnx.Param | None, key: jax.Array | None) -> jax.Array:
         """The output of a branch, scaled per channel and dropped per example."""
@@ -167,7 +179,7 @@ class Block(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """A stack of blocks and a final norm.
+    """A stack of blocks and, unless they end with a norm themselves (post-norm), a final norm.
 
     Args:
       features: width of the tokens.
@@ -178,6 +190,7 @@ class Encoder(nnx.Module):
       norm: normalisation of the blocks and after them: "layer" or "rms".
       norm_epsilon: number added to the variance in the norms.
       drop_path: rate of `Block` in the last block; it increases linearly from 0 in the first block.
+      post_norm: see `Block`.
       dtype: dtype of the computation; parameters are float32.
       rngs: source of the initial parameters.
       **block: the remaining arguments of `Block`.
@@ -194,6 +207,7 @@ class Encoder(nnx.Module):
         norm: str = "layer",
         norm_epsilon: float = 1e-6,
         drop_path: float = 0.0,
+        post_norm: bool = False,
         dtype: jnp.dtype | None = None,
         rngs: nnx.Rngs,
         **block: Any,
@@ -208,13 +222,14 @@ class Encoder(nnx.Module):
                 norm=norm,
                 norm_epsilon=norm_epsilon,
                 drop_path=drop_path * i / max(layers - 1, 1),
+                post_norm=post_norm,
                 dtype=dtype,
                 rngs=rngs,
                 **block,
             )
             for i in range(layers)
         )
-        self.norm = make_norm(norm, features, epsilon=norm_epsilon, dtype=dtype, rngs=rngs)
+        self.norm = None if post_norm else make_norm(norm, features, epsilon=norm_epsilon, dtype=dtype, rngs=rngs)
         self.features = features
         self.mlp_features = mlp_features
         self.remat = remat
@@ -225,7 +240,7 @@ class Encoder(nnx.Module):
         `mask` is bool `[batch, length]`; `key` is None at evaluation, in training one key per example or a single key.
         """
         x = run_blocks(self.blocks, x, mask=mask, keys=example_keys(key, x.shape[0]), remat=self.remat)
-        return token_wise(self.norm, x)
+        return self._last(x)
 
     def init_state(self, batch: int, *, max_len: int | None = None, dtype: jnp.dtype | None = None) -> list[Any]:
         """The states of all blocks before the first token of `batch` sequences; see `Mixer.init_state`."""
@@ -240,7 +255,7 @@ class Encoder(nnx.Module):
         for block, own in zip(self.blocks, state, strict=True):
             x, own = block.step(x, own)
             after.append(own)
-        return self.norm(x), after
+        return self._last(x), after
 
     def prefill(
         self, x: jax.Array, *, mask: jax.Array | None = None, state: Sequence[Any] | None = None,
@@ -254,11 +269,15 @@ class Encoder(nnx.Module):
         for block, own in zip(self.blocks, state or [None] * len(self.blocks), strict=True):
             x, own = block.prefill(x, mask=mask, state=own, max_len=max_len)
             after.append(own)
-        return token_wise(self.norm, x), after
+        return self._last(x), after
 
     def state_bytes(self, length: int) -> int:
         """Bytes of the states of one sequence, in float32, after `length` tokens."""
         return sum(block.state_bytes(length) for block in self.blocks)
+
+    def _last(self, x: jax.Array) -> jax.Array:
+        """The output for that of the last block, `[..., features]`."""
+        return x if self.norm is None else token_wise(self.norm, x)
 
 
 def run_blocks(

@@ -35,6 +35,8 @@ def draw(
     for axes, name in zip(figure.subplots(1, 2), ("loss", metric)):
         for split, style in (("train", {"linewidth": 1, "alpha": 0.7}), ("validation", {"marker": "o", "ms": 4})):
             points = [(line["step"], line.get(name)) for line in lines if line["split"] == split]
+            if len(points) == 1:  # a line through one point is nothing
+                style = {**style, "marker": "o", "ms": 4}
             if points:
                 axes.plot(*zip(*points), label=split, **style)
         axes.set(xlabel="step", ylabel=name)

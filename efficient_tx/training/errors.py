@@ -38,6 +38,10 @@ class Refused(RunError):
     resumable = False
 
 
+class InUse(Refused):
+    """The workdir belongs to a live run."""
+
+
 class Gone(RunError):
     """A file or folder of the run was deleted or replaced while the run was using it."""
 

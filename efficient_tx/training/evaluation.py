@@ -53,14 +53,19 @@ def prefetch(batches: grain.MapDataset, start: int = 0, stop: int | None = None)
 
 
 def make_evaluate(
-    graphdef: nnx.GraphDef, objective: Objective = CLASSIFICATION, given: Mapping[str, Any] = NOTHING
+    graphdef: nnx.GraphDef,
+    objective: Objective = CLASSIFICATION,
+    *,
+    given: Mapping[str, Any] = NOTHING,
+    draw: int = 0,
+    keep: Callable[[Batch, dict[str, jax.Array]], None] | None = None,
 ) -> Callable[..., Scores]:
     """Returns evaluate(params, batches, check=None) -> Scores over all devices and processes; each item counts once.
 
-    `check` is called before each batch; an exception from it ends the evaluation. `given` as in
-    `make_train_step`.
+    `check` is called before each batch; an exception from it ends the evaluation. `given` and `draw` are those of
+    `eval_step`; `keep` gets each batch with the rows of `eval_step`, both `[devices, b, ...]`.
     """
-    step = make_eval_step(graphdef, objective=objective, given=given)
+    step = make_eval_step(graphdef, objective=objective, given=given, draw=draw, rows=keep is not None)
 
     def evaluate(params: nnx.State, batches: grain.MapDataset, check: Callable[[], None] | None = None) -> Scores:
         params = replicate(params)
@@ -75,6 +80,9 @@ def make_evaluate(
                 jax.block_until_ready(pending)
                 seconds += time.perf_counter() - started
             part = step(params, batch)
+            if keep is not None:
+                part, answers = part
+                keep(batch, answers)
             # One batch behind, so the device does not wait for the host. Python's floats add up exactly.
             if pending is not None:
                 sums = metrics.add(sums, metrics.fetch(pending))

@@ -10,6 +10,7 @@ from typing import Any
 
 from efficient_tx.training.disk import read_checked, write_checked, writing
 from efficient_tx.training.errors import Refused
+from efficient_tx.training.workdir import flatten
 
 
 class TensorBoard:
@@ -26,9 +27,10 @@ class TensorBoard:
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.summary import scalar
 
-        self._path, self._event, self._scalar = path, Event, scalar
+        self._path, self._event, self._scalar, self._config = path, Event, scalar, config
         with writing(path):
-            self._writer = EventsWriter(str(path / "events"), f".{os.getpid()}")
+            # A second writer within a second, as at the end of a short run, would replace the file of the first.
+            self._writer = EventsWriter(str(path / "events"), f".{os.getpid()}.{secrets.token_hex(4)}")
             if step:
                 start = SessionLog(status=SessionLog.START)
                 self._writer.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
@@ -40,6 +42,19 @@ class TensorBoard:
                 if name not in ("step", "split") and value is not None:
                     summary = self._scalar(f"{line['split']}/{name}", value)
                     self._writer.write_event(self._event(wall_time=time.time(), step=line["step"], summary=summary))
+            self._writer.flush()
+
+    def summarise(self, step: int, result: Mapping[str, Any]) -> None:
+        """Writes the scores in summary.json, `test/accuracy` ..., and the settings of the run for the tab HPARAMS."""
+        from tensorboardX.summary import hparams
+
+        scores = test_scores(result)
+        with writing(self._path):
+            for summary in hparams(plain_settings(self._config), scores):
+                self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
+            for name, value in scores.items():
+                summary = self._scalar(name, value)
+                self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
             self._writer.flush()
 
     def close(self) -> None:
@@ -89,9 +104,30 @@ class Wandb:
         values = {f"{line['split']}/{name}": value for name, value in line.items() if name not in ("step", "split")}
         self._run.log(values, step=line["step"])
 
+    def summarise(self, step: int, result: Mapping[str, Any]) -> None:
+        """Sends the scores in summary.json; the settings it has from the start."""
+        self._run.summary.update(test_scores(result))
+
     def close(self) -> None:
         """Ends the upload."""
         self._run.finish()
+
+
+def test_scores(result: Mapping[str, Any]) -> dict[str, float]:
+    """The scores on the test split in a summary: {"test/accuracy": ..., "test/last_accuracy": ...}."""
+    names = {"test_": "test/", "last_test_": "test/last_"}
+    return {
+        key.replace(start, name, 1): value
+        for start, name in names.items()
+        for key, value in result.items()
+        if key.startswith(start)
+    }
+
+
+def plain_settings(config: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
+    """The keys of a config with values that TensorBoard can show."""
+    flat = {key: value for key, value in flatten(config).items() if value is not None}
+    return {key: x if isinstance(x, bool | int | float | str) else str(x) for key, x in flat.items()}
 
 
 LOGGERS: dict[str, Callable[[Path, int, Mapping[str, Any]], Any]] = {"tensorboard": TensorBoard, "wandb": Wandb}

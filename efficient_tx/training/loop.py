@@ -139,7 +139,7 @@ class Loop:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        self.evaluate: Callable[..., Scores] = make_evaluate(graphdef, stage.objective, stage.given)
+        self.evaluate: Callable[..., Scores] = make_evaluate(graphdef, stage.objective, given=stage.given)
 
     def run(self) -> State:
         """Trains up to the last step and returns the state there.

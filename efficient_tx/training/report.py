@@ -1,5 +1,6 @@
 """Report: what a run shows while it trains: progress bar or plain lines, loggers, learning curve."""
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -63,6 +64,7 @@ class Report:
             disable=not self.console.is_terminal,
         )
         self._task = None
+        self._first: tuple[int, float] | None = None  # step and time of the first train line, after compilation
 
     def start(self, step: int) -> None:
         """Opens the loggers and the progress bar; the run continues after `step`."""
@@ -117,9 +119,25 @@ class Report:
             self._loggers.pop().close()
 
     def _left(self, line: Line) -> str:
-        """Time until the last step at the speed of `line`, evaluations not counted."""
-        if not line["examples_per_second"]:
+        """Time until the last step, at the speed of this process since its first train line, evaluations included.
+
+        At that line itself, which follows the compilation, at the speed of its steps.
+        """
+        step, now = line["step"], time.monotonic()
+        first, since = self._first = self._first or (step, now)
+        if step > first:
+            seconds_per_step = (now - since) / (step - first)
+        elif line["examples_per_second"]:
+            seconds_per_step = self._batch_size / line["examples_per_second"]
+        else:
             return "-:--:--"
-        remaining = (self._steps - line["step"]) * self._batch_size / line["examples_per_second"]
-        minutes, seconds = divmod(round(remaining), 60)
+        minutes, seconds = divmod(round((self._steps - step) * seconds_per_step), 60)
         return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+    def summarise(self, step: int, result: Mapping[str, Any]) -> None:
+        """Gives the loggers what is known at the end: the scores of the test split, and the settings they belong to."""
+        for name in self._names if self._active else ():
+            with contextlib.suppress(ImportError):
+                logger = LOGGERS[name](self._path, step, self._config)
+                logger.summarise(step, result)
+                logger.close()

@@ -16,6 +16,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from efficient_tx.numerics.random import evaluation_keys
 from efficient_tx.task import Batch, Objective
 from efficient_tx.training import metrics
 from efficient_tx.training.errors import innermost
@@ -26,7 +27,7 @@ AXIS = "devices"
 # What a model is given beside the batch, if nothing.
 NOTHING: Mapping[str, Any] = {}
 # Entries of a batch that a model does not get.
-NOT_READ = ("label", "label2", "mix", "weight", "row", "seed")
+NOT_READ = ("label", "label2", "mix", "weight", "row", "seed", "item")
 
 
 class State(NamedTuple):
@@ -102,11 +103,19 @@ def score(
 ) -> Metrics:  # fmt: skip
     """Sums over the rows of one micro-batch: loss and metrics of the objective, each with its divisor.
 
-    The model gets, by name, every entry of the batch except `label`, `label2`, `mix`, `weight`, `row` and `seed`, and
-    what is `given`, and one key per example (None at evaluation). The objective gets the model's output in float32.
+    The objective gets the model's output in float32.
+    """
+    return objective.score(outputs(model, batch, keys, given), batch)
+
+
+def outputs(model: nnx.Module, batch: Batch, keys: jax.Array | None, given: Mapping[str, Any]) -> jax.Array:
+    """What the model answers to a batch, float32.
+
+    It gets, by name, every entry of the batch that is not in NOT_READ, what is `given`, and one key per example (None
+    at evaluation).
     """
     features = {name: array for name, array in batch.items() if name not in NOT_READ}
-    return objective.score(model(**features, **given, key=keys).astype(jnp.float32), batch)
+    return model(**features, **given, key=keys).astype(jnp.float32)
 
 
 def train_step(
@@ -161,10 +170,27 @@ def train_step(
 
 
 def eval_step(
-    params: nnx.State, batch: Batch, given: Mapping[str, Any] = NOTHING, *, graphdef: nnx.GraphDef, objective: Objective
-) -> Metrics:  # fmt: skip
-    """Loss and metrics of the global batch as (sum, count) pairs, from one device's rows `[b, ...]`."""
-    return jax.lax.psum(score(nnx.merge(graphdef, params), batch, None, objective, given), AXIS)
+    params: nnx.State,
+    batch: Batch,
+    given: Mapping[str, Any] = NOTHING,
+    *,
+    graphdef: nnx.GraphDef,
+    objective: Objective,
+    draw: int = 0,
+) -> tuple[Metrics, dict[str, jax.Array]]:
+    """Loss and metrics of the global batch as (sum, count) pairs, and this device's rows, from its rows `[b, ...]`.
+
+    `given` are further arguments of the model, as in `make_train_step`. `draw` 0 is evaluation. With another one, the
+    mixers that draw do it from another key, the same for every example; the model must have no dropout. The rows are
+    what the model answers, `output`, and the (sum, count) of each row, by their names.
+    """
+    keys = None
+    if draw:
+        keys = jnp.broadcast_to(jax.random.fold_in(evaluation_keys(1)[0], draw), batch["label"].shape[:1])
+    output = outputs(nnx.merge(graphdef, params), batch, keys, given)
+    each = jax.vmap(lambda *row: objective.score(*jax.tree.map(lambda x: x[None], row)))
+    rows = {"output": output, **each(output, batch)}
+    return jax.lax.psum(objective.score(output, batch), AXIS), rows
 
 
 def make_train_step(
@@ -224,17 +250,24 @@ def make_train_step(
 
 
 def make_eval_step(
-    graphdef: nnx.GraphDef, *, objective: Objective = CLASSIFICATION, given: Mapping[str, Any] = NOTHING,
+    graphdef: nnx.GraphDef,
+    *,
+    objective: Objective = CLASSIFICATION,
+    given: Mapping[str, Any] = NOTHING,
     devices: Sequence[jax.Device] | None = None,
-) -> Callable[[nnx.State, Batch], Metrics]:  # fmt: skip
+    draw: int = 0,
+    rows: bool = False,
+) -> Callable[[nnx.State, Batch], Metrics]:
     """The evaluation step of all devices: (params, batch from `split_batch`) -> sums over devices and processes.
 
-    Parameters that are not yet on the `devices` are copied at every call: `replicate` them first. `given` as in
-    `make_train_step`.
+    Parameters that are not yet on the `devices` are copied at every call: `replicate` them first. `given` and `draw`
+    are those of `eval_step`. With `rows` the step returns the sums and the rows of `eval_step`, `[devices, b, ...]`.
     """
-    step = partial(eval_step, graphdef=graphdef, objective=objective)
     devices, mesh_devices = _devices(devices)
-    mapped = jax.pmap(step, axis_name=AXIS, in_axes=(None, 0, None), out_axes=None, devices=mesh_devices)
+    step = partial(eval_step, graphdef=graphdef, objective=objective, draw=draw)
+    wanted = step if rows else lambda *arguments: step(*arguments)[0]
+    out = (None, 0) if rows else None
+    mapped = jax.pmap(wanted, axis_name=AXIS, in_axes=(None, 0, None), out_axes=out, devices=mesh_devices)
     given = replicate(given, devices)
     return lambda params, batch: mapped(params, batch, given)
 

@@ -3,7 +3,10 @@
 import importlib.metadata
 import platform
 import resource
+import subprocess
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +22,16 @@ def steps_per_second(lines: list[Line], batch_size: int) -> float | None:
     return (
         sum(line["examples_per_second"] * line["seconds"] for line in timed) / seconds / batch_size if timed else None
     )
+
+
+def metric(result: Mapping[str, Any]) -> str:
+    """The name of the score in a summary that ranks checkpoints, "accuracy"."""
+    return next(key.removeprefix("val_") for key in result if key.startswith("val_"))
+
+
+def higher_is_better(result: Mapping[str, Any]) -> bool:
+    """Whether a higher score is better in a summary; those of older versions do not say it of a metric of one's own."""
+    return result.get("higher_is_better", metric(result) != "loss")
 
 
 def parameter_count(model: nnx.Module) -> int:
@@ -41,6 +54,21 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the packages that affect the numbers."""
     packages = ("efficient-tx", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+
+
+def commit() -> str | None:
+    """The commit of this code, with "-dirty" if files differ from it; None outside of its checkout, or without git."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+
+    try:
+        if not git("ls-files", Path(__file__).name):  # an environment inside another project's checkout
+            return None
+        return git("rev-parse", "HEAD")[:12] + "-dirty" * bool(git("status", "-s", "-uno"))
+    except (OSError, subprocess.TimeoutExpired):
+        return None
 
 
 def device() -> dict[str, Any]:

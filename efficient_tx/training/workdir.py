@@ -12,10 +12,14 @@ from typing import Any
 
 from efficient_tx.files import clear, local_path
 from efficient_tx.training.disk import CHECKSUMS, decode, read_checked, still_there, write_checked, writing
-from efficient_tx.training.errors import Refused
+from efficient_tx.training.errors import InUse, Refused
 
 # Folder of the data, interval of train lines, number of checkpoints, loggers: none changes a result.
 FREE_KEYS = ("task.data_dir", "log_every", "keep", "loggers")
+
+
+# A file of runs that were extended.
+EXTENDED = "extended.json"
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -65,7 +69,8 @@ class Workdir:
         """Locks the folder if it exists and its run is not finished.
 
         Raises:
-          Refused: it belongs to another config or to a live run, or it cannot be created.
+          InUse: it belongs to a live run.
+          Refused: it belongs to another config, or it cannot be created.
           RunError: it cannot be written.
         """
         try:
@@ -103,6 +108,7 @@ class Workdir:
                 self.path,
                 "config.json",
                 "summary.json",
+                EXTENDED,
                 CHECKSUMS,
                 "metrics.jsonl",
                 "metrics.crc32",
@@ -115,6 +121,37 @@ class Workdir:
             self._say(f"{self.path} has no {CHECKSUMS}, as in older versions: {file.name} was read unchecked")
         if old or self._stored_config() != self.config:
             write_checked(file, self.config)
+
+    def extend(self) -> int | None:
+        """Makes a run of fewer steps in the folder this one, which then goes on from its last checkpoint.
+
+        A kill leaves the old run, unfinished at the most, or the new one.
+
+        Returns:
+          The steps that it had; None if there is no run, or one that has the steps already.
+
+        Raises:
+          Refused: the run there differs in more than fewer steps, or it is live.
+        """
+        if not (self.path / "config.json").exists() or not (differing := self._differing()):
+            return None
+        if not _only_longer(differing):
+            self._check_config()
+        before = differing["steps"][0]
+        self._take_lock()
+        write_checked(self.path / EXTENDED, {"from": sorted({*self.extended(), before})})
+        with writing(self.path):
+            (self.path / "summary.json").unlink(missing_ok=True)
+        write_checked(self.path / "config.json", self.config)
+        return before
+
+    def extended(self) -> list[int]:
+        """The numbers of steps at which the run was to end, before it was extended."""
+        try:
+            steps = read_checked(self.path / EXTENDED)["from"]
+        except (OSError, ValueError, KeyError):
+            return []
+        return [step for step in steps if step < self.config["steps"]]
 
     def verify(self) -> None:
         """Asks whether the folder is the one that was locked.
@@ -174,24 +211,27 @@ class Workdir:
             raise
 
     def _check_config(self) -> None:
+        differing = self._differing()
+        if differing:
+            said = [f"{key} is {old!r} there and {new!r} here" for key, (old, new) in differing.items()]
+            more = f"; and {len(said) - 8} more keys" if len(said) > 8 else ""
+            longer = f", or extend it to {self.config['steps']} steps" if _only_longer(differing) else ""
+            raise Refused(
+                f"{self.path} belongs to a run with another config: {'; '.join(said[:8])}{more}. "
+                f"Use a new folder, or that run's values{longer}",
+                option="workdir",
+            )
+
+    def _differing(self) -> dict[str, tuple[Any, Any]]:
+        """Key -> its value there and here, of the keys in which the stored config differs."""
         stored = self._stored_config()
         if stored is None:
-            return
+            return {}
         with contextlib.suppress(ValueError):  # if it cannot be completed, it is compared as stored
             stored = json.loads(json.dumps(self.complete(stored)))
         old, new = flatten(stored), flatten(self.config)
-        differing = [
-            f"{key} is {old.get(key, 'absent')!r} there and {new.get(key, 'absent')!r} here"
-            for key in sorted(old.keys() | new.keys())
-            if key not in FREE_KEYS and old.get(key, "absent") != new.get(key, "absent")
-        ]
-        if differing:
-            more = f"; and {len(differing) - 8} more keys" if len(differing) > 8 else ""
-            raise Refused(
-                f"{self.path} belongs to a run with another config: {'; '.join(differing[:8])}{more}. "
-                "Use a new folder, or that run's values",
-                option="workdir",
-            )
+        values = {key: (old.get(key, "absent"), new.get(key, "absent")) for key in sorted(old.keys() | new.keys())}
+        return {key: (one, other) for key, (one, other) in values.items() if key not in FREE_KEYS and one != other}
 
     def _take_lock(self) -> None:
         if not self.writer or self._lock is not None:
@@ -205,7 +245,7 @@ class Workdir:
             lock.seek(0)
             owner = lock.read().strip() or "unknown"
             lock.close()
-            raise Refused(
+            raise InUse(
                 f"{self.path} is in use by a live run (process {owner}): wait for it, stop it, or use another",
                 option="workdir",
             ) from None
@@ -217,6 +257,14 @@ class Workdir:
             lock.write(f"{os.getpid()}\n")
             lock.flush()
         self._lock = lock
+
+
+def _only_longer(differing: Mapping[str, tuple[Any, Any]]) -> bool:
+    """Whether nothing differs but the steps, of which there are more here."""
+    if differing.keys() != {"steps"}:
+        return False
+    old, new = differing["steps"]
+    return isinstance(old, int) and old < new
 
 
 def read_config(path: str | os.PathLike) -> dict[str, Any]:

@@ -26,9 +26,9 @@ def test_the_tables_are_written_between_the_markers(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert command.main(["table", f"--write={path}"]) == 0
     assert path.read_text() == f"before\n{readme.BEGIN}\n{printed}{readme.END}\nafter\n"
-    table, structures = printed.split("\n\n")
+    table, structures, methods = printed.split("\n\n")
     assert table.count("\n") == 1 + len(ATTENTION)
-    assert structures.count("\n") == 2 + len(LINEAR)
+    assert structures.count("\n") == 1 + len(LINEAR)
     paper = "Chen et al. 2021, [2111.00035](https://arxiv.org/abs/2111.00035)"
     file = "[skyformer.py](efficient_tx/attention/low_rank/skyformer.py)"
     computes = "`kernelized` through the Nyström method with m landmarks"
@@ -39,7 +39,9 @@ def test_the_tables_are_written_between_the_markers(tmp_path, capsys):
         "[monarch_weight.py](efficient_tx/linear/monarch_weight.py)",
     )
     assert f"| `monarch` | {paper} | {formula} | singular value decomposition of every slice | {file} |\n" in structures
-    for line in [*table.splitlines()[2:], *structures.splitlines()[2:]]:
+    assert "| `stat` | Flynn et al. 2024, [2406.00061](https://arxiv.org/abs/2406.00061) |" in methods
+    assert "`monarch`" not in methods  # every structure is a method: they have a table of their own
+    for line in [*table.splitlines()[2:], *structures.splitlines()[2:], *methods.splitlines()[2:]]:
         assert "|  |" not in line.replace("| `dense` |  |", "")
         assert (ROOT / re.search(r"\((efficient_tx/\S+)\) \|$", line)[1]).exists()
     path.write_text("no markers")

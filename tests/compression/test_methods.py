@@ -11,7 +11,7 @@ from flax import nnx
 from efficient_tx.attention import GLA, RetNet, Softmax
 from efficient_tx.compression import METHODS, compress
 from efficient_tx.compression.cost import UNITS, stored
-from efficient_tx.compression.eora import Left, aim
+from efficient_tx.compression.eora import aim
 from efficient_tx.compression.model import bias_of, dense, kernel_of, linear_layers, select
 from efficient_tx.compression.statistics import Inputs, gather
 from efficient_tx.config.methods import named_method
@@ -60,6 +60,7 @@ def compressed(name, budget=0.5, made=None, **options):
     return made, compress(made, named_method(name), budget, batches=batches(), **options)
 
 
+@pytest.mark.first(3)
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_keeps_its_budget_and_says_its_errors(name):
     """Costs are counted anew from the arrays; errors from the inputs that reach the layer, by running them through."""
@@ -236,6 +237,29 @@ def test_flap_keeps_the_mean_of_the_outputs():
     np.testing.assert_allclose(np.mean(np.asarray(find(made, path)(x), np.float64), 0), mean, atol=1e-4)
 
 
+def test_something_of_every_mlp_and_mixer_stays_and_a_bias_is_added_where_it_is_needed():
+    """The reference code has no guard against a layer without heads, and assumes a bias."""
+    made = model(linear=functools.partial(Dense, use_bias=False))
+    assert made.encoder.blocks[0].mlp.down.bias is None
+    with pytest.raises(ValueError, match=r"Flap cannot meet it: its smallest layers take 0\.\d+"):
+        compress(made, named_method("flap"), 0.01, batches=batches())
+    least = compress(made, named_method("flap"), 0.3, batches=batches())
+    for block in made.encoder.blocks:
+        assert block.mixer.heads >= 1 and block.mlp.down.in_features >= 1
+        cut = block.mlp.down.in_features < SIZES["mlp_features"]
+        assert (block.mlp.down.bias is not None) == cut and block.mlp.up.bias is None
+    assert least.after <= 0.3 * least.before and np.isfinite(output(made)).all()
+
+
+def test_layers_with_shared_weights_are_refused():
+    made = model()
+    made.encoder.blocks[1].mlp.up = made.encoder.blocks[0].mlp.up
+    made.encoder.blocks[1].mixer.q.kernel = made.encoder.blocks[0].mixer.q.kernel
+    for where in ("mlp", "mixer.q"):
+        with pytest.raises(ValueError, match="shares its weights with another layer: select others"):
+            compress(made, named_method("svd"), 0.5, where=where)
+
+
 @pytest.mark.parametrize("name", ["block_diagonal", "sparse(density=0.25)", "flap", "id"])
 def test_eora_lowers_the_error_of_what_it_follows(name):
     made, done = compressed(f"{name}+eora(share=0.3)", budget=0.9, where="mlp")
@@ -265,7 +289,7 @@ def test_after_a_cut_eora_aims_at_the_best_linear_prediction_from_what_is_left()
     layer = dense(draws.normal(size=(6, 4)), draws.normal(size=4), nnx.Linear(1, 1, rngs=nnx.Rngs(0)))
     rows = np.array([0, 2, 5])
     inputs = Inputs(len(x), x.mean(0), x.T @ x / len(x))
-    target, moment = aim(layer, inputs, Left(rows, None))
+    target, moment = aim(layer, inputs, rows)
     y = x @ kernel_of(layer) + bias_of(layer)
     with_constant = np.concatenate([x[:, rows], np.ones((len(x), 1))], axis=1)
     np.testing.assert_allclose(target, np.linalg.lstsq(with_constant, y, rcond=None)[0][:3], atol=1e-8)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.quick
         ("softmax", {"dtype": "float16"}, "dtype", ["is 'float16'", "bfloat16"]),
         ("softmax", {"grad_accum": 5}, "grad_accum", ["is 5: it must divide batch_size 32"]),
         ("softmax", {"loggers": ("wand",)}, "loggers", ["is 'wand'", "nearest: 'wandb'"]),
-        ("softmax", {"steps": 0}, "steps", ["is 0: it must be at least 1"]),
+        ("softmax", {"steps": -1}, "steps", ["is -1: it must be at least 0"]),
         ("softmax", {"seed": -1}, "seed", ["is -1: it must be in [0, 2^32)"]),
         ("softmax", {"model.dropout": 0.999999}, "model", ["dropout is 0.999999"]),
         ("softmax", {"model.head_dim": -4}, "model.head_dim", ["is -4"]),
@@ -91,3 +91,7 @@ def test_no_float_of_any_config_may_be_infinite(name):
             check.numbers(changed)
         assert caught.value.key == key
     assert "optimizer.learning_rate" in floats
+
+
+def test_a_sum_is_structured():
+    check.check(load.ConfigFile("lra_listops:vmean+sum").resolve({"densify_at": 10}))

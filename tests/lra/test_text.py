@@ -11,7 +11,7 @@ from efficient_tx.data import prepared
 from efficient_tx.data.batching import evaluation_batches, train_batches
 from lra import ngrams, text
 from tests.support import tfds_folder
-from tests.support.fetched import fetched
+from tests.support.fetched import fetched, store
 
 WORDS = {0: ["dull", "bad", "a bore", "tiresome", "worst"], 1: ["fine", "great", "a joy", "lovely", "best"]}
 
@@ -133,17 +133,6 @@ def test_equal_texts_lie_side_by_side(tmp_path):
         assert places == list(range(places[0], places[0] + len(places)))
 
 
-def write_spam(root, emails):
-    """`emails`: path below spam/ -> content, stored as fetch stores them."""
-    sums = ""
-    for path, content in emails.items():
-        place = root / "spam" / path
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(content)
-        sums += f"{hashlib.sha256(content).hexdigest()}  {path}\n"
-    (root / "spam" / "SHA256SUMS").write_text(sums)
-
-
 EMAILS = {
     "easy-ham-1/1.txt": b"From: a\nSubject: hello\n\nDear reader,\n\nsecond paragraph\n",
     "easy-ham-2/2.txt": b"From: b\nSubject: other headers\n\nDear  READER, second\nparagraph",
@@ -156,7 +145,7 @@ EMAILS = {
 
 
 def test_emails_lose_their_headers_and_their_doubles(tmp_path):
-    write_spam(tmp_path, EMAILS)
+    store(tmp_path / "spam", EMAILS)
     task = text.get_task(source="spam", data_dir=str(tmp_path), test_size=2, val_size=1)
     assert (task.name, len(task.train), len(task.validation), len(task.test)) == ("text-spam", 3, 1, 1)
     everything = [item for split in (task.train, task.validation, task.test) for item in contents(split)]

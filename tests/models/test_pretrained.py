@@ -229,7 +229,7 @@ def test_a_run_starts_from_a_file(tmp_path, monkeypatch):
         "  all 4 projected layers, relative error 0.",
     ):
         assert line in out
-    for name, words in [("vit", "there is no file"), ("pyramid", "parameters of a vit for images, here is pyramid")]:
+    for name, words in [("vit", "there is no file"), ("pyramid", "of a bert for texts, here is pyramid")]:
         missing = tmp_path / "nothing.npz"
         status, out, error = train(
             tmp_path, name, f"--config={tmp_path}/{name}.py", f"--workdir={tmp_path}/{name}",

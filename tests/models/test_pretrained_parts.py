@@ -164,7 +164,7 @@ def test_a_head_comes_with_the_layers_in_front_of_it(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"hidden_act": "relu"}, "hidden_act is 'relu' in .*config.json: the MLP of this ViT has gelu, "),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu' in .*config.json: the MLP here has gelu, "),
         ({"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu' in "),
         ({"num_attention_heads": 3}, "num_attention_heads is 3 in .*config.json, and here are 2 heads"),
         ({"hidden_act": 3}, "config.json cannot be read: hidden_act is 3"),

@@ -1,9 +1,11 @@
-"""transformers' own models, with drawn weights, onto ours: equal logits or tokens, from both layouts of their names."""
+"""transformers' own models onto ours: equal logits or tokens, of drawn weights and of MiniLM's own."""
 
 import numpy as np
 import pytest
 
-from efficient_tx.models.pretrained import load_pretrained
+from efficient_tx.data.wordpiece import WordPiece
+from efficient_tx.models.pretrained import load_pretrained, pretrained_bert
+from tests.support.fetched import fetched
 from tests.support.packages import installed
 from tests.support.published_vits import CLASSES, HEADS, HF, HIDDEN, LAYERS, PATCH, SIDE, WIDTH, close, images, vit
 
@@ -105,3 +107,52 @@ def test_what_this_vit_cannot_compute_is_refused(tmp_path, name, sizes, options,
     kind(kind.config_class(**sizes)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
         load_pretrained(vit(**options), tmp_path / "model.safetensors")
+
+
+BERT = {
+    "vocab_size": 30, "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 20,
+    "max_position_embeddings": 10, "initializer_range": 0.5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["BertModel", "BertForSequenceClassification", "BertForMaskedLM"])
+@pytest.mark.parametrize("more", [{}, {"hidden_act": "gelu_new", "layer_norm_eps": 1e-3}], ids=["", "other options"])
+def test_hidden_states_of_texts_with_padding_are_those_of_transformers(tmp_path, name, more):
+    transformers, torch = (installed(name) for name in ("transformers", "torch"))
+    torch.manual_seed(0)
+    kind = getattr(transformers, name)
+    reference = kind(kind.config_class(**BERT, **more)).eval()
+    generator = np.random.default_rng(0)
+    ids, segments = generator.integers(0, 30, (3, 7)), generator.integers(0, 2, (3, 7))
+    mask = np.arange(7) < np.array([[7], [4], [2]])
+    given = {"input_ids": ids, "token_type_ids": segments, "attention_mask": mask.astype(int)}
+    with torch.no_grad():
+        encoder = reference if name == "BertModel" else reference.bert
+        expected = encoder(**{key: torch.from_numpy(x) for key, x in given.items()}).last_hidden_state.numpy()
+    reference.save_pretrained(tmp_path)
+    x, _ = pretrained_bert(tmp_path).encode(ids.astype(np.int32), mask, None, segments=segments.astype(np.int32))
+    close(np.asarray(x)[mask], expected[mask])
+
+
+SENTENCES = [
+    "A cat sits on the mat.", "Déjà vu in Zürich: 3.14 €, unaffable; 東京 \U0001f600", "", "Stocks fell. " * 100,
+    "  The quick\tbrown fox\njumps over the lazy dog  ",
+]  # fmt: skip
+
+
+def test_minilm_gives_the_ids_and_embeddings_of_transformers():
+    transformers, torch = (installed(name) for name in ("transformers", "torch"))
+    folder = fetched("minilm") / "minilm"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    given = tokenizer(SENTENCES, padding=True, truncation=True, max_length=128, return_tensors="pt")
+    for file in ("tokenizer.json", "vocab.txt"):
+        inputs, mask = WordPiece(folder / file, max_len=128).batch(SENTENCES)
+        np.testing.assert_array_equal(inputs, given["input_ids"])
+        np.testing.assert_array_equal(mask, given["attention_mask"])
+    with torch.no_grad():
+        states = transformers.AutoModel.from_pretrained(folder).eval()(**given).last_hidden_state
+    real = given["attention_mask"][..., None]
+    expected = torch.nn.functional.normalize((states * real).sum(1) / real.sum(1)).numpy()
+    model = pretrained_bert(folder)
+    close(np.asarray(model.encode(inputs, mask, None)[0])[mask], states.numpy()[mask])
+    np.testing.assert_allclose(model.embed(inputs, mask=mask), expected, atol=1e-5)  # a hundredth of a feature

@@ -149,6 +149,11 @@ def evaluate_here(*arguments: object, **settings) -> Result:
     return here(efficient_tx.eval.command, *arguments, **settings)
 
 
+def compress_here(*arguments: object, **settings) -> Result:
+    """Runs compress.py to its end, in this process."""
+    return here(efficient_tx.compress.command, *arguments, **settings)
+
+
 @functools.cache
 def finished_run() -> tuple[Path, str]:
     """Workdir and output of a tiny run of this process. Read it, or copy it: all tests share it."""

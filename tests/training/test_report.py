@@ -16,6 +16,7 @@ from flax import nnx
 from rich.console import Console
 from tensorboardX.crc32c import crc32c
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 from efficient_tx.training import curve, summary
 from efficient_tx.training.errors import Refused, RunError
@@ -74,6 +75,29 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
     assert History(tmp_path / "metrics.jsonl").lines[:2] == [TRAIN, VALIDATION]
 
 
+def test_the_time_left_counts_evaluations(tmp_path, monkeypatch, capsys):
+    """It follows the clock since the first line, not the speed of the last interval."""
+    now = [100.0]
+    monkeypatch.setattr("efficient_tx.training.report.time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    report = make_report(tmp_path, steps=1000)
+    for step, now[0] in ((100, 110.0), (200, 150.0), (300, 310.0)):
+        report.add(TRAIN | {"step": step})
+    report.close()
+    # At first 900 steps of 8 at 80 examples a second; then 800 steps of 0.4 s; then 700 of one second.
+    left = [line.split("  ")[-1] for line in capsys.readouterr().out.splitlines()]
+    assert left == ["0:01:30 left", "0:05:20 left", "0:11:40 left"]
+
+
+def test_a_curve_of_one_point_is_seen(tmp_path):
+    """A line through it would be nothing: the same picture as without any."""
+    pictures = []
+    for lines in ([], [TRAIN]):
+        curve.draw(tmp_path / "curve.png", lines, title="title", baselines={"constant": 0.1})
+        pictures.append(matplotlib.image.imread(tmp_path / "curve.png")[..., :3])
+    blue = [((image[..., 2] > 0.6) & (image[..., 0] < 0.5)).sum() for image in pictures]
+    assert blue[0] == 0 and blue[1] > 20
+
+
 def test_a_bar_on_a_terminal(tmp_path, monkeypatch, capsys):
     class Terminal(Console):
         def __init__(self, **options):
@@ -126,6 +150,21 @@ def test_tensorboard_gets_every_number(tmp_path):
     report.close()
 
 
+def test_tensorboard_gets_the_scores_and_the_settings_at_the_end(tmp_path):
+    config = {"seed": 3, "mixers": "gla", "optimizer": {"learning_rate": 0.1, "schedule": None}, "loggers": ["a", "b"]}
+    report = make_report(tmp_path, loggers=("tensorboard",), config=config)
+    report.add(VALIDATION)
+    report.close()
+    report.summarise(100, {"val_accuracy": 0.25, "test_accuracy": 0.5, "last_test_accuracy": 0.375, "parameters": 7})
+    found = {value.tag: value for event in events(tmp_path) for value in event.summary.value}
+    assert found["test/accuracy"].simple_value == 0.5 and found["test/last_accuracy"].simple_value == 0.375
+    content = found["_hparams_/session_start_info"].metadata.plugin_data.content
+    settings = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert settings["mixers"].string_value == "gla" and settings["seed"].number_value == 3
+    assert settings["optimizer.learning_rate"].number_value == 0.1 and "optimizer.schedule" not in settings
+    assert "_hparams_/experiment" in found and found.keys() >= {"validation/accuracy"}
+
+
 def test_tensorboard_hides_what_a_resumed_run_writes_again(tmp_path):
     make_report(tmp_path, loggers=("tensorboard",)).close()
     make_report(tmp_path, start=40, loggers=("tensorboard",)).close()
@@ -158,7 +197,7 @@ def test_wandb_is_named_where_it_is_not_installed(tmp_path, monkeypatch, capsys)
 def test_wandb_gets_the_lines_of_one_run(tmp_path, monkeypatch):
     calls = []
     run = types.SimpleNamespace(
-        log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("finish")
+        log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("finish"), summary={}
     )
     module = types.SimpleNamespace(init=lambda **options: calls.append(options) or run)
     monkeypatch.setitem(sys.modules, "wandb", module)
@@ -166,6 +205,8 @@ def test_wandb_gets_the_lines_of_one_run(tmp_path, monkeypatch):
         report = make_report(tmp_path, loggers=("wandb",))
         report.add(VALIDATION)
         report.close()
+    report.summarise(50, {"val_accuracy": 0.25, "test_accuracy": 0.5})
+    assert run.summary == {"test/accuracy": 0.5} and calls[-1] == "finish"
     first, line, finish, again, *_ = calls
     assert line == (50, {"validation/loss": 1.5, "validation/accuracy": 0.25}) and finish == "finish"
     assert first == again and first["config"] == {"seed": 3} and first["resume"] == "allow"

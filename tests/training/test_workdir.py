@@ -1,5 +1,6 @@
 """The workdir belongs to one config and one live process; its text files are whole at any moment."""
 
+import contextlib
 import errno
 import itertools
 import json
@@ -8,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -314,3 +316,39 @@ def test_a_file_system_without_locks_is_said_and_the_run_goes_on(tmp_path, monke
     assert error.count("\n") == 1 and "lock: this file system has no locks (No locks available)" in error
     assert read_config(run.path) == json.loads(json.dumps(CONFIG))
     run.release()
+
+
+@pytest.mark.parametrize("number", range(1, 8))
+def test_a_kill_while_a_run_is_extended_leaves_the_old_run_or_the_new_one(tmp_path, monkeypatch, number):
+    """Each file that is written or deleted is the first that the kill spares; another start makes it the new run."""
+    path = tmp_path / "run"
+    old = Workdir(path, {"steps": 10})
+    old.begin()
+    old.finish({"best_step": 10, "val_accuracy": 0.5, "test_accuracy": 0.5, "baselines": {}})
+    old.release()
+
+    class Killed(BaseException):
+        pass
+
+    calls = itertools.count(1)
+
+    def stop(function):
+        def stopped(*arguments, **options):
+            if next(calls) == number:
+                raise Killed
+            return function(*arguments, **options)
+
+        return stopped
+
+    new = Workdir(path, {"steps": 20})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stop(os.replace))
+        patch.setattr(Path, "unlink", stop(Path.unlink))
+        with contextlib.suppress(Killed):
+            new.extend()
+    new.release()
+    assert read_config(path)["steps"] in (10, 20)
+    again = Workdir(path, {"steps": 20})
+    assert again.extend() in (10, None)
+    assert read_config(path) == {"steps": 20} and again.summary() is None and again.extended() == [10]
+    again.release()

@@ -23,7 +23,7 @@ from efficient_tx.attention import (
 )
 from efficient_tx.config import make_config
 from efficient_tx.kernels import block_attention, flash_attention, gated_linear_attention, monarch
-from efficient_tx.linear import LINEAR, Monarch, densify, replace, structured_learning_rates
+from efficient_tx.linear import LINEAR, Form, Monarch, Sum, densify, replace, structured_learning_rates
 from efficient_tx.linear.structured import Weight
 from efficient_tx.models import Classifier, ViT
 from efficient_tx.task import Task, data_directory
@@ -59,6 +59,9 @@ def modules(x: jax.Array, mask: jax.Array) -> None:
     assert_type(layer.to_dense(), jax.Array)
     assert_type(Monarch.from_dense(x, blocks=4), Monarch)
     assert_type(layer.bytes_stored, int)
+    parts = Sum(64, 64, first=Form(Monarch, blocks=4), rngs=nnx.Rngs(0))
+    assert_type(parts(x), jax.Array)
+    assert_type(parts.first, Weight)
 
 
 def models(x: jax.Array) -> None:

@@ -2,16 +2,17 @@
 
 import io
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 # Not pyplot: it has global state and looks for a display.
-from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from efficient_tx.attention import ATTENTION
 from efficient_tx.compare.attention.inputs import FAMILIES
 from efficient_tx.compare.attention.measure import Row, Settings
+from efficient_tx.compare.labels import label_right
 
 COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22"]
 MARKERS = "osD^vP*X<>"
@@ -35,7 +36,7 @@ def error_against_time(rows: Sequence[Row], settings: Settings, machine: str) ->
     panels = dict(zip(FAMILIES, figure.subplots(1, len(FAMILIES), sharex=True, sharey=True)))
     labels = {family: [] for family in FAMILIES}
     exact = sorted((row for row in timed if row.approximates == row.name), key=lambda row: row.seconds()[length])
-    look_of = looks(row.name for row in rows)
+    look_of = looks((row.name for row in rows), family_of)
     for (family, axes), row in itertools.product(panels.items(), timed):
         ms, look = 1e3 * row.seconds()[length], look_of[row.name]
         if row in exact:
@@ -66,7 +67,7 @@ def time_against_length(rows: Sequence[Row], settings: Settings, machine: str) -
     figure = Figure(figsize=(11, 8.5), layout="constrained")
     axes = figure.subplots()
     axes.set_title(f"Forward and backward, {sizes(settings)}\n{machine}", fontsize=10)
-    labels, look_of = [], looks(row.name for row in rows)
+    labels, look_of = [], looks((row.name for row in rows), family_of)
     for row in rows:
         seconds = row.seconds()
         if not seconds:
@@ -82,7 +83,12 @@ def time_against_length(rows: Sequence[Row], settings: Settings, machine: str) -
                       markevery=[1], **look)  # fmt: skip
             end, growth = predicted, f"{growth} (predicted)"
         labels.append((end[1], row.name + growth, look["color"], end[0]))
-    axes.set(xscale="log", yscale="log", xlabel="length n; dashed: not sub-quadratic", ylabel="milliseconds")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="length n; a colour is a family of mixers; dashed: not sub-quadratic",
+        ylabel="milliseconds",
+    )
     plain_ticks(axes.yaxis)
     axes.set_xticks(settings.lengths, [str(length) for length in settings.lengths], minor=False)
     axes.set_xticks([], minor=True)
@@ -102,54 +108,21 @@ def plain_ticks(axis: Axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def looks(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """A colour and a marker for each name, the same in all pictures of a comparison."""
-    pairs = ((colour, marker) for shift in itertools.count() for i, colour in enumerate(COLOURS)
-             for marker in [MARKERS[(i + shift) % len(MARKERS)]])  # fmt: skip
-    return {name: {"color": colour, "marker": marker} for name, (colour, marker) in zip(names, pairs)}
+def looks(names: Iterable[str], family: Callable[[str], str] = str) -> dict[str, dict[str, str]]:
+    """A colour for each family and a marker for each name in it, the same in all pictures; no two names share both."""
+    members: dict[str, list[str]] = {}
+    for name in names:
+        members.setdefault(family(name), []).append(name)
+    return {
+        name: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[(i + i // len(COLOURS) + j) % len(MARKERS)]}
+        for i, group in enumerate(members.values())
+        for j, name in enumerate(group)
+    }
 
 
-def label_right(axes: Axes, labels: Sequence[tuple[float, str, str, float]]) -> None:
-    """Writes names beside the right border, at the height of their points or as near as they do not overlap.
-
-    Args:
-      labels: (y, text, colour, x) each, in the coordinates of the data.
-    """
-    if not labels:
-        return
-    labels = sorted(labels)
-    # Fixes the limits: names must stay at the height of their points.
-    axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())
-    to_axes = axes.transData + axes.transAxes.inverted()
-    heights = [to_axes.transform((x, y))[1] for y, _, _, x in labels]
-    for (y, text, colour, x), height in zip(labels, spread(heights, 0.024)):
-        axes.annotate(
-            text, (x, y), xytext=(1.03, height), textcoords="axes fraction", fontsize=8, color=colour, va="center",
-            arrowprops={
-                "arrowstyle": "-", "color": colour, "alpha": 0.35, "linewidth": 0.7, "shrinkB": 4, "relpos": (0, 0.5)
-            },
-        )  # fmt: skip
-
-
-def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Ascending heights, moved until all are at least `gap` apart.
-
-    Heights that are too close form a group around their mean; groups that meet merge.
-    """
-    groups: list[list[float]] = []
-    for height in heights:
-        groups.append([height])
-        while len(groups) > 1 and bounds(groups[-1], gap)[0] - bounds(groups[-2], gap)[1] < gap:
-            last = groups.pop()
-            groups[-1] += last
-    return [bounds(group, gap)[0] + i * gap for group in groups for i in range(len(group))]
-
-
-def bounds(group: Sequence[float], gap: float) -> tuple[float, float]:
-    """The lowest and the highest place of a group spread around its mean, moved into [0, 1] if it fits."""
-    half = gap * (len(group) - 1) / 2
-    middle = max(min(sum(group) / len(group), 1 - half), half)
-    return middle - half, middle + half
+def family_of(name: str) -> str:
+    """The family of a mixer."""
+    return ATTENTION[name].family
 
 
 def png(figure: Figure) -> bytes:

@@ -2,6 +2,12 @@
 
 from types import ModuleType
 
-from efficient_tx.compare.commands import attention, decode, linear, table
+from efficient_tx.compare.commands import attention, compression, decode, linear, table
 
-COMMANDS: dict[str, ModuleType] = {"attention": attention, "linear": linear, "decode": decode, "table": table}
+COMMANDS: dict[str, ModuleType] = {
+    "attention": attention,
+    "linear": linear,
+    "decode": decode,
+    "compression": compression,
+    "table": table,
+}

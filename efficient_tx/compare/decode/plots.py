@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from efficient_tx.compare.attention.plots import label_right, looks, plain_ticks, png
+from efficient_tx.compare.attention.plots import family_of, looks, plain_ticks, png
 from efficient_tx.compare.decode.measure import Row, Settings
 from efficient_tx.compare.decode.report import thousands
+from efficient_tx.compare.labels import label_right
 
 
 def against_context(rows: Sequence[Row], settings: Settings, machine: str) -> bytes:
@@ -22,7 +23,7 @@ def against_context(rows: Sequence[Row], settings: Settings, machine: str) -> by
         "state of one sequence, kilobytes": lambda row: {n: size / 1024 for n, size in row.state_bytes.items()},
         "a prompt, milliseconds": lambda row: {n: 1e3 * s for n, s in row.seconds("prefill").items()},
     }
-    look_of = looks(row.name for row in rows)
+    look_of = looks((row.name for row in rows), family_of)
     for axes, (title, points_of) in zip(figure.subplots(1, len(panels)), panels.items()):
         labels = []
         for row in rows:

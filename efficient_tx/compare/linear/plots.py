@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from efficient_tx.compare.attention.plots import label_right, looks, plain_ticks, png
+from efficient_tx.compare.attention.plots import looks, plain_ticks, png
+from efficient_tx.compare.labels import label_right
 from efficient_tx.compare.linear.measure import Row, Settings
 from efficient_tx.compare.linear.report import dense, faster, share_stored
 

@@ -10,6 +10,7 @@ from rich.table import Table
 from efficient_tx.compare.attention.report import ABSENT, csv_text, figure, milliseconds
 from efficient_tx.compare.linear.measure import Row, Settings
 from efficient_tx.compare.timing import PASSES
+from efficient_tx.linear import Form
 
 
 def dense(row: Row, rows: Sequence[Row]) -> Row:
@@ -39,11 +40,17 @@ def to_json(rows: Sequence[Row], projected: Sequence[Row], source: str, settings
     record = {
         "machine": machine,
         "settings": asdict(settings),
-        "timed": [asdict(row) | comparison(row, rows) for row in rows],
+        "timed": [as_record(row) | comparison(row, rows) for row in rows],
         "weight": source,
-        "projected": [asdict(row) for row in projected],
+        "projected": [as_record(row) for row in projected],
     }
     return json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+
+
+def as_record(row: Row) -> dict[str, Any]:
+    """A row as JSON has it; an option that is a structure is its text."""
+    options = {key: str(value) if isinstance(value, Form) else value for key, value in row.options.items()}
+    return asdict(row) | {"options": options}
 
 
 def to_csv(rows: Sequence[Row], projected: Sequence[Row]) -> str:

@@ -22,6 +22,8 @@ class Description(NamedTuple):
       pooler_activation: the same of the layer between pooling and logits.
       norm_epsilon: number added to the variance in the norms.
       heads: number of heads.
+      model_type: transformers' name of the architecture.
+      is_decoder: whether a token sees the tokens before it only.
       image: height and width of the images in pixels.
     """
 
@@ -30,6 +32,8 @@ class Description(NamedTuple):
     pooler_activation: str | None = None
     norm_epsilon: float | None = None
     heads: int | None = None
+    model_type: str | None = None
+    is_decoder: bool | None = None
     image: tuple[int, int] | None = None
 
     @property
@@ -41,7 +45,7 @@ class Description(NamedTuple):
         """
         if self.activation is not None and self.activation not in ACTIVATIONS:
             raise ValueError(
-                f"hidden_act is {self.activation!r} in {self.path}: the MLP of this ViT has {', '.join(ACTIVATIONS)}"
+                f"hidden_act is {self.activation!r} in {self.path}: the MLP here has {', '.join(ACTIVATIONS)}"
             )
         return ACTIVATIONS.get(self.activation)
 
@@ -78,5 +82,7 @@ def describe(checkpoint: Path) -> Description:
             pooler_activation=said("pooler_act", str),
             norm_epsilon=said("layer_norm_eps", float, int),
             heads=said("num_attention_heads", int),
+            model_type=said("model_type", str),
+            is_decoder=said("is_decoder", bool),
             image=image,
         )

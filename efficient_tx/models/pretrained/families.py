@@ -21,26 +21,26 @@ class Family(NamedTuple):
 
     Attributes:
       embedding: name of the tensor that identifies the family.
-      patch: its axes of height, width and channels.
       renamed: pairs (pattern of a name, our name with the pattern's groups in braces), tried in this order.
       words: translation of the groups to words in our names, if they differ.
       axes: our name -> the number of axes of the tensor in the file.
       layout: (our name, tensor) -> the tensor in our layout.
-      mlp, norm_epsilon: options of ViT with which such checkpoints were trained.
-      tanh: whether the tanh layer, if there is one, is in front of the head. Hugging Face's pooler is beside it.
-      before: numbers of positions that may stand in front of those of the patches if there is a class token.
+      mlp, norm_epsilon: options with which such checkpoints were trained.
+      patch: of a ViT, the axes of height, width and channels of that tensor.
+      tanh: of a ViT, whether the tanh layer, if there is one, is in front of the head; Hugging Face's pooler is beside.
+      before: of a ViT, numbers of positions that may stand in front of those of the patches if there is a class token.
     """
 
     embedding: str
-    patch: tuple[int, int, int]
     renamed: list[tuple[str, str]]
     words: dict[str, str]
     axes: Callable[[str], int]
     layout: Callable[[str, np.ndarray], np.ndarray]
     mlp: str
     norm_epsilon: float
-    tanh: bool
-    before: tuple[int, ...]
+    patch: tuple[int, int, int] = (0, 0, 0)
+    tanh: bool = False
+    before: tuple[int, ...] = ()
 
 
 def torch_axes(name: str) -> int:

@@ -11,12 +11,33 @@ import numpy as np
 
 INDEX = ".safetensors.index.json"
 SUFFIXES = (".npz", ".safetensors", INDEX)
+# What `save_pretrained` writes into a folder: one file, or the index of its shards.
+IN_FOLDER = ("model.safetensors", f"model{INDEX}")
 SHARD = re.compile(r"(.+)-\d+-of-(\d+)\.safetensors")
 WEIGHTS = ("float64", "float32", "float16", "bfloat16")
 # safetensors has names for floats of 4, 6 and 8 bits; NumPy has none.
 TINY = re.compile(r"F(4|6_|8_)")
 
 Tensors = dict[str, np.ndarray]
+
+
+def weights_file(path: str | Path) -> Path:
+    """The file of weights in a folder, as transformers names it; any other path is itself.
+
+    Raises:
+      ValueError: one line: the folder has none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    if file := next(filter(Path.is_file, map(path.joinpath, IN_FOLDER)), None):
+        return file
+    raise ValueError(f"{path} has no {' and no '.join(IN_FOLDER)}")
+
+
+def is_published(path: str | Path) -> bool:
+    """Whether a path is that of a published checkpoint: a file by its extension, or a folder with a file of weights."""
+    return str(path).endswith(SUFFIXES) or any((Path(path) / name).is_file() for name in IN_FOLDER)
 
 
 def read(path: Path) -> Tensors:

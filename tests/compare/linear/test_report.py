@@ -1,11 +1,14 @@
 """Times and rates of structures, against dense ones of the same width."""
 
+import json
+
 import pytest
 
 from efficient_tx.compare.linear import report
 from efficient_tx.compare.linear.measure import Row, Settings
 from efficient_tx.compare.linear.plots import gains_and_losses
 from efficient_tx.compare.timing import PASSES, Cell
+from efficient_tx.linear import Form, LowRank
 
 pytestmark = pytest.mark.quick
 
@@ -29,3 +32,11 @@ def test_times_and_rates_are_against_dense_of_the_same_width():
     projected = [Row("b", {"rank": 3}, False, 6, 6, 7, 8, 9, error=0.5)]
     settings = Settings((64, 128), tokens=4)
     assert gains_and_losses(rows, projected, "W", settings, "here").startswith(b"\x89PNG")
+
+
+def test_an_option_that_is_a_structure_is_its_text():
+    made = Row("sum", {"second": Form(LowRank, rank=3)}, False, 6, 6, 7, 8, 9, error=0.5)
+    record = json.loads(report.to_json([], [made], "W", Settings((64,)), "here"))
+    assert record["projected"][0]["options"] == {"second": "low_rank(rank=3)"}
+    assert made.name == "sum, second low_rank(rank=3)"
+    assert "sum,second=low_rank(rank=3)," in report.to_csv([], [made])

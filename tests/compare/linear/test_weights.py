@@ -81,3 +81,11 @@ def test_directions_that_hold_a_matrix():
     q, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))
     assert weights.directions(q * singular) == 2
     assert weights.directions(np.eye(200)) == 198
+
+
+def test_the_kernel_of_a_part_of_a_sum_is_no_layer(tmp_path):
+    """It is larger than the dense layer's, and may be latent."""
+    params = {"up": {"first": {"kernel": np.ones((6, 9))}, "bias": np.ones(9)}, "out": {"kernel": np.zeros((6, 6))}}
+    Checkpoints(tmp_path / "checkpoints").save(3, {"params": params})
+    (tmp_path / "config.json").write_text('{"linear": {"mlp": {"name": "sum"}, "projections": {"name": "dense"}}}')
+    assert weights.from_run(tmp_path).kernel.shape == (6, 6)

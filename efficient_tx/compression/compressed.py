@@ -59,7 +59,8 @@ def compress(
             model, layers, batches, triangles=triangles, progress=lambda done: progress(f"calibration batch {done}")
         )
     progress("preparing")
-    method.prepare(Setting(model, layers, inputs, Costs(unit)))
+    costs = Costs(unit)
+    method.prepare(Setting(model, layers, inputs, costs, {layer.path: costs.of(layer.module) for layer in layers}))
     plan, before, after = within(method, budget, unit)
     changes = method.apply(plan, progress)
     heads = {path: find(model, path).heads for path in plan.kept if hasattr(find(model, path), "heads")}

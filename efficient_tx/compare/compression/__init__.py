@@ -1,0 +1,1 @@
+"""Compression of one trained model by all methods, in the same bytes."""

@@ -1,0 +1,239 @@
+"""Measurements of compressed models: scores with and without tuning, bytes, multiplications and milliseconds.
+
+Every cell is a run of `efficient_tx.compress` in its own workdir, so that a second call goes on where the first one
+stopped, and each result can be evaluated, tuned and looked at by itself.
+"""
+
+import contextlib
+import io
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+from flax import nnx
+from rich.console import Console
+
+from efficient_tx import compress
+from efficient_tx.compare.timing import compile_pass, in_turns
+from efficient_tx.compression.cost import multiplications, stored
+from efficient_tx.compression.model import linear_layers
+from efficient_tx.config.methods import named_method
+from efficient_tx.data.batching import evaluation_batches
+from efficient_tx.training.disk import read_checked
+from efficient_tx.training.errors import RunError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of one comparison.
+
+    Attributes:
+      run: workdir of the model.
+      methods: as of `compress --method`.
+      budgets: shares of the bytes of the touched layers, descending.
+      tune: steps of training after each compression; 0: none.
+      draws: samples of calibration examples, for methods that need them.
+      calibration: examples of a draw.
+      where: which layers.
+      settings: keys of the tuned runs' configs, KEY=VALUE.
+      rows: examples of a timed call.
+      rounds: turns in which all models are timed.
+    """
+
+    run: Path
+    methods: tuple[str, ...]
+    budgets: tuple[float, ...]
+    tune: int = 0
+    draws: int = 3
+    calibration: int = 256
+    where: str = "mlp|projections"
+    settings: tuple[str, ...] = ()
+    rows: int = 32
+    rounds: int = 7
+
+
+@dataclass
+class Row:
+    """One method at one budget.
+
+    Attributes:
+      method: its name; "dense" for the model itself.
+      budget: share of the bytes of the touched layers that may stay.
+      refused: why there is no result, in one line; None if there is one.
+      share: of these bytes that stayed.
+      stored: bytes of all the model's linear layers, packed where they can be.
+      multiplications: of all linear layers, for one token.
+      scores: test metric of each draw.
+      tuned: the same after tuning; empty without.
+      error: largest relative error of a layer, of the first draw.
+      theory: name -> largest value over the layers of what the method's theory gives, of the first draw.
+      milliseconds: median time of a forward pass; None if it was not timed.
+      front: whether no other row without tuning has a better score with as few bytes.
+    """
+
+    method: str
+    budget: float
+    refused: str | None = None
+    share: float = 1.0
+    stored: int = 0
+    multiplications: int = 0
+    scores: list[float] = field(default_factory=list)
+    tuned: list[float] = field(default_factory=list)
+    error: float = 0.0
+    theory: dict[str, float] = field(default_factory=dict)
+    milliseconds: float | None = None
+    front: bool = False
+
+    @property
+    def score(self) -> float:
+        """Mean over the draws, after tuning if there is any."""
+        found = self.tuned or self.scores
+        return sum(found) / len(found)
+
+
+def draws_of(method: str, settings: Settings) -> int:
+    """Draws of calibration of a method: one if it needs none."""
+    return settings.draws if named_method(method).needs else 1
+
+
+def cell(method: str, budget: float, draw: int, tune: int) -> str:
+    """The name of a workdir, without characters that a shell minds."""
+    plain = re.sub(r"[^A-Za-z0-9.+-]+", "_", method).strip("_")
+    return f"{plain}-{budget:g}-{draw}" + (f"-tuned{tune}" if tune else "")
+
+
+def compare(
+    settings: Settings, out: Path, progress: Callable[[str, int, int], None] = lambda what, done, of: None
+) -> list[Row]:
+    """Compresses the model by all methods, at all budgets; the first row is the model itself.
+
+    Args:
+      settings: what to compare.
+      out: the cells' workdirs go below it.
+      progress: called with a line and the numbers of cells done and in all.
+
+    Raises:
+      RunError: the model cannot be read.
+    """
+    rows = [whole(settings)]
+    cells = list(itertools.product(settings.methods, settings.budgets))
+    each = {method: draws_of(method, settings) * (2 if settings.tune else 1) for method in settings.methods}
+    total, done = sum(each[method] for method, _ in cells), 0
+    for method, budget in cells:
+        row = Row(method, budget)
+        rows.append(row)
+        for draw, tune in itertools.product(range(draws_of(method, settings)), sorted({0, settings.tune})):
+            name = cell(method, budget, draw, tune)
+            progress(name, done, total)
+            done += 1
+            if row.refused is None:
+                try:
+                    fill(row, result(settings, out / name, method, budget, draw, tune), draw, tune)
+                except RunError as error:
+                    row.refused = error.flag
+        jax.clear_caches()
+    time_all(rows, settings, out, lambda what: progress(what, total, total))
+    mark_front(rows)
+    return rows
+
+
+def whole(settings: Settings) -> Row:
+    """The row of the model itself."""
+    row = Row("dense", 1.0)
+    summary = read_checked(settings.run / "summary.json")
+    row.scores = [score_of(summary)]
+    measure_size(row, settings.run)
+    return row
+
+
+def score_of(summary: Mapping) -> float:
+    """The test score of the best checkpoint."""
+    return next(value for key, value in summary.items() if key.startswith("test_"))
+
+
+def metric_of(run: Path) -> str:
+    """The name of the test metric of a finished run."""
+    return next(key for key in read_checked(run / "summary.json") if key.startswith("test_")).removeprefix("test_")
+
+
+def result(settings: Settings, path: Path, method: str, budget: float, draw: int, tune: int) -> Path:
+    """Compresses into a workdir, or finds that this is done; returns the workdir."""
+    arguments = [f"--workdir={settings.run}", f"--method={method}", f"--budget={budget}", f"--out={path}",
+                 f"--calibration={settings.calibration}", f"--draw={draw}", f"--tune={tune}",
+                 f"--where={settings.where}"]  # fmt: skip
+    if tune:
+        arguments += [word for setting in settings.settings for word in ("--set", setting)]
+    with contextlib.redirect_stdout(io.StringIO()):
+        compress.run(compress.parse_flags(arguments), Console(file=io.StringIO()))
+    return path
+
+
+def fill(row: Row, path: Path, draw: int, tune: int) -> None:
+    """Reads the result of a cell."""
+    score = score_of(read_checked(path / "summary.json"))
+    (row.tuned if tune else row.scores).append(score)
+    if draw or tune:
+        return
+    record = read_checked(path / compress.RECORD)
+    row.share = record["share"]
+    row.error = max(layer["error"] for layer in record["layers"].values())
+    for layer in record["layers"].values():
+        for name, value in layer.items():
+            if name != "error":
+                row.theory[name] = max(value, row.theory.get(name, 0.0))
+    measure_size(row, path)
+
+
+def loaded(path: Path) -> tuple:
+    """Config, task, model and step of the run in a workdir."""
+    return compress.load(path, "best")
+
+
+def measure_size(row: Row, path: Path) -> None:
+    """Bytes and multiplications of all linear layers of the run in a workdir."""
+    _, _, model, _ = loaded(path)
+    layers = [layer.module for layer in linear_layers(model)]
+    row.stored = sum(map(stored, layers))
+    row.multiplications = sum(map(multiplications, layers))
+
+
+def time_all(rows: Sequence[Row], settings: Settings, out: Path, progress: Callable[[str], None]) -> None:
+    """Times a forward pass of every model, all in turns."""
+    runs = {}
+    for i, path in workdirs(rows, settings, out):
+        progress(f"compiling {path.name}")
+        _, task, model, _ = loaded(path)
+        batch = evaluation_batches(task.test, task, batch_size=settings.rows)[0]
+        features = {name: array for name, array in batch.items() if name in ("inputs", "mask", "inputs2", "mask2")}
+        graphdef, params = nnx.split(model)
+
+        def call(params, features, graphdef=graphdef):
+            return nnx.merge(graphdef, params)(**features, key=None)
+
+        runs[i], _ = compile_pass("forward", call, params, features)
+    progress("timing")
+    for i, seconds in in_turns(runs, settings.rounds, math.inf).items():
+        rows[i].milliseconds = 1e3 * seconds
+
+
+def workdirs(rows: Sequence[Row], settings: Settings, out: Path) -> Iterator[tuple[int, Path]]:
+    """The number of each row that has a result, and the workdir of its first draw without tuning."""
+    for i, row in enumerate(rows):
+        if row.refused is None:
+            yield i, settings.run if row.method == "dense" else out / cell(row.method, row.budget, 0, 0)
+
+
+def mark_front(rows: Sequence[Row]) -> None:
+    """Marks the rows that no other one beats in bytes and score at once."""
+    there = [row for row in rows if row.refused is None]
+    for row in there:
+        row.front = not any(
+            other.stored <= row.stored
+            and other.score >= row.score
+            and (other.stored, other.score) != (row.stored, row.score)
+            for other in there
+        )

@@ -1,0 +1,45 @@
+"""The picture of a comparison of compressions: score against bytes, and against time."""
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from efficient_tx.compare.attention.plots import looks, png
+from efficient_tx.compare.compression.measure import Row, Settings
+
+
+def against_cost(rows: Sequence[Row], settings: Settings, machine: str, metric: str) -> bytes:
+    """PNG: a line for each method through its budgets; hollow without tuning; rings for the front in bytes."""
+    figure = Figure(figsize=(17, 7.5), layout="constrained")
+    tuned = f", {settings.tune} steps of tuning: filled" if settings.tune else ""
+    figure.suptitle(
+        f"{settings.run.name}, {settings.calibration} calibration examples; as compressed: hollow{tuned}; "
+        f"ring: no other has more with as few bytes\n{machine}",
+        fontsize=10,
+    )
+    dense, *others = rows
+    found = [row for row in others if row.refused is None]
+    look_of = looks(dict.fromkeys(row.method for row in found))
+    costs = {"bytes of linear layers, share of dense": lambda row: row.stored / dense.stored,
+             "time of a forward pass, share of dense": lambda row: row.milliseconds / dense.milliseconds}  # fmt: skip
+    for axes, (label, cost) in zip(figure.subplots(1, len(costs), sharey=True), costs.items()):
+        for method in look_of:
+            of_method = sorted((row for row in found if row.method == method), key=cost)
+            x = [cost(row) for row in of_method]
+            plain = [sum(row.scores) / len(row.scores) for row in of_method]
+            axes.plot(x, plain, markersize=6, linewidth=1, linestyle=":", fillstyle="none", **look_of[method],
+                      label=None if settings.tune else method)  # fmt: skip
+            if settings.tune:
+                axes.plot(
+                    x, [row.score for row in of_method], markersize=6, linewidth=1.2, label=method, **look_of[method]
+                )
+        axes.axhline(dense.score, color="gray", linestyle="--", linewidth=1)
+        axes.text(0.99, dense.score, "dense", transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=9)
+        front = [row for row in found if row.front]
+        axes.plot([cost(row) for row in front], [row.score for row in front], "o", markersize=13, fillstyle="none",
+                  color="black", linewidth=0)  # fmt: skip
+        axes.set(xlabel=label)
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel(metric)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
+    return png(figure)

@@ -1,0 +1,1 @@
+"""Compares runs in one page or table: `python -m efficient_tx.report --help`."""

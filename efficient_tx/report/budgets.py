@@ -1,0 +1,66 @@
+"""Budgets: what methods reach after equal steps, equal training time and equal floating-point operations."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from efficient_tx.report.runs import Method, Run
+
+# Of the largest amount that every method has come to.
+SHARES = (0.25, 0.5, 1.0)
+
+
+def validation(run: Run, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and scores of a run's evaluations."""
+    points = {line["step"]: line[metric] for line in run.lines if line["split"] == "validation" and metric in line}
+    points = {step: score for step, score in sorted(points.items()) if score is not None}
+    return np.array([*points], float), np.array([*points.values()], float)
+
+
+def seconds_at(run: Run, steps: np.ndarray) -> np.ndarray:
+    """Training time until each step, evaluation, saving and compilation aside, between train lines by interpolation."""
+    lines = [line for line in run.lines if line["split"] == "train"]
+    at = np.array([0, *(line["step"] for line in lines)], float)
+    return np.interp(steps, at, np.cumsum([0, *(line["seconds"] or 0.0 for line in lines)]))
+
+
+def amounts(run: Run, what: str, metric: str, flops: Mapping[str, float | None], label: str) -> np.ndarray | None:
+    """What a run had used at each of its evaluations; None if it is not known."""
+    steps, _ = validation(run, metric)
+    if what == "steps":
+        return steps
+    if what == "seconds":
+        return seconds_at(run, steps)
+    return None if flops.get(label) is None else steps * flops[label]
+
+
+def at_equal(
+    methods: Sequence[Method], what: str, metric: str, flops: Mapping[str, float | None]
+) -> tuple[list[float], dict[str, list[list[float]]]]:
+    """Validation scores after equal amounts of "steps", "seconds" or "flops".
+
+    Args:
+      flops: label of a method -> floating-point operations of a step, None if unknown.
+
+    Returns:
+      The amounts, and label -> for each amount the scores of the runs that have come so far, linear between two
+      evaluations; a method whose amounts are unknown, or that has no evaluation, is absent.
+    """
+    curves = {}
+    for method in methods:
+        mine = [(amounts(run, what, metric, flops, method.label), validation(run, metric)[1]) for run in method.runs]
+        mine = [(used, scores) for used, scores in mine if used is not None and len(used)]
+        if mine:
+            curves[method.label] = mine
+    if not curves:
+        return [], {}
+    common = min(max(used[-1] for used, _ in mine) for mine in curves.values())
+    marks = [share * common for share in SHARES]
+    # A run's own last amount may be common only up to rounding.
+    return marks, {
+        label: [
+            [float(np.interp(mark, used, scores)) for used, scores in mine if used[0] <= mark <= used[-1] * (1 + 1e-9)]
+            for mark in marks
+        ]
+        for label, mine in curves.items()
+    }

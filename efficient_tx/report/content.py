@@ -1,0 +1,289 @@
+"""Content: the tables and the sentences of a report, before they have a form."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from efficient_tx.config.protocols import HOUSEKEEPING
+from efficient_tx.report.budgets import at_equal
+from efficient_tx.report.published import Published, published
+from efficient_tx.report.runs import Method, Problem, differing
+from efficient_tx.report.statistics import holm, paired, spread
+from efficient_tx.tables import Table
+from efficient_tx.training import summary
+
+NONE = "—"
+UNITS = {"steps": "steps", "seconds": "seconds of training", "flops": "training FLOPs"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """What a report says of one problem.
+
+    Attributes:
+      problem: the problem.
+      tables: in order.
+      notes: sentences below them.
+      facts: label -> words, on data, devices and versions.
+    """
+
+    problem: Problem
+    tables: Sequence[Table]
+    notes: Sequence[str]
+    facts: Mapping[str, str]
+
+
+def score(problem: Problem, value: float) -> str:
+    """In percent for an accuracy."""
+    return (f"{100 * value:.2f}" if problem.metric == "accuracy" else f"{value:.4f}").replace("-", "−")
+
+
+def mean_of(problem: Problem, scores: Sequence[float]) -> str:
+    """ "48.31 ± 0.42": the mean, and the standard deviation of several seeds."""
+    if not scores:
+        return NONE
+    of = spread(scores)
+    return score(problem, of.mean) + (f" ± {score(problem, of.deviation)}" if of.deviation is not None else "")
+
+
+def interval(problem: Problem, scores: Sequence[float]) -> str:
+    if len(scores) < 2:
+        return NONE
+    of = spread(scores)
+    return f"{score(problem, of.low)} to {score(problem, of.high)}"
+
+
+def unit(problem: Problem) -> str:
+    return f"{problem.metric}, %" if problem.metric == "accuracy" else problem.metric
+
+
+def figures_of(problem: Problem) -> Published | None:
+    """The published figures that may stand beside a problem's."""
+    return published(problem.config["protocol"], problem.task) if problem.metric == "accuracy" else None
+
+
+def overview(problems: Sequence[Problem]) -> Table:
+    """Methods × problems: mean test score ± standard deviation, and how many seeds."""
+    labels = list(dict.fromkeys(method.label for problem in problems for method in problem.methods))
+    known = [{method.label: method for method in problem.methods} for problem in problems]
+
+    def cell(problem: Problem, methods: Mapping[str, Method], label: str) -> str:
+        scores = methods[label].scores("test") if label in methods else []
+        return f"{mean_of(problem, scores)} ({len(scores)})" if scores else NONE
+
+    rows = [[label, *(cell(p, methods, label) for p, methods in zip(problems, known))] for label in labels]
+    title = "Test score, mean ± standard deviation (seeds), checkpoint selected on validation"
+    return Table(title, ["method|", *(f"{problem.title}: {unit(problem)}" for problem in problems)], rows)
+
+
+def results(problem: Problem) -> Table:
+    """One row for each method, then the answers to beat."""
+    figures = figures_of(problem)
+    columns = ["method|", f"test {unit(problem)}", "95 % interval", "seeds", "steps", "test, last step", "validation"]
+    columns += ["parameters", "steps/s", "peak memory, GB", "tuned over"]
+    columns += ["published"] if figures else []
+    rows = []
+    for method in problem.methods:
+        done, test = method.finished, method.scores("test")
+        reached = sorted({run.step for run in method.runs})
+        unfinished = len(method.runs) - len(done)
+        rows.append(
+            [
+                method.label,
+                mean_of(problem, test),
+                interval(problem, test),
+                str(len(done)) + (f" of {len(method.runs)}" if unfinished else ""),
+                " to ".join(dict.fromkeys(f"{step:,}" for step in (reached[0], reached[-1])))
+                + (f" of {method.config['steps']:,}" if unfinished else ""),
+                mean_of(problem, method.scores("last_test")),
+                mean_of(problem, method.scores("val")),
+                f"{done[0].summary['parameters']:,}" if done else NONE,
+                middle(run.summary["steps_per_second"] for run in done),
+                middle(run.summary["peak_memory_bytes"] / 1e9 for run in done),
+                f"{method.tuning} runs" if method.tuning else NONE,
+            ]
+        )
+        if figures:
+            value = figures.ours.get(method.label)
+            rows[-1].append(NONE if value is None else f"{value:.2f} (published)")
+    for name, value in problem.baselines.items():
+        rows.append([f"{name} (to beat)", score(problem, value), *[NONE] * (len(columns) - 2)])
+    return Table(f"Results: {problem.title}", columns, rows)
+
+
+def middle(values: Any) -> str:
+    known = [value for value in values if value is not None]
+    return f"{np.median(known):.3g}" if known else NONE
+
+
+def equal(problem: Problem, flops: Mapping[str, float | None]) -> list[Table]:
+    """Validation scores at equal steps, training time and floating-point operations."""
+    made = []
+    for what, words in UNITS.items():
+        marks, found = at_equal(problem.methods, what, problem.metric, flops)
+        if marks:
+            rows = [
+                [label, *(f"{mean_of(problem, scores)} ({len(scores)})" if scores else NONE for scores in cells)]
+                for label, cells in found.items()
+            ]
+            heads = [f"{amount(mark, what)} {words}" for mark in marks]
+            title = f"Validation {unit(problem)} (seeds) after equal {words}: {problem.title}"
+            made.append(Table(title, ["method|", *heads], rows))
+    return made
+
+
+def amount(value: float, what: str) -> str:
+    return f"{value:.3g}" if what == "flops" else f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def reference(problem: Problem, named: str | None) -> Method:
+    """The method that others are compared with: the one that is named, else softmax, else the first."""
+    labels = {method.label: method for method in problem.methods}
+    return labels.get(named or "softmax", problem.methods[0])
+
+
+def differences(problem: Problem, baseline: str | None) -> tuple[Table | None, list[str]]:
+    """Differences of the test scores to those of the baseline, and sentences on what they are or lack."""
+    other = reference(problem, baseline)
+    answers, lacking = {}, []
+    for method in problem.methods:
+        saved = [run.predictions() for run in method.finished]
+        answers[method.label] = [one for one in saved if usable(one, problem.metric)]
+        if len(answers[method.label]) < len(saved):
+            lacking.append(method.label)
+    notes = []
+    if lacking:
+        notes.append(
+            f"No saved predictions, or not of all seeds: {'; '.join(lacking)}. `python -m efficient_tx.eval "
+            "--workdir RUNS --save_predictions` writes them; methods without any are not in the paired comparison."
+        )
+    mine = answers[other.label]
+    compared = [m for m in problem.methods if m is not other and answers[m.label] and mine]
+    apart = [m.label for m in compared if not same_items([*answers[m.label], *mine])]
+    if apart:
+        notes.append(f"Saved predictions are of other test items than those of {other.label}: {'; '.join(apart)}.")
+    compared = [method for method in compared if method.label not in apart]
+    if not compared:
+        return None, notes
+    pairs = [[(one[problem.metric], one[f"{problem.metric}_count"]) for one in answers[m.label]] for m in compared]
+    against = [(one[problem.metric], one[f"{problem.metric}_count"]) for one in mine]
+    found = [paired(pair, against) for pair in pairs]
+    adjusted = holm([difference.p for difference in found])
+    rows = []
+    for method, pair, difference, p in zip(compared, pairs, found, adjusted):
+        low, high = score(problem, difference.low), score(problem, difference.high)
+        seeds = f"{len(pair)} and {len(against)}"
+        signed = ("+" if difference.mean >= 0 else "−") + score(problem, abs(difference.mean))
+        rows.append([method.label, signed, f"{low} to {high}", probability(difference.p), probability(p), seeds])
+    title = f"Test {unit(problem)} minus that of {other.label}, on the same {len(against[0][0]):,} items"
+    columns = ["method|", "difference", "95 % interval", "p", "p, Holm", "seeds"]
+    if min(len(pair) for pair in [*pairs, against]) == 1:
+        notes.append(
+            "Where a method has one seed, the interval of the difference is that of these runs on other items: it says "
+            "nothing of other seeds."
+        )
+    return Table(f"{title}: {problem.title}", columns, rows), notes
+
+
+def usable(saved: Mapping[str, np.ndarray] | None, metric: str) -> bool:
+    return saved is not None and {metric, f"{metric}_count", "label"} <= saved.keys()
+
+
+def same_items(saved: Sequence[Mapping[str, np.ndarray]]) -> bool:
+    """Whether all have the same labels in the same order."""
+    return all(np.array_equal(one["label"], saved[0]["label"]) for one in saved)
+
+
+def probability(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def settings(problem: Problem) -> Table | None:
+    """The keys in which the methods differ, and the options of the mixers and structures that each alone has."""
+    configs = [method.config for method in problem.methods]
+    names = ("mixers", "linear.mlp.name", "linear.projections.name")
+    apart = differing(configs, lambda key: key not in HOUSEKEEPING and key not in names)
+    shared = [key for key in apart if all(key in config for config in configs)]
+    own = [key for key in apart if key not in shared]
+    if not apart:
+        return None
+    rows = []
+    for method in problem.methods:
+        mine = [f"{key.split('.', 1)[1]}={method.config[key]}" for key in own if key in method.config]
+        rows.append([method.label, *(str(method.config[key]) for key in shared), ", ".join(mine) or NONE])
+    columns = ["method|", *(f"{key}|" for key in shared), "options|"]
+    return Table(f"In what the configs differ: {problem.title}", columns, rows)
+
+
+def section(problem: Problem, flops: Mapping[str, float | None], baseline: str | None) -> Section:
+    """Everything on one problem."""
+    paired_table, notes = differences(problem, baseline)
+    tables = [results(problem), *equal(problem, flops), paired_table, settings(problem)]
+    return Section(problem, [table for table in tables if table], [*reading(problem), *notes], facts(problem))
+
+
+def reading(problem: Problem) -> list[str]:
+    """How to read the tables of a problem."""
+    notes = []
+    finished = [len(method.finished) for method in problem.methods]
+    if 1 in finished:
+        notes.append("A method with one seed has no ±: what another seed would give is not known.")
+    if max(finished) > 1:
+        notes.append("± is the standard deviation over seeds; the interval is that of their mean, by Student's t.")
+    if unfinished := [method.label for method in problem.methods if len(method.finished) < len(method.runs)]:
+        notes.append(f"Not finished, or not in all seeds: {'; '.join(unfinished)}.")
+    if longer := [m.label for m in problem.methods if any(run.summary.get("extended_from") for run in m.finished)]:
+        notes.append(f"Extended after their end, so that the learning rate rose again: {'; '.join(longer)}.")
+    figures, departures = figures_of(problem), departed(problem)
+    if figures:
+        notes.append(f"Published figures: {figures.source}" + f" ({figures.note})" * bool(figures.note) + ".")
+        if figures.others:
+            others = ", ".join(f"{name} {value:.2f}" for name, value in figures.others.items())
+            notes.append(f"Published there, and not here: {others}.")
+        if departures:
+            notes.append(f"They do not compare directly: runs here depart from the protocol in {departures}.")
+    if len(said_of(problem, device)) > 1:
+        notes.append(f"Speeds and memory are of several devices, {device_list(problem)}: they do not compare.")
+    return notes
+
+
+def device(result: Mapping[str, Any]) -> str:
+    of = result["device"]
+    return f"{of['count']} × {of['kind']} ({of['platform']})"
+
+
+def device_list(problem: Problem) -> str:
+    return ", ".join(said_of(problem, device))
+
+
+def said_of(problem: Problem, words: Any) -> list[str]:
+    """What `words` says of the summaries of finished runs, each once."""
+    return list(dict.fromkeys(words(run.summary) for run in problem.finished))
+
+
+def departed(problem: Problem) -> str:
+    """The keys in which runs depart from a published protocol."""
+    keys = {key for run in problem.finished for key in run.summary.get("protocol_departures", ())}
+    return ", ".join(sorted(keys)) if problem.config["protocol"] != "default" else ""
+
+
+def facts(problem: Problem) -> dict[str, str]:
+    """What the numbers depend on besides the methods."""
+    done = problem.finished
+    if not done:
+        return {"runs": f"{sum(len(method.runs) for method in problem.methods)}, none of them finished"}
+    return {
+        "runs": f"{sum(len(method.runs) for method in problem.methods)}, {len(done)} of them finished",
+        "data": "; ".join(said_of(problem, lambda result: result["source"])),
+        "protocol": problem.config["protocol"],
+        "departures from it": departed(problem) or NONE,
+        "device": device_list(problem),
+        "memory of": "; ".join(said_of(problem, lambda result: str(result.get("peak_memory_of", NONE)))),
+        "versions": "; ".join(said_of(problem, lambda r: ", ".join(f"{k} {v}" for k, v in r["versions"].items()))),
+        "commit": "; ".join(said_of(problem, lambda result: str(result.get("commit") or "unknown"))),
+        "checkpoints": f"best {problem.metric} on validation, "
+        + ("higher" if all(map(summary.higher_is_better, (run.summary for run in done))) else "lower")
+        + " is better",
+    }

@@ -1,0 +1,245 @@
+"""Runs: what workdirs hold, read and checked, and grouped into methods and into tasks that may share a table."""
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from efficient_tx.config import protocols
+from efficient_tx.config.protocols import HOUSEKEEPING
+from efficient_tx.files import visible
+from efficient_tx.training import summary
+from efficient_tx.training.disk import read_checked
+from efficient_tx.training.errors import Refused
+from efficient_tx.training.history import NAME, read
+from efficient_tx.training.workdir import flatten, read_config
+
+PREDICTIONS = "predictions_test_best.npz"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """One workdir.
+
+    Attributes:
+      path: the workdir.
+      config: dotted key -> value.
+      lines: of metrics.jsonl.
+      summary: of a finished run, else None.
+      tuning: whether it only helped to choose a setting.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    lines: Sequence[Mapping[str, Any]]
+    summary: Mapping[str, Any] | None
+    tuning: bool
+
+    @property
+    def seed(self) -> int:
+        return self.config["seed"]
+
+    @property
+    def step(self) -> int:
+        """The last step of which there is a line."""
+        return max((line["step"] for line in self.lines), default=0)
+
+    def predictions(self) -> dict[str, np.ndarray] | None:
+        """What eval.py saved of the best checkpoint on the test split; None if it did not."""
+        try:
+            with np.load(self.path / PREDICTIONS) as file:
+                return dict(file)
+        except (OSError, ValueError, KeyError):
+            return None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Method:
+    """Runs that differ in their seeds only.
+
+    Attributes:
+      label: mixers, structures, and what else tells it from the other methods of its task.
+      runs: one for each seed.
+      tuning: how many runs chose its settings.
+    """
+
+    label: str
+    runs: Sequence[Run]
+    tuning: int
+
+    @property
+    def finished(self) -> list[Run]:
+        return [run for run in self.runs if run.summary is not None]
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.runs[0].config
+
+    def scores(self, what: str) -> list[float]:
+        """A score of every finished run: `what` is "test", "last_test" or "val"."""
+        return [run.summary[f"{what}_{summary.metric(run.summary)}"] for run in self.finished]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Problem:
+    """A task with its data and a protocol: only methods of one problem are compared.
+
+    Attributes:
+      title: task, source and protocol, for people.
+      methods: at least one.
+    """
+
+    title: str
+    methods: Sequence[Method]
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.methods[0].config
+
+    @property
+    def task(self) -> str:
+        """The key of PROTOCOLS."""
+        options = {key.removeprefix("task."): x for key, x in self.config.items() if key.startswith("task.")}
+        return protocols.key(options)
+
+    @property
+    def finished(self) -> list[Run]:
+        return [run for method in self.methods for run in method.finished]
+
+    @property
+    def metric(self) -> str:
+        """The score that ranks checkpoints."""
+        for run in self.finished:
+            return summary.metric(run.summary)
+        names = {key for method in self.methods for run in method.runs for line in run.lines[:1] for key in line}
+        return "accuracy" if "accuracy" in names or not names else "loss"
+
+    @property
+    def higher_is_better(self) -> bool:
+        return all(summary.higher_is_better(run.summary) for run in self.finished) and self.metric != "loss"
+
+    @property
+    def baselines(self) -> dict[str, float]:
+        """Answers to beat; those of a test split, which all runs share."""
+        return {name: score for run in self.finished for name, score in run.summary["baselines"].items()}
+
+
+def find(folders: Iterable[Path], warn: Callable[[str], None]) -> list[Run]:
+    """The runs in the folders: workdirs, or folders of workdirs, as of a sweep. One that is damaged gets a line."""
+    found = {}
+    for folder in folders:
+        tuning = tuning_in(folder)
+        inside = [folder] if (folder / "config.json").exists() else []
+        inside += [file.parent for file in visible(folder, "*/config.json")]
+        for path in inside:
+            try:
+                found[path.resolve()] = load(path, tuning=path.name in tuning, warn=warn)
+            except Refused as error:
+                warn(f"{error}; it is left out")
+    return list(found.values())
+
+
+def tuning_in(folder: Path) -> set[str]:
+    """The names of the runs that a sweep made only to choose settings."""
+    try:
+        runs = json.loads((folder / "sweep.json").read_text())["runs"]
+        return {name for name, run in runs.items() if run["purpose"] == "tune"}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def load(path: Path, *, tuning: bool, warn: Callable[[str], None]) -> Run:
+    """The run in a workdir. Raises Refused if there is none, or its config is damaged."""
+    config = flatten(read_config(path))
+    if missing := [key for key in ("seed", "mixers", "task.name", "protocol", "linear.mlp.name") if key not in config]:
+        raise Refused(f"{path}/config.json has no {missing[0]}")
+    record = read(path / NAME)
+    if record.damaged:
+        warn(f"{path / NAME}: {len(record.damaged)} lines are damaged and left out")
+    try:
+        result = read_checked(path / "summary.json")
+        summary.metric(result)
+    except FileNotFoundError:
+        result = None
+    except (OSError, ValueError, StopIteration) as error:
+        warn(f"{path}/summary.json {error}: the run counts as unfinished")
+        result = None
+    return Run(path, config, record.lines, result, tuning)
+
+
+def problems(runs: Sequence[Run], warn: Callable[[str], None]) -> list[Problem]:
+    """The problems of the runs, each with its methods, in the order of the runs."""
+    grouped: dict[Any, list[Run]] = {}
+    for run in runs:
+        task = {key: x for key, x in run.config.items() if key.startswith("task.") and key not in HOUSEKEEPING}
+        grouped.setdefault((run.config["protocol"], frozen(task)), []).append(run)
+    made = [problem(mine, warn) for mine in grouped.values() if not all(run.tuning for run in mine)]
+    titles = [one.title for one in made]
+    if len(set(titles)) == len(titles):
+        return made
+    # The same task with other options: these tell them apart.
+    apart = differing([one.config for one in made], lambda key: key.startswith("task.") and key not in HOUSEKEEPING)
+    said = [", ".join(f"{key.removeprefix('task.')} {one.config.get(key)}" for key in apart) for one in made]
+    return [dataclasses.replace(one, title=f"{one.title} ({words})") for one, words in zip(made, said)]
+
+
+def problem(runs: Sequence[Run], warn: Callable[[str], None]) -> Problem:
+    """The problem that runs of one task and protocol share."""
+    grouped: dict[Any, dict[int, Run]] = {}
+    for run in runs:
+        if run.tuning:
+            continue
+        seeds = grouped.setdefault(frozen({k: x for k, x in run.config.items() if k not in HOUSEKEEPING}), {})
+        if run.seed in seeds:
+            warn(f"{run.path} has the config and the seed of {seeds[run.seed].path}: it is left out")
+        else:
+            seeds[run.seed] = run
+    groups = [[seeds[seed] for seed in sorted(seeds)] for seeds in grouped.values()]
+    labels = labelled([group[0].config for group in groups])
+    budgets = [sum(run.tuning and base(run.config) == base(group[0].config) for run in runs) for group in groups]
+    first = next((run for run in runs if run.summary), runs[0])
+    name = first.summary["task"] if first.summary else first.config["task.name"].rpartition(".")[2]
+    source = first.summary["source"] if first.summary else str(first.config.get("task.source", "unknown data"))
+    title = f"{name}, {source}, protocol {first.config['protocol']}"
+    return Problem(title, sorted((Method(*one) for one in zip(labels, groups, budgets)), key=place))
+
+
+def place(method: Method) -> tuple[float, str]:
+    """Best test score first, those without one last."""
+    if not method.finished:
+        return (math.inf, method.label)
+    sign = -1 if summary.higher_is_better(method.finished[0].summary) else 1
+    return (sign * statistics.fmean(method.scores("test")), method.label)
+
+
+def base(config: Mapping[str, Any]) -> str:
+    """Mixers and structures of a config: "gla", "softmax+monarch"."""
+    parts = [config["linear.mlp.name"], config.get("linear.projections.name", "dense")]
+    while parts and parts[-1] == "dense":
+        parts.pop()
+    return "+".join([config["mixers"], *parts])
+
+
+def labelled(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A label for each config: its base, and the keys in which it differs from others of that base."""
+    labels = []
+    for config in configs:
+        alike = [other for other in configs if base(other) == base(config)]
+        apart = differing(alike, lambda key: key not in HOUSEKEEPING)
+        labels.append(", ".join([base(config), *(f"{k.rpartition('.')[2]}={config.get(k)}" for k in apart)]))
+    return labels
+
+
+def differing(configs: Sequence[Mapping[str, Any]], counts: Callable[[str], bool] = lambda key: True) -> list[str]:
+    """The keys in which configs differ, among those that count."""
+    keys = sorted({key for config in configs for key in config if counts(key)})
+    return [key for key in keys if len({frozen({key: config.get(key)}) for config in configs}) > 1]
+
+
+def frozen(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, sort_keys=True)

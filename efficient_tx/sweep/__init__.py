@@ -1,0 +1,1 @@
+"""Runs many methods under many seeds and settings: `python -m efficient_tx.sweep --help`."""

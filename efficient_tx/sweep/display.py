@@ -1,0 +1,184 @@
+"""Display: how far a sweep has come, as a live table on a terminal and as lines elsewhere."""
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from efficient_tx.sweep.plan import Cell, Run
+from efficient_tx.sweep.runner import Runner
+from efficient_tx.training import summary
+from efficient_tx.training.history import NAME
+
+
+class Clock:
+    """Predicts the time that runs will take, from the seconds a step of their cell has taken.
+
+    A cell of which no step is known yet takes the mean of the others.
+    """
+
+    def __init__(self):
+        self._seconds: dict[Cell, float] = {}
+        self._first: dict[str, tuple[int, float]] = {}
+
+    def saw(self, run: Run, step: int, now: float) -> None:
+        """A live run has come to `step`."""
+        first, since = self._first.setdefault(run.name, (step, now))
+        if step > first:
+            self._seconds[run.cell] = (now - since) / (step - first)
+
+    def ended(self, run: Run, result: Mapping[str, Any]) -> None:
+        """A run is finished. Its own speed stands in if no step of it was seen."""
+        if speed := result.get("steps_per_second"):
+            self._seconds.setdefault(run.cell, 1 / speed)
+
+    def left(self, cell: Cell, steps: int) -> float | None:
+        """Seconds for further steps; None if nothing is known."""
+        if not self._seconds:
+            return None
+        return steps * self._seconds.get(cell, fmean(self._seconds.values()))
+
+
+class Display:
+    """Shows a sweep.
+
+    Args:
+      console: where.
+      runs: all that are known, tuning first.
+      later: cell -> how many runs will follow that are not known yet, as their setting is not chosen.
+      jobs: runs at once.
+    """
+
+    def __init__(self, console: Console, runs: Sequence[Run], later: Mapping[Cell, int], jobs: int):
+        self._console, self.runs, self.later, self._jobs = console, list(runs), dict(later), jobs
+        self._clock, self._told = Clock(), set()
+        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> "Display":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._live:
+            self._live.stop()
+
+    def say(self, line: str) -> None:
+        """Prints a line, above the table."""
+        self._console.print(Text(line), soft_wrap=True)
+
+    def show(self, runner: Runner) -> None:
+        """Brings the table up to date; elsewhere, a line when a run has ended."""
+        now, steps = time.monotonic(), {}
+        for child in runner.live:
+            steps[child.run.name] = latest(child.run.workdir)
+            if line := steps[child.run.name].get("last"):
+                self._clock.saw(child.run, line["step"], now)
+        ended = runner.results.keys() | runner.failures.keys()
+        for run in self.runs:
+            if run.name in runner.results:
+                self._clock.ended(run, runner.results[run.name])
+        caption = self._caption(runner, steps)
+        if self._live:
+            self._live.update(self._table(runner, steps, caption), refresh=True)
+        elif ended != self._told:
+            self.say(caption)
+        self._told = set(ended)
+
+    def _left(self, runner: Runner, steps: Mapping[str, Mapping[str, Any]]) -> float | None:
+        """Seconds until everything is done."""
+        parts = [self._clock.left(cell, count * steps_of(self.runs, cell)) for cell, count in self.later.items()]
+        for run in self.runs:
+            if run.name not in runner.results and run.name not in runner.failures:
+                parts.append(self._clock.left(run.cell, run.config.steps - done(steps.get(run.name, {}))))
+        return None if None in parts else sum(parts) / self._jobs
+
+    def _caption(self, runner: Runner, steps: Mapping[str, Mapping[str, Any]]) -> str:
+        total = len(self.runs) + sum(self.later.values())
+        counts = {
+            "finished": sum(run.name in runner.results for run in self.runs),
+            "running": len(runner.live),
+            "held by another process": len(runner.busy),
+            "failed": len(runner.failures),
+        }
+        counts["to do"] = total - counts["finished"] - counts["running"] - counts["failed"]
+        said = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        return f"{total} runs: {said}; {clock(self._left(runner, steps))} left"
+
+    def _table(self, runner: Runner, steps: Mapping[str, Mapping[str, Any]], caption: str) -> Table:
+        """One row for each run; where they do not fit, for those that run, failed, or come next."""
+        table = Table(caption=caption, caption_justify="left")
+        for name in ("run", "step", "", "validation", "left"):
+            table.add_column(name, justify="left" if name in ("run", "") else "right", no_wrap=name != "run")
+        room = max(4, self._console.height - 8)
+        live = {child.run.name for child in runner.live}
+        shown = self.runs
+        if len(shown) > room:
+            urgent = [run for run in shown if run.name in live or run.name in runner.failures]
+            rest = [run for run in shown if run.name not in runner.results and run not in urgent]
+            chosen = {run.name for run in [*urgent, *rest][:room]}
+            shown = [run for run in shown if run.name in chosen]
+        for run in shown:
+            total, seen = run.config.steps, steps.get(run.name, {})
+            result = runner.results.get(run.name)
+            step, state, score, left = done(seen), Text("to do"), "", ""
+            if result is not None:
+                metric = summary.metric(result)
+                step, state, score = total, Text("finished"), f"{metric} {result[f'val_{metric}']:.4f}"
+            elif run.name in runner.failures:
+                state = Text(runner.failures[run.name].reason, style="red")
+            elif run.name in live:
+                state = ProgressBar(total, step, width=20)
+                score = seen.get("score", "")
+                left = clock(self._clock.left(run.cell, total - step))
+            elif run.name in runner.busy:
+                state = Text("held by another process")
+            table.add_row(run.name, f"{step}/{total}", state, score, left)
+        return table
+
+
+def steps_of(runs: Sequence[Run], cell: Cell) -> int:
+    """The steps of a run of the cell."""
+    return next(run.config.steps for run in runs if run.cell is cell)
+
+
+def done(seen: Mapping[str, Any]) -> int:
+    return seen["last"]["step"] if seen else 0
+
+
+def latest(workdir: Path) -> dict[str, Any]:
+    """`last`: the last line of a run's metrics.jsonl; `score`: its last validation in words. {} if there is none."""
+    try:
+        with open(workdir / NAME, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 2**14))
+            texts = file.read().split(b"\n")
+    except OSError:
+        return {}
+    lines = []
+    for text in texts:
+        try:
+            line = json.loads(text)
+        except ValueError:  # cut off at the start or, while it is written, at the end
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    validated = [line for line in lines if line.get("split") == "validation"]
+    scores = [f"{k} {x:.4f}" for k, x in (validated or [{}])[-1].items() if k not in ("step", "split", "loss")]
+    return {"last": lines[-1], "score": " ".join(scores)} if lines else {}
+
+
+def clock(seconds: float | None) -> str:
+    """ "1:02:03"."""
+    if seconds is None:
+        return "-:--:--"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"

@@ -1,0 +1,243 @@
+"""Plan: the runs of a sweep, each with a name, a workdir, its command and its resolved config."""
+
+import contextlib
+import dataclasses
+import itertools
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from efficient_tx.config.check import check
+from efficient_tx.config.errors import ConfigError
+from efficient_tx.config.flags import typed_keys, typed_values
+from efficient_tx.config.keys import flatten, section_of
+from efficient_tx.config.load import ConfigFile
+from efficient_tx.config.resolve import NAMES
+from efficient_tx.training.workdir import FREE_KEYS
+
+# Sections whose keys belong to a mixer or to a structure: a method without it is run without the setting.
+OF_METHODS = ("attention.", "linear.")
+LONGEST_NAME = 150
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """Mixers and structures of a model.
+
+    Attributes:
+      mixers: pattern over the layers, "gla*3,softmax".
+      linears: "dense", or "monarch+low_rank" with another structure in the projections.
+    """
+
+    mixers: str
+    linears: str
+
+    @property
+    def argument(self) -> str:
+        """What follows the colon of a config's path."""
+        return f"{self.mixers}+{self.linears}"
+
+    def __str__(self) -> str:
+        return self.mixers if self.linears in ("dense", "dense+dense") else self.argument
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cell:
+    """A method under settings: what runs of several seeds repeat.
+
+    Attributes:
+      method: of the models.
+      settings: dotted key -> value as typed, of --set.
+      points: the settings of --tune among which validation chooses; `[{}]` if there is nothing to choose.
+    """
+
+    method: Method
+    settings: Mapping[str, str]
+    points: Sequence[Mapping[str, str]]
+
+    def __str__(self) -> str:
+        return shown(self.method, self.settings)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """One run of a sweep.
+
+    Attributes:
+      name: of its folder; it has no character that a shell or a pattern of paths minds.
+      purpose: "tune" for a run that only helps to choose a setting, else "run".
+      arguments: of train.py.
+      config: resolved.
+      typed: the keys that the arguments give a value.
+    """
+
+    name: str
+    cell: Cell
+    settings: Mapping[str, str]
+    seed: int
+    purpose: str
+    workdir: Path
+    arguments: Sequence[str]
+    config: ConfigDict
+    typed: frozenset[str]
+
+    def record(self) -> dict[str, Any]:
+        """What sweep.json says of it."""
+        about = {"method": str(self.cell.method), "settings": dict(self.settings), "seed": self.seed}
+        return {**about, "purpose": self.purpose, "arguments": list(self.arguments)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """What a sweep is asked for.
+
+    Attributes:
+      config: path of the config file, or its shipped name, without an argument.
+      methods: which are compared.
+      settings: key -> values of --set: every combination is a cell.
+      tuned: key -> values of --tune: of the combinations validation chooses one for each cell.
+      constants: "--config.KEY=VALUE" for all runs.
+      out: the folder of the sweep.
+      trusted: modules that --trust names.
+    """
+
+    config: str
+    methods: Sequence[Method]
+    settings: Mapping[str, Sequence[str]]
+    tuned: Mapping[str, Sequence[str]]
+    constants: Sequence[str]
+    out: Path
+    trusted: Sequence[str] = ()
+
+    def cells(self) -> list[Cell]:
+        """The cells, method by method.
+
+        Raises:
+          ConfigError: a key of --set or --tune that no method has, or that something else sets.
+        """
+        cells, used = [], set()
+        for key in (*self.settings, *self.tuned):
+            self._check_free(key)
+        for method in self.methods:
+            keys = flatten(self._plain(method))
+            mine = {key for key in (*self.settings, *self.tuned) if key in keys or not key.startswith(OF_METHODS)}
+            used |= mine
+            points = combinations({key: values for key, values in self.tuned.items() if key in mine})
+            for settings in combinations({key: values for key, values in self.settings.items() if key in mine}):
+                cells.append(Cell(method, settings, points))
+        for key in (*self.settings, *self.tuned):
+            if key not in used:
+                section_of(self._plain(self.methods[0]), key)  # names the nearest
+        return cells
+
+    def _plain(self, method: Method) -> ConfigDict:
+        """The config of a method without settings."""
+        given = typed_keys(self.constants)
+        return ConfigFile(f"{self.config}:{method.argument}").config({key: given[key] for key in NAMES if key in given})
+
+    def _check_free(self, key: str) -> None:
+        if key in self.settings and key in self.tuned:
+            raise ConfigError(key, "is set by both --set and --tune: use one of them")
+        if key in typed_keys(self.constants):
+            raise ConfigError(key, "is given one value for all runs, and others here: leave out one of the two")
+        if flag := {"seed": "seeds", "mixers": "mixers"}.get(key):
+            raise ConfigError(key, f"is set by --{flag}")
+
+    def run(self, cell: Cell, point: Mapping[str, str], seed: int, purpose: str) -> Run:
+        """The run of a cell with a point of its grid.
+
+        Raises:
+          OptionError, ConfigError: the config cannot be resolved.
+        """
+        settings = {**cell.settings, **point}
+        overrides = [*self.constants, *(f"--config.{key}={value}" for key, value in settings.items())]
+        overrides.append(f"--config.seed={seed}")
+        path = f"{self.config}:{cell.method.argument}"
+        file = ConfigFile(path)
+        with naming(settings):
+            typed, _ = typed_values(file, ["sweep", *overrides])
+            config = file.resolve(typed)
+        name = run_name(cell.method, settings, seed, purpose)
+        return Run(
+            name=name,
+            cell=cell,
+            settings=settings,
+            seed=seed,
+            purpose=purpose,
+            workdir=self.out / name,
+            arguments=[
+                f"--config={path}",
+                f"--workdir={self.out / name}",
+                *overrides,
+                *(f"--trust={module}" for module in self.trusted),
+            ],
+            config=config,
+            typed=frozenset(typed),
+        )
+
+
+def combinations(values: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
+    """Every combination of a value for each key: {"a": [1, 2]} -> [{"a": 1}, {"a": 2}], and {} -> [{}]."""
+    return [dict(zip(values, chosen)) for chosen in itertools.product(*values.values())]
+
+
+@contextlib.contextmanager
+def naming(settings: Mapping[str, str]) -> Iterator[None]:
+    """Puts "KEY=VALUE: " in front of the error of a setting."""
+    try:
+        yield
+    except ConfigError as error:
+        if error.key not in settings:
+            raise
+        raise ValueError(f"{error.key}={settings[error.key]}: {error}") from None
+
+
+def run_name(method: Method, settings: Mapping[str, str], seed: int, purpose: str) -> str:
+    """A name for a folder: "gla.3-softmax+monarch_learning_rate=1e-4_seed0"."""
+    last = [key.rpartition(".")[2] for key in settings]
+    short = {key: name if last.count(name) == 1 else key for key, name in zip(settings, last)}
+    parts = [str(method), *(f"{short[key]}={value}" for key, value in settings.items())]
+    text = "_".join([*parts, *["tune"] * (purpose == "tune"), f"seed{seed}"])
+    name = re.sub(r"[^\w.+=-]", "-", text.replace("*", "."), flags=re.ASCII)
+    if len(name) <= LONGEST_NAME and not name.startswith(("-", ".")):
+        return name
+    return f"run-{zlib.crc32(text.encode()):08x}_{name.lstrip('.-')[-LONGEST_NAME:]}"
+
+
+def identity(run: Run) -> tuple[tuple[str, str], ...]:
+    """Equal for two runs that would compute the same."""
+    return tuple(sorted((key, repr(x)) for key, x in flatten(run.config).items() if key not in FREE_KEYS))
+
+
+def check_runs(runs: Iterable[Run]) -> None:
+    """Checks every config, and that no two runs are the same or share a folder.
+
+    Raises:
+      ConfigError: a config that cannot work.
+      ValueError: two runs of one config or of one name.
+    """
+    same, named, checked = {}, {}, set()
+    for run in runs:
+        mine = shown(run.cell.method.argument, run.settings)
+        if (other := same.setdefault(identity(run), mine)) is not mine:
+            raise ValueError(f"{other} and {mine} have equal configs, and would be the same run: leave out one of them")
+        if (other := named.setdefault(run.name.lower(), mine)) is not mine:
+            raise ValueError(f"{other} and {mine} would share the folder {run.workdir}: sweep them in two folders")
+        if mine not in checked and not (run.workdir / "config.json").exists():
+            with naming(run.settings):
+                check(run.config)
+            checked.add(mine)
+
+
+def shown(method: object, settings: Mapping[str, str]) -> str:
+    """A method with settings, for people: "skyformer, optimizer.learning_rate=1e-4"."""
+    return ", ".join([str(method), *(f"{key}={value}" for key, value in settings.items())])
+
+
+def listed(text: str) -> list[str]:
+    """The parts of a list: split at semicolons if it has any, else at commas, as a pattern of mixers has commas."""
+    return [part.strip() for part in text.split(";" if ";" in text else ",") if part.strip()]

@@ -1,0 +1,56 @@
+"""SLURM: an array script with one task for each run, so that a cluster's own scheduler runs a sweep."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+# With several tasks a run, as by `sbatch --nodes=4`, these are the processes of one run, each on its host. Ports from
+# 20000 up, so that two runs on one host have different ones.
+TEMPLATE = """\
+#!/bin/bash
+#SBATCH --job-name={name}
+#SBATCH --array=0-{last}{at_once}
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --output={logs}/%a.txt
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=TERM@120
+# Add what this cluster needs: --partition, --gpus-per-node, --cpus-per-task, --time. A run on several hosts:
+# sbatch --nodes=4 {script}
+# A run that its time limit stops has saved its state: submit the script again. Finished runs say so and end.
+set -u
+cd {here} || exit
+
+runs=(
+{runs}
+)
+run=${{runs[$SLURM_ARRAY_TASK_ID]}}
+if [ "${{SLURM_NTASKS:-1}}" -gt 1 ]; then
+    host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    run="$run --coordinator_address=$host:$((20000 + SLURM_JOB_ID % 20000)) --num_processes=$SLURM_NTASKS"
+    run="$run --process_id=\\$SLURM_PROCID"
+fi
+exec srun bash -c "exec $run"
+"""
+
+
+def script(commands: Sequence[Sequence[str]], path: Path, logs: Path, here: Path, jobs: int | None) -> str:
+    """The text of the script.
+
+    Args:
+      commands: the words of each run's command.
+      path: where the script will lie.
+      logs: the folder for what the runs print; it must exist when the script is submitted.
+      here: the folder to run in.
+      jobs: most runs at once; None is as many as the cluster has room for.
+    """
+    return TEMPLATE.format(
+        name=path.parent.absolute().name,
+        last=len(commands) - 1,
+        at_once=f"%{jobs}" if jobs else "",
+        logs=logs.absolute(),
+        script=shlex.quote(str(path)),
+        here=shlex.quote(str(here)),
+        runs="\n".join(f"    {shlex.quote(shlex.join(command))}" for command in commands),
+    )

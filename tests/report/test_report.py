@@ -1,0 +1,213 @@
+"""The report: what stands in its tables, its pictures and its page, and how a browser shows it."""
+
+import csv
+import io
+import json
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from efficient_tx.report.__main__ import command
+from efficient_tx.report.plots import pareto
+from tests.support.command import here
+from tests.support.workdirs import config_of, write_run
+
+
+def report(*arguments):
+    return here(command, *arguments)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three methods: two seeds, one seed, and one that is not finished; predictions of two of them."""
+    generator = np.random.default_rng(0)
+    for seed, test in enumerate((0.5, 0.6)):
+        right = generator.random(200) < test
+        curve = [(10, 0.2 + 0.1 * seed), (20, 0.5)]
+        config = config_of("softmax", seed=seed)
+        write_run(tmp_path / f"softmax_seed{seed}", config, test=test, validation=curve, right=right)
+    right = generator.random(200) < 0.9
+    write_run(tmp_path / "gla_seed0", config_of("gla"), test=0.9, speed=40.0, right=right)
+    write_run(tmp_path / "vmean_seed0", config_of("vmean"), test=None, validation=[(10, 0.1)])
+    return tmp_path
+
+
+def rows(out, title):
+    """Method -> cells by head, of a table in the output as CSV."""
+    tables, head = {}, None
+    for row in csv.reader(io.StringIO(out)):
+        if row[:1] == ["table"]:
+            head = row
+        elif row and row[0].startswith(title):
+            tables[row[1]] = dict(zip(head[2:], row[2:]))
+    return tables
+
+
+def test_the_tables(folder):
+    status, out, error = report(folder, "--format=csv")
+    assert (status, error) == (0, "")
+    results = rows(out, "Results")
+    assert list(results) == ["gla", "softmax", "vmean", "constant (to beat)"]
+    assert results["softmax"]["test accuracy, %"] == "55.00 ± 7.07" and results["softmax"]["seeds"] == "2"
+    assert results["gla"]["test accuracy, %"] == "90.00" and results["gla"]["95 % interval"] == "—"
+    assert results["vmean"]["seeds"] == "0 of 1" and results["vmean"]["steps"] == "10 of 1,500"
+    assert results["constant (to beat)"]["test accuracy, %"] == "12.50" and "published" not in results["gla"]
+    # Half of the seeds' t interval: 12.706 · 7.071 / √2.
+    assert results["softmax"]["95 % interval"] == "−8.53 to 118.53"
+    steps = rows(out, "Validation accuracy, % (seeds) after equal steps")
+    assert steps["softmax"]["10 steps"] == "25.00 ± 7.07 (2)" and steps["gla"]["10 steps"] == "25.00 (1)"
+    times = rows(out, "Validation accuracy, % (seeds) after equal seconds")
+    assert times["gla"]["0.25 seconds of training"] == "25.00 (1)"
+    assert rows(out, "Validation accuracy, % (seeds) after equal training FLOPs").keys() >= {"gla", "softmax"}
+    (difference,) = rows(out, "Test accuracy, % minus that of softmax, on the same 200 items").values()
+    saved = [np.load(folder / name / "predictions_test_best.npz")["accuracy"].mean() for name in
+             ("gla_seed0", "softmax_seed0", "softmax_seed1")]  # fmt: skip
+    assert difference["difference"] == f"+{100 * (saved[0] - np.mean(saved[1:])):.2f}"
+    assert difference["seeds"] == "1 and 2" and difference["p"] == "< 0.001"
+
+
+def test_the_sentences(folder):
+    status, out, error = report(folder, "--format=md", "--baseline=gla")
+    assert (status, error) == (0, "")
+    assert "A method with one seed has no ±" in out and "Not finished, or not in all seeds: vmean." in out
+    assert "| softmax | −" in out and "minus that of gla" in out
+    assert "- commit: abc" in out and "- device: 1 × cpu (cpu)" in out and "- versions: jax 1.2.3" in out
+
+
+def test_published_figures_stand_beside_runs_of_their_protocol_alone(folder):
+    config = config_of("skyformer", **{"task.max_len": 512}) | {"protocol": "skyformer"}
+    write_run(folder / "published", config, protocol="skyformer", protocol_departures=["steps"])
+    status, out, _ = report(folder, "--format=md")
+    assert status == 0
+    first, second = re.split(r"\n## ", out)[1:]
+    default, other = (first, second) if "protocol default" in first.splitlines()[0] else (second, first)
+    assert "published" not in default.lower() and "38.69 (published)" in other
+    assert "Published figures: Chen et al. 2021, arXiv 2111.00035, table 1" in other
+    assert "runs here depart from the protocol in steps." in other and "Informer 32.53" in other
+
+
+def test_predictions_on_other_items_are_not_compared(folder):
+    file = folder / "gla_seed0" / "predictions_test_best.npz"
+    with np.load(file) as saved:
+        other = dict(saved) | {"label": saved["label"][::-1]}
+    np.savez(file, **other)
+    status, out, _ = report(folder, "--format=md")
+    assert status == 0 and "minus that of" not in out
+    assert "Saved predictions are of other test items than those of softmax: gla." in out
+
+
+class Page(HTMLParser):
+    """What a page would load, and whether its tags are closed in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.loaded, self.open, self.ids = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        for name, value in attributes:
+            if name == "src" or (name.endswith("href") and not value.startswith("#")):
+                self.loaded.append(value)
+            if name == "id":
+                self.ids.append(value)
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_needs_no_network(folder):
+    status, out, error = report(folder, f"--out={folder / 'page.html'}")
+    assert (status, error) == (0, "") and out == f"wrote {folder}/page.csv\nwrote {folder}/page.html\n"
+    text = (folder / "page.html").read_text()
+    page = Page()
+    page.feed(text)
+    assert page.open == [] and page.loaded == [] and "@import" not in text and "<script" not in text
+    assert len(page.ids) == len(set(page.ids)), "pictures share ids"
+    pictures = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    assert len(pictures) == 4
+    for picture in pictures:
+        words = " ".join(ElementTree.fromstring(picture).itertext())
+        assert "softmax" in words and "gla" in words
+    before = text
+    report(folder, f"--out={folder / 'page.html'}")
+    assert (folder / "page.html").read_text() == before
+
+
+def test_tex(folder):
+    status, _, _ = report(folder, f"--out={folder / 'page.tex'}")
+    text = (folder / "page.tex").read_text()
+    assert status == 0 and text.count("\\begin{tabular}") == text.count("\\end{tabular}") > 4
+    assert "test accuracy, \\%" in text and "55.00 $\\pm$ 7.07" in text and "_" not in re.sub(r"\\_", "", text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["FOLDER/none"], "FOLDER/none is no folder: name one that holds runs"),
+        (["FOLDER/empty"], "FOLDER/empty: there are no runs to compare"),
+        (
+            ["FOLDER", "--baseline=softmx"],
+            "--baseline=softmx: the methods are gla; softmax; vmean (nearest: 'softmax')",
+        ),
+        (["FOLDER", "--format=pdf"], "argument --format: invalid choice: 'pdf'"),
+        (["FOLDER", "--base=x"], "--base=x is no flag: the nearest is --baseline"),
+        (["FOLDER", "--out=FOLDER/none/page.html"], "--out=FOLDER/none/page.html: there is no folder FOLDER/none"),
+    ],
+)
+def test_mistakes_are_one_line(folder, arguments, line):
+    (folder / "empty").mkdir()
+    status, out, error = report(*(argument.replace("FOLDER", str(folder)) for argument in arguments))
+    assert (status, out, error.count("\n")) == (2, "", 1) and line.replace("FOLDER", str(folder)) in error
+
+
+@pytest.mark.quick
+def test_the_pareto_front():
+    points = [(1, 1), (2, 0.5), (0.5, 0.9), (2, 0.4), (1, 1)]
+    assert pareto(points) == [True, True, False, False, True]
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# Asks the page, when it is laid out, for its width and that of the window.
+ASK = "<script>onload = () => document.title = [document.documentElement.scrollWidth, innerWidth].join(' ')</script>"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no chromium")
+@pytest.mark.parametrize("width", [1400, 400])
+def test_a_browser_shows_it_without_sideways_scrolling(folder, width):
+    report(folder, f"--out={folder / 'page.html'}")
+    page, picture = folder / "asked.html", folder / "page.png"
+    page.write_text((folder / "page.html").read_text().replace("</body>", ASK + "</body>"))
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        f"--user-data-dir={folder / 'browser'}",
+    ]
+    run = [BROWSER, *flags, f"--window-size={width},3000"]
+    asked = subprocess.run([*run, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
+    whole, window = map(int, re.search(r"<title>(\d+) (\d+)</title>", asked.stdout).groups())
+    assert whole <= window
+    subprocess.run([*run, f"--screenshot={picture}", page.as_uri()], capture_output=True, timeout=120, check=True)
+    import matplotlib.image
+
+    pixels = matplotlib.image.imread(picture)
+    assert pixels.shape[1] == width and 0.01 < (pixels[..., :3].min(-1) < 0.5).mean() < 0.3  # neither blank nor black
+
+
+def test_a_sweeps_tuning_is_told(folder):
+    write_run(folder / "tuned", config_of("softmax", **{"optimizer.learning_rate": 0.1}))
+    (folder / "sweep.json").write_text(json.dumps({"runs": {"tuned": {"purpose": "tune"}}}))
+    status, out, _ = report(folder, "--format=csv")
+    assert status == 0 and rows(out, "Results")["softmax"]["tuned over"] == "1 runs"

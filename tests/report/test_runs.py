@@ -1,0 +1,125 @@
+"""Which runs are compared: seeds of one method, methods of one problem, and nothing else together."""
+
+import json
+
+import pytest
+
+from efficient_tx.report.published import published
+from efficient_tx.report.runs import find, problems
+from tests.support import ROOT
+from tests.support.workdirs import config_of, write_run
+
+
+@pytest.fixture
+def grouped(tmp_path):
+    """Writes runs below the folder, and returns its problems and the warnings."""
+
+    def group(*runs, tuned=()):
+        for index, (config, about) in enumerate(runs):
+            write_run(tmp_path / f"run{index}", config, **about)
+        if tuned:
+            purposes = {f"run{index}": {"purpose": "tune" if index in tuned else "run"} for index in range(len(runs))}
+            (tmp_path / "sweep.json").write_text(json.dumps({"runs": purposes}))
+        lines = []
+        return problems(find([tmp_path], lines.append), lines.append), lines
+
+    return group
+
+
+def test_seeds_are_runs_of_a_method(grouped):
+    ((problem,), lines) = grouped(
+        (config_of("softmax"), {"test": 0.25}),
+        (config_of("gla", seed=1), {"test": 0.75}),
+        (config_of("softmax", seed=1, log_every=7, grad_accum=2), {"test": 0.5}),
+        (config_of("softmax+monarch"), {"test": None}),
+    )
+    assert lines == [] and problem.title == "listops, generated, seed 0, protocol default"
+    # Best first, unfinished ones last.
+    assert [(method.label, method.scores("test")) for method in problem.methods] == [
+        ("gla", [0.75]),
+        ("softmax", [0.25, 0.5]),
+        ("softmax+monarch", []),
+    ]
+    assert problem.baselines == {"constant": 0.125} and problem.metric == "accuracy" and problem.higher_is_better
+
+
+def test_methods_of_the_same_mixer_are_told_apart_by_what_differs(grouped):
+    rates = [{"optimizer.learning_rate": rate} for rate in (1e-3, 1e-2)]
+    ((problem,), _) = grouped(*((config_of("softmax", **rate), {}) for rate in rates), (config_of("gla"), {}))
+    assert [m.label for m in problem.methods] == ["gla", "softmax, learning_rate=0.001", "softmax, learning_rate=0.01"]
+
+
+def test_other_protocols_and_data_are_other_problems(grouped):
+    found, _ = grouped(
+        (config_of("softmax"), {}),
+        (config_of("softmax") | {"protocol": "skyformer"}, {}),
+        (config_of("softmax", **{"task.source": "/somewhere"}), {"source": "files in /somewhere"}),
+        (config_of("softmax", **{"task.min_len": 9}), {}),
+    )
+    assert [problem.title for problem in found] == [
+        "listops, generated, seed 0, protocol default (min_len 8, source generated)",
+        "listops, generated, seed 0, protocol skyformer (min_len 8, source generated)",
+        "listops, files in /somewhere, protocol default (min_len 8, source /somewhere)",
+        "listops, generated, seed 0, protocol default (min_len 9, source generated)",
+    ]
+
+
+def test_tuning_counts_as_a_budget_and_not_as_results(grouped):
+    config = config_of("softmax")
+    other = config_of("softmax", **{"optimizer.learning_rate": 0.5})
+    ((problem,), _) = grouped(
+        (config, {"test": 0.9}), (other, {"test": 0.9}), (config | {"seed": 1}, {"test": 0.5}), tuned=(0, 1)
+    )
+    ((method,), scores) = problem.methods, problem.methods[0].scores("test")
+    assert (method.label, method.tuning, scores) == ("softmax", 2, [0.5])
+
+
+def test_a_copy_of_a_run_is_no_further_seed(grouped):
+    ((problem,), lines) = grouped((config_of("softmax"), {}), (config_of("softmax"), {}))
+    assert len(problem.methods[0].runs) == 1 and "run1 has the config and the seed of" in lines[0]
+
+
+def test_what_is_damaged_is_named_and_left_out(grouped, tmp_path):
+    write_run(tmp_path / "a", config_of("softmax"))
+    (tmp_path / "a" / "config.json").write_text("{}")
+    write_run(tmp_path / "b", config_of("softmax"))
+    (tmp_path / "b" / "summary.json").write_text("{}")
+    with open(tmp_path / "b" / "metrics.jsonl", "a") as file:
+        file.write("nonsense\n")
+    ((problem,), lines) = grouped((config_of("softmax", seed=1), {}))
+    assert len(problem.methods[0].runs) == 2 and len(problem.methods[0].finished) == 1
+    assert [line.replace(str(tmp_path), "") for line in sorted(lines)] == [
+        "/a/config.json is damaged (its CRC-32 differs from that in crc32.json): restore it, or use a new folder; "
+        "it is left out",
+        "/b/metrics.jsonl: 1 lines are damaged and left out",
+        "/b/summary.json is damaged (its CRC-32 differs from that in crc32.json): the run counts as unfinished",
+    ]
+
+
+def tables():
+    """protocol -> {model: {task: accuracy}} of the tables in lra/README.md."""
+    text = (ROOT / "lra/README.md").read_text().partition("## Published accuracy")[2]
+    names = {"ListOps": "lra.listops", "Text": "lra.text", "Retrieval": "lra.retrieval", "Image": "lra.image"}
+    names |= {"Pathfinder": "lra.pathfinder 32"}
+    found = {}
+    for protocol in ("lra", "skyformer"):
+        part = text.partition(f"Protocol `{protocol}`")[2].partition("\n|")[2].partition("\n\n")[0]
+        head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines()]
+        found[protocol] = {
+            row[0]: {names[task]: float(x) for task, x in zip(head, row) if task in names} for row in rows
+        }
+    return found
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("protocol", ["lra", "skyformer"])
+def test_published_figures_are_those_of_the_readme(protocol):
+    read = tables()[protocol]
+    assert len(read) > 8
+    for task in next(iter(read.values())):
+        figures = published(protocol, task)
+        stored = sorted([*figures.ours.values(), *figures.others.values()])
+        assert stored == sorted(row[task] for row in read.values())
+    first = next(iter(read.values()))
+    assert published(protocol, "lra.listops").ours["softmax"] == first["lra.listops"]
+    assert published(protocol, "lra.pathfinder 128") is None and published("default", "lra.listops") is None

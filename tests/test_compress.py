@@ -1,0 +1,167 @@
+"""compress.py: a run made smaller is a run: evaluated, tuned, started from, compressed again; killed and gone on."""
+
+import json
+import re
+import shutil
+import signal
+
+import numpy as np
+import pytest
+
+from efficient_tx.training.checkpoint import Checkpoints
+from tests.support import toy
+from tests.support.command import (
+    TINY,
+    as_here,
+    compress_here,
+    evaluate_here,
+    finish,
+    finished_run,
+    start,
+    train_here,
+    wait_for_step,
+)
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def compress(out, *arguments, run=None):
+    return compress_here(f"--workdir={run or finished_run()[0]}", f"--out={out}", *arguments)
+
+
+def arrays(workdir, step=0):
+    return Checkpoints(workdir / "checkpoints").arrays(step)
+
+
+def test_the_result_is_a_run_that_evaluates_and_compresses_again(tmp_path):
+    out = tmp_path / "small"
+    status, said, error = compress(out, "--method=flap", "--budget=0.6")
+    assert (status, error) == (0, "")
+    record, config = read(out / "compression.json"), read(out / "config.json")
+    assert record["share"] <= 0.6 and f"({record['share']:.1%})" in said
+    structure = config["structure"]
+    up, down = structure["encoder.blocks.0.mlp.up"], structure["encoder.blocks.0.mlp.down"]
+    assert up["name"] == "dense" and up["out_features"] == down["in_features"] < 32 and up["in_features"] == 16
+    heads = structure.get("encoder.blocks.0.mixer", {"heads": 2})["heads"]
+    assert structure["encoder.blocks.0.mixer.q"]["out_features"] == heads * 8
+    # Bytes, counted from what the checkpoint holds.
+    stored = sum(
+        array.nbytes for name, array in arrays(out).items() if re.match(r"params.*(mlp\.(up|down)|mixer\.\w+)\.", name)
+    )
+    assert stored == record["after"]
+    summary = read(out / "summary.json")
+    status, _, error = evaluate_here(f"--workdir={out}")
+    assert (status, error) == (0, "")
+    assert read(out / "eval_test_best.json")["accuracy"] == summary["test_accuracy"]
+    assert summary["parameters"] == read(out / "eval_test_best.json")["parameters"]
+    # Again, by another method; the first structure is the ground that the second stands on.
+    again = tmp_path / "smaller"
+    status, _, error = compress(again, "--method=svd", "--budget=0.7", "--where=mlp", run=out)
+    assert (status, error) == (0, "")
+    second = read(again / "config.json")["structure"]
+    assert second["encoder.blocks.0.mlp.up"]["name"] == "low_rank"
+    assert second["encoder.blocks.0.mlp.up"]["out_features"] == up["out_features"]
+    assert second["encoder.blocks.0.mixer.q"] == structure["encoder.blocks.0.mixer.q"]
+    assert evaluate_here(f"--workdir={again}")[0] == 0
+
+
+def test_a_budget_of_one_changes_no_score(tmp_path):
+    status, _, error = compress(tmp_path / "same", "--method=id", "--budget=1")
+    assert (status, error) == (0, "")
+    whole, same = read(finished_run()[0] / "summary.json"), read(tmp_path / "same" / "summary.json")
+    assert same["test_accuracy"] == whole["test_accuracy"] and same["parameters"] == whole["parameters"]
+
+
+@pytest.mark.slow
+def test_a_run_that_starts_from_a_compressed_one_has_its_structure_and_resumes(tmp_path):
+    small, on = tmp_path / "small", tmp_path / "on"
+    assert compress(small, "--method=svd+eora", "--budget=0.6")[0] == 0
+    options = [f"--config.init_from={small}", "--config.steps=20"]
+    status, _, error = train_here(on, *options)
+    assert (status, error) == (0, "")
+    assert read(on / "config.json")["structure"] == read(small / "config.json")["structure"]
+    status, out, _ = train_here(on, *options)
+    assert status == 0 and "is finished: 20 steps are done" in out
+    # It has begun with the compressed parameters: no steps leave them as they are.
+    still = tmp_path / "still"
+    assert train_here(still, f"--config.init_from={small}", "--config.steps=0")[0] == 0
+    for name, array in arrays(small).items():
+        if name.startswith("params"):
+            np.testing.assert_array_equal(array, arrays(still)[name])
+    assert read(still / "summary.json")["test_accuracy"] == read(small / "summary.json")["test_accuracy"]
+
+
+@pytest.mark.slow
+def test_killed_at_any_time_the_same_command_ends_with_the_same_run(tmp_path):
+    """Before the compressed model is saved, and while it is tuned."""
+    arguments = ["--method=stat", "--budget=0.6", "--tune=30", "--set", "eval_every=10", "--set", "log_every=5"]
+    command = ["-m efficient_tx.compress", f"--workdir={finished_run()[0]}", *arguments]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    status, _, error = finish(start(*command, f"--out={whole}", environment=as_here()))
+    assert status == 0, error
+    process = start(*command, f"--out={killed}", environment=as_here())
+    while not (killed / "compression.json").exists():
+        assert process.poll() is None
+    process.kill()
+    process.communicate()
+    process = start(*command, f"--out={killed}", environment=as_here())
+    wait_for_step(killed, 10)
+    process.kill()
+    process.communicate()
+    status, _, error = finish(start(*command, f"--out={killed}", environment=as_here()))
+    assert status == 0, error
+    assert toy.lines(killed) == toy.lines(whole)
+    for name, array in arrays(whole, 30).items():
+        np.testing.assert_array_equal(array, arrays(killed, 30)[name])
+    # SIGTERM saves and says how to go on.
+    stopped = tmp_path / "stopped"
+    process = start(*command, f"--out={stopped}", environment=as_here())
+    wait_for_step(stopped, 5)
+    process.send_signal(signal.SIGTERM)
+    status, _, error = finish(process)
+    assert status == 143 and "the same command goes on: python -m efficient_tx.compress" in error
+
+
+def test_what_cannot_be_is_one_line_and_writes_nothing(tmp_path):
+    run, out = finished_run()[0], tmp_path / "out"
+    cases = {
+        ("--method=svd", "--budget=0"): "--budget=0.0: it must be above 0 and at most 1",
+        ("--method=svd", "--budget=2"): "--budget=2.0: it must be above 0 and at most 1",
+        ("--method=svd", "--budget=half"): "argument --budget: invalid float value: 'half'",
+        ("--method=svdd", "--budget=0.5"): "--method=svdd: choose one of svd",
+        ("--method=svd", "--budget=0.001"): "--budget=0.001: Truncated cannot meet it",
+        ("--method=svd", "--budget=0.5", "--where=mpl"): "where='mpl' selects no linear layer",
+        ("--method=flap", "--budget=0.5", "--calibration=0"): "--calibration=0: must be at least 1",
+        ("--method=svd", "--budget=0.5", "--set", "optimizer.lr=1"): "optimizer.lr",
+        ("--method=svd", "--budget=0.5", "--checkpoint=7"): "has best, last and the steps",
+        ("--budget=0.5",): "the following arguments are required: --method",
+    }
+    for arguments, line in cases.items():
+        status, said, error = compress(out, *arguments)
+        assert status == 2 and line in error, (arguments, said, error)
+        assert error.count("\n") == 1 and "Traceback" not in error
+        assert not out.exists()
+    status, _, error = compress(out, "--method=svd", "--budget=0.5", run=tmp_path / "none")
+    assert status == 2 and "is not the workdir of a run" in error and not out.exists()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    status, _, error = compress(tmp_path / "full", "--method=svd", "--budget=0.5")
+    assert status == 2 and "holds something else" in error
+    assert [entry.name for entry in (tmp_path / "full").iterdir()] == ["notes.txt"]
+    assert TINY and run.exists()
+
+
+def test_another_call_in_the_same_folder_is_refused_and_the_same_one_is_done(tmp_path):
+    out = tmp_path / "small"
+    assert compress(out, "--method=svd", "--budget=0.5")[0] == 0
+    status, said, error = compress(out, "--method=svd", "--budget=0.5")
+    assert (status, error) == (0, "") and "is finished: 0 steps are done" in said
+    status, _, error = compress(out, "--method=svd", "--budget=0.4")
+    assert status == 2 and "budget was 0.5 there and is 0.4 here" in error
+    damaged = shutil.copytree(out, tmp_path / "damaged")
+    text = (damaged / "config.json").read_text()
+    (damaged / "config.json").write_text(text.replace('"low_rank"', '"low_rink"'))
+    status, _, error = evaluate_here(f"--workdir={damaged}")
+    assert status == 2 and "CRC-32" in error
