@@ -136,7 +136,7 @@ def test_what_cannot_be_is_one_line_and_writes_nothing(tmp_path):
         ("--method=flap", "--budget=0.5", "--calibration=0"): "--calibration=0: must be at least 1",
         ("--method=svd", "--budget=0.5", "--set", "optimizer.lr=1"): "optimizer.lr",
         ("--method=svd", "--budget=0.5", "--checkpoint=7"): "has best, last and the steps",
-        ("--budget=0.5",): "the following arguments are required: --method",
+        ("--budget=0.5",): "--method is missing: name one of those that --help shows, or other --mixers",
     }
     for arguments, line in cases.items():
         status, said, error = compress(out, *arguments)

@@ -25,7 +25,13 @@ ALLOWED = {
     "efficient_tx.linear": {*BOTTOM, "efficient_tx.numerics", "efficient_tx.tokens", "efficient_tx.kernels"},
     "efficient_tx.attention": {*MODULES, "efficient_tx.linear"},
     "efficient_tx.models": {*MODULES, "efficient_tx.linear", "efficient_tx.attention"},
-    "efficient_tx.compression": {*MODULES, "efficient_tx.linear", "efficient_tx.attention", "efficient_tx.models"},
+    "efficient_tx.compression": {
+        *MODULES,
+        "efficient_tx.linear",
+        "efficient_tx.attention",
+        "efficient_tx.models",
+        "efficient_tx.task",
+    },
     "efficient_tx.data": {"efficient_tx.checks", "efficient_tx.commands", "efficient_tx.files", "efficient_tx.task"},
     "efficient_tx.training": {
         "efficient_tx.checks",
@@ -69,6 +75,7 @@ COMMANDS = (
     "efficient_tx.train",
     "efficient_tx.eval",
     "efficient_tx.compress",
+    "efficient_tx.distillation",
     "efficient_tx.kernels.verify",
     "efficient_tx.sweep",
     "efficient_tx.report",

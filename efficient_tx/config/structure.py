@@ -61,13 +61,25 @@ def rebuild(model: nnx.Module, structure: Mapping[str, Mapping[str, Any]]) -> No
     for text, values in structure.items():
         where, path = f"structure.{text}", path_of(text)
         node = find(model, path)
-        if isinstance(node, MultiHead) and set(values) == {"heads"}:
-            node.heads = values["heads"]
-        elif is_linear(node) and {"name", *SIZES} <= set(values):
-            put(model, path, layer(values, where, node))
-        else:
+        if not fits(values, node):
             kind = "no layer" if node is None else f"a {type(node).__name__}"
             raise ConfigError(where, f"does not fit: the model has {kind} there, and the entry has {', '.join(values)}")
+        if isinstance(node, MultiHead):
+            node.heads = values["heads"]
+        else:
+            put(model, path, layer(values, where, node))
+
+
+def fits(values: Mapping[str, Any], node: Any) -> bool:
+    """Whether an entry can be that of an object of a model: a layer or a mixer with heads."""
+    if isinstance(node, MultiHead):
+        return set(values) == {"heads"}
+    return is_linear(node) and {"name", *SIZES} <= set(values)
+
+
+def fitting(structure: Mapping[str, Mapping[str, Any]], model: nnx.Module) -> dict[str, dict[str, Any]]:
+    """The entries that a model with other mixers has a layer or a mixer for."""
+    return {text: dict(values) for text, values in structure.items() if fits(values, find(model, path_of(text)))}
 
 
 def layer(values: Mapping[str, Any], where: str, like: nnx.Module) -> Weight:

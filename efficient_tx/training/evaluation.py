@@ -1,10 +1,10 @@
 """Evaluation of parameters on a split, and the choice of the checkpoint to evaluate."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -19,7 +19,7 @@ from efficient_tx.training.history import NAME, History, read
 from efficient_tx.training.objective import CLASSIFICATION
 from efficient_tx.training.optimizer import evaluation_params
 from efficient_tx.training.stages import Stage, stage_at
-from efficient_tx.training.step import make_eval_step, replicate, split_batch
+from efficient_tx.training.step import NOTHING, make_eval_step, replicate, split_batch
 
 # How often a checkpoint is looked for anew that a live run deleted while it was read.
 TRIES = 10
@@ -56,15 +56,16 @@ def make_evaluate(
     graphdef: nnx.GraphDef,
     objective: Objective = CLASSIFICATION,
     *,
+    given: Mapping[str, Any] = NOTHING,
     draw: int = 0,
     keep: Callable[[Batch, dict[str, jax.Array]], None] | None = None,
 ) -> Callable[..., Scores]:
     """Returns evaluate(params, batches, check=None) -> Scores over all devices and processes; each item counts once.
 
-    `check` is called before each batch; an exception from it ends the evaluation. `draw` is that of `eval_step`; `keep`
-    gets each batch with the rows of `eval_step`, both `[devices, b, ...]`.
+    `check` is called before each batch; an exception from it ends the evaluation. `given` and `draw` are those of
+    `eval_step`; `keep` gets each batch with the rows of `eval_step`, both `[devices, b, ...]`.
     """
-    step = make_eval_step(graphdef, objective=objective, draw=draw, rows=keep is not None)
+    step = make_eval_step(graphdef, objective=objective, given=given, draw=draw, rows=keep is not None)
 
     def evaluate(params: nnx.State, batches: grain.MapDataset, check: Callable[[], None] | None = None) -> Scores:
         params = replicate(params)
@@ -142,7 +143,7 @@ def _choice(path: Path, which: str, checkpoints: Checkpoints, objective: Objecti
     if not steps:
         raise Refused(f"{path} has no checkpoint yet: train it first")
     notes = [] if (path / CHECKSUMS).exists() else [f"{path} has no {CHECKSUMS}, as in older versions: read unchecked"]
-    named = [step for step in steps if str(step) == which.lstrip("0")]
+    named = [step for step in steps if str(step) == (which.lstrip("0") or which[-1:])]
     if named or which == "last":
         return named or steps[::-1], notes
     if which != "best":

@@ -134,11 +134,12 @@ class Loop:
             stage.optimizer,
             seed=self._seed,
             objective=stage.objective,
+            given=stage.given,
             grad_accum=self._grad_accum,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        self.evaluate: Callable[..., Scores] = make_evaluate(graphdef, stage.objective)
+        self.evaluate: Callable[..., Scores] = make_evaluate(graphdef, stage.objective, given=stage.given)
 
     def run(self) -> State:
         """Trains up to the last step and returns the state there.
@@ -207,7 +208,8 @@ class Loop:
         before = self._stage
         self._use(stage)
         old, new = (parameter_count(one.model) for one in (before, stage))
-        self._report.say(f"step {stage.start}/{self._plan.steps}  {old:,} parameters become {new:,}")
+        if new != old:
+            self._report.say(f"step {stage.start}/{self._plan.steps}  {old:,} parameters become {new:,}")
         return replicate(enter(state, before, stage))
 
     def _advance(self, state: State, batches: Iterator[Batch]) -> State:

@@ -1,6 +1,6 @@
 """Stages: what a run trains before and after each change of its model's form."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,7 @@ from flax import nnx
 
 from efficient_tx.task import Objective
 from efficient_tx.training.objective import CLASSIFICATION
-from efficient_tx.training.step import State, init_state
+from efficient_tx.training.step import NOTHING, State, init_state
 
 # Changes a model in place. A parameter that stays the same `nnx.Param` keeps its moments.
 Transform = Callable[[nnx.Module], Any]
@@ -27,6 +27,7 @@ class Stage(NamedTuple):
       optimizer: for the parameters of `model`.
       transform: turns the model of the stage before into this one; None for the first.
       objective: what the model is trained for.
+      given: further arguments of the model, which are not trained: see `make_train_step`.
     """
 
     start: int
@@ -34,6 +35,7 @@ class Stage(NamedTuple):
     optimizer: optax.GradientTransformation
     transform: Transform | None = None
     objective: Objective = CLASSIFICATION
+    given: Mapping[str, Any] = NOTHING
 
     def like(self) -> State:
         """The state in this stage, abstract."""

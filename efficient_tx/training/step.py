@@ -5,9 +5,9 @@
 global row. So the split of a batch changes only the order of float32 additions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,8 @@ from efficient_tx.training.metrics import Metrics
 from efficient_tx.training.objective import CLASSIFICATION
 
 AXIS = "devices"
+# What a model is given beside the batch, if nothing.
+NOTHING: Mapping[str, Any] = {}
 # Entries of a batch that a model does not get.
 NOT_READ = ("label", "label2", "mix", "weight", "row", "seed", "item")
 
@@ -96,26 +98,30 @@ def check_batch_size(batch_size: int, *, devices: int, grad_accum: int) -> None:
         )
 
 
-def score(model: nnx.Module, batch: Batch, keys: jax.Array | None, objective: Objective) -> Metrics:
+def score(
+    model: nnx.Module, batch: Batch, keys: jax.Array | None, objective: Objective, given: Mapping[str, Any]
+) -> Metrics:  # fmt: skip
     """Sums over the rows of one micro-batch: loss and metrics of the objective, each with its divisor.
 
     The objective gets the model's output in float32.
     """
-    return objective.score(outputs(model, batch, keys), batch)
+    return objective.score(outputs(model, batch, keys, given), batch)
 
 
-def outputs(model: nnx.Module, batch: Batch, keys: jax.Array | None) -> jax.Array:
+def outputs(model: nnx.Module, batch: Batch, keys: jax.Array | None, given: Mapping[str, Any]) -> jax.Array:
     """What the model answers to a batch, float32.
 
-    It gets, by name, every entry of the batch that is not in NOT_READ, and one key per example (None at evaluation).
+    It gets, by name, every entry of the batch that is not in NOT_READ, what is `given`, and one key per example (None
+    at evaluation).
     """
     features = {name: array for name, array in batch.items() if name not in NOT_READ}
-    return model(**features, key=keys).astype(jnp.float32)
+    return model(**features, **given, key=keys).astype(jnp.float32)
 
 
 def train_step(
     state: State,
     batch: Batch,
+    given: Mapping[str, Any] = NOTHING,
     *,
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
@@ -129,7 +135,7 @@ def train_step(
 
     def loss_sum(params, batch):
         keys = jax.vmap(example_key)(batch["seed"], batch["row"])
-        sums = score(nnx.merge(graphdef, params), batch, keys, objective)
+        sums = score(nnx.merge(graphdef, params), batch, keys, objective, given)
         return sums["loss"][0], sums
 
     def sums_and_gradients(batch):
@@ -164,18 +170,24 @@ def train_step(
 
 
 def eval_step(
-    params: nnx.State, batch: Batch, *, graphdef: nnx.GraphDef, objective: Objective, draw: int = 0
+    params: nnx.State,
+    batch: Batch,
+    given: Mapping[str, Any] = NOTHING,
+    *,
+    graphdef: nnx.GraphDef,
+    objective: Objective,
+    draw: int = 0,
 ) -> tuple[Metrics, dict[str, jax.Array]]:
     """Loss and metrics of the global batch as (sum, count) pairs, and this device's rows, from its rows `[b, ...]`.
 
-    `draw` 0 is evaluation. With another one, the mixers that draw do it from another key, the same for every example;
-    the model must have no dropout. The rows are what the model answers, `output`, and the (sum, count) of each row, by
-    their names.
+    `given` are further arguments of the model, as in `make_train_step`. `draw` 0 is evaluation. With another one, the
+    mixers that draw do it from another key, the same for every example; the model must have no dropout. The rows are
+    what the model answers, `output`, and the (sum, count) of each row, by their names.
     """
     keys = None
     if draw:
         keys = jnp.broadcast_to(jax.random.fold_in(evaluation_keys(1)[0], draw), batch["label"].shape[:1])
-    output = outputs(nnx.merge(graphdef, params), batch, keys)
+    output = outputs(nnx.merge(graphdef, params), batch, keys, given)
     each = jax.vmap(lambda *row: objective.score(*jax.tree.map(lambda x: x[None], row)))
     rows = {"output": output, **each(output, batch)}
     return jax.lax.psum(objective.score(output, batch), AXIS), rows
@@ -187,6 +199,7 @@ def make_train_step(
     *,
     seed: int,
     objective: Objective = CLASSIFICATION,
+    given: Mapping[str, Any] = NOTHING,
     grad_accum: int = 1,
     devices: Sequence[jax.Device] | None = None,
     process_index: int = 0,
@@ -197,17 +210,21 @@ def make_train_step(
     The loss is the weighted mean over the global batch. Keys come from `seed`, the step and the global row. So no draw
     depends on `devices` (this process's; None = all), on the processes or on `grad_accum` (the number of micro-batches
     that each device splits its rows into). Seed and rows are entries of the batch: all seeds and processes run one
-    program. `step.lower(state, batch)` is that of pmap.
+    program. `given` are further arguments of the model, trees of arrays that are the same in every step, neither
+    trained nor part of the state. `step.lower(state, batch)` is that of pmap.
 
     Raises:
       ValueError: `devices` does not fit; (in a call) the batch does not divide over devices and micro-batches.
     """
     devices, mesh_devices = _devices(devices)
     step = partial(train_step, graphdef=graphdef, optimizer=optimizer, objective=objective, grad_accum=grad_accum)
-    mapped = jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0, devices=mesh_devices)
+    mapped = jax.pmap(
+        step, axis_name=AXIS, in_axes=(None, 0, None), out_axes=None, donate_argnums=0, devices=mesh_devices
+    )
+    given = replicate(given, devices)
     home = _everywhere(devices)
 
-    def prepare(state: State, batch: Batch) -> tuple[State, Batch]:
+    def prepare(state: State, batch: Batch) -> tuple[State, Batch, Mapping[str, Any]]:
         count, rows = batch["label"].shape[:2]
         if count != len(devices):
             raise ValueError(f"the batch is split over {count} devices, the step runs on {len(devices)}")
@@ -216,7 +233,7 @@ def make_train_step(
         # For a state with another sharding (new, or from a checkpoint) the step would be compiled a second time.
         if getattr(state.step, "sharding", None) != home:
             state = replicate(state, devices)
-        return state, {**batch, "row": row, "seed": np.full((count, rows), seed, np.uint32)}
+        return state, {**batch, "row": row, "seed": np.full((count, rows), seed, np.uint32)}, given
 
     def run(state: State, batch: Batch) -> State:
         try:
@@ -236,19 +253,23 @@ def make_eval_step(
     graphdef: nnx.GraphDef,
     *,
     objective: Objective = CLASSIFICATION,
+    given: Mapping[str, Any] = NOTHING,
     devices: Sequence[jax.Device] | None = None,
     draw: int = 0,
     rows: bool = False,
 ) -> Callable[[nnx.State, Batch], Metrics]:
     """The evaluation step of all devices: (params, batch from `split_batch`) -> sums over devices and processes.
 
-    Parameters that are not yet on the `devices` are copied at every call: `replicate` them first. `draw` is that of
-    `eval_step`. With `rows` the step returns the sums and the rows of `eval_step`, `[devices, b, ...]`.
+    Parameters that are not yet on the `devices` are copied at every call: `replicate` them first. `given` and `draw`
+    are those of `eval_step`. With `rows` the step returns the sums and the rows of `eval_step`, `[devices, b, ...]`.
     """
+    devices, mesh_devices = _devices(devices)
     step = partial(eval_step, graphdef=graphdef, objective=objective, draw=draw)
-    mapped = step if rows else lambda params, batch: step(params, batch)[0]
+    wanted = step if rows else lambda *arguments: step(*arguments)[0]
     out = (None, 0) if rows else None
-    return jax.pmap(mapped, axis_name=AXIS, in_axes=(None, 0), out_axes=out, devices=_devices(devices)[1])
+    mapped = jax.pmap(wanted, axis_name=AXIS, in_axes=(None, 0, None), out_axes=out, devices=mesh_devices)
+    given = replicate(given, devices)
+    return lambda params, batch: mapped(params, batch, given)
 
 
 def _everywhere(devices: Sequence[jax.Device]) -> NamedSharding:
