@@ -12,7 +12,7 @@ from efficient_tx.compression.layer_form import LayerForm
 from efficient_tx.compression.model import Layer, bias_of, kernel_of, put
 from efficient_tx.compression.statistics import shared_out
 from efficient_tx.linear import Dense, Form
-from efficient_tx.linear.replacement import Path, find
+from efficient_tx.linear.replacement import Path, dotted, find
 
 Batch = Mapping[str, Any]
 # (model, batch) -> the mean loss over the rows of a batch that count, a scalar; traced by jax.
@@ -45,29 +45,20 @@ class Gradients:
         if not batches:
             raise ValueError("there are no calibration data: the training split has no full batch")
         self.batches, self.progress = batches, progress
-        self.layers = {layer.path: layer for layer in layers}
-        # In float32 at least: the gradients have the dtype of what they are for.
         self.kernels = {layer.path: jnp.asarray(kernel_of(layer.module), jnp.float32) for layer in layers}
         copy = nnx.merge(*nnx.split(model))
         for layer in layers:
             put(copy, layer.path, as_dense(layer.module))
-        graphdef, state = nnx.split(copy)
+        graphdef, self._others = nnx.split(copy)
+        paths = {layer.name: layer.path for layer in layers}
 
-        def mean_loss(some, others, state, batch):
-            whole = nnx.merge(graphdef, state)
-            for paths, kernels in (some, others):
-                for path, kernel in zip(paths, kernels, strict=True):
-                    find(whole, path).kernel[...] = kernel
+        def mean_loss(some, rest, others, batch):
+            whole = nnx.merge(graphdef, others, copy=True)  # of this trace
+            for name, kernel in (some | rest).items():
+                find(whole, paths[name]).kernel[...] = kernel
             return loss(whole, batch)
 
-        def of_batch(paths, kernels, state, batch):
-            rest = tuple(path for path in self.kernels if path not in paths)
-            others = rest, [kernels[list(self.kernels).index(path)] for path in rest]
-            chosen = [kernels[list(self.kernels).index(path)] for path in paths]
-            return jax.grad(lambda some: mean_loss((paths, some), others, state, batch))(chosen)
-
-        compiled = jax.jit(of_batch, static_argnums=0)
-        self._of_batch = lambda paths, batch: compiled(paths, list(self.kernels.values()), state, shared_out(batch))
+        self._gradient = jax.jit(jax.grad(mean_loss))
 
     def squares(self, count: int) -> dict[Path, np.ndarray]:
         """The mean square of `count` gradients of each weight, float64 `[in, out]`: the diagonal of their Fisher matrix.
@@ -97,22 +88,21 @@ class Gradients:
 
     def _each(self, paths: tuple[Path, ...], count: int) -> Iterator[list[np.ndarray]]:
         """The gradients of some layers, of one share of the examples after another; float32."""
-        shares = list(in_shares([len(batch["label"]) for batch in self.batches], count))
-        for share, parts in enumerate(shares):
+        named = {dotted(path): kernel for path, kernel in self.kernels.items()}
+        some = {name: named.pop(name) for name in map(dotted, paths)}
+        rest = named
+        for parts in in_shares([len(batch["label"]) for batch in self.batches], count):
             total = None
             for number, rows in parts:
                 batch = {name: np.asarray(array)[rows] for name, array in self.batches[number].items()}
-                grads = self._of_batch(paths, batch)
+                grads = self._gradient(some, rest, self._others, shared_out(batch))
                 total = grads if total is None else jax.tree.map(jnp.add, total, grads)
                 if rows.stop == len(self.batches[number]["label"]):
                     self.progress(number + 1)
-            found = [np.asarray(grad) / len(parts) for grad in total]
-            for path, grad in zip(paths, found, strict=True):
+            found = [np.asarray(total[name]) / len(parts) for name in some]
+            for name, grad in zip(some, found, strict=True):
                 if not np.isfinite(grad).all():
-                    raise ValueError(
-                        f"{self.layers[path].name} has a gradient that is not finite (share {share + 1} of the "
-                        "examples): the model or its data are damaged"
-                    )
+                    raise ValueError(f"{name} has gradients that are not finite: the model or its data are damaged")
             yield found
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from efficient_tx.compression.cost import Costs
+from efficient_tx.compression.gradients import Gradients
 from efficient_tx.compression.layer_form import LayerForm
 from efficient_tx.compression.model import Layer, bias_of, kernel_of, put
 from efficient_tx.compression.statistics import Inputs
@@ -56,12 +57,14 @@ class Setting(NamedTuple):
       layers: the layers that may be changed.
       inputs: statistics of their inputs; empty for a method without calibration.
       costs: of layers, in the unit of the budget.
+      gradients: of the loss for their weights; None for a method without gradients.
     """
 
     model: nnx.Module
     layers: Sequence[Layer]
     inputs: Mapping[Path, Inputs]
     costs: Costs
+    gradients: Gradients | None = None
 
     def now(self, path: Path) -> float:
         """The cost of a layer as it is."""
@@ -84,7 +87,7 @@ class Method:
     Attributes:
       paper: authors, year and arXiv id; empty for what is older than papers.
       computes: what the method minimises or keeps.
-      needs: what it gathers before: "inputs", statistics of the inputs of layers.
+      needs: what it works on beside the weights: "inputs", statistics of the inputs of layers; "gradients" of the loss.
     """
 
     paper: ClassVar[str] = ""
@@ -102,6 +105,10 @@ class Method:
     def triangles(self, model: nnx.Module, layers: Sequence[Layer]) -> set[Path]:
         """Those of the layers that it changes whose inputs' QR factors it needs."""
         return set()
+
+    def steps(self, batches: int, layers: int) -> int:
+        """About how often the progress of a compression is reported."""
+        return batches * len(self.needs) + layers
 
     def prepare(self, setting: Setting) -> None:
         """Computes what all plans share.
