@@ -1,5 +1,6 @@
 """Gradients of a loss for the weights of layers, over calibration examples, with the memory of a few layers."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -61,13 +62,14 @@ class Gradients:
         self._gradient = jax.jit(jax.grad(mean_loss))
 
     def squares(self, count: int) -> dict[Path, np.ndarray]:
-        """The mean square of `count` gradients of each weight, float64 `[in, out]`: the diagonal of their Fisher matrix.
+        """The mean square of `count` gradients of each weight, float64 `[in, out]`: their Fisher matrix's diagonal.
 
         There are fewer gradients if there are fewer examples.
         """
         sums = {path: np.zeros(kernel.shape) for path, kernel in self.kernels.items()}
         number = 0
-        for number, grads in enumerate(self._each(tuple(self.kernels), count), start=1):
+        for grads in self._each(tuple(self.kernels), count):
+            number += 1
             for total, grad in zip(sums.values(), grads, strict=True):
                 total += np.square(grad, dtype=np.float64)
         return {path: total / number for path, total in sums.items()}
@@ -128,7 +130,7 @@ def in_shares(sizes: Sequence[int], count: int) -> Iterator[list[tuple[int, slic
         parts += [(number, slice(start, start + each)) for start in range(0, size, each)]
     count = min(count, len(parts))
     edges = [i * len(parts) // count for i in range(count + 1)]
-    for start, end in zip(edges, edges[1:]):
+    for start, end in itertools.pairwise(edges):
         yield parts[start:end]
 
 

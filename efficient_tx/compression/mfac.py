@@ -67,7 +67,8 @@ class Mfac(Method):
 
     def plan(self, amount: float) -> Plan:
         if self.pattern == "2:4":
-            return Plan({layer.path: LayerForm.of(Sparse, layer.module, pattern="2:4") for layer in self.setting.layers})
+            forms = {layer.path: LayerForm.of(Sparse, layer.module, pattern="2:4") for layer in self.setting.layers}
+            return Plan(forms)
         gone = round((1 - amount) * len(self.all))
         threshold = self.all[gone] if gone < len(self.all) else np.inf
         forms = {}
@@ -95,7 +96,8 @@ class Mfac(Method):
             pruned = gradients.kernels
         finally:
             gradients.kernels = dense
-        return [self.change(layer, plan.forms[layer.path], pruned[layer.path], progress) for layer in self.setting.layers]
+        layers = self.setting.layers
+        return [self.change(layer, plan.forms[layer.path], pruned[layer.path], progress) for layer in layers]
 
     def kept(self, form: LayerForm, scores: np.ndarray, step: int) -> np.ndarray:
         """Which weights a step keeps, bool `[in, out]`; scores below 0 are those of weights that are gone."""
@@ -151,7 +153,8 @@ def surgeon(kernel: np.ndarray, stack: np.ndarray, damping: float, block: int | 
     def in_blocks(array: np.ndarray) -> np.ndarray:
         """`[..., in, out]` -> `[..., blocks, block]`, with zeros at the end."""
         flat = array.swapaxes(-1, -2).reshape(*array.shape[:-2], -1)
-        return np.pad(flat, [(0, 0)] * (flat.ndim - 1) + [(0, -kernel.size % block)]).reshape(*flat.shape[:-1], -1, block)
+        whole = np.pad(flat, [(0, 0)] * (flat.ndim - 1) + [(0, -kernel.size % block)])
+        return whole.reshape(*flat.shape[:-1], -1, block)
 
     gradients = in_blocks(stack)
 

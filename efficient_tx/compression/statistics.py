@@ -50,8 +50,8 @@ class Tokens(NamedTuple):
 
 
 def gather(
-    model: nnx.Module, layers: Sequence[Layer], batches: Iterable[Mapping[str, Any]], *, triangles: Collection[Path] = (),
-    progress: Callable[[int], None] = lambda done: None,
+    model: nnx.Module, layers: Sequence[Layer], batches: Iterable[Mapping[str, Any]], *,
+    triangles: Collection[Path] = (), progress: Callable[[int], None] = lambda done: None,
 ) -> dict[Path, Inputs]:  # fmt: skip
     """Statistics of the inputs of some layers of a model at evaluation, over all tokens that are neither padding nor
     examples of weight 0.

@@ -25,7 +25,7 @@ def fisher(g, damping=DAMPING):
 
 
 def recursion(g, x, damping=DAMPING):
-    """H⁻¹ x by the published rank-one steps: v_i = H_{i−1}⁻¹ g_i, H_i⁻¹ x = H_{i−1}⁻¹ x − v_i v_iᵀ x / (m + g_iᵀ v_i)."""
+    """H⁻¹ x by the published steps of rank one: v = H⁻¹ g, then H⁻¹ x − v vᵀ x / (m + gᵀ v), for each g in turn."""
     steps = []
 
     def times(y):
@@ -129,7 +129,7 @@ def test_in_float32_equal_gradients_of_any_size_stay_finite(scale):
     window = empty(jnp.zeros(50, jnp.float32), 16)
     for _ in range(20):
         window = slide(window, jnp.full(50, scale, jnp.float32))
-    # H⁻¹ g = g / (λ + |g|²) for equal gradients. Shares of 1/(64 roundings) cancel in it: 1/64, and their own roundings.
+    # H⁻¹ g = g / (λ + |g|²) for equal gradients. Shares of 1/(64 roundings) cancel in it: 1/64, and some roundings.
     np.testing.assert_allclose(newest_times(window, 1e-5), scale / (1e-5 + 50 * scale**2), rtol=0.05)
     diagonal = np.asarray(inverse_fisher(window.gradients, 1e-5).diagonal)
     assert (diagonal > 0).all() and np.isfinite(diagonal).all()
