@@ -40,8 +40,8 @@ def residual_errors(
     """Estimates of ‖A − A_k‖_F for k = 0 … size − 1, from one sketch S A T.
 
     A_k is the best approximation of rank k; S and T are Gaussian (Li, Lin and Woodruff 2024, arXiv 2408.08494). The
-    estimate is ‖B − B_k‖_F for B = S A T / size, over 1 − k / size, as S and T see that share of the directions that A_k
-    leaves on either side.
+    estimate is ‖B − B_k‖_F for B = S A T / size, over 1 − k / size, as S and T see that share of the directions that
+    A_k leaves on either side.
 
     Bias: squared, the estimate is right in the mean at k = 0, and if the first k singular values are far above the
     others; else it is too low, as B_k fits the sketch's own noise. Undivided and squared, it is in the mean never above
