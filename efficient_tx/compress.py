@@ -35,10 +35,12 @@ import math
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -69,14 +71,14 @@ from efficient_tx.data.batching import check_examples, train_batches
 from efficient_tx.distillation import Distillation, begin
 from efficient_tx.files import local_path
 from efficient_tx.linear.replacement import dotted
-from efficient_tx.task import Batch, Task, data_directory
+from efficient_tx.task import Batch, Objective, Task, data_directory
 from efficient_tx.training.checkpoint import Checkpoints
 from efficient_tx.training.compilation import keep_programs
 from efficient_tx.training.disk import read_checked, write_checked, writing
 from efficient_tx.training.errors import Refused, refusing
 from efficient_tx.training.evaluation import trained_parameters
 from efficient_tx.training.objective import objective_of
-from efficient_tx.training.step import check_batch_size
+from efficient_tx.training.step import check_batch_size, score
 from efficient_tx.training.workdir import Workdir, read_config
 
 # What a compression was asked for and did, in its workdir.
@@ -200,6 +202,12 @@ def calibration(task: Task, options: argparse.Namespace, batch_size: int) -> Seq
     return [batches[i] for i in range(math.ceil(min(options.calibration, len(task.train)) / size))]
 
 
+def mean_loss(objective: Objective, model: nnx.Module, batch: Batch) -> jax.Array:
+    """The loss that training minimises, of a batch without dropout."""
+    total, weight = score(model, batch, None, objective)["loss"]
+    return total / jnp.where(weight > 0, weight, 1)
+
+
 def result_config(config: ConfigDict, task: Task, options: argparse.Namespace) -> ConfigDict:
     """The config of the result: that of the run, with other mixers, `--tune` steps and the values of `--set`.
 
@@ -292,13 +300,14 @@ def by_method(
     method = named_method(options.method)
     with refusing(str(options.workdir)):
         batches = calibration(task, options, batch_size) if method.needs else []
-    steps = len(batches) + len(select_or_refuse(model, options.where))
+    steps = method.steps(len(batches), len(select_or_refuse(model, options.where)))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         work = bar.add_task("", total=steps)
         try:
             return compress(
                 model, method, options.budget, where=options.where, unit=options.unit, batches=batches,
+                loss=partial(mean_loss, objective_of(task)),
                 progress=lambda what: bar.update(work, description=what, advance=1),
             )  # fmt: skip
         except OptionError as error:
