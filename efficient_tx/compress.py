@@ -70,7 +70,7 @@ from efficient_tx.config.structure import entries, entry, fitting, in_config
 from efficient_tx.data.batching import check_examples, train_batches
 from efficient_tx.distillation import Distillation, begin
 from efficient_tx.files import local_path
-from efficient_tx.linear.replacement import dotted
+from efficient_tx.linear.replacement import dotted, transfer
 from efficient_tx.task import Batch, Objective, Task, data_directory
 from efficient_tx.training.checkpoint import Checkpoints
 from efficient_tx.training.compilation import keep_programs
@@ -149,13 +149,10 @@ class Result:
 
     def __init__(self, options: argparse.Namespace):
         self.options, self.path = options, options.out
-        keys = (
-            "method", "budget", "unit", "where", "mixers", "calibration", "draw", "distill", "tune", "checkpoint",
-            "settings",
-        )  # fmt: skip
         self.checkpoints = Checkpoints(self.path / "checkpoints")
         self.distillation = Distillation(self.path / "distill", options.distill)
-        self.asked = {"workdir": str(options.workdir.absolute())} | {key: getattr(options, key) for key in keys}
+        self.asked = {"workdir": str(options.workdir.absolute())}
+        self.asked |= {key: value for key, value in vars(options).items() if key not in ("workdir", "out", "trust")}
 
     def stored(self) -> dict[str, Any] | None:
         """What an earlier call recorded here; None if there is nothing.
@@ -277,6 +274,11 @@ def compressed(options: argparse.Namespace, result: Result, console: Console) ->
         check(new)
         lines.append(table(done.changes, done.before, done.after, options.unit))
         about |= record(done)
+    try:
+        transfer(model, build_model(new, task))
+    except ValueError as error:
+        asked = " ".join(f"{key}={text}" for key, text in options.settings.items())
+        raise Refused(f"{asked}: the model has other sizes, {error}", option="set") from None
     for line in lines:
         console.print(line, soft_wrap=isinstance(line, str))
     workdir = Workdir(result.path, to_store(new))
