@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_tx.compression.layer_form import LayerForm
+from efficient_tx.linear import Sum
 from efficient_tx.linear.structured import Weight
 
 # Tokens of a timed call: 32 sequences of 128.
@@ -18,7 +19,10 @@ ROUNDS = 7
 
 
 def stored(layer: nnx.Module) -> int:
-    """Bytes of a layer as it is stored for inference, with its bias: packed, if its structure can be."""
+    """Bytes of a layer as it is stored for inference, with its bias: packed, if it or a part of it can be."""
+    if isinstance(layer, Sum):
+        bias = 0 if layer.bias is None else layer.out_features * jnp.dtype(layer.param_dtype).itemsize
+        return stored(layer.first) + stored(layer.second) + bias
     if isinstance(layer, Weight):
         return (layer.pack() if hasattr(layer, "pack") else layer).bytes_stored
     return Weight.bytes_stored.fget(layer)

@@ -19,7 +19,7 @@ from efficient_tx.compression.statistics import gather
 from efficient_tx.config.methods import named_method
 from efficient_tx.linear import Monarch, Sparse
 from efficient_tx.linear.replacement import find
-from tests.compression.test_methods import batches, loss, model
+from tests.compression.test_methods import batches, loss, model, output
 
 rng = np.random.default_rng(0)
 
@@ -191,6 +191,28 @@ def test_the_best_of_four():
                 expected = set(np.argsort(-group)[:count])
                 assert set(np.flatnonzero(kept[start : start + 4, column])) == expected
     np.testing.assert_array_equal(best_of_four(np.zeros((4, 1)), 2).ravel(), [True, True, False, False])
+
+
+@pytest.mark.parametrize("name", ["mfac(recomputations=1)", "wlra"])
+def test_bfloat16_layers_stay_bfloat16(name):
+    made = model(dtype=jnp.bfloat16)
+    for layer in select(made, "mlp"):
+        layer.module.param_dtype = jnp.bfloat16
+        layer.module.kernel[...] = layer.module.kernel[...].astype(jnp.bfloat16)
+    done = compress(made, named_method(name), 0.6, where="mlp", batches=batches(), loss=loss)
+    assert done.after <= 0.6 * done.before
+    for change in done.changes:
+        layer = find(made, change.path)
+        (factor, *_) = layer.factors()
+        assert getattr(layer, factor).dtype == jnp.bfloat16 and layer.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("name", ["wlra", pytest.param("mfac(recomputations=1)+eora", marks=pytest.mark.slow)])
+def test_gated_mlps_and_layers_of_other_structures(name):
+    """Three layers in an MLP, and weights that are products."""
+    made = model(mlp="swiglu", linear=partial(Monarch, blocks=2), features=32)
+    done = compress(made, named_method(name), 0.7, batches=batches(), loss=loss)
+    assert done.after <= 0.7 * done.before and np.isfinite(output(made)).all()
 
 
 @pytest.mark.slow

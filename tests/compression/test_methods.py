@@ -15,7 +15,7 @@ from efficient_tx.compression.eora import aim
 from efficient_tx.compression.model import bias_of, dense, kernel_of, linear_layers, select
 from efficient_tx.compression.statistics import Inputs, gather
 from efficient_tx.config.methods import named_method
-from efficient_tx.linear import Dense, LowRank, Monarch, Sum
+from efficient_tx.linear import Dense, Form, LowRank, Monarch, Sparse, Sum
 from efficient_tx.linear.replacement import dotted, find
 from efficient_tx.models import Classifier
 from tests.support.models import run
@@ -286,6 +286,15 @@ def test_eora_lowers_the_error_of_what_it_follows(name):
         off = alone - kernel_of(layer.first)
         left = np.sqrt(np.sum(off * (inputs @ off)) / np.sum(alone * (inputs @ alone)))
         assert change.error < left
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_sum_stores_its_parts_packed(bias):
+    parts = {"first": Form(Sparse, density=0.25), "second": Form(LowRank, rank=2)}
+    layer = Sum(16, 24, **parts, use_bias=bias, rngs=nnx.Rngs(0))
+    # A quarter of the values, a bit for each, two factors, and the bias.
+    assert stored(layer) == 4 * (16 * 24 // 4) + 16 * 24 // 8 + 4 * 2 * (16 + 24) + 4 * 24 * bias
 
 
 @pytest.mark.quick
