@@ -176,6 +176,23 @@ def test_the_pareto_front():
     assert pareto(points) == [True, True, False, False, True]
 
 
+def test_runs_of_older_versions_have_less_to_say(folder):
+    """And a run of another metric, a folder without evaluations, and a file where a folder would be, do no harm."""
+    lacking = dict.fromkeys(("steps_per_second", "peak_memory_bytes", "parameters", "device", "versions"))
+    path = write_run(folder / "old", config_of("vmean", seed=1), test=0.25)
+    about = {key: x for key, x in json.loads((path / "summary.json").read_text()).items() if key not in lacking}
+    (path / "crc32.json").unlink()
+    (path / "summary.json").write_text(json.dumps({**about, "steps_per_second": None}))
+    write_run(folder / "empty", config_of("pool"), test=None, validation=[])
+    (folder / "stray").write_text("x")
+    (folder / "gla_seed0" / "predictions_test_best.npz").write_bytes(b"PK\x03\x04 nonsense")
+    status, _, error = report(folder, f"--out={folder / 'page.html'}")
+    assert (status, error) == (0, "")
+    found = rows((folder / "page.csv").read_text(), "Results")
+    assert found["vmean"]["test accuracy, %"] == "25.00" and found["vmean"]["parameters"] == "—"
+    assert found["pool"]["seeds"] == "0 of 1" and found["pool"]["steps"] == "0 of 1,500"
+
+
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # Asks the page, when it is laid out, for its width and that of the window.
 ASK = "<script>onload = () => document.title = [document.documentElement.scrollWidth, innerWidth].join(' ')</script>"
