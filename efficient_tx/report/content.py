@@ -9,7 +9,7 @@ import numpy as np
 from efficient_tx.config.protocols import HOUSEKEEPING
 from efficient_tx.report.budgets import at_equal
 from efficient_tx.report.published import Published, published
-from efficient_tx.report.runs import Method, Problem, Run, differing
+from efficient_tx.report.runs import Method, Problem, Run, base, differing
 from efficient_tx.report.statistics import holm, paired, spread
 from efficient_tx.tables import Table
 from efficient_tx.training import summary
@@ -106,7 +106,7 @@ def results(problem: Problem) -> Table:
             ]
         )
         if figures:
-            value = figures.ours.get(method.label)
+            value = figures.ours.get(base(method.config))
             rows[-1].append(NONE if value is None else f"{value:.2f} (published)")
     for name, value in problem.baselines.items():
         rows.append([f"{name} (to beat)", score(problem, value), *[NONE] * (len(columns) - 2)])

@@ -15,7 +15,7 @@ from efficient_tx.config import protocols
 from efficient_tx.config.protocols import HOUSEKEEPING
 from efficient_tx.files import visible
 from efficient_tx.training import summary
-from efficient_tx.training.disk import read_checked
+from efficient_tx.training.disk import decode, read_checked
 from efficient_tx.training.errors import Refused
 from efficient_tx.training.history import NAME, read
 from efficient_tx.training.workdir import flatten, read_config
@@ -53,6 +53,14 @@ class Run:
     def figure(self, name: str) -> Any:
         """An entry of summary.json; None if there is none, as in an older version's."""
         return (self.summary or {}).get(name)
+
+    @property
+    def evaluated(self) -> dict[str, Any]:
+        """What eval.py wrote of the best checkpoint on the test split, of a run that need not be finished; else {}."""
+        try:
+            return decode((self.path / "eval_test_best.json").read_bytes())
+        except (OSError, ValueError):
+            return {}
 
     def predictions(self) -> dict[str, np.ndarray] | None:
         """What eval.py saved of the best checkpoint on the test split; None if it did not."""
@@ -131,7 +139,12 @@ class Problem:
     @property
     def baselines(self) -> dict[str, float]:
         """Answers to beat; those of a test split, which all runs share."""
-        return {name: score for run in self.finished for name, score in (run.figure("baselines") or {}).items()}
+        return {
+            name: score
+            for method in self.methods
+            for run in method.runs
+            for name, score in (run.figure("baselines") or run.evaluated.get("baselines") or {}).items()
+        }
 
 
 def find(folders: Iterable[Path], warn: Callable[[str], None]) -> list[Run]:
