@@ -56,14 +56,20 @@ def compile_pass(name: str, call: Callable, arrays: Any, *others: Any) -> tuple[
     return lambda: jax.block_until_ready(compiled(*given)), memory and memory.temp_size_in_bytes
 
 
-def in_turns(runs: Mapping[Hashable, Callable[[], Any]], rounds: int, max_seconds: float) -> dict[Hashable, float]:
+def in_turns(
+    runs: Mapping[Hashable, Callable[[], Any]],
+    rounds: int,
+    max_seconds: float,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[Hashable, float]:
     """Median seconds of each run over up to `rounds` turns, so that slow moments of the machine affect all runs alike.
 
     The first call is a warm-up. It counts only if another call would exceed `max_seconds` in total. The same limit ends
     the turns.
     """
     seconds = {name: [stopwatch(run)] for name, run in runs.items()}
-    for _ in range(rounds):
+    for turn in range(rounds):
+        progress(f"turn {turn + 1} of {rounds}")
         for name, run in runs.items():
             if sum(seconds[name]) + seconds[name][-1] <= max_seconds:
                 seconds[name].append(stopwatch(run))

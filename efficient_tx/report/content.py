@@ -9,7 +9,7 @@ import numpy as np
 from efficient_tx.config.protocols import HOUSEKEEPING
 from efficient_tx.report.budgets import at_equal
 from efficient_tx.report.published import Published, published
-from efficient_tx.report.runs import Method, Problem, differing
+from efficient_tx.report.runs import Method, Problem, Run, base, differing
 from efficient_tx.report.statistics import holm, paired, spread
 from efficient_tx.tables import Table
 from efficient_tx.training import summary
@@ -99,18 +99,24 @@ def results(problem: Problem) -> Table:
                 + (f" of {method.config['steps']:,}" if unfinished else ""),
                 mean_of(problem, method.scores("last_test")),
                 mean_of(problem, method.scores("val")),
-                f"{done[0].summary['parameters']:,}" if done else NONE,
-                middle(run.summary["steps_per_second"] for run in done),
-                middle(run.summary["peak_memory_bytes"] / 1e9 for run in done),
+                f"{done[0].figure('parameters'):,}" if done and done[0].figure("parameters") else NONE,
+                middle(run.figure("steps_per_second") for run in done),
+                middle(gigabytes(run) for run in done),
                 f"{method.tuning} runs" if method.tuning else NONE,
             ]
         )
         if figures:
-            value = figures.ours.get(method.label)
+            value = figures.ours.get(base(method.config))
             rows[-1].append(NONE if value is None else f"{value:.2f} (published)")
     for name, value in problem.baselines.items():
         rows.append([f"{name} (to beat)", score(problem, value), *[NONE] * (len(columns) - 2)])
     return Table(f"Results: {problem.title}", columns, rows)
+
+
+def gigabytes(run: Run) -> float | None:
+    """Peak memory of a run."""
+    peak = run.figure("peak_memory_bytes")
+    return None if peak is None else peak / 1e9
 
 
 def middle(values: Any) -> str:
@@ -123,12 +129,14 @@ def equal(problem: Problem, flops: Mapping[str, float | None]) -> list[Table]:
     made = []
     for what, words in UNITS.items():
         marks, found = at_equal(problem.methods, what, problem.metric, flops)
-        if marks:
+        # An amount before the first evaluation of every method says nothing.
+        known = [i for i in range(len(marks)) if any(cells[i] for cells in found.values())]
+        if known:
             rows = [
-                [label, *(f"{mean_of(problem, scores)} ({len(scores)})" if scores else NONE for scores in cells)]
+                [label, *(f"{mean_of(problem, cells[i])} ({len(cells[i])})" if cells[i] else NONE for i in known)]
                 for label, cells in found.items()
             ]
-            heads = [f"{amount(mark, what)} {words}" for mark in marks]
+            heads = [f"{amount(marks[i], what)} {words}" for i in known]
             title = f"Validation {unit(problem)} (seeds) after equal {words}: {problem.title}"
             made.append(Table(title, ["method|", *heads], rows))
     return made
@@ -234,7 +242,7 @@ def reading(problem: Problem) -> list[str]:
         notes.append("± is the standard deviation over seeds; the interval is that of their mean, by Student's t.")
     if unfinished := [method.label for method in problem.methods if len(method.finished) < len(method.runs)]:
         notes.append(f"Not finished, or not in all seeds: {'; '.join(unfinished)}.")
-    if longer := [m.label for m in problem.methods if any(run.summary.get("extended_from") for run in m.finished)]:
+    if longer := [m.label for m in problem.methods if any(run.figure("extended_from") for run in m.finished)]:
         notes.append(f"Extended after their end, so that the learning rate rose again: {'; '.join(longer)}.")
     figures, departures = figures_of(problem), departed(problem)
     if figures:
@@ -250,8 +258,8 @@ def reading(problem: Problem) -> list[str]:
 
 
 def device(result: Mapping[str, Any]) -> str:
-    of = result["device"]
-    return f"{of['count']} × {of['kind']} ({of['platform']})"
+    of = result.get("device", {})
+    return f"{of.get('count', '?')} × {of.get('kind', 'unknown')} ({of.get('platform', 'unknown')})"
 
 
 def device_list(problem: Problem) -> str:
@@ -265,7 +273,7 @@ def said_of(problem: Problem, words: Any) -> list[str]:
 
 def departed(problem: Problem) -> str:
     """The keys in which runs depart from a published protocol."""
-    keys = {key for run in problem.finished for key in run.summary.get("protocol_departures", ())}
+    keys = {key for run in problem.finished for key in run.figure("protocol_departures") or ()}
     return ", ".join(sorted(keys)) if problem.config["protocol"] != "default" else ""
 
 
@@ -276,12 +284,14 @@ def facts(problem: Problem) -> dict[str, str]:
         return {"runs": f"{sum(len(method.runs) for method in problem.methods)}, none of them finished"}
     return {
         "runs": f"{sum(len(method.runs) for method in problem.methods)}, {len(done)} of them finished",
-        "data": "; ".join(said_of(problem, lambda result: result["source"])),
+        "data": "; ".join(said_of(problem, lambda result: str(result.get("source", "unknown")))),
         "protocol": problem.config["protocol"],
         "departures from it": departed(problem) or NONE,
         "device": device_list(problem),
         "memory of": "; ".join(said_of(problem, lambda result: str(result.get("peak_memory_of", NONE)))),
-        "versions": "; ".join(said_of(problem, lambda r: ", ".join(f"{k} {v}" for k, v in r["versions"].items()))),
+        "versions": "; ".join(
+            said_of(problem, lambda r: ", ".join(f"{k} {v}" for k, v in r.get("versions", {}).items()))
+        ),
         "commit": "; ".join(said_of(problem, lambda result: str(result.get("commit") or "unknown"))),
         "checkpoints": f"best {problem.metric} on validation, "
         + ("higher" if all(map(summary.higher_is_better, (run.summary for run in done))) else "lower")

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from efficient_tx.compare.labels import label_right
 from efficient_tx.report.budgets import validation
-from efficient_tx.report.content import unit
+from efficient_tx.report.content import gigabytes, unit
 from efficient_tx.report.runs import Problem, Run
 from efficient_tx.report.statistics import spread
 
@@ -125,9 +125,9 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
 
 
 COSTS: Mapping[str, tuple[str, Callable[[Run], float | None], bool]] = {
-    "speed": ("training steps a second (more is better)", lambda run: run.summary["steps_per_second"], False),
-    "memory": ("peak memory, GB (less is better)", lambda run: run.summary["peak_memory_bytes"] / 1e9, True),
-    "parameters": ("parameters (less is better)", lambda run: run.summary["parameters"], True),
+    "speed": ("training steps a second (more is better)", lambda run: run.figure("steps_per_second"), False),
+    "memory": ("peak memory, GB (less is better)", gigabytes, True),
+    "parameters": ("parameters (less is better)", lambda run: run.figure("parameters"), True),
 }
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import statistics
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from efficient_tx.config import protocols
 from efficient_tx.config.protocols import HOUSEKEEPING
 from efficient_tx.files import visible
 from efficient_tx.training import summary
-from efficient_tx.training.disk import read_checked
+from efficient_tx.training.disk import decode, read_checked
 from efficient_tx.training.errors import Refused
 from efficient_tx.training.history import NAME, read
 from efficient_tx.training.workdir import flatten, read_config
@@ -49,12 +50,24 @@ class Run:
         """The last step of which there is a line."""
         return max((line["step"] for line in self.lines), default=0)
 
+    def figure(self, name: str) -> Any:
+        """An entry of summary.json; None if there is none, as in an older version's."""
+        return (self.summary or {}).get(name)
+
+    @property
+    def evaluated(self) -> dict[str, Any]:
+        """What eval.py wrote of the best checkpoint on the test split, of a run that need not be finished; else {}."""
+        try:
+            return decode((self.path / "eval_test_best.json").read_bytes())
+        except (OSError, ValueError):
+            return {}
+
     def predictions(self) -> dict[str, np.ndarray] | None:
         """What eval.py saved of the best checkpoint on the test split; None if it did not."""
         try:
             with np.load(self.path / PREDICTIONS) as file:
                 return dict(file)
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
 
 
@@ -126,7 +139,12 @@ class Problem:
     @property
     def baselines(self) -> dict[str, float]:
         """Answers to beat; those of a test split, which all runs share."""
-        return {name: score for run in self.finished for name, score in run.summary["baselines"].items()}
+        return {
+            name: score
+            for method in self.methods
+            for run in method.runs
+            for name, score in (run.figure("baselines") or run.evaluated.get("baselines") or {}).items()
+        }
 
 
 def find(folders: Iterable[Path], warn: Callable[[str], None]) -> list[Run]:
@@ -203,8 +221,8 @@ def problem(runs: Sequence[Run], warn: Callable[[str], None]) -> Problem:
     labels = labelled([group[0].config for group in groups])
     budgets = [sum(run.tuning and base(run.config) == base(group[0].config) for run in runs) for group in groups]
     first = next((run for run in runs if run.summary), runs[0])
-    name = first.summary["task"] if first.summary else first.config["task.name"].rpartition(".")[2]
-    source = first.summary["source"] if first.summary else str(first.config.get("task.source", "unknown data"))
+    name = first.figure("task") or first.config["task.name"].rpartition(".")[2]
+    source = first.figure("source") or str(first.config.get("task.source", "unknown data"))
     title = f"{name}, {source}, protocol {first.config['protocol']}"
     return Problem(title, sorted((Method(*one) for one in zip(labels, groups, budgets)), key=place))
 

@@ -81,6 +81,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--tune_seeds", type=whole, default=1, help="runs of each value of --tune, with seeds from 0; default 1")
     add("--out", type=path, required=True, help=f"the folder of the runs, of {NAME} and of logs/")
     add("--jobs", type=whole, help="runs at once; default 1, of --slurm: as many as there is room for")
+    add("--until", type=whole, metavar="STEP",
+        help="pause each run after its evaluation at this step, so that all get there before any goes on")  # fmt: skip
     add("--dry_run", action="store_true", help="print the commands of the runs and do nothing")
     add("--slurm", action="store_true", help="write a script for SLURM, and run nothing here")
     add("--trust", action="append", default=[], metavar="MODULE", help=TRUST)
@@ -88,6 +90,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     options = parser.parse_args([argument for argument in argv if argument not in constants])
     if options.dry_run and options.slurm:
         parser.error("--dry_run and --slurm both say what to do in place of training: use one of them")
+    if options.until and (options.tuned or options.slurm):
+        parser.error("--until is for runs without --tune, which needs finished ones, and without --slurm")
     for flag, given in (("set", options.settings), ("tune", options.tuned)):
         twice = [key for key, _ in given if [other for other, _ in given].count(key) > 1]
         if twice:
@@ -216,8 +220,8 @@ def carry_out(sweep: Sweep, environment: Mapping[str, str], argv: Sequence[str])
     """Trains. Returns the exit status."""
     jobs = sweep.options.jobs or 1
     console = Console(highlight=False)
-    display = Display(console, sweep.runs, sweep.later, jobs)
-    runner = Runner(jobs, sweep.options.out / "logs", environment, display.show, display.say)
+    display = Display(console, sweep.runs, sweep.later, jobs, sweep.options.until)
+    runner = Runner(jobs, sweep.options.until, sweep.options.out / "logs", environment, display.show, display.say)
     sweep.save()
     try:
         with display:
@@ -249,7 +253,8 @@ def report(sweep: Sweep, runner: Runner) -> int:
     for cell in sweep.later:
         print(f"nothing was chosen for {cell}, as its tuning failed: it was not run", file=sys.stderr)
     total = len(sweep.runs) + sum(sweep.later.values())
-    print(f"{len(runner.results)} of {total} runs are finished in {sweep.options.out}")
+    paused = f", {len(runner.paused)} have come to step {sweep.options.until}" if runner.paused else ""
+    print(f"{len(runner.results)} of {total} runs are finished in {sweep.options.out}{paused}")
     return 1 if faults or sweep.later else 0
 
 

@@ -1,10 +1,7 @@
 """Display: how far a sweep has come, as a live table on a terminal and as lines elsewhere."""
 
-import json
-import os
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -16,8 +13,8 @@ from rich.text import Text
 
 from efficient_tx.sweep.plan import Cell, Run
 from efficient_tx.sweep.runner import Runner
+from efficient_tx.sweep.watch import done, latest
 from efficient_tx.training import summary
-from efficient_tx.training.history import NAME
 
 
 class Clock:
@@ -56,10 +53,14 @@ class Display:
       runs: all that are known, tuning first.
       later: cell -> how many runs will follow that are not known yet, as their setting is not chosen.
       jobs: runs at once.
+      until: the step at which runs pause, if any.
     """
 
-    def __init__(self, console: Console, runs: Sequence[Run], later: Mapping[Cell, int], jobs: int):
+    def __init__(
+        self, console: Console, runs: Sequence[Run], later: Mapping[Cell, int], jobs: int, until: int | None = None
+    ):
         self._console, self.runs, self.later, self._jobs = console, list(runs), dict(later), jobs
+        self._until = until
         self._clock, self._told = Clock(), set()
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
 
@@ -83,7 +84,7 @@ class Display:
             steps[child.run.name] = latest(child.run.workdir)
             if line := steps[child.run.name].get("last"):
                 self._clock.saw(child.run, line["step"], now)
-        ended = runner.results.keys() | runner.failures.keys()
+        ended = runner.results.keys() | runner.failures.keys() | runner.paused
         for run in self.runs:
             if run.name in runner.results:
                 self._clock.ended(run, runner.results[run.name])
@@ -98,8 +99,9 @@ class Display:
         """Seconds until everything is done."""
         parts = [self._clock.left(cell, count * steps_of(self.runs, cell)) for cell, count in self.later.items()]
         for run in self.runs:
-            if run.name not in runner.results and run.name not in runner.failures:
-                parts.append(self._clock.left(run.cell, run.config.steps - done(steps.get(run.name, {}))))
+            if not {run.name} & (runner.results.keys() | runner.failures.keys() | runner.paused):
+                left = min(run.config.steps, self._until or run.config.steps) - done(steps.get(run.name, {}))
+                parts.append(self._clock.left(run.cell, max(0, left)))
         return None if None in parts else sum(parts) / self._jobs
 
     def _caption(self, runner: Runner, steps: Mapping[str, Mapping[str, Any]]) -> str:
@@ -108,9 +110,10 @@ class Display:
             "finished": sum(run.name in runner.results for run in self.runs),
             "running": len(runner.live),
             "held by another process": len(runner.busy),
+            "paused": len(runner.paused),
             "failed": len(runner.failures),
         }
-        counts["to do"] = total - counts["finished"] - counts["running"] - counts["failed"]
+        counts["to do"] = total - sum(counts[what] for what in ("finished", "running", "paused", "failed"))
         said = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
         return f"{total} runs: {said}; {clock(self._left(runner, steps))} left"
 
@@ -140,6 +143,8 @@ class Display:
                 state = ProgressBar(total, step, width=20)
                 score = seen.get("score", "")
                 left = clock(self._clock.left(run.cell, total - step))
+            elif run.name in runner.paused:
+                step, state = done(latest(run.workdir)), Text("paused")
             elif run.name in runner.busy:
                 state = Text("held by another process")
             table.add_row(run.name, f"{step}/{total}", state, score, left)
@@ -149,31 +154,6 @@ class Display:
 def steps_of(runs: Sequence[Run], cell: Cell) -> int:
     """The steps of a run of the cell."""
     return next(run.config.steps for run in runs if run.cell is cell)
-
-
-def done(seen: Mapping[str, Any]) -> int:
-    return seen["last"]["step"] if seen else 0
-
-
-def latest(workdir: Path) -> dict[str, Any]:
-    """`last`: the last line of a run's metrics.jsonl; `score`: its last validation in words. {} if there is none."""
-    try:
-        with open(workdir / NAME, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 2**14))
-            texts = file.read().split(b"\n")
-    except OSError:
-        return {}
-    lines = []
-    for text in texts:
-        try:
-            line = json.loads(text)
-        except ValueError:  # cut off at the start or, while it is written, at the end
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    validated = [line for line in lines if line.get("split") == "validation"]
-    scores = [f"{k} {x:.4f}" for k, x in (validated or [{}])[-1].items() if k not in ("step", "split", "loss")]
-    return {"last": lines[-1], "score": " ".join(scores)} if lines else {}
 
 
 def clock(seconds: float | None) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from efficient_tx.config.stored import workdir_of
 from efficient_tx.sweep.plan import Run
+from efficient_tx.sweep.watch import latest, validated
 from efficient_tx.training.errors import InUse, NonFinite, Refused, RunError
 
 TICK = 0.5
@@ -29,6 +30,7 @@ class Child:
     process: subprocess.Popen
     log: Path
     begins: int
+    pausing: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Runner:
 
     Args:
       jobs: how many at once.
+      until: a step at which runs pause, so that all come to it before any goes on; None for none.
       logs: the folder for what they print, a file for each.
       environment: of the processes.
       show: is called with the runner whenever something may have changed.
@@ -91,21 +94,26 @@ class Runner:
       failures: name -> failure.
       live: the running ones.
       busy: names of runs that other processes hold.
+      paused: names of runs that have come to `until`.
     """
 
     def __init__(
         self,
         jobs: int,
+        until: int | None,
         logs: Path,
         environment: Mapping[str, str],
         show: Callable[["Runner"], None],
         say: Callable[[str], None],
     ):
-        self._jobs, self._logs, self._environment, self._show, self._say = jobs, logs, environment, show, say
+        self._jobs, self._until, self._logs, self._environment, self._show, self._say = (
+            jobs, until, logs, environment, show, say,
+        )  # fmt: skip
         self.results: dict[str, dict[str, Any]] = {}
         self.failures: dict[str, Failure] = {}
         self.live: list[Child] = []
         self.busy: set[str] = set()
+        self.paused: set[str] = set()
         self._refused: set[str] = set()
 
     def carry_out(self, runs: Sequence[Run]) -> None:
@@ -114,6 +122,7 @@ class Runner:
         try:
             while open_runs or self.live:
                 self._reap(open_runs)
+                self._pause()
                 if self.busy and time.monotonic() - looked > BUSY:
                     self.busy.clear()
                     looked = time.monotonic()
@@ -148,6 +157,9 @@ class Runner:
         if result is not None:
             self.results[run.name] = result
             return
+        if self._reached(run):
+            self.paused.add(run.name)
+            return
         log = self._log(run)
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as output:
@@ -181,10 +193,24 @@ class Runner:
             if result is not None:
                 self.results[run.name] = result
                 self._say(f"finished {run.name}")
+            elif child.pausing and status == 128 + signal.SIGTERM:
+                self.paused.add(run.name)
+                self._say(f"paused {run.name}")
             else:
                 failure = Failure(run, status, child.log, last_lines(child.log, child.begins))
                 self.failures[run.name] = failure
                 self._say(f"{run.name}: {failure.reason}")
+
+    def _pause(self) -> None:
+        """Ends the children that have come far enough; they save their state."""
+        for child in self.live:
+            if not child.pausing and self._reached(child.run):
+                child.pausing = True
+                child.process.terminate()
+
+    def _reached(self, run: Run) -> bool:
+        """Whether a run has been evaluated at the step at which it is to pause, or later, and is not at its end."""
+        return self._until is not None and self._until <= validated(latest(run.workdir)) < run.config.steps
 
     def _log(self, run: Run) -> Path:
         return self._logs / f"{run.name}.txt"

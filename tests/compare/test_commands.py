@@ -1,17 +1,21 @@
 """python -m efficient_tx.compare: what is written is what is printed, and mistakes are one line."""
 
 import csv
+import io
 import json
 import re
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 from efficient_tx.compare import __main__ as command
 from efficient_tx.compare.attention import inputs, report
 from efficient_tx.compare.attention.measure import Settings
+from efficient_tx.compare.progress import progress
 from efficient_tx.compare.timing import PASSES, Cell
 
 
@@ -148,3 +152,23 @@ def test_a_weight_that_is_not_there_is_one_line(tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "w.npy" in error
+
+
+def test_quick_changes_defaults_only():
+    args = command.parse(["attention", "--quick"])
+    assert (args.lengths, args.rounds, args.max_seconds, args.error_length) == ((256, 1024), 2, 2.0, 256)
+    args = command.parse(["attention", "--quick", "--lengths=64", "--rounds=3"])
+    assert (args.lengths, args.rounds, args.max_seconds) == ((64,), 3, 2.0)
+    args, usual = command.parse(["attention"]), Settings(())
+    assert (args.lengths, args.rounds, args.max_seconds) == ((1024, 4096, 16384), usual.rounds, usual.max_seconds)
+
+
+def test_progress_is_told_where_there_is_no_terminal(monkeypatch, capsys):
+    """A line every ten seconds, on standard error."""
+    now = [0.0]
+    monkeypatch.setattr("efficient_tx.compare.progress.time", SimpleNamespace(monotonic=lambda: now[0]))
+    with progress(Console(file=io.StringIO())) as say:
+        for now[0] in range(0, 30, 4):
+            say(f"step {now[0]}")
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", "12 s: step 12\n24 s: step 24\n")

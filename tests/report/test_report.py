@@ -82,12 +82,16 @@ def test_the_sentences(folder):
 def test_published_figures_stand_beside_runs_of_their_protocol_alone(folder):
     config = config_of("skyformer", **{"task.max_len": 512}) | {"protocol": "skyformer"}
     write_run(folder / "published", config, protocol="skyformer", protocol_departures=["steps"])
+    # One that is not finished has no answers to beat, until it is evaluated.
+    path = write_run(folder / "second", config | {"seed": 1}, test=None)
+    (path / "eval_test_best.json").write_text(json.dumps({"baselines": {"root operator": 0.358}}))
     status, out, _ = report(folder, "--format=md")
     assert status == 0
     first, second = re.split(r"\n## ", out)[1:]
     default, other = (first, second) if "protocol default" in first.splitlines()[0] else (second, first)
     assert "published" not in default.lower() and "38.69 (published)" in other
     assert "Published figures: Chen et al. 2021, arXiv 2111.00035, table 1" in other
+    assert "| root operator (to beat) | 35.80 |" in other and "root operator" not in default
     assert "runs here depart from the protocol in steps." in other and "Informer 32.53" in other
 
 
@@ -174,6 +178,23 @@ def test_mistakes_are_one_line(folder, arguments, line):
 def test_the_pareto_front():
     points = [(1, 1), (2, 0.5), (0.5, 0.9), (2, 0.4), (1, 1)]
     assert pareto(points) == [True, True, False, False, True]
+
+
+def test_runs_of_older_versions_have_less_to_say(folder):
+    """And a run of another metric, a folder without evaluations, and a file where a folder would be, do no harm."""
+    lacking = dict.fromkeys(("steps_per_second", "peak_memory_bytes", "parameters", "device", "versions"))
+    path = write_run(folder / "old", config_of("vmean", seed=1), test=0.25)
+    about = {key: x for key, x in json.loads((path / "summary.json").read_text()).items() if key not in lacking}
+    (path / "crc32.json").unlink()
+    (path / "summary.json").write_text(json.dumps({**about, "steps_per_second": None}))
+    write_run(folder / "empty", config_of("pool"), test=None, validation=[])
+    (folder / "stray").write_text("x")
+    (folder / "gla_seed0" / "predictions_test_best.npz").write_bytes(b"PK\x03\x04 nonsense")
+    status, _, error = report(folder, f"--out={folder / 'page.html'}")
+    assert (status, error) == (0, "")
+    found = rows((folder / "page.csv").read_text(), "Results")
+    assert found["vmean"]["test accuracy, %"] == "25.00" and found["vmean"]["parameters"] == "—"
+    assert found["pool"]["seeds"] == "0 of 1" and found["pool"]["steps"] == "0 of 1,500"
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

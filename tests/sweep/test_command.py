@@ -61,6 +61,7 @@ def test_the_script_for_slurm(tmp_path):
         (["--mixer=softmax"], "--mixer=softmax is no flag: the nearest is --mixers"),
         (["--seeds=0"], "argument --seeds: '0' is no whole number"),
         (["--dry_run", "--slurm"], "--dry_run and --slurm"),
+        (["--until=9", "--tune", "steps=10,20"], "--until is for runs without --tune"),
         (["--config=quickstart:gla", "--mixers=softmax"], "--config=quickstart:gla: what follows the colon"),
         (["--config=quickstrt"], "--config=quickstrt: there is no such config file; the nearest is quickstart"),
     ],
@@ -136,6 +137,24 @@ def test_a_failed_run_is_reported_and_stops_no_other(tmp_path):
         assert error.count("failed: ") == 2 and error.count(" is not finite") >= 2
         assert "failed: vmean_learning_rate=1e30_seed0 (not finite); all it said is in " in error
     assert "waiting for " in out
+
+
+@pytest.mark.slow
+def test_runs_pause_where_they_are_asked_to(tmp_path):
+    """All come to a step before any goes on; the same command then has nothing to do, a later step has."""
+    longer = [argument for argument in RUN if not argument.startswith(("--config.steps", "--config.log_every"))]
+    arguments = [*TWO[:2], *longer, "--config.steps=20000", "--config.log_every=10", f"--out={tmp_path}", "--until=20"]
+    status, out, error = finish(start(SWEEP, *arguments))
+    assert (status, error) == (0, "") and "0 of 2 runs are finished in" in out and "2 have come to step 20" in out
+    runs = [tmp_path / f"{mixer}_seed0" for mixer in ("softmax", "vmean")]
+    steps = [toy.lines(run)[-1]["step"] for run in runs]
+    assert all(20 <= step < 20000 for step in steps)
+    status, out, _ = finish(start(SWEEP, *arguments))
+    assert status == 0 and "started" not in out and [toy.lines(run)[-1]["step"] for run in runs] == steps
+    further = max(steps) + 10
+    status, out, _ = finish(start(SWEEP, *arguments[:-1], f"--until={further}"))
+    assert status == 0 and out.count("paused ") == 2
+    assert all(toy.lines(run)[-1]["step"] >= further for run in runs)
 
 
 @pytest.mark.slow

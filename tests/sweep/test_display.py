@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from efficient_tx.sweep.display import Clock, Display, clock, latest
+from efficient_tx.sweep.display import Clock, Display, clock
 from efficient_tx.sweep.plan import Cell, Method
 from efficient_tx.sweep.runner import Child, Failure
+from efficient_tx.sweep.watch import latest
 
 pytestmark = pytest.mark.quick
 
@@ -58,6 +59,7 @@ def test_the_table_has_a_row_for_each_run(tmp_path, terminal):
         results={"one0": {"val_accuracy": 0.5, "steps_per_second": 10.0}},
         failures={"one2": Failure(runs[2], -9, tmp_path, ["x"])},
         busy=set(),
+        paused=set(),
     )
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=120, height=40)

@@ -80,8 +80,8 @@ class Row:
 def compare(names: list[str], settings: Settings, progress: Callable[[str], None] = lambda _: None) -> list[Row]:
     """Measures the variants `names`; `progress` gets a line on each step."""
     rows = [describe(name, settings) for name in names]
-    for row in rows:
-        progress(f"error of {row.name}")
+    for count, row in enumerate(rows, 1):
+        progress(f"error of {row.name}, {count} of {len(rows)}")
         row.approximates, row.errors = errors(row.name, settings)
     known = {name: {a_pass: {} for a_pass in PASSES} for name in names}
     for shorter, length in itertools.pairwise((0, *settings.lengths)):
@@ -116,15 +116,16 @@ def measure(
     """
     runs, memory, predicted = {}, {}, {}
     given = inputs.tokens("random", settings.batch, length, settings.heads, settings.head_dim)
-    for row in rows:
-        progress(f"length {length}: compiling {row.name}")
+    for count, row in enumerate(rows, 1):
+        progress(f"length {length}: compiling {row.name}, {count} of {len(rows)}")
         for a_pass in PASSES:
             cell = row.name, a_pass
             predicted[cell] = predict(known[row.name][a_pass], length)
             if predicted[cell] is None or predicted[cell] <= settings.max_seconds:
                 runs[cell], memory[cell] = compile_pass(a_pass, *case(row.name, given, settings))
     progress(f"length {length}: measuring")
-    seconds = in_turns(runs, settings.rounds, settings.max_seconds)
+    say = lambda line: progress(f"length {length}: measuring, {line}")  # noqa: E731
+    seconds = in_turns(runs, settings.rounds, settings.max_seconds, say)
     cells = {row.name: {} for row in rows}
     for cell, prediction in predicted.items():
         variant, a_pass = cell

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 # Not pyplot: it has global state and looks for a display.
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from efficient_tx.attention import ATTENTION
@@ -86,12 +87,15 @@ def time_against_length(rows: Sequence[Row], settings: Settings, machine: str) -
     axes.set(
         xscale="log",
         yscale="log",
-        xlabel="length n; a colour is a family of mixers; dashed: not sub-quadratic",
+        xlabel="length n; dashed: not sub-quadratic",
         ylabel="milliseconds",
     )
     plain_ticks(axes.yaxis)
     axes.set_xticks(settings.lengths, [str(length) for length in settings.lengths], minor=False)
     axes.set_xticks([], minor=True)
+    colours = {family_of(row.name): look_of[row.name]["color"] for row in rows}
+    handles = [Line2D([], [], color=colour, label=name) for name, colour in colours.items()]
+    axes.legend(handles=handles, title="family", fontsize=8, loc="upper left")
     axes.grid(alpha=0.3)
     label_right(axes, labels)
     return png(figure)

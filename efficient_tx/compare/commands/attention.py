@@ -10,23 +10,29 @@ from efficient_tx.commands import names_of
 from efficient_tx.compare.attention import plots, report
 from efficient_tx.compare.attention.measure import Settings, compare
 from efficient_tx.compare.flags import path, positive, whole, wholes
+from efficient_tx.compare.progress import progress
 from efficient_tx.compare.timing import machine
 from efficient_tx.files import write
 
+LENGTHS = (1024, 4096, 16384)
+QUICK = {"lengths": (256, 1024), "rounds": 2, "max_seconds": 2.0}
 HELP = "parameters, errors, time and memory of the attention variants"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     add, default = parser.add_argument, Settings(())
-    add("--lengths", type=wholes, default=(1024, 4096, 16384), help="default 1024,4096,16384")
+    add("--lengths", type=wholes, help="default " + ",".join(map(str, LENGTHS)))
+    add("--quick", action="store_true",
+        help="defaults for a first look: lengths {}, {} rounds, {} seconds".format(
+            ",".join(map(str, QUICK["lengths"])), QUICK["rounds"], QUICK["max_seconds"]))  # fmt: skip
     add("--variants", type=names_of(ATTENTION, "variant"), default=list(ATTENTION), metavar="A,B", help="default: all")
     add("--budget", type=whole, default=default.budget, help="keys, landmarks or features that a query meets")
-    add("--max_seconds", type=positive, default=default.max_seconds,
+    add("--max_seconds", type=positive,
         help="calls that would take longer, as the shorter lengths predict, are not made: — in the tables")  # fmt: skip
     add("--batch", type=whole, default=default.batch)
     add("--heads", type=whole, default=default.heads)
     add("--head_dim", type=whole, default=default.head_dim)
-    add("--rounds", type=whole, default=default.rounds, help="turns in which all are measured; medians are shown")
+    add("--rounds", type=whole, help="turns in which all are measured; medians are shown")
     add(
         "--error_length",
         type=whole,
@@ -36,6 +42,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
+    usual = {"lengths": LENGTHS, "rounds": Settings(()).rounds, "max_seconds": Settings(()).max_seconds}
+    for name, value in (QUICK if args.quick else usual).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     args.error_length = args.error_length or args.lengths[0]
     if args.error_length not in args.lengths:
         among = ", ".join(map(str, args.lengths))
@@ -51,8 +61,8 @@ def run(args: argparse.Namespace, console: Console) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
     ran_on = machine()
     console.print(ran_on, highlight=False)
-    with console.status("starting") as status:
-        rows = compare(args.variants, settings, status.update)
+    with progress(console) as say:
+        rows = compare(args.variants, settings, say)
     console.print(report.properties(rows, settings), report.speed(rows, settings))
     console.print(
         f"{report.ABSENT}: a call would take more than {settings.max_seconds:g} s, as shorter lengths predict"

@@ -8,6 +8,7 @@ from efficient_tx.commands import names_of
 from efficient_tx.compare.decode import plots, report
 from efficient_tx.compare.decode.measure import Settings, compare, decoders
 from efficient_tx.compare.flags import path, positive, whole, wholes
+from efficient_tx.compare.progress import progress
 from efficient_tx.compare.timing import machine
 from efficient_tx.files import write
 
@@ -41,8 +42,8 @@ def run(args: argparse.Namespace, console: Console) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
     ran_on = machine()
     console.print(ran_on, highlight=False)
-    with console.status("starting") as status:
-        rows = compare(args.mixers, settings, status.update)
+    with progress(console) as say:
+        rows = compare(args.mixers, settings, say)
     console.print(report.table(rows, settings))
     console.print(
         f"{report.ABSENT}: a call would take more than {settings.max_seconds:g} s, as shorter lengths predict"

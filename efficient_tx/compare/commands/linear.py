@@ -8,6 +8,7 @@ from efficient_tx.commands import names_of
 from efficient_tx.compare.flags import path, positive, whole, wholes
 from efficient_tx.compare.linear import plots, report, weights
 from efficient_tx.compare.linear.measure import Settings, compare, project
+from efficient_tx.compare.progress import progress
 from efficient_tx.compare.timing import machine
 from efficient_tx.files import write
 from efficient_tx.linear import LINEAR
@@ -43,15 +44,15 @@ def run(args: argparse.Namespace, console: Console) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
     ran_on = machine()
     console.print(ran_on, highlight=False)
-    with console.status("starting") as status:
+    with progress(console) as say:
         if args.weight:
             kernel, source = weights.from_file(args.weight)
         elif args.run:
             kernel, source = weights.from_run(args.run, args.layer)
         else:
-            kernel, source = weights.trained(status.update)
-        rows = compare(args.structures, settings, status.update)
-        projected = project(args.structures, kernel, settings.share, status.update)
+            kernel, source = weights.trained(say)
+        rows = compare(args.structures, settings, say)
+        projected = project(args.structures, kernel, settings.share, say)
     for width in settings.features:
         console.print(report.speed(rows, width, settings))
     console.print("rate: multiplications a second, forward and backward, as a share of the dense layer's")
