@@ -2,8 +2,10 @@
 
 Command:   python -m efficient_tx.data.fetch minilm && python -m efficient_tx.data.fetch spam
            python train.py --config=configs/minilm_spam.py --workdir=runs/minilm
-Hardware:  2 CPU cores
-Expected:
+Hardware:  2 CPU cores, 2.5 GB, 7 minutes of processor time, most of it for the evaluations
+Expected:  96.7 % test accuracy (measured here, one seed); the best constant answer scores 71.6 %. A linear model of
+           byte n-grams, of the first 4,000 bytes of all 4,074 training e-mails, scores 98.8 % (configs/lra_text.py);
+           here are the first 128 tokens of 1,600.
 """
 
 from efficient_tx.config import make_config

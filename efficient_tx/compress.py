@@ -35,10 +35,12 @@ import math
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -69,14 +71,14 @@ from efficient_tx.data.batching import check_examples, train_batches
 from efficient_tx.distillation import Distillation, begin
 from efficient_tx.files import local_path
 from efficient_tx.linear.replacement import dotted, transfer
-from efficient_tx.task import Batch, Task, data_directory
+from efficient_tx.task import Batch, Objective, Task, data_directory
 from efficient_tx.training.checkpoint import Checkpoints
 from efficient_tx.training.compilation import keep_programs
 from efficient_tx.training.disk import read_checked, write_checked, writing
 from efficient_tx.training.errors import Refused, refusing
 from efficient_tx.training.evaluation import trained_parameters
 from efficient_tx.training.objective import objective_of
-from efficient_tx.training.step import check_batch_size
+from efficient_tx.training.step import check_batch_size, score
 from efficient_tx.training.workdir import Workdir, read_config
 
 # What a compression was asked for and did, in its workdir.
@@ -197,6 +199,12 @@ def calibration(task: Task, options: argparse.Namespace, batch_size: int) -> Seq
     return [batches[i] for i in range(math.ceil(min(options.calibration, len(task.train)) / size))]
 
 
+def mean_loss(objective: Objective, model: nnx.Module, batch: Batch) -> jax.Array:
+    """The loss that training minimises, of a batch without dropout."""
+    total, weight = score(model, batch, None, objective)["loss"]
+    return total / jnp.where(weight > 0, weight, 1)
+
+
 def result_config(config: ConfigDict, task: Task, options: argparse.Namespace) -> ConfigDict:
     """The config of the result: that of the run, with other mixers, `--tune` steps and the values of `--set`.
 
@@ -223,9 +231,8 @@ def result_config(config: ConfigDict, task: Task, options: argparse.Namespace) -
         key, line = getattr(error, "key", None), str(error).partition("\n")[0]
         if key in options.settings:
             raise Refused(f"{key}={options.settings[key]}: {line}", option="set") from None
-        raise Refused(
-            f"{options.mixers}: {line}" if options.mixers else line, option=options.mixers and "mixers"
-        ) from None
+        swap_to = f"{options.mixers}: " if options.mixers else ""
+        raise Refused(swap_to + line, option="mixers" if swap_to else None) from None
     return new
 
 
@@ -255,7 +262,7 @@ def compressed(options: argparse.Namespace, result: Result, console: Console) ->
     about: dict[str, Any] = {"asked": result.asked, "step": step}
     if options.mixers is not None:
         model, became = swapped(model, new, task)
-        lines += told(config.mixers, new.mixers, became)
+        lines += [f"mixers {config.mixers} become {new.mixers}: {became}"]
         about["mixers"] = {name: [dotted(path) for path in paths] for name, paths in became._asdict().items()}
     if options.method is not None:
         done = by_method(model, task, new.batch_size, options, console)
@@ -294,13 +301,14 @@ def by_method(
     method = named_method(options.method)
     with refusing(str(options.workdir)):
         batches = calibration(task, options, batch_size) if method.needs else []
-    steps = len(batches) + len(select_or_refuse(model, options.where))
+    steps = method.steps(len(batches), len(select_or_refuse(model, options.where)))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         work = bar.add_task("", total=steps)
         try:
             return compress(
                 model, method, options.budget, where=options.where, unit=options.unit, batches=batches,
+                loss=partial(mean_loss, objective_of(task)),
                 progress=lambda what: bar.update(work, description=what, advance=1),
             )  # fmt: skip
         except OptionError as error:
@@ -329,14 +337,6 @@ def select_or_refuse(model: nnx.Module, where: str) -> Sequence:
     """The selected layers; nothing selected is refused."""
     with refusing():
         return select(model, where)
-
-
-def told(before: str, after: str, became: Swapped) -> Iterator[str]:
-    """Lines on a swap of mixers."""
-    yield f"mixers {before} become {after}: {len(became.kept)} parameters of theirs are kept"
-    for name, paths in (("new, with initial values", became.new), ("dropped", became.dropped)):
-        if paths:
-            yield f"  {name}: {', '.join(map(dotted, paths))}"
 
 
 def record(done: Compressed) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The README's tables of token mixers, weight structures and compressions, from attributes of their classes."""
+"""Generated tables of pages: mixers, structures, methods of compression, from attributes of their classes."""
 
 import re
 import sys
@@ -10,13 +10,13 @@ from efficient_tx.compression import METHODS, SECOND, Method
 from efficient_tx.linear import LINEAR
 from efficient_tx.linear.structured import Weight
 
-BEGIN = "<!-- python -m efficient_tx.compare table --write README.md -->"
+BEGIN = "<!-- python -m efficient_tx.compare table --write {} -->"
 END = "<!-- end of the generated tables -->"
 
 
-def tables() -> str:
-    """Markdown: the tables, a blank line between two of them."""
-    return "\n".join((mixer_table(), structure_table(), method_table()))
+def tables() -> dict[str, str]:
+    """Page -> its tables, as Markdown, with a blank line between two of them."""
+    return {"README.md": f"{mixer_table()}\n{structure_table()}", "docs/compressing.md": method_table(up="../")}
 
 
 def mixer_table() -> str:
@@ -41,13 +41,13 @@ def structure_table() -> str:
     )
 
 
-def method_table() -> str:
+def method_table(up: str) -> str:
     """Name, paper, what is minimised or kept, need of data and file of every compression but the projections."""
     classes = {name: made for name, made in (METHODS | SECOND).items() if isinstance(made, type)}
     return table(
         ("compression", "paper", "what it does", "needs", "file"),
         (
-            (f"`{name}`", paper(method), method.computes, needs(method), file(method))
+            (f"`{name}`", paper(method), method.computes, needs(method), file(method, up))
             for name, method in classes.items()
         ),
     )
@@ -71,12 +71,12 @@ def paper(cls: type[Mixer] | type[Weight] | type[Method]) -> str:
     return re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[\1](https://arxiv.org/abs/\1)", cls.paper)
 
 
-def file(cls: type) -> str:
-    """A link to the class's file, relative to the repository's root; of a class from elsewhere its module's name."""
+def file(cls: type, up: str = "") -> str:
+    """A link to the class's file; of a class from elsewhere its module's name. `up` leads to the repository's root."""
     root, path = Path(__file__).parents[2], getattr(sys.modules.get(cls.__module__), "__file__", None)
     if path is None or not Path(path).is_relative_to(root):
         return f"`{cls.__module__}`"
-    return f"[{Path(path).name}]({Path(path).relative_to(root).as_posix()})"
+    return f"[{Path(path).name}]({up}{Path(path).relative_to(root).as_posix()})"
 
 
 def replaced(text: str) -> str:
@@ -85,8 +85,9 @@ def replaced(text: str) -> str:
     Raises:
       ValueError: the markers are missing.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"the lines {BEGIN} and {END} are missing: the tables go between them")
-    return f"{before}{begin}\n{tables()}{end}{after}"
+    for page, content in tables().items():
+        before, begin, rest = text.partition(BEGIN.format(page))
+        _, end, after = rest.partition(END)
+        if end:
+            return f"{before}{begin}\n{content}{end}{after}"
+    raise ValueError(f"the lines {BEGIN.format('README.md')} and {END} are missing: the tables go between them")

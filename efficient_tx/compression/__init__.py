@@ -13,7 +13,9 @@ from efficient_tx.compression.flap import Flap
 from efficient_tx.compression.interpolative import Interpolative, Stat
 from efficient_tx.compression.low_rank import Truncated, Welore, Whitened
 from efficient_tx.compression.method import Method
+from efficient_tx.compression.mfac import Mfac
 from efficient_tx.compression.projection import Projection
+from efficient_tx.compression.reweighted import Reweighted
 from efficient_tx.linear import LINEAR
 
 METHODS: dict[str, Callable[..., Method]] = {
@@ -23,6 +25,8 @@ METHODS: dict[str, Callable[..., Method]] = {
     "id": Interpolative,
     "stat": Stat,
     "flap": Flap,
+    "wlra": Reweighted,
+    "mfac": Mfac,
     **{name: partial(Projection, cls) for name, cls in LINEAR.items() if name not in ("dense", "sum")},
 }
 # Methods that follow another one, written after a plus: "monarch+eora".

@@ -1,13 +1,14 @@
 """Compress: a model within a budget, by one method: statistics, plan, fit."""
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from flax import nnx
 
 from efficient_tx.checks import one_of
 from efficient_tx.compression.budget import check_budget, within
 from efficient_tx.compression.cost import UNITS, Costs
+from efficient_tx.compression.gradients import Batch, Gradients, Loss
 from efficient_tx.compression.method import Change, Method, Setting
 from efficient_tx.compression.model import select
 from efficient_tx.compression.statistics import gather
@@ -31,7 +32,7 @@ class Compressed(NamedTuple):
 
 def compress(
     model: nnx.Module, method: Method, budget: float, *, where: str = "mlp|projections", unit: str = "bytes",
-    batches: Iterable[Mapping[str, Any]] = (), progress: Callable[[str], None] = lambda what: None,
+    batches: Sequence[Batch] = (), loss: Loss | None = None, progress: Callable[[str], None] = lambda what: None,
 ) -> Compressed:  # fmt: skip
     """Compresses a model in place.
 
@@ -43,6 +44,7 @@ def compress(
       unit: of the cost: bytes (as stored for inference), parameters, multiplications (for a token), or milliseconds
         (measured on this machine).
       batches: of calibration, for methods that need them: see `statistics.gather`.
+      loss: (model, batch) -> the mean loss over the rows of a batch, a scalar; for methods that need gradients.
       progress: gets a line on each step.
 
     Raises:
@@ -51,16 +53,22 @@ def compress(
     """
     check_budget(budget)
     one_of(UNITS, unit=unit)
+    if "gradients" in method.needs and loss is None:
+        raise ValueError(f"{type(method).__name__} needs gradients: give compress(..., loss=), the loss of the task")
     layers = method.chosen(model, select(model, where))
-    inputs = {}
+    inputs, gradients = {}, None
     if "inputs" in method.needs:
         triangles = method.triangles(model, layers)
         inputs = gather(
             model, layers, batches, triangles=triangles, progress=lambda done: progress(f"calibration batch {done}")
         )
+    if "gradients" in method.needs:
+        gradients = Gradients(model, layers, loss, batches, lambda done: progress(f"gradients of batch {done}"))
     progress("preparing")
     costs = Costs(unit)
-    method.prepare(Setting(model, layers, inputs, costs, {layer.path: costs.of(layer.module) for layer in layers}))
+    method.prepare(
+        Setting(model, layers, inputs, costs, {layer.path: costs.of(layer.module) for layer in layers}, gradients)
+    )
     plan, before, after = within(method, budget, unit)
     changes = method.apply(plan, progress)
     heads = {path: find(model, path).heads for path in plan.kept if hasattr(find(model, path), "heads")}

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_tx.compression.layer_form import LayerForm
-from efficient_tx.linear import Sum
 from efficient_tx.linear.structured import Weight
 
 # Tokens of a timed call: 32 sequences of 128.
@@ -20,9 +19,6 @@ ROUNDS = 7
 
 def stored(layer: nnx.Module) -> int:
     """Bytes of a layer as it is stored for inference, with its bias: packed, if its structure can be."""
-    if isinstance(layer, Sum):
-        bias = 0 if layer.bias is None else layer.bias.size * layer.bias.dtype.itemsize
-        return stored(layer.first) + stored(layer.second) + bias
     if isinstance(layer, Weight):
         return (layer.pack() if hasattr(layer, "pack") else layer).bytes_stored
     return Weight.bytes_stored.fget(layer)

@@ -59,6 +59,9 @@ class Eora(Method):
     def triangles(self, model: nnx.Module, layers: Sequence[Layer]) -> set[Path]:
         return self.first.triangles(model, layers)
 
+    def steps(self, batches: int, layers: int) -> int:
+        return self.first.steps(batches, layers) + len(self.needs - self.first.needs) * batches + layers
+
     def prepare(self, setting: Setting) -> None:
         super().prepare(setting)
         self.first.prepare(setting)

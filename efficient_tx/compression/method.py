@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from efficient_tx.compression.cost import Costs
+from efficient_tx.compression.gradients import Gradients
 from efficient_tx.compression.layer_form import LayerForm
 from efficient_tx.compression.model import Layer, bias_of, kernel_of, put
 from efficient_tx.compression.statistics import Inputs
@@ -57,6 +58,7 @@ class Setting(NamedTuple):
       inputs: statistics of their inputs; empty for a method without calibration.
       costs: of layers, in the unit of the budget.
       before: the cost of each of the layers as it is.
+      gradients: of the loss for their weights; None for a method without gradients.
     """
 
     model: nnx.Module
@@ -64,6 +66,7 @@ class Setting(NamedTuple):
     inputs: Mapping[Path, Inputs]
     costs: Costs
     before: Mapping[Path, float]
+    gradients: Gradients | None = None
 
     def now(self, path: Path) -> float:
         """The cost of a layer as it is."""
@@ -84,7 +87,7 @@ class Method:
     Attributes:
       paper: authors, year and arXiv id; empty for what is older than papers.
       computes: what the method minimises or keeps.
-      needs: what it gathers before: "inputs", statistics of the inputs of layers.
+      needs: what it works on beside the weights: "inputs", statistics of the inputs of layers; "gradients" of the loss.
     """
 
     paper: ClassVar[str] = ""
@@ -102,6 +105,10 @@ class Method:
     def triangles(self, model: nnx.Module, layers: Sequence[Layer]) -> set[Path]:
         """Those of the layers that it changes whose inputs' QR factors it needs."""
         return set()
+
+    def steps(self, batches: int, layers: int) -> int:
+        """About how often the progress of a compression is reported."""
+        return batches * len(self.needs) + layers
 
     def prepare(self, setting: Setting) -> None:
         """Computes what all plans share.

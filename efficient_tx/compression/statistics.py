@@ -112,7 +112,6 @@ def tall_qr(blocks: Sequence[np.ndarray]) -> np.ndarray:
 def recorder(model: nnx.Module, layers: Sequence[Layer]) -> Callable[[Mapping[str, Any]], dict[Path, list[Tokens]]]:
     """A compiled function of a batch that returns the inputs of the layers in each of their calls, in order."""
     graphdef, params = nnx.split(model)
-    sharding = NamedSharding(Mesh(jax.local_devices(), "devices"), PartitionSpec("devices"))
     gathered = {layer.path: gathered_first(model, layer.path) for layer in layers}
 
     @jax.jit
@@ -128,13 +127,15 @@ def recorder(model: nnx.Module, layers: Sequence[Layer]) -> Callable[[Mapping[st
             calls.setdefault(path, []).append(Tokens(rows, real(len(rows), batch, gathered[path])))
         return calls
 
-    def of_batch(batch):
-        size = len(batch["label"])
-        if size % len(jax.local_devices()):
-            return run(params, batch)
-        return run(params, jax.device_put(dict(batch), sharding))
+    return lambda batch: run(params, shared_out(batch))
 
-    return of_batch
+
+def shared_out(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The batch with its rows shared out over the local devices, if these divide them."""
+    devices = jax.local_devices()
+    if len(batch["label"]) % len(devices):
+        return batch
+    return jax.device_put(dict(batch), NamedSharding(Mesh(devices, "devices"), PartitionSpec("devices")))
 
 
 def record(tape: list, path: Path, x: jax.Array) -> None:

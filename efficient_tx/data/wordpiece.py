@@ -37,7 +37,9 @@ class WordPiece:
         try:
             self._tokenizer = _from_json(file) if file.suffix == ".json" else _from_vocab(file)
         except ModuleNotFoundError:
-            raise
+            raise ModuleNotFoundError(
+                "a WordPiece vocabulary needs the package tokenizers: pip install 'efficient-tx[data]'"
+            ) from None
         except Exception as error:  # tokenizers raises plain Exceptions
             raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from None
         self._tokenizer.enable_truncation(max_len)

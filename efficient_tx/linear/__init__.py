@@ -7,17 +7,17 @@ from efficient_tx.linear.blast import Blast
 from efficient_tx.linear.block_diagonal import BlockDiagonal
 from efficient_tx.linear.block_tensor_train import BlockTensorTrain
 from efficient_tx.linear.dense import Dense
-from efficient_tx.linear.dense_shift import DenseShift
+from efficient_tx.linear.dense_shift import DenseShift, PackedDenseShift
 from efficient_tx.linear.form import Form
 from efficient_tx.linear.kronecker import Kronecker
 from efficient_tx.linear.learning_rates import structured_learning_rates
 from efficient_tx.linear.low_rank import LowRank
-from efficient_tx.linear.low_rank_plus_sparse import LowRankPlusSparse
+from efficient_tx.linear.low_rank_plus_sparse import LowRankPlusSparse, PackedLowRankPlusSparse
 from efficient_tx.linear.monarch_weight import Monarch, monarch
 from efficient_tx.linear.replacement import densify, replace, transfer
 from efficient_tx.linear.sparse import PackedSparse, Sparse
 from efficient_tx.linear.structured import Weight
-from efficient_tx.linear.sum import Sum
+from efficient_tx.linear.sum import PackedSum, Sum
 from efficient_tx.linear.ternary import PackedTernary, Ternary
 from efficient_tx.linear.toeplitz import Toeplitz
 
@@ -49,7 +49,10 @@ __all__ = [
     "LowRank",
     "LowRankPlusSparse",
     "Monarch",
+    "PackedDenseShift",
+    "PackedLowRankPlusSparse",
     "PackedSparse",
+    "PackedSum",
     "PackedTernary",
     "Sparse",
     "Sum",

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_tx.checks import OptionError
+from efficient_tx.linear.bit_planes import from_planes, to_planes
+from efficient_tx.linear.packed import Packed
 from efficient_tx.linear.straight_through import straight_through
 from efficient_tx.linear.structured import Factor, Structured, scale_array
 
@@ -61,7 +63,7 @@ def nearest_shifts(size: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
 
 
 class DenseShift(Structured):
-    """A linear layer whose weights are signed powers of two times one trained number; `codes` is its stored form.
+    """A linear layer whose weights are signed powers of two times one trained number.
 
     The scale γ is one real number per matrix and costs one product per output. Rounded to a power of two, it could
     double the whole layer in one training step. Latent parameters are in units of a dense layer's weights, 1 / √in, so
@@ -83,7 +85,7 @@ class DenseShift(Structured):
 
     paper = "Li et al. 2022, arXiv 2208.09708"
     computes = "γ · ±2^s"
-    size = "2·n² + 1, of which n² codes of 3 bits are the weight"
+    size = "2·n² + 1, packed for inference in 3 bits a weight"
     nearest = "sorting"
 
     def __init__(self, in_features: int, out_features: int, *, bits: int = 3, **common: Any):
@@ -121,16 +123,20 @@ class DenseShift(Structured):
         steps = jnp.clip(jnp.round(latent * math.sqrt(self.in_features)), 0, self.most).astype(jnp.uint8)
         return steps | (self.sign[...] < 0).astype(jnp.uint8) << (self.bits - 1)
 
+    def scale(self) -> jax.Array:
+        """What the levels ±2^s are multiplied with, γ / unit, a scalar, float32 at least."""
+        return self.gain[...].astype(jnp.promote_types(self.param_dtype, jnp.float32)) / self.unit
+
     def weights(self, dtype: jnp.dtype) -> dict[str, jax.Array]:
         levels = decode(self.codes(), self.bits)
         wide = jnp.promote_types(self.param_dtype, jnp.float32)
         # To first order: d sign = √in du, d 2^s = ln 2 · 2^s √in dv.
         latent = jnp.abs(levels) * self.sign[...].astype(wide) + math.log(2) * levels * self.shift[...].astype(wide)
         levels = straight_through(math.sqrt(self.in_features) * latent, levels)
-        return {"levels": levels.astype(dtype), "gain": self.gain[...].astype(wide) / self.unit}
+        return {"levels": levels.astype(dtype), "scale": self.scale()}
 
-    def multiply(self, x: jax.Array, *, levels: jax.Array, gain: jax.Array) -> jax.Array:
-        return (x @ levels * gain).astype(x.dtype)
+    def multiply(self, x: jax.Array, *, levels: jax.Array, scale: jax.Array) -> jax.Array:
+        return (x @ levels * scale).astype(x.dtype)
 
     @property
     def multiplies(self) -> int:
@@ -139,7 +145,7 @@ class DenseShift(Structured):
 
     def to_dense(self) -> jax.Array:
         weights = self.weights(jnp.promote_types(self.param_dtype, jnp.float32))
-        return (weights["levels"] * weights["gain"]).astype(self.param_dtype)
+        return (weights["levels"] * weights["scale"]).astype(self.param_dtype)
 
     def rescale(self, factor: float) -> None:
         scale_array(self.gain, factor)
@@ -147,3 +153,26 @@ class DenseShift(Structured):
     def fit(self, kernel: jax.Array) -> dict[str, jax.Array]:
         scale, shift = nearest_shifts(jnp.abs(kernel), self.bits)
         return {"sign": kernel, "shift": shift / math.sqrt(self.in_features), "gain": scale * self.unit}
+
+    def pack(self) -> "PackedDenseShift":
+        """The layer for inference, with `bits` bits per weight."""
+        return PackedDenseShift(self)
+
+
+class PackedDenseShift(Packed):
+    """The codes of the weights in planes of one bit, and their scale; multiplied as floating-point numbers.
+
+    Attributes:
+      planes: uint8 `[bits, ⌈in_features / 8⌉, out_features]`: see `to_planes`; the last plane is the sign.
+      scale: what the levels are multiplied with, a scalar, float32 at least.
+    """
+
+    multiply = DenseShift.multiply
+
+    def __init__(self, layer: DenseShift):
+        super().__init__(layer, planes=to_planes(layer.codes(), layer.bits), scale=layer.scale())
+
+    def weights(self, dtype: jnp.dtype) -> dict[str, jax.Array]:
+        planes = self.planes[...]
+        levels = decode(from_planes(planes, self.in_features), len(planes))
+        return {"levels": levels.astype(dtype), "scale": self.scale[...]}

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from efficient_tx.checks import at_least
+from efficient_tx.linear.sparse import PackedSparse
 from efficient_tx.linear.sparsity import chosen, count_kept, nonzero_only, sparse_draw, sparsify
 from efficient_tx.linear.structured import Factor, Structured, scale_array
 from efficient_tx.numerics.factorisations import qr, svd
@@ -87,8 +88,9 @@ class LowRankPlusSparse(Structured):
 
     The pattern of S is fixed and has no array of its own: an entry that is exactly zero is not a parameter and gets no
     gradient. It stays zero with any optimizer that does not change zeros without gradient (Adam, Lion, Muon and SGD).
-    XLA has no sparse product, so S is stored and multiplied as a dense matrix: fewer parameters, but not less memory or
-    time.
+    XLA has no sparse product, so S is stored for training and multiplied as a dense matrix: `parameters` and
+    `multiplies` count its kept entries, but time and memory of training are those of a dense S. `pack` stores the kept
+    entries only.
 
     `from_dense` has three starts: the entries of W that S would keep; S = 0; and the end of 400 soft iterations, in
     which every entry is first in both parts and its share is then decided more and more sharply. From each of them it
@@ -111,7 +113,7 @@ class LowRankPlusSparse(Structured):
 
     paper = "Candès et al. 2011, arXiv 0912.3599"
     computes = "D U + S"
-    size = "2·n·rank + n²/2 with 2:4, stored as n²"
+    size = "2·n·rank + n²/2 with 2:4, stored as n², packed for inference with a bit per entry"
     nearest = "alternating between the parts, a local optimum"
 
     @staticmethod
@@ -167,5 +169,36 @@ class LowRankPlusSparse(Structured):
 
     @property
     def parameters(self) -> int:
-        """Number of trained parameters; of S only the nonzero entries count."""
+        """Number of trained parameters; of S only the kept entries count."""
         return super().parameters - self.in_features * self.out_features + self.kept
+
+    @property
+    def multiplies(self) -> int:
+        """Multiplications; those of S that a sparse product needs, as of `Sparse`. XLA makes one for every entry."""
+        return super().multiplies - self.in_features * self.out_features + self.kept
+
+    def pack(self) -> "PackedLowRankPlusSparse":
+        """The layer for inference, without the zeros of S.
+
+        Raises:
+          ValueError: S has more nonzero entries than its pattern keeps. Not noticed under jit, where the first ones
+            are packed.
+        """
+        return PackedLowRankPlusSparse(self)
+
+
+class PackedLowRankPlusSparse(PackedSparse):
+    """S as in `PackedSparse`; D and U as they are.
+
+    Attributes:
+      down: D, `[in_features, rank]`.
+      up: U, `[rank, out_features]`.
+    """
+
+    multiply = LowRankPlusSparse.multiply
+
+    def __init__(self, layer: LowRankPlusSparse):
+        super().__init__(layer, down=layer.down[...], up=layer.up[...])
+
+    def weights(self, dtype: jnp.dtype) -> dict[str, jax.Array]:
+        return {"down": self.down[...].astype(dtype), "up": self.up[...].astype(dtype)} | super().weights(dtype)

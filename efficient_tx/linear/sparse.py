@@ -6,14 +6,15 @@ Flash-LLM (Xia et al. 2023, arXiv 2309.10285) does on a GPU: loaded as sparse, m
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
+from efficient_tx.linear.bit_planes import from_planes, to_planes
+from efficient_tx.linear.packed import Packed
 from efficient_tx.linear.sparsity import count_kept, nonzero_only, sparse_draw, sparsify
-from efficient_tx.linear.structured import Factor, Structured, Weight
+from efficient_tx.linear.structured import Factor, Structured
 
 
 class Sparse(Structured):
@@ -88,7 +89,7 @@ class Sparse(Structured):
           ValueError: S has more nonzero entries than its pattern keeps. Not noticed under jit, where the first ones
             are packed.
         """
-        return PackedSparse.of(self)
+        return PackedSparse(self)
 
 
 def places(there: jax.Array) -> jax.Array:
@@ -99,67 +100,37 @@ def places(there: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames="kept")
-def packed(sparse: jax.Array, kept: int) -> tuple[jax.Array, jax.Array]:
-    """The `values` and the `bitmask` of `PackedSparse`, from a matrix `[n, m]`."""
-    n, m = sparse.shape
+def kept_values(sparse: jax.Array, kept: int) -> jax.Array:
+    """The `values` of `PackedSparse`, from a matrix `[n, m]`."""
     there = sparse != 0
-    planes = jnp.pad(there, [(0, -n % 8), (0, 0)]).reshape(8, -1, m)
-    bits = jnp.uint8(1) << jnp.arange(8, dtype=jnp.uint8)[:, None, None]
-    bitmask = jnp.sum(jnp.where(planes, bits, 0), axis=0, dtype=jnp.uint8)
-    values = jnp.zeros(kept, sparse.dtype).at[jnp.where(there, places(there), kept)].set(sparse, mode="drop")
-    return values, bitmask
+    return jnp.zeros(kept, sparse.dtype).at[jnp.where(there, places(there), kept)].set(sparse, mode="drop")
 
 
-class PackedSparse(nnx.Module):
-    """A sparse layer for inference: the kept entries, and a bit for every entry that says whether it is kept.
-
-    Its output equals that of the original layer. The matrix is unpacked for each call and multiplied as a dense one.
-    Its variables are no parameters: it cannot be trained.
+class PackedSparse(Packed):
+    """The kept entries, and a bit for every entry that says whether it is kept; multiplied as a dense matrix.
 
     Args:
+      layer: a layer with a matrix `sparse`, of which `kept` entries are kept.
+      **arrays: what is stored besides, by name.
+
+    Attributes:
       values: `[kept]`, the kept entries of the weight `[in_features, out_features]`, row after row; zeros fill the end
         if an entry that could be kept is zero.
       bitmask: uint8 `[⌈in_features / 8⌉, out_features]`; with n such rows, bit p of row i is that of input i + p n.
-      bias: `[out_features]` or None.
-      in_features: width of the input.
-      dtype: dtype of the computation; None promotes input, values and bias.
+
+    Raises:
+      ValueError: as in `Sparse.pack`.
     """
 
-    def __init__(
-        self, values: jax.Array, bitmask: jax.Array, bias: jax.Array | None, *,
-        in_features: int, dtype: jnp.dtype | None,
-    ):  # fmt: skip
-        self.in_features = in_features
-        self.out_features = bitmask.shape[1]
-        self.dtype = dtype
-        self.param_dtype = values.dtype
-        self.values = nnx.Variable(values)
-        self.bitmask = nnx.Variable(bitmask)
-        self.bias = None if bias is None else nnx.Variable(bias)
+    multiply = Sparse.multiply
 
-    @classmethod
-    def of(cls, layer: Sparse) -> Self:
-        """The packed form of a layer; raises ValueError as `Sparse.pack`."""
+    def __init__(self, layer: Structured, **arrays: jax.Array):
         sparse = layer.sparse[...]
         if not isinstance(sparse, jax.core.Tracer) and (count := int(jnp.count_nonzero(sparse))) > layer.kept:
             raise ValueError(f"the weight has {count} nonzero entries, and its pattern keeps {layer.kept}: project it")
-        bias = None if layer.bias is None else layer.bias[...]
-        values, bitmask = packed(sparse, layer.kept)
-        return cls(values, bitmask, bias, in_features=layer.in_features, dtype=layer.dtype)
+        (bitmask,) = to_planes((sparse != 0).astype(jnp.uint8), 1)
+        super().__init__(layer, values=kept_values(sparse, layer.kept), bitmask=bitmask, **arrays)
 
-    def to_dense(self) -> jax.Array:
-        """The weight, `[in_features, out_features]`, in the dtype of the layer that was packed."""
-        planes = jnp.stack([self.bitmask[...] >> bit & 1 for bit in range(8)])
-        there = planes.reshape(-1, self.out_features)[: self.in_features] == 1
-        return jnp.where(there, self.values[...][places(there)], 0)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., in_features]` -> `[..., out_features]`; raises ValueError for an input of another width."""
-        self.check_width(x)
-        arrays = [variable[...] for variable in (self.values, self.bias) if variable is not None]
-        dtype = self.dtype or jnp.result_type(x, *arrays)
-        out = x.astype(dtype) @ self.to_dense().astype(dtype)
-        return out if self.bias is None else out + self.bias[...].astype(dtype)
-
-    bytes_stored = Weight.bytes_stored
-    check_width = Weight.check_width
+    def weights(self, dtype: jnp.dtype) -> dict[str, jax.Array]:
+        there = from_planes(self.bitmask[...][None], self.in_features) == 1
+        return {"sparse": jnp.where(there, self.values[...][places(there)], 0).astype(dtype)}

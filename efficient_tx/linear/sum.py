@@ -17,6 +17,7 @@ from efficient_tx.checks import OptionError
 from efficient_tx.linear.form import Form
 from efficient_tx.linear.low_rank import LowRank
 from efficient_tx.linear.monarch_weight import Monarch
+from efficient_tx.linear.packed import Packed
 from efficient_tx.linear.structured import Weight
 
 # A fit ends with the round that lowers the error by less than this share of it, or after so many rounds.
@@ -91,7 +92,7 @@ class Sum(Weight, nnx.Module):
 
     paper = "Candès et al. 2011, arXiv 0912.3599; Li et al. 2023, arXiv 2310.08659"
     computes = "A + B, of two other structures"
-    size = "those of A and B"
+    size = "those of A and B, packed for inference where they can be"
     nearest = "alternating between the parts, a local optimum"
     fits_under_jit = False
 
@@ -154,6 +155,36 @@ class Sum(Weight, nnx.Module):
         best = back[::-1] if others[-1] < errors[-1] else there
         for layer, found in zip((self.first, self.second), best):
             nnx.update(layer, jax.tree.map(lambda x: x.astype(self.param_dtype), found))
+
+    def pack(self) -> "PackedSum":
+        """The layer for inference, its parts packed where their structures can be; raises ValueError as they do."""
+        return PackedSum(self)
+
+
+class PackedSum(Packed):
+    """The two parts, each packed if it can be; else its arrays as they are, in plain variables.
+
+    Attributes:
+      first, second: the parts, without bias.
+    """
+
+    def __init__(self, layer: Sum):
+        super().__init__(layer)
+        self.first, self.second = (
+            part.pack() if hasattr(part, "pack") else without_parameters(part) for part in (layer.first, layer.second)
+        )
+
+    __call__ = Sum.__call__
+    to_dense = Sum.to_dense
+
+
+def without_parameters(layer: Weight) -> Weight:
+    """A copy of a layer whose parameters are plain variables."""
+
+    def trained(x):
+        return isinstance(x, nnx.Param)
+
+    return jax.tree.map(lambda x: nnx.Variable(x[...]) if trained(x) else x, layer, is_leaf=trained)
 
 
 def part(form: Form, name: str, in_features: int, out_features: int, **common: Any) -> Weight:

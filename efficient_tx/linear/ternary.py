@@ -9,14 +9,13 @@ with a latent dense weight w. Straight-through gradients ignore the rounding and
 """
 
 import math
-from typing import Self
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
+from efficient_tx.linear.packed import Packed
 from efficient_tx.linear.straight_through import straight_through
-from efficient_tx.linear.structured import Factor, Structured, Weight
+from efficient_tx.linear.structured import Factor, Structured
 
 STEPS = 127
 # α² times the fraction of nonzero levels, for a normal latent weight of variance 1: (E|w|)² P(|w| > E|w| / 2).
@@ -106,70 +105,36 @@ class Ternary(Structured):
 
     def pack(self) -> "PackedTernary":
         """The layer for inference, with four weights per byte."""
-        return PackedTernary.of(self)
+        return PackedTernary(self)
 
 
-class PackedTernary(nnx.Module):
-    """A ternary layer for inference: 2 bits per weight, products of 8-bit integers summed in 32 bits.
+class PackedTernary(Packed):
+    """2 bits per weight, products of 8-bit integers summed in 32 bits.
 
-    Its output equals that of the original layer, up to the rounding of one addition (the bias, which XLA may fuse with
-    the product with the scales). Its variables are no parameters: it cannot be trained.
-
-    Args:
+    Attributes:
       codes: uint8 `[⌈in_features / 4⌉, out_features]`; with n such rows, bits 2p and 2p + 1 of row i hold the level of
         input i + p n plus 1.
-      scale: scale of the levels, a scalar.
-      bias: `[out_features]` or None.
-      in_features: width of the input.
-      dtype: dtype of input and output; None promotes input and `param_dtype`.
-      param_dtype: dtype of the parameters of the packed layer.
+      scale: scale of the levels, a scalar, float32 at least.
     """
 
-    def __init__(
-        self,
-        codes: jax.Array,
-        scale: jax.Array,
-        bias: jax.Array | None,
-        *,
-        in_features: int,
-        dtype: jnp.dtype | None,
-        param_dtype: jnp.dtype,
-    ):
-        self.in_features = in_features
-        self.out_features = codes.shape[1]
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.codes = nnx.Variable(codes)
-        self.scale = nnx.Variable(scale)
-        self.bias = None if bias is None else nnx.Variable(bias)
-
-    @classmethod
-    def of(cls, layer: Ternary) -> Self:
-        """The packed form of a layer."""
+    def __init__(self, layer: Ternary):
         levels, scale = ternary_levels(layer.kernel[...])
         codes = jnp.pad(levels.astype(jnp.int8) + 1, [(0, -layer.in_features % 4), (0, 0)], constant_values=1)
         planes = codes.astype(jnp.uint8).reshape(4, -1, layer.out_features)
-        packed = planes[0] | planes[1] << 2 | planes[2] << 4 | planes[3] << 6
-        bias = None if layer.bias is None else layer.bias[...]
-        return cls(packed, scale, bias, in_features=layer.in_features, dtype=layer.dtype, param_dtype=layer.param_dtype)
+        codes = planes[0] | planes[1] << 2 | planes[2] << 4 | planes[3] << 6
+        super().__init__(layer, codes=codes, scale=scale)
 
-    def levels(self) -> jax.Array:
-        """The levels −1, 0 and 1, int8 `[in_features, out_features]`."""
+    def weights(self, dtype: jnp.dtype) -> dict[str, jax.Array]:
+        del dtype
         planes = jnp.stack([self.codes[...] >> shift & 3 for shift in (0, 2, 4, 6)])
-        return planes.reshape(-1, self.out_features)[: self.in_features].astype(jnp.int8) - 1
+        levels = planes.reshape(-1, self.out_features)[: self.in_features].astype(jnp.int8) - 1
+        return {"levels": levels, "scale": self.scale[...]}
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., in_features]` -> `[..., out_features]`; raises ValueError for an input of another width."""
-        self.check_width(x)
-        dtype = self.dtype or jnp.result_type(x, self.param_dtype)
-        steps, unit = eight_bits(x.astype(dtype))
-        product = jnp.matmul(steps.astype(jnp.int8), self.levels(), preferred_element_type=jnp.int32)
-        out = (product.astype(unit.dtype) * (unit * self.scale[...])).astype(dtype)
-        return out if self.bias is None else out + self.bias[...].astype(dtype)
+    def multiply(self, x: jax.Array, *, levels: jax.Array, scale: jax.Array) -> jax.Array:
+        steps, unit = eight_bits(x)
+        product = jnp.matmul(steps.astype(jnp.int8), levels, preferred_element_type=jnp.int32)
+        return (product.astype(unit.dtype) * (unit * scale)).astype(x.dtype)
 
     def to_dense(self) -> jax.Array:
-        """The weight, `[in_features, out_features]`, in the dtype of the layer that was packed."""
-        return (self.levels() * self.scale[...]).astype(self.param_dtype)
-
-    bytes_stored = Weight.bytes_stored
-    check_width = Weight.check_width
+        weights = self.weights(self.param_dtype)
+        return (weights["levels"] * weights["scale"]).astype(self.param_dtype)

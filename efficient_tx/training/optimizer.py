@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from efficient_tx.checks import OptionError, one_of
+from efficient_tx.checks import OptionError, above_zero, at_least, one_of
+from efficient_tx.numerics import inverse_fisher
 
 Schedule = Callable[[jax.Array | int], jax.Array]
 
@@ -116,7 +117,34 @@ def prodigy(
     )
 
 
-# An optimizer gets those of weight_decay, b1, b2 and eps that are in its signature.
+def mfac(
+    learning_rate: Schedule, *, b1: float, weight_decay: float, window: int, damping: float
+) -> optax.GradientTransformation:
+    """M-FAC (Frantar, Kurtic and Alistarh, 2021, arXiv 2107.03356): natural gradients of the last `window` gradients.
+
+    The gradient is multiplied by (damping · I + (1/window) Σ g gᵀ)⁻¹, where the sum has the gradient itself, those
+    before it, and zeros in the place of those that have not come yet. Of the products, an exponential moving average
+    with decay `b1` is the update. As published: learning_rate 1e-3, b1 0, window 1024 and damping 1e-5; but weight
+    decay is decoupled here, as in the other optimizers, and not a part of the gradient.
+    """
+
+    def init(params):
+        return inverse_fisher.empty(params, window)
+
+    def update(gradient, state, params=None):
+        del params
+        state = inverse_fisher.slide(state, gradient)
+        return inverse_fisher.newest_times(state, damping), state
+
+    return optax.chain(
+        optax.GradientTransformation(init, update),
+        optax.ema(b1, debias=False),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+# An optimizer gets those of weight_decay, b1, b2, eps, window and damping that are in its signature.
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adam": optax.adam,
     "adamw": optax.adamw,
@@ -125,6 +153,12 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "muon": muon,
     "schedule_free_adamw": optax.contrib.schedule_free_adamw,
     "prodigy": prodigy,
+    "mfac": mfac,
+}
+# Optimizers whose state is about all parameters together, and is lost when some of them change their form: why.
+OVER_ALL = {
+    "schedule_free_adamw": "it evaluates an average of the parameters",
+    "mfac": "it keeps products of gradients over all parameters",
 }
 
 # Optimizers whose updates have entries of about the size of the learning rate, for any gradient.
@@ -144,6 +178,8 @@ def make_optimizer(
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
+    window: int = 32,
+    damping: float = 1e-5,
     structured_lr: bool = False,
     scaling: optax.GradientTransformation | None = None,
     births: optax.Params | None = None,
@@ -161,9 +197,11 @@ def make_optimizer(
         official Long Range Arena code, optax and torch.
       clip: largest global norm of the gradient, or largest absolute value of an entry (see clip_by); 0 = no clipping.
       clip_by: "norm" or "value".
-      b1: decay of the first moment; momentum of sgd and muon; interpolation weight of schedule_free_adamw.
+      b1: decay of the first moment; momentum of sgd, muon and mfac; interpolation weight of schedule_free_adamw.
       b2: decay of the second moment.
       eps: added to the root of the second moment.
+      window: of mfac, the number of gradients that it keeps, each of the size of the parameters; published is 1024.
+      damping: of mfac, what is added to the diagonal of the Fisher matrix of these gradients.
       structured_lr: gives every layer and factor its own learning rate, so that an update changes a layer's output
         equally at every width and in every structure. `learning_rate` is then the rate of a dense layer with 64 inputs.
         The rule needs updates whose entries are all of one size: optimizers in SIGN_LIKE only.
@@ -186,22 +224,26 @@ def make_optimizer(
     for option, value in {"b1": b1, "b2": b2}.items():
         if not 0 <= value < 1:
             raise OptionError(option, value, "use a number in [0, 1)")
+    at_least(1, window=window)
+    above_zero(damping=damping)
     if name == "schedule_free_adamw" and b1 == 0:
         raise OptionError("b1", b1, "schedule_free_adamw interpolates with weight b1, use a number in (0, 1)")
     if structured_lr and name not in SIGN_LIKE:
         rule = f"there is no rule for {name}: leave it at False, or choose one of {', '.join(SIGN_LIKE)}"
         raise OptionError("structured_lr", structured_lr, rule)
-    options = {"weight_decay": weight_decay, "b1": b1, "b2": b2, "eps": eps}
+    options = {
+        "weight_decay": weight_decay, "b1": b1, "b2": b2, "eps": eps, "window": window, "damping": damping
+    }  # fmt: skip
     known = inspect.signature(OPTIMIZERS[name]).parameters
     defaults = inspect.signature(make_optimizer).parameters
     for option, value in options.items():
         if option not in known and value != defaults[option].default:
             rule = f"it has no effect with {name}: leave it at {defaults[option].default}, or choose another optimizer"
             raise OptionError(option, value, rule)
-    if births is not None and name == "schedule_free_adamw":
+    if births is not None and name in OVER_ALL:
         rule = (
-            "it evaluates an average of the parameters, which is lost when they change their form: leave densify_at "
-            "unset, or choose another optimizer"
+            f"{OVER_ALL[name]}, which is lost when they change their form: leave densify_at unset, or choose another "
+            "optimizer"
         )
         raise OptionError("name", name, rule)
     rate = SCHEDULES[schedule](learning_rate, steps=steps, warmup=warmup)

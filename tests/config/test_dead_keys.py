@@ -97,6 +97,8 @@ CONTEXT = {
     "attention.sparse.summary": {"attention.sparse.pattern": "fixed"},
     "model.causal": {"mixers": "softmax"},
     "densify_warmup": {"densify_at": 2},
+    "optimizer.window": {"optimizer.name": "mfac"},
+    "optimizer.damping": {"optimizer.name": "mfac"},
     # Sequences not longer than the block or, if causal, the chunk are attended to exactly.
     "attention.hyper.samples": {"attention.hyper.block": 4},
     "attention.hyper.bits": {"attention.hyper.block": 4},

@@ -1,6 +1,7 @@
 """WordPiece: texts become the ids of the greedy algorithm, and what is no vocabulary is one line."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -56,6 +57,12 @@ def test_tokenizer_json_says_all_itself_and_comes_first(tmp_path, folder):
     (ids,) = WordPiece(folder, max_len=9)(["Dear dear the of the"])
     assert ids.tolist() == [TOKENS.index(t) for t in ("[CLS]", "Dear", "dear", "the", "of", "the", "[SEP]")]
     assert WordPiece(folder / "vocab.txt", max_len=9)(["Dear"])[0].tolist() == pieces("dear")
+
+
+def test_without_the_package_its_extra_is_named(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'efficient-tx\[data\]'"):
+        WordPiece(folder, max_len=8)
 
 
 def test_what_is_no_wordpiece_vocabulary_is_one_line(tmp_path, folder):

@@ -16,7 +16,6 @@ from efficient_tx.training.optimizer import make_optimizer
 N, M = 26, 16  # 26 inputs are three bytes and a quarter
 PATTERNS = [{"pattern": "2:4"}, {"density": 0.3}]
 patterns = pytest.mark.parametrize("options", PATTERNS, ids=["2:4", "top"])
-run = jax.jit(lambda layer, x: layer(x))
 
 
 def layer(**options):
@@ -91,22 +90,6 @@ def test_absent_entries_get_no_gradient_and_stay_zero(options):
     assert (gradient[before == 0] == 0).all() and (after[before == 0] == 0).all()
     np.testing.assert_allclose(gradient[before != 0], (x.T @ g)[before != 0], rtol=1e-5, atol=1e-5)  # float32
     assert (after[before != 0] != before[before != 0]).all()
-
-
-@patterns
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_the_packed_form_has_the_same_output(dtype, options):
-    """Also of bfloat16 parameters, and of a float32 layer that computes in bfloat16."""
-    for common in ({"dtype": dtype}, {"param_dtype": dtype}, {"use_bias": False}):
-        made = layer(**common, **options)
-        packed, x = made.pack(), batch()
-        assert packed.to_dense().dtype == made.to_dense().dtype
-        np.testing.assert_array_equal(packed.to_dense(), made.to_dense())
-        here, there = run(packed, x), run(made, x)
-        assert here.dtype == there.dtype
-        here, there = np.asarray(here, np.float32), np.asarray(there, np.float32)
-        # The bias may be added in one rounding or two.
-        assert np.abs(here - there).max() <= (np.abs(there).max() + 1) * float(jnp.finfo(dtype).eps)
 
 
 @pytest.mark.quick

@@ -172,6 +172,20 @@ def test_stopped_and_resumed_is_as_if_never_stopped(straight, tmp_path, monkeypa
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
+@pytest.mark.slow
+def test_mfac_goes_on_with_the_gradients_that_it_had(tmp_path, monkeypatch):
+    """The window of 5 has wrapped around at the stop."""
+    options = {"optimizer": {"name": "mfac", "window": 5, "learning_rate": 1e-3}}
+    straight = toy.make_loop(tmp_path / "straight", **options).run()
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stop_after(patch, 13)
+        toy.make_loop(tmp_path / "stopped", **options).run()
+    resumed = toy.make_loop(tmp_path / "stopped", **options).run()
+    assert toy.lines(tmp_path / "stopped") == toy.lines(tmp_path / "straight")
+    for a, b in zip(jax.tree.leaves(resumed), jax.tree.leaves(straight), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
 def test_a_finished_run_has_nothing_to_do(straight, tmp_path):
     shutil.copytree(straight[0], tmp_path / "run")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()

@@ -168,6 +168,22 @@ def _paths(tree):
         yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
 
 
+def test_mfac_multiplies_by_the_inverse_of_the_last_gradients():
+    """Against the matrix itself, in float64; two of the four gradients have left the window at the end."""
+    lr, b1, decay, window, damping = 0.1, 0.8, 0.1, 2, 0.5
+    history, _ = run(name="mfac", learning_rate=lr, b1=b1, weight_decay=decay, window=window, damping=damping)
+    flat = {name: slice(start, start + PARAMS[name].size) for name, start in (("kernel", 0), ("bias", 6))}
+    vectors = [np.concatenate([grad[name].ravel() for name in flat]) for grad in GRADS]
+    p = np.concatenate([PARAMS[name].ravel() for name in flat])
+    average = np.zeros(9)
+    for t, g in enumerate(vectors):
+        fisher = damping * np.eye(9) + sum(np.outer(v, v) for v in vectors[max(0, t + 1 - window) : t + 1]) / window
+        average = b1 * average + (1 - b1) * np.linalg.solve(fisher, g)
+        p = p - lr * (average + decay * p)
+        for name, part in flat.items():
+            np.testing.assert_allclose(history[t][name].ravel(), p[part], err_msg=f"{name}, update {t}", **CLOSE)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_descends(name):
     """f(w) = ½|w − 3|² from w = 0, with warm-up (whose first learning rate is 0) and clipping: within 5 % of 3."""
@@ -263,7 +279,10 @@ def test_optimizer_follows_its_schedule(name):
     np.testing.assert_allclose([float(p["w"][0]) for p in history], expected, **CLOSE)
 
 
-REFUSED = {("adam", "weight_decay"), ("lion", "eps"), ("sgd", "b2"), ("sgd", "eps")}
+REFUSED = {
+    ("adam", "weight_decay"), ("lion", "eps"), ("sgd", "b2"), ("sgd", "eps"), ("mfac", "b2"), ("mfac", "eps"),
+    *((name, option) for name in OPTIMIZERS if name != "mfac" for option in ("window", "damping")),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -274,12 +293,13 @@ def test_every_option_works_or_is_refused(name):
     grads = [jax.tree.map(lambda g, t=t: g * 10.0 ** -(t % 3), grad) for t, grad in enumerate(GRADS * 2)]
     options = {"name": name, "grads": grads, "learning_rate": 1.0 if name == "prodigy" else 0.1, "clip": 1.0}
     plain, _ = run(**options)
-    for change in ({"weight_decay": 0.5}, {"b1": 0.5}, {"b2": 0.5}, {"eps": 0.5}, {"clip": 0.2}, {"clip_by": "value"}):
-        (option,) = change
+    for change in ({"weight_decay": 0.5}, {"b1": 0.5}, {"b2": 0.5}, {"eps": 0.5}, {"clip": 0.2}, {"clip_by": "value"},
+                   {"window": 2}, {"damping": 0.5}):  # fmt: skip
+        ((option, value),) = change.items()
         if (name, option) in REFUSED:
             with pytest.raises(OptionError, match=f"it has no effect with {name}") as caught:
                 run(**{**options, **change})
-            assert (caught.value.option, caught.value.value) == (option, 0.5)
+            assert (caught.value.option, caught.value.value) == (option, value)
         else:
             changed, _ = run(**{**options, **change})
             same = [np.array_equal(plain[-1][k], changed[-1][k]) for k in PARAMS]
@@ -291,8 +311,8 @@ def test_every_option_works_or_is_refused(name):
     [
         (
             {"name": "adamm"},
-            "name is 'adamm': choose one of adam, adamw, lion, sgd, muon, schedule_free_adamw, prodigy "
-            "(nearest: 'adam')",
+            "name is 'adamm': choose one of adam, adamw, lion, sgd, muon, schedule_free_adamw, prodigy, "
+            "mfac (nearest: 'adam')",
         ),
         (
             {"schedule": "cosin"},

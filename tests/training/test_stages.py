@@ -15,7 +15,7 @@ from efficient_tx.linear import LINEAR, Dense, LowRank, Monarch, densify, replac
 from efficient_tx.training.checkpoint import Checkpoints, Mismatch
 from efficient_tx.training.errors import Interrupted
 from efficient_tx.training.evaluation import make_evaluate, trained_parameters
-from efficient_tx.training.optimizer import OPTIMIZERS, make_optimizer
+from efficient_tx.training.optimizer import OPTIMIZERS, OVER_ALL, make_optimizer
 from efficient_tx.training.signals import StopSignals
 from efficient_tx.training.stages import enter, make_stages, stage_at
 from efficient_tx.training.step import init_state
@@ -110,7 +110,7 @@ def test_moments_of_dense_weights_start_anew_and_all_others_go_on():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "schedule_free_adamw"])
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name not in OVER_ALL])
 def test_every_optimizer_carries_its_state_over_and_descends(name):
     rate = {"prodigy": 1.0, "muon": 0.3}.get(name, 0.1)
     (first, second), _ = stages_of(name=name, clip=1.0, learning_rate=rate, schedule="constant")

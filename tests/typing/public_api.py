@@ -25,7 +25,8 @@ from efficient_tx.config import make_config
 from efficient_tx.kernels import block_attention, flash_attention, gated_linear_attention, monarch
 from efficient_tx.linear import LINEAR, Form, Monarch, Sum, densify, replace, structured_learning_rates
 from efficient_tx.linear.structured import Weight
-from efficient_tx.models import Classifier, ViT
+from efficient_tx.models import Bert, Classifier, ViT
+from efficient_tx.models.pretrained import load_pretrained, pretrained_bert
 from efficient_tx.task import Task, data_directory
 
 
@@ -34,6 +35,13 @@ def functions(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> None
     assert_type(skyformer(q, k, v, mask=mask, key=jax.random.key(0), landmarks=64), jax.Array)
     assert_type(soft(q, v, grid=True), jax.Array)
     assert_type(as_attention_fn("skyformer", landmarks=64), Callable[..., jax.Array])
+
+
+def text_encoder(ids: jax.Array, mask: jax.Array) -> None:
+    bert = pretrained_bert("minilm", num_classes=2, mixers=[Skyformer])
+    assert_type(bert, Bert)
+    assert_type(bert.embed(ids, mask=mask), jax.Array)
+    assert_type(load_pretrained(bert, "minilm"), list[str])
 
 
 def kernels(q: jax.Array, k: jax.Array, v: jax.Array, blocks: jax.Array) -> None:

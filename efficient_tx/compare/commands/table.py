@@ -1,4 +1,4 @@
-"""compare table: the README's tables of token mixers and of weight structures."""
+"""compare table: the tables of token mixers, weight structures and methods of compression."""
 
 import argparse
 
@@ -8,11 +8,16 @@ from efficient_tx.compare import readme
 from efficient_tx.compare.flags import path
 from efficient_tx.files import write
 
-HELP = "the README's tables of mixers and structures, as Markdown"
+HELP = "the tables of mixers, structures and methods of compression, as Markdown"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--write", type=path, metavar="README.md", help="replace the tables between the file's markers")
+    parser.add_argument(
+        "--write",
+        type=path,
+        metavar="PAGE",
+        help="replace the tables between the markers of README.md or docs/compressing.md",
+    )
 
 
 def check(args: argparse.Namespace) -> None:
@@ -21,6 +26,6 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> None:
     if args.write is None:
-        console.out(readme.tables(), end="", highlight=False)
+        console.out("\n".join(readme.tables().values()), end="", highlight=False)
         return
     write(args.write, readme.replaced(args.write.read_text()))

@@ -72,7 +72,7 @@ class Row:
       error: largest relative error of a layer, of the first draw.
       theory: name -> largest value over the layers of what the method's theory gives, of the first draw.
       milliseconds: median time of a forward pass; None if it was not timed.
-      front: whether no other row without tuning has a better score with as few bytes.
+      front: whether no other row has a better score with as few bytes.
     """
 
     method: str
@@ -137,7 +137,8 @@ def compare(
                     row.refused = error.flag
         jax.clear_caches()
     time_all(rows, settings, out, lambda what: progress(what, total, total))
-    mark_front(rows)
+    for row in front(rows, lambda row: row.stored):
+        row.front = True
     return rows
 
 
@@ -227,13 +228,7 @@ def workdirs(rows: Sequence[Row], settings: Settings, out: Path) -> Iterator[tup
             yield i, settings.run if row.method == "dense" else out / cell(row.method, row.budget, 0, 0)
 
 
-def mark_front(rows: Sequence[Row]) -> None:
-    """Marks the rows that no other one beats in bytes and score at once."""
-    there = [row for row in rows if row.refused is None]
-    for row in there:
-        row.front = not any(
-            other.stored <= row.stored
-            and other.score >= row.score
-            and (other.stored, other.score) != (row.stored, row.score)
-            for other in there
-        )
+def front(rows: Sequence[Row], cost: Callable[[Row], float]) -> list[Row]:
+    """The rows with a result that no other one beats in cost and score at once."""
+    there = [(cost(row), -row.score, row) for row in rows if row.refused is None]
+    return [row for x, y, row in there if not any(u <= x and v <= y and (u, v) != (x, y) for u, v, _ in there)]

@@ -5,16 +5,16 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from efficient_tx.compare.attention.plots import looks, png
-from efficient_tx.compare.compression.measure import Row, Settings
+from efficient_tx.compare.compression.measure import Row, Settings, front
 
 
 def against_cost(rows: Sequence[Row], settings: Settings, machine: str, metric: str) -> bytes:
-    """PNG: a line for each method through its budgets; hollow without tuning; rings for the front in bytes."""
+    """PNG: a line for each method through its budgets; hollow without tuning; rings for those that no other beats."""
     figure = Figure(figsize=(17, 7.5), layout="constrained")
     tuned = f", {settings.tune} steps of tuning: filled" if settings.tune else ""
     figure.suptitle(
         f"{settings.run.name}, {settings.calibration} calibration examples; as compressed: hollow{tuned}; "
-        f"ring: no other has more with as few bytes\n{machine}",
+        f"ring: no other has more at that cost\n{machine}",
         fontsize=10,
     )
     dense, *others = rows
@@ -35,8 +35,8 @@ def against_cost(rows: Sequence[Row], settings: Settings, machine: str, metric: 
                 )
         axes.axhline(dense.score, color="gray", linestyle="--", linewidth=1)
         axes.text(0.99, dense.score, "dense", transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=9)
-        front = [row for row in found if row.front]
-        axes.plot([cost(row) for row in front], [row.score for row in front], "o", markersize=13, fillstyle="none",
+        best = [row for row in front(rows, cost) if row is not dense]
+        axes.plot([cost(row) for row in best], [row.score for row in best], "o", markersize=13, fillstyle="none",
                   color="black", linewidth=0)  # fmt: skip
         axes.set(xlabel=label)
         axes.grid(alpha=0.3)
