@@ -231,9 +231,8 @@ def result_config(config: ConfigDict, task: Task, options: argparse.Namespace) -
         key, line = getattr(error, "key", None), str(error).partition("\n")[0]
         if key in options.settings:
             raise Refused(f"{key}={options.settings[key]}: {line}", option="set") from None
-        raise Refused(
-            f"{options.mixers}: {line}" if options.mixers else line, option=options.mixers and "mixers"
-        ) from None
+        swap_to = f"{options.mixers}: " if options.mixers else ""
+        raise Refused(swap_to + line, option="mixers" if swap_to else None) from None
     return new
 
 
@@ -263,7 +262,7 @@ def compressed(options: argparse.Namespace, result: Result, console: Console) ->
     about: dict[str, Any] = {"asked": result.asked, "step": step}
     if options.mixers is not None:
         model, became = swapped(model, new, task)
-        lines += told(config.mixers, new.mixers, became)
+        lines += [f"mixers {config.mixers} become {new.mixers}: {became}"]
         about["mixers"] = {name: [dotted(path) for path in paths] for name, paths in became._asdict().items()}
     if options.method is not None:
         done = by_method(model, task, new.batch_size, options, console)
@@ -338,14 +337,6 @@ def select_or_refuse(model: nnx.Module, where: str) -> Sequence:
     """The selected layers; nothing selected is refused."""
     with refusing():
         return select(model, where)
-
-
-def told(before: str, after: str, became: Swapped) -> Iterator[str]:
-    """Lines on a swap of mixers."""
-    yield f"mixers {before} become {after}: {len(became.kept)} parameters of theirs are kept"
-    for name, paths in (("new, with initial values", became.new), ("dropped", became.dropped)):
-        if paths:
-            yield f"  {name}: {', '.join(map(dotted, paths))}"
 
 
 def record(done: Compressed) -> dict[str, Any]:

@@ -23,6 +23,13 @@ class Swapped(NamedTuple):
     new: list[Path]
     dropped: list[Path]
 
+    def __str__(self) -> str:
+        """In words, a line for those that are not kept."""
+        lines = [f"{len(self.kept)} parameters of theirs are kept"]
+        for name, paths in (("new, with initial values", self.new), ("dropped", self.dropped)):
+            lines += [f"  {name}: {', '.join(map(dotted, paths))}"] if paths else []
+        return "\n".join(lines)
+
 
 def swap(source: nnx.Module, target: nnx.Module) -> Swapped:
     """Gives a model with other mixers, in place, the parameters of a trained one: those of equal path and shape.
