@@ -97,7 +97,7 @@ def ended(workdir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killed_and_started_again_it_ends_as_if_nothing_had_been(tmp_path, number):
     """Its runs end with it; those that were finished are not run again."""
     out, arguments = tmp_path / "out", [*TWO, f"--out={tmp_path / 'out'}"]
@@ -106,8 +106,9 @@ def test_killed_and_started_again_it_ends_as_if_nothing_had_been(tmp_path, numbe
     until(lambda: toy.lines(running)[-1:] and toy.lines(running)[-1]["step"] >= 10, first)
     first.send_signal(number)
     _, printed, error = finish(first)
-    if number == signal.SIGTERM:
-        assert first.returncode == 143 and error.startswith("stopped by SIGTERM; the same command goes on: python -m ")
+    if number != signal.SIGKILL:
+        line = f"stopped by {number.name}; the same command goes on: python -m efficient_tx.sweep "
+        assert first.returncode == 128 + number and error.startswith(line)
         assert ended(running)
     deadline = time.monotonic() + 60
     while not ended(running):
