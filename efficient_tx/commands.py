@@ -31,6 +31,14 @@ class Parser(argparse.ArgumentParser):
         return options
 
 
+def setting(text: str) -> tuple[str, str]:
+    """The type of `--set`: key and value of "KEY=VALUE"."""
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is no KEY=VALUE, as optimizer.learning_rate=1e-4")
+    return key, value
+
+
 def no_flag(argument: str, known: Collection[str], *, of: str = "") -> str:
     """The line on an argument that is none of the `known` flags (" of COMMAND"): what it may have meant."""
     name, equals, value = argument.partition("=")

@@ -75,7 +75,6 @@ COMMANDS = (
     "efficient_tx.train",
     "efficient_tx.eval",
     "efficient_tx.compress",
-    "efficient_tx.distillation",
     "efficient_tx.kernels.verify",
     "efficient_tx.sweep",
     "efficient_tx.report",

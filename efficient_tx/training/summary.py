@@ -35,8 +35,18 @@ def higher_is_better(result: Mapping[str, Any]) -> bool:
 
 
 def parameter_count(model: nnx.Module) -> int:
-    """Number of scalar parameters of the model."""
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    """Number of scalar parameters of the model; a layer that counts its own, such as a sparse one, is asked."""
+
+    def stored(module):
+        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
+
+    own = {
+        path: module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(getattr(type(module), "parameters", None), property)
+    }
+    whole = [path for path in own if not any(path[:size] in own for size in range(len(path)))]
+    return stored(model) + sum(own[path].parameters - stored(own[path]) for path in whole)
 
 
 def peak_memory() -> dict[str, int | str]:

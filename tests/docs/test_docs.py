@@ -104,5 +104,5 @@ def test_readme_is_read_in_one_sitting():
     assert [block.text.strip() for block in blocks("README.md") if block.what == "tests"] == [
         "pip install -e '.[test]' && pytest"
     ]
-    assert readme.tables() in text, "python -m efficient_tx.compare table --write README.md"
+    assert readme.tables()["README.md"] in text, "python -m efficient_tx.compare table --write README.md"
     assert max(path.stat().st_size for path in (ROOT / "docs/pictures").iterdir()) < 150_000

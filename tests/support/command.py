@@ -20,7 +20,7 @@ from unittest import mock
 import jax
 from absl.testing import flagsaver
 
-import efficient_tx.compress
+import efficient_tx.compress.__main__
 import efficient_tx.eval
 import efficient_tx.train
 from efficient_tx import commands
@@ -127,7 +127,7 @@ def here(command: Callable[[], None], *arguments: object, data: Path | None = No
         # The programs stay where conftest.py keeps them.
         mock.patch("efficient_tx.train.keep_programs"),
         mock.patch("efficient_tx.eval.keep_programs"),
-        mock.patch("efficient_tx.compress.keep_programs"),
+        mock.patch("efficient_tx.compress.pipeline.keep_programs"),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(error),
     ):
@@ -151,7 +151,7 @@ def evaluate_here(*arguments: object, **settings) -> Result:
 
 def compress_here(*arguments: object, **settings) -> Result:
     """Runs compress.py to its end, in this process."""
-    return here(efficient_tx.compress.command, *arguments, **settings)
+    return here(efficient_tx.compress.__main__.command, *arguments, **settings)
 
 
 @functools.cache

@@ -5,6 +5,7 @@ import argparse
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from efficient_tx.commands import setting
 from efficient_tx.compare.flags import path, whole
 from efficient_tx.compare.timing import machine
 from efficient_tx.compression import METHODS
@@ -39,7 +40,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="as of compress --method, split on ; where there is one, else on commas; default: all")  # fmt: skip
     add("--budgets", type=budgets, default=(0.75, 0.5, 0.25), help="shares of the bytes; default 0.75,0.5,0.25")
     add("--tune", type=int, default=0, metavar="STEPS", help="steps of training after each, in a workdir of its own")
-    add("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", dest="settings",
+    add("--set", action="extend", nargs="+", default=[], type=setting, metavar="KEY=VALUE",
+        dest="settings",
         help="keys of the tuned runs, as optimizer.learning_rate=1e-4")  # fmt: skip
     add("--draws", type=whole, default=3, help="samples of calibration examples, for methods that need them; default 3")
     add("--calibration", type=whole, default=256, help="examples of each; default 256")
@@ -62,7 +64,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
 
     settings = Settings(
         args.workdir, args.methods, args.budgets, args.tune, args.draws, args.calibration, args.where,
-        tuple(args.settings), args.rows, args.rounds,
+        dict(args.settings), args.rows, args.rounds,
     )  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
     ran_on = machine()

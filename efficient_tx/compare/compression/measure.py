@@ -17,8 +17,11 @@ import jax
 from flax import nnx
 from rich.console import Console
 
-from efficient_tx import compress
 from efficient_tx.compare.timing import compile_pass, in_turns
+from efficient_tx.compress.asked import Asked
+from efficient_tx.compress.pipeline import run
+from efficient_tx.compress.result import RECORD
+from efficient_tx.compress.source import load
 from efficient_tx.compression.cost import multiplications, stored
 from efficient_tx.compression.model import linear_layers
 from efficient_tx.config.methods import named_method
@@ -39,7 +42,7 @@ class Settings:
       draws: samples of calibration examples, for methods that need them.
       calibration: examples of a draw.
       where: which layers.
-      settings: keys of the tuned runs' configs, KEY=VALUE.
+      settings: keys of the tuned runs' configs, with values as typed.
       rows: examples of a timed call.
       rounds: turns in which all models are timed.
     """
@@ -51,7 +54,7 @@ class Settings:
     draws: int = 3
     calibration: int = 256
     where: str = "mlp|projections"
-    settings: tuple[str, ...] = ()
+    settings: Mapping[str, str] = field(default_factory=dict)
     rows: int = 32
     rounds: int = 7
 
@@ -163,13 +166,12 @@ def metric_of(run: Path) -> str:
 
 def result(settings: Settings, path: Path, method: str, budget: float, draw: int, tune: int) -> Path:
     """Compresses into a workdir, or finds that this is done; returns the workdir."""
-    arguments = [f"--workdir={settings.run}", f"--method={method}", f"--budget={budget}", f"--out={path}",
-                 f"--calibration={settings.calibration}", f"--draw={draw}", f"--tune={tune}",
-                 f"--where={settings.where}"]  # fmt: skip
-    if tune:
-        arguments += [word for setting in settings.settings for word in ("--set", setting)]
+    asked = Asked(
+        settings.run, path, method, budget, where=settings.where, calibration=settings.calibration, draw=draw,
+        tune=tune, settings=settings.settings if tune else {},
+    )  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()):
-        compress.run(compress.parse_flags(arguments), Console(file=io.StringIO()))
+        run(asked, Console(file=io.StringIO()))
     return path
 
 
@@ -179,7 +181,7 @@ def fill(row: Row, path: Path, draw: int, tune: int) -> None:
     (row.tuned if tune else row.scores).append(score)
     if draw or tune:
         return
-    record = read_checked(path / compress.RECORD)
+    record = read_checked(path / RECORD)
     row.share = record["share"]
     row.error = max(layer["error"] for layer in record["layers"].values())
     for layer in record["layers"].values():
@@ -191,7 +193,7 @@ def fill(row: Row, path: Path, draw: int, tune: int) -> None:
 
 def loaded(path: Path) -> tuple:
     """Config, task, model and step of the run in a workdir."""
-    return compress.load(path, "best")
+    return load(path, "best")
 
 
 def measure_size(row: Row, path: Path) -> None:

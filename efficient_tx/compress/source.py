@@ -1,0 +1,50 @@
+"""The run that is compressed: its model, its examples, its loss."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+from efficient_tx.compress.asked import Asked
+from efficient_tx.config.build import build_model, build_stages, build_task
+from efficient_tx.config.schema import with_dense_weights
+from efficient_tx.config.stored import restore
+from efficient_tx.data.batching import train_batches
+from efficient_tx.task import Batch, Objective, Task
+from efficient_tx.training.errors import refusing
+from efficient_tx.training.evaluation import trained_parameters
+from efficient_tx.training.objective import objective_of
+from efficient_tx.training.step import score
+from efficient_tx.training.workdir import read_config
+
+
+def load(workdir: Path, checkpoint: str) -> tuple[ConfigDict, Task, nnx.Module, int]:
+    """The run to compress: its config, whose layers are those of the checkpoint; its task, its model and the step."""
+    path = str(workdir)
+    with refusing(path):
+        config = restore(read_config(path))
+        with config.unlocked():
+            config.remat = False
+        task = build_task(config)
+        stages, _ = build_stages(config, nnx.eval_shape(lambda: build_model(config, task)), objective_of(task))
+    step, stage, parameters = trained_parameters(path, checkpoint, stages, print)
+    model = nnx.merge(nnx.split(stage.model)[0], parameters)
+    return with_dense_weights(config) if stage.start else config, task, model, step
+
+
+def calibration(task: Task, asked: Asked, batch_size: int) -> Sequence[Batch]:
+    """The batches of calibration, from examples of the training split as they are, without augmentation."""
+    size = min(batch_size, asked.calibration, len(task.train))
+    batches = train_batches(dataclasses.replace(task, augment=None), batch_size=size, seed=asked.draw)
+    return [batches[i] for i in range(math.ceil(min(asked.calibration, len(task.train)) / size))]
+
+
+def mean_loss(objective: Objective, model: nnx.Module, batch: Batch) -> jax.Array:
+    """The loss that training minimises, of a batch without dropout."""
+    total, weight = score(model, batch, None, objective)["loss"]
+    return total / jnp.where(weight > 0, weight, 1)
