@@ -19,7 +19,7 @@ from efficient_tx.linear import Sparse
 from efficient_tx.numerics.inverse_fisher import inverse_fisher
 
 # Bytes of gradients, in float64, of the blocks that are worked on at once.
-CHUNK = 2**26
+CHUNK = 2**25
 
 
 class Mfac(Method):
@@ -87,7 +87,8 @@ class Mfac(Method):
                 new = {}
                 for path, stack in gradients.stacks(self.gradients):
                     kernel = np.asarray(gradients.kernels[path], np.float64)
-                    now = surgeon(kernel, stack * alive[path], self.damping, self.block)
+                    stack *= alive[path]
+                    now = surgeon(kernel, stack, self.damping, self.block)
                     scores = np.where(alive[path], now.scores, -1)
                     kept = self.kept(plan.forms[path], scores, step)
                     new[path] = now.without(alive[path] & ~kept) * kept
