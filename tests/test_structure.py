@@ -77,7 +77,8 @@ def test_rows_of_the_tables_are_names_of_their_package():
 COMMANDS = {
     "efficient_tx/config/flags.py", "efficient_tx/train.py", "efficient_tx/eval.py",
     "efficient_tx/compress/__main__.py", "efficient_tx/compare/flags.py", "efficient_tx/compare/__main__.py",
-    "efficient_tx/data/fetch.py", "lra/export.py", "lra/__main__.py", "lra/pathfinder/preview.py", "lra/pathfinder/__main__.py",
+    "efficient_tx/data/fetch.py", "lra/export.py", "lra/__main__.py",
+    "lra/pathfinder/preview.py", "lra/pathfinder/__main__.py",
 }  # fmt: skip
 
 

@@ -81,7 +81,7 @@ def test_an_interrupted_comparison_writes_nothing(tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "choose one of attention, linear, decode, table"),
+        ([], "choose one of attention, linear, decode, compression, table"),
         (["atention"], "nearest: 'attention'"),
         (["attention", "--lenghts=8"], "--lenghts=8 is no flag of attention: the nearest is --lengths"),
         (["attention", "--lengths=8,x"], "'x' is no whole number of at least 1"),
@@ -92,7 +92,7 @@ def test_an_interrupted_comparison_writes_nothing(tmp_path, monkeypatch, capsys)
         (["table", "--wirte=README.md"], "the nearest is --write"),
         (["table", "README.md"], "'README.md' is no flag of table: flags begin with two dashes, as --"),
         (["attention", "softmax"], "'softmax' is no flag of attention: flags begin with two dashes, as --"),
-        (["help"], "'help' is no command: choose one of attention, linear, decode, table"),
+        (["help"], "'help' is no command: choose one of attention, linear, decode, compression, table"),
         (["linear", "--features=8,0"], "argument --features: '0' is no whole number of at least 1"),
         (["linear", "--structures=monrach"], "'monrach' is no structure: choose of dense"),
         (["linear", "--share=-1"], "'-1' is no number above 0"),

@@ -39,10 +39,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--methods", type=listed, default=tuple(METHODS), metavar="A;B",
         help="as of compress --method, split on ; where there is one, else on commas; default: all")  # fmt: skip
     add("--budgets", type=budgets, default=(0.75, 0.5, 0.25), help="shares of the bytes; default 0.75,0.5,0.25")
-    add("--tune", type=int, default=0, metavar="STEPS", help="steps of training after each, in a workdir of its own")
+    add("--distill", type=int, default=0, metavar="STEPS", help="steps of learning from the run after each compression")
+    add("--tune", type=int, default=0, metavar="STEPS", help="steps of training after that")
     add("--set", action="extend", nargs="+", default=[], type=setting, metavar="KEY=VALUE",
         dest="settings",
-        help="keys of the tuned runs, as optimizer.learning_rate=1e-4")  # fmt: skip
+        help="keys of the trained results, as optimizer.learning_rate=1e-4")  # fmt: skip
     add("--draws", type=whole, default=3, help="samples of calibration examples, for methods that need them; default 3")
     add("--calibration", type=whole, default=256, help="examples of each; default 256")
     add("--where", default="mlp|projections", help="layers, as of compress --where")
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     from efficient_tx.compare.compression.measure import Settings, compare, metric_of
 
     settings = Settings(
-        args.workdir, args.methods, args.budgets, args.tune, args.draws, args.calibration, args.where,
+        args.workdir, args.methods, args.budgets, args.distill, args.tune, args.draws, args.calibration, args.where,
         dict(args.settings), args.rows, args.rounds,
     )  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from efficient_tx.compare.compression.measure import Row, Settings, front
 def against_cost(rows: Sequence[Row], settings: Settings, machine: str, metric: str) -> bytes:
     """PNG: a line for each method through its budgets; hollow without tuning; rings for those that no other beats."""
     figure = Figure(figsize=(17, 7.5), layout="constrained")
-    tuned = f", {settings.tune} steps of tuning: filled" if settings.tune else ""
+    tuned = f", {settings.trained} steps: filled" if settings.trained else ""
     figure.suptitle(
         f"{settings.run.name}, {settings.calibration} calibration examples; as compressed: hollow{tuned}; "
         f"ring: no other has more at that cost\n{machine}",
@@ -28,8 +28,8 @@ def against_cost(rows: Sequence[Row], settings: Settings, machine: str, metric: 
             x = [cost(row) for row in of_method]
             plain = [sum(row.scores) / len(row.scores) for row in of_method]
             axes.plot(x, plain, markersize=6, linewidth=1, linestyle=":", fillstyle="none", **look_of[method],
-                      label=None if settings.tune else method)  # fmt: skip
-            if settings.tune:
+                      label=None if settings.trained else method)  # fmt: skip
+            if settings.trained:
                 axes.plot(
                     x, [row.score for row in of_method], markersize=6, linewidth=1.2, label=method, **look_of[method]
                 )

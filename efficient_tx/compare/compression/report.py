@@ -32,21 +32,29 @@ def table(rows: Sequence[Row], settings: Settings, metric: str) -> Table:
     """One line for each method and budget; a star for those on the front of bytes and score."""
     dense = rows[0]
     found = Table(title=f"{settings.run.name}: {metric} of compressed models; *: none has more with as few bytes")
-    columns = ("budget", "method", "bytes kept", metric, "tuned", "ms", "time", "ideal", "error", "theory")
+    texts = dense.agreement is not None
+    trained = settings.trained or "trained"
+    ranks = ("ranks", f"ranks, {trained}") if texts else ()
+    columns = ("budget", "method", "bytes kept", metric, trained, *ranks, "ms", "time", "ideal", "error", "theory")
     for name in columns:
         found.add_column(name, justify="left" if name in ("method", "theory") else "right", no_wrap=name == "method")
     for row in sorted(rows, key=lambda row: -row.budget):
         name = row.method + (" *" if row.front else "")
         if row.refused is not None:
-            found.add_row(f"{row.budget:g}", name, ABSENT, ABSENT, ABSENT, ABSENT, ABSENT, ABSENT, ABSENT, row.refused)
+            found.add_row(f"{row.budget:g}", name, *[ABSENT] * (len(columns) - 3), row.refused)
             continue
         theory = "; ".join(f"{name} {value:.3f}" for name, value in row.theory.items())
         found.add_row(
             f"{row.budget:g}", name, f"{row.stored / dense.stored:.1%}", spread(row.scores), spread(row.tuned),
+            *((number(row.agreement), number(row.tuned_agreement)) if texts else ()),
             f"{row.milliseconds:.1f}", f"{row.milliseconds / dense.milliseconds:.2f}",
             f"{row.multiplications / dense.multiplications:.2f}", f"{row.error:.3f}", theory,
         )  # fmt: skip
     return found
+
+
+def number(value: float | None) -> str:
+    return ABSENT if value is None else f"{value:.4f}"
 
 
 def spread(scores: Sequence[float]) -> str:
