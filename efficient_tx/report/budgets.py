@@ -46,15 +46,20 @@ def at_equal(
       The amounts, and label -> for each amount the scores of the runs that have come so far, linear between two
       evaluations; a method whose amounts are unknown, or that has no evaluation, is absent.
     """
-    curves = {}
+    curves, ends = {}, []
     for method in methods:
-        mine = [(amounts(run, what, metric, flops, method.label), validation(run, metric)[1]) for run in method.runs]
-        mine = [(used, scores) for used, scores in mine if used is not None and len(used)]
+        mine = {
+            run: (amounts(run, what, metric, flops, method.label), validation(run, metric)[1]) for run in method.runs
+        }
+        mine = {run: (used, scores) for run, (used, scores) in mine.items() if used is not None and len(used)}
         if mine:
-            curves[method.label] = mine
+            curves[method.label] = list(mine.values())
+            # All finished runs are to be in the table; of others the one that has come furthest.
+            last = [used[-1] for run, (used, _) in mine.items() if run in method.finished]
+            ends.append(min(last) if last else max(used[-1] for used, _ in mine.values()))
     if not curves:
         return [], {}
-    common = min(max(used[-1] for used, _ in mine) for mine in curves.values())
+    common = min(ends)
     marks = [share * common for share in SHARES]
     # A run's own last amount may be common only up to rounding.
     return marks, {

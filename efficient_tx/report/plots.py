@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from efficient_tx.compare.attention.plots import plain_ticks
 from efficient_tx.compare.labels import label_right
 from efficient_tx.report.budgets import validation
 from efficient_tx.report.content import gigabytes, unit
@@ -52,9 +53,13 @@ def scaled(problem: Problem, values: Sequence[float]) -> np.ndarray:
     return np.asarray(values, float) * (100 if problem.metric == "accuracy" else 1)
 
 
-def lines_to_beat(problem: Problem, axes: Axes) -> None:
+def lines_to_beat(problem: Problem, axes: Axes, near: Sequence[float] = ()) -> None:
+    """Draws the answers to beat: all, or those no farther from the scores `near` than these are from each other."""
+    room = max(near, default=0.0) - min(near, default=0.0)
     for name, value in problem.baselines.items():
         (height,) = scaled(problem, [value])
+        if room and not min(near) - room <= height <= max(near) + room:
+            continue
         axes.axhline(height, color="0.45", linestyle=(0, (1, 2)), linewidth=1)
         axes.text(0.01, height, name, transform=axes.get_yaxis_transform(), fontsize=8, color="0.35", va="bottom")
 
@@ -111,8 +116,9 @@ def against(
     xs = [x for x, *_ in points]
     if min(xs) > 0 and max(xs) > 3 * min(xs):
         axes.set_xscale("log")
+        plain_ticks(axes.xaxis)
     axes.margins(0.1)
-    lines_to_beat(problem, axes)
+    lines_to_beat(problem, axes, near=[of.mean for _, of, _, _ in points])
     axes.set(xlabel=label, ylabel=f"test {unit(problem)}")
     axes.grid(alpha=0.3)
     label_right(axes, names, size=9, gap=NAME_HEIGHT)

@@ -1,26 +1,27 @@
 """What methods reach after equal amounts, on curves whose answer is seen."""
 
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 
 from efficient_tx.report.budgets import at_equal
+from efficient_tx.report.runs import Method, Run
 
 pytestmark = pytest.mark.quick
 
 
-def run(points, seconds_per_step):
+def run(points, seconds_per_step=0.1, finished=True):
     lines, before = [], 0
     for step, accuracy in points:
         lines.append({"step": step, "split": "train", "seconds": (step - before) * seconds_per_step, "accuracy": 0.0})
         lines.append({"step": step, "split": "validation", "accuracy": accuracy})
         before = step
-    return SimpleNamespace(lines=lines)
+    return Run(Path("run"), {}, lines, {} if finished else None, tuning=False)
 
 
-FAST = SimpleNamespace(label="fast", runs=[run([(10, 0.1), (100, 1.0)], 0.1), run([(10, 0.2), (100, 0.2)], 0.1)])
-SLOW = SimpleNamespace(label="slow", runs=[run([(20, 0.2), (40, 0.4)], 1.0)])
-NONE = SimpleNamespace(label="none", runs=[SimpleNamespace(lines=[])])
+FAST = Method("fast", [run([(10, 0.1), (100, 1.0)]), run([(10, 0.2), (100, 0.2)])], 0)
+SLOW = Method("slow", [run([(20, 0.2), (40, 0.4)], 1.0)], 0)
+NONE = Method("none", [run([])], 0)
 
 
 def test_equal_steps():
@@ -43,3 +44,12 @@ def test_equal_operations():
     assert found["fast"][2] == pytest.approx([0.8, 0.2]) and found["slow"][1] == pytest.approx([0.2])
     assert at_equal([FAST, SLOW], "flops", "accuracy", {"fast": 2.0, "slow": None})[1].keys() == {"fast"}
     assert at_equal([NONE], "steps", "accuracy", {}) == ([], {})
+
+
+def test_all_finished_runs_are_in_the_table_and_a_run_that_has_just_begun_does_not_shorten_it():
+    slower = Method("slower", [run([(10, 0.1), (40, 0.1)], 0.2), run([(10, 0.1), (40, 0.1)], 0.1)], 0)
+    marks, found = at_equal([slower], "seconds", "accuracy", {})
+    assert marks[-1] == pytest.approx(4.0) and len(found["slower"][-1]) == 2
+    going = Method("going", [run([(10, 0.1)], finished=False), run([(10, 0.1), (40, 0.1)], finished=False)], 0)
+    marks, found = at_equal([going], "steps", "accuracy", {})
+    assert marks == [10, 20, 40] and [len(scores) for scores in found["going"]] == [2, 1, 1]
