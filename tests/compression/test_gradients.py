@@ -19,7 +19,7 @@ from efficient_tx.compression.statistics import gather
 from efficient_tx.config.methods import named_method
 from efficient_tx.linear import Monarch, Sparse
 from efficient_tx.linear.replacement import find
-from tests.compression.test_methods import batches, loss, model, output
+from tests.support.small import batches, loss, model, output
 
 rng = np.random.default_rng(0)
 

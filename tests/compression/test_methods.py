@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from efficient_tx.attention import GLA, RetNet, Softmax
+from efficient_tx.attention import GLA, RetNet
 from efficient_tx.compression import METHODS, compress, cost
 from efficient_tx.compression.cost import multiplications, stored
 from efficient_tx.compression.eora import aim
@@ -17,53 +17,7 @@ from efficient_tx.compression.statistics import Inputs, gather
 from efficient_tx.config.methods import named_method
 from efficient_tx.linear import Dense, Form, LowRank, Monarch, Sparse, Sum
 from efficient_tx.linear.replacement import dotted, find
-from efficient_tx.models import Classifier
-from tests.support.models import run
-
-LENGTH = 12
-SIZES = {"features": 16, "layers": 2, "heads": 4, "mlp_features": 48, "max_len": LENGTH}
-
-
-def model(mixer=Softmax, mlp="gelu", linear=Dense, seed=0, **sizes):
-    """A model whose biases and neurons are not those of a fresh one: spread out, as after training."""
-    made = Classifier(
-        num_classes=3, vocab_size=16, mixers=[functools.partial(mixer, linear=linear)], mlp=mlp, linear=linear,
-        rngs=nnx.Rngs(seed), **(SIZES | sizes),
-    )  # fmt: skip
-    draws = np.random.default_rng(seed)
-    for layer in linear_layers(made):
-        if layer.module.bias is not None:
-            layer.module.bias[...] = jnp.asarray(draws.normal(size=layer.module.out_features), jnp.float32)
-    return made
-
-
-@functools.cache
-def batches(count=6):
-    draws = np.random.default_rng(1)
-    return tuple(
-        {
-            "inputs": draws.integers(0, 16, (8, LENGTH)),
-            "mask": np.arange(LENGTH) < draws.integers(4, LENGTH + 1, (8, 1)),
-            "label": np.zeros(8, int),
-            "weight": np.ones(8, np.float32),
-        }
-        for _ in range(count)
-    )
-
-
-def loss(made, batch):
-    """Cross-entropy, the mean over the examples."""
-    logits = made(batch["inputs"], mask=batch["mask"], key=None)
-    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), batch["label"][:, None], axis=1))
-
-
-def output(made):
-    return run(made, batches()[0]["inputs"], mask=batches()[0]["mask"])
-
-
-def compressed(name, budget=0.5, made=None, **options):
-    made = made or model()
-    return made, compress(made, named_method(name), budget, batches=batches(), loss=loss, **options)
+from tests.support.small import SIZES, batches, compressed, layer_inputs, loss, model, output
 
 
 @pytest.mark.first(3)
@@ -91,55 +45,6 @@ def test_a_method_keeps_its_budget_and_says_its_errors(name):
     assert repeated == done
     for one, two in zip(jax.tree.leaves(nnx.state(made)), jax.tree.leaves(nnx.state(again)), strict=True):
         np.testing.assert_array_equal(one, two)
-
-
-def layer_inputs(made, batch, path):
-    """What reaches a layer, `[tokens, in]` of the real tokens, by a layer in its place that keeps it."""
-    seen = []
-
-    class Spy:
-        def __call__(self, x):
-            seen.append(np.asarray(x))
-            return layer(x)
-
-    layer = find(made, path)
-    owner = find(made, path[:-1])
-    for name, parts in ((path[-1], owner),):
-        object.__setattr__(parts, name, Spy())
-        try:
-            hidden = made.embedding(batch["inputs"], mask=batch["mask"])
-            for block in made.encoder.blocks:
-                hidden = block(hidden, mask=jnp.asarray(batch["mask"]))
-        finally:
-            object.__setattr__(parts, name, layer)
-    return seen[0].reshape(-1, layer.in_features)[batch["mask"].ravel()]
-
-
-@pytest.mark.parametrize("path", ["encoder.blocks.1.mlp.down", "encoder.blocks.1.mixer.out"])
-def test_statistics_are_those_of_the_real_tokens(path):
-    made = model()
-    layers = select(made, path)
-    inputs = gather(made, layers, batches(), triangles=[layers[0].path])[layers[0].path]
-    x = np.concatenate([layer_inputs(made, batch, layers[0].path) for batch in batches()]).astype(np.float64)
-    assert inputs.count == len(x) == sum(batch["mask"].sum() for batch in batches())
-    # The model computes in float32, compiled and not; the sums are float64.
-    np.testing.assert_allclose(inputs.mean, x.mean(0), atol=1e-6)
-    np.testing.assert_allclose(inputs.moment, x.T @ x / len(x), atol=1e-5)
-    np.testing.assert_allclose(inputs.variance, x.var(0), atol=1e-5)
-    np.testing.assert_allclose(inputs.triangle.T @ inputs.triangle / len(x), inputs.moment, atol=1e-10)
-
-
-def test_examples_without_weight_and_padding_count_for_nothing():
-    made, layers = model(), select(model(), "mlp")
-    (batch, *_) = batches()
-    first = {name: array[:5] for name, array in batch.items()}
-    noisy = {name: array.copy() for name, array in batch.items()}
-    noisy["weight"][5:] = 0
-    noisy["inputs"][~noisy["mask"]] = 3
-    for path, one in gather(made, layers, [first]).items():
-        other = gather(made, layers, [noisy])[path]
-        assert one.count == other.count
-        np.testing.assert_allclose(one.moment, other.moment, atol=1e-6)
 
 
 def test_whitened_beats_plain_svd_on_the_inputs_and_both_are_what_theory_says():

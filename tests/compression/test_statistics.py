@@ -1,0 +1,35 @@
+"""Statistics of the inputs of layers, against the inputs themselves."""
+
+import numpy as np
+import pytest
+
+from efficient_tx.compression.model import select
+from efficient_tx.compression.statistics import gather
+from tests.support.small import batches, layer_inputs, model
+
+
+@pytest.mark.parametrize("path", ["encoder.blocks.1.mlp.down", "encoder.blocks.1.mixer.out"])
+def test_statistics_are_those_of_the_real_tokens(path):
+    made = model()
+    layers = select(made, path)
+    inputs = gather(made, layers, batches(), triangles=[layers[0].path])[layers[0].path]
+    x = np.concatenate([layer_inputs(made, batch, layers[0].path) for batch in batches()]).astype(np.float64)
+    assert inputs.count == len(x) == sum(batch["mask"].sum() for batch in batches())
+    # The model computes in float32, compiled and not; the sums are float64.
+    np.testing.assert_allclose(inputs.mean, x.mean(0), atol=1e-6)
+    np.testing.assert_allclose(inputs.moment, x.T @ x / len(x), atol=1e-5)
+    np.testing.assert_allclose(inputs.variance, x.var(0), atol=1e-5)
+    np.testing.assert_allclose(inputs.triangle.T @ inputs.triangle / len(x), inputs.moment, atol=1e-10)
+
+
+def test_examples_without_weight_and_padding_count_for_nothing():
+    made, layers = model(), select(model(), "mlp")
+    (batch, *_) = batches()
+    first = {name: array[:5] for name, array in batch.items()}
+    noisy = {name: array.copy() for name, array in batch.items()}
+    noisy["weight"][5:] = 0
+    noisy["inputs"][~noisy["mask"]] = 3
+    for path, one in gather(made, layers, [first]).items():
+        other = gather(made, layers, [noisy])[path]
+        assert one.count == other.count
+        np.testing.assert_allclose(one.moment, other.moment, atol=1e-6)
