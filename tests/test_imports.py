@@ -56,6 +56,7 @@ ALLOWED = {
         "efficient_tx.compression",
         "efficient_tx.config",
         "efficient_tx.data",
+        "efficient_tx.task",
         "efficient_tx.commands",
         "efficient_tx.files",
         "efficient_tx.linear",
