@@ -100,6 +100,9 @@ LONGEST = (
     "tests/test_train.py",
     "tests/training/test_distributed.py",
     "tests/test_own.py",
+    "tests/compression/test_methods.py",
+    "tests/compression/test_swapping.py",
+    "tests/test_compress.py",
 )
 
 

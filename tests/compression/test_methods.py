@@ -47,6 +47,7 @@ def test_a_method_keeps_its_budget_and_says_its_errors(name):
         np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.slow
 def test_whitened_beats_plain_svd_on_the_inputs_and_both_are_what_theory_says():
     (_, plain), (_, white) = compressed("svd"), compressed("whitened")
     for one, two in zip(plain.changes, white.changes, strict=True):
@@ -87,6 +88,7 @@ def test_welore_gives_ranks_by_one_threshold_and_leaves_dense_what_would_not_shr
         assert rank is not None or change.error == 0
 
 
+@pytest.mark.first(3)
 @pytest.mark.parametrize("name", ["id", "stat", "flap"])
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
 def test_units_are_cut_from_all_layers_around_them(name, mlp):
@@ -171,6 +173,7 @@ def test_layers_with_shared_weights_are_refused():
             compress(made, named_method("svd"), 0.5, where=where)
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("name", ["block_diagonal", "sparse(density=0.25)", "flap", "id"])
 def test_eora_lowers_the_error_of_what_it_follows(name):
     made, done = compressed(f"{name}+eora(share=0.3)", budget=0.9, where="mlp")

@@ -210,6 +210,7 @@ def test_the_gradient_of_a_block_alone_is_its_own():
     assert first["head", "layers", 0, "kernel"].any() and first["embedding", "tokens"].any()
 
 
+@pytest.mark.slow
 def test_a_student_learns_alone_and_jointly_and_the_teacher_is_neither_trained_nor_stored():
     """On four devices."""
     teacher, devices = model(), jax.local_devices()
