@@ -65,7 +65,8 @@ def test_a_page(tmp_path, capsys):
     """Two methods at two budgets, two draws of the one that needs them, tuned and not; a second call only reads."""
     out = tmp_path / "page"
     arguments = ["compression", f"--workdir={finished_run()[0]}", "--methods=svd;flap", "--budgets=0.6,0.02",
-                 "--draws=2", "--tune=4", "--set", "eval_every=4", "--calibration=32", "--rounds=1", f"--out={out}"]  # fmt: skip
+                 "--draws=2", "--tune=4", "--set", "eval_every=4", "--calibration=32", "--rounds=1",
+                 f"--out={out}"]  # fmt: skip
     with undone():
         assert command.main(arguments) == 0
     said = capsys.readouterr().out
