@@ -40,7 +40,7 @@ class Eora(Method):
 
     Args:
       first: the method of the first stage.
-      share: of the budget of each layer, for its low-rank part.
+      share: of the budget, for the low-rank parts; a layer's gets what its first stage leaves as well.
     """
 
     paper = "Liu et al. 2024, arXiv 2410.21271"
@@ -67,21 +67,24 @@ class Eora(Method):
         self.first.prepare(setting)
 
     def plan(self, amount: float) -> Plan:
-        first = self.first.plan(amount)
+        first = self.first.plan((1 - self.share) * amount)
         # A layer of which outputs were cut computes the others exactly.
         exact = {path for one in self.cut_units() for path in one.making}
-        forms = {path: form if path in exact else self.form(form) for path, form in first.forms.items()}
+        forms = {
+            path: base if path in exact else self.form(base, amount * self.setting.now(path))
+            for path, base in first.forms.items()
+        }
         return Plan(forms, first.kept, first)
 
     def cut_units(self) -> Collection[Units]:
         """The neurons and heads that the first stage can cut."""
         return self.first.found.values() if isinstance(self.first, Cutting) else ()
 
-    def form(self, base: LayerForm) -> LayerForm:
-        """The form with a low-rank part of the share; the form itself if rank 1 is more."""
+    def form(self, base: LayerForm, most: float) -> LayerForm:
+        """The form with the largest low-rank part for which both cost at most so much; itself if there is none."""
         if base.form.structure is Sum:
             raise ValueError(f"{base.form} is a sum already: eora follows a method whose layers are none")
-        limit = self.setting.then(base) * self.share / (1 - self.share)
+        limit = most - self.setting.then(base)
         low, high = 0, min(base.in_features, base.out_features)
         while low < high:
             middle = (low + high + 1) // 2
