@@ -21,6 +21,7 @@ require("train", "grain", "matplotlib", "ml_collections", "orbax", "rich")
 
 import dataclasses
 import functools
+import re
 import shlex
 import signal
 import sys
@@ -57,6 +58,7 @@ from efficient_tx.training.loop import Loop, Plan
 from efficient_tx.training.memory import check_memory
 from efficient_tx.training.objective import objective_of
 from efficient_tx.training.optimizer import evaluation_params, make_optimizer
+from efficient_tx.training.profiler import Profiler
 from efficient_tx.training.report import Report
 from efficient_tx.training.step import check_batch_size
 from efficient_tx.training.workdir import Workdir, read_config
@@ -65,6 +67,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "folder of the run; the same command goes on in it", required=True)
 flags.register_validator("workdir", bool, "--workdir is empty: name a folder")
 flags.DEFINE_boolean("extend", False, "go on with a run that has ended, up to a larger number of steps")
+flags.DEFINE_string("profile", None, "START:STOP: jax's profiler traces these steps into the workdir's profile/")
 flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, for a run over several processes")
 flags.DEFINE_integer("num_processes", None, "how many processes the run has")
 flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
@@ -76,7 +79,7 @@ flags.DEFINE_integer(
 
 def train(asked: command_line.Run, workdir: Workdir) -> None:
     """Trains, from the newest checkpoint if there is one, and writes summary.json."""
-    config = asked.config
+    config, profiled = asked.config, steps_to_profile(FLAGS.profile, asked.config.steps)
     with refusing():
         check_batch_size(config.batch_size, devices=jax.device_count(), grad_accum=config.grad_accum)
         task = build_task(config)
@@ -125,6 +128,8 @@ def train(asked: command_line.Run, workdir: Workdir) -> None:
     )
     count = summary.parameter_count(model)
     report.say(f"{task.name} ({task.source}): {len(task.train):,} training examples; model: {count:,} parameters")
+    parts = summary.parameters_by_module(model).items()
+    report.say("  " + "   ".join(f"{part} {number:,}" for part, number in parts))
     for line in started:
         report.say(line)
     loop = Loop(
@@ -138,6 +143,7 @@ def train(asked: command_line.Run, workdir: Workdir) -> None:
         report=report,
         seed=config.seed,
         grad_accum=config.grad_accum,
+        profiler=Profiler(workdir.path / "profile", *profiled) if workdir.writer else None,
     )
     state = loop.run()
     # All processes wait until the last checkpoint and line are on disk.
@@ -172,6 +178,18 @@ def train(asked: command_line.Run, workdir: Workdir) -> None:
         workdir.finish(result)
     for line in sentences(result, workdir.path):
         report.say(line)
+
+
+def steps_to_profile(text: str | None, steps: int) -> tuple[int, ...]:
+    """The first and the last step of "START:STOP"; nothing if it is None. Raises Refused."""
+    if text is None:
+        return ()
+    parts = re.fullmatch(r"(\d+):(\d+)", text)
+    start, stop = map(int, parts.groups()) if parts else (0, 0)
+    if not 1 <= start <= stop <= steps:
+        rule = f"give the first and the last step to trace, of 1 to {steps}, as 11:15 (a few: traces are large)"
+        raise Refused(f"{text}: {rule}", option="profile")
+    return start, stop
 
 
 def sentences(result: Mapping[str, Any], path: Path) -> list[str]:
@@ -330,6 +348,7 @@ def command() -> None:
     own = (
         "workdir",
         "extend",
+        "profile",
         "coordinator_address",
         "num_processes",
         "process_id",

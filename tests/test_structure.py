@@ -87,6 +87,7 @@ COMMAND_FOLDERS = (
     "efficient_tx/kernels/verify/",
     "efficient_tx/sweep/",
     "efficient_tx/report/",
+    "efficient_tx/fit/",
 )
 
 

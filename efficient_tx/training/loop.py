@@ -14,8 +14,11 @@ from efficient_tx.training import metrics
 from efficient_tx.training.checkpoint import Checkpoints
 from efficient_tx.training.errors import Interrupted, NonFinite
 from efficient_tx.training.evaluation import Scores, make_evaluate, prefetch
+from efficient_tx.training.flops import of_program
 from efficient_tx.training.history import History
+from efficient_tx.training.memory import needed
 from efficient_tx.training.optimizer import evaluation_params
+from efficient_tx.training.profiler import Profiler
 from efficient_tx.training.report import Report
 from efficient_tx.training.signals import StopSignals
 from efficient_tx.training.stages import Stage, enter, stage_at
@@ -99,6 +102,7 @@ class Loop:
       checkpoints, history, report: those of the workdir, which this process owns.
       seed: seed of dropout and sampling.
       grad_accum: number of micro-batches that each device splits its rows into.
+      profiler: traces some of the steps.
     """
 
     def __init__(
@@ -114,12 +118,13 @@ class Loop:
         report: Report,
         seed: int,
         grad_accum: int = 1,
+        profiler: Profiler | None = None,
     ):
         self._stages, self._schedule = stages, schedule
         self._batches, self._validation, self._plan = batches, validation, plan
         self._checkpoints, self._history, self._report = checkpoints, history, report
         self._writer = jax.process_index() == 0
-        self._seed, self._grad_accum = seed, grad_accum
+        self._seed, self._grad_accum, self._profiler = seed, grad_accum, profiler or Profiler()
         self._watch = Stopwatch()
         self.compile_seconds = 0.0
         self._use(stages[0])
@@ -163,8 +168,10 @@ class Loop:
                     self._validate(state, step, signals)
                 batches = prefetch(self._batches, step, self._plan.steps)
                 while step < self._plan.steps:
+                    self._profiler.before(step + 1, state)
                     state = self._advance(state, batches)
                     step += 1
+                    self._profiler.after(step, state, self._report.say)
                     self._report.progress(step)
                     signal = signals.after(step)
                     if self._plan.logs(step):
@@ -180,6 +187,7 @@ class Loop:
                     if self._plan.validates(step):
                         self._validate(state, step, signals)
         finally:
+            self._profiler.close()
             self._report.close()
         return state
 
@@ -233,8 +241,16 @@ class Loop:
         self.compile_seconds += seconds
         length = f" of length {shape[2]}" if self._compiled else ""
         self._report.say(f"first step{length}: {seconds:.1f} s with compilation")
+        self._report.say(self._cost(state, batch))
         self._compiled.add(shape)
         return state
+
+    def _cost(self, state: State, batch: Batch) -> str:
+        """A line on a step that ran: its program is at hand, and nothing is compiled."""
+        memory = needed(self._train_step.lower(state, batch).compile())
+        count = of_program(self._train_step.trace(state, batch))
+        products = "not counted" if count is None else f"{count:.3g} FLOP"
+        return f"  on each device {memory / 2**20:,.1f} MiB of memory, as compiled; matrix products: {products} a step"
 
     def _log(self, state: State, step: int) -> State:
         """Writes the train line; returns the state with an empty window."""

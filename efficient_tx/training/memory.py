@@ -23,6 +23,14 @@ def available() -> int | None:
         return None
 
 
+def needed(compiled: jax.stages.Compiled) -> int:
+    """Bytes of a device's memory that a compiled program takes: what it is given and returns, temporaries and code."""
+    sizes = compiled.memory_analysis()
+    given = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    # On a TPU the temporaries are on-chip ones and the peak has those in main memory; on a CPU the peak has none.
+    return max(given + sizes.temp_size_in_bytes, sizes.peak_memory_in_bytes) + sizes.generated_code_size_in_bytes
+
+
 def check_memory(model: nnx.Module, task: Task, *, features: Any, batch_size: int, grad_accum: int) -> None:
     """Raises OptionError if parameters or a batch cannot fit into the memory of a device, whatever the program does.
 

@@ -211,7 +211,8 @@ def make_train_step(
     depends on `devices` (this process's; None = all), on the processes or on `grad_accum` (the number of micro-batches
     that each device splits its rows into). Seed and rows are entries of the batch: all seeds and processes run one
     program. `given` are further arguments of the model, trees of arrays that are the same in every step, neither
-    trained nor part of the state. `step.lower(state, batch)` is that of pmap.
+    trained nor part of the state. `step.lower(state, batch)` is that of pmap; `step.trace` is the jaxpr. Both cost
+    nothing where the step ran before, and take shapes and dtypes in place of arrays.
 
     Raises:
       ValueError: `devices` does not fit; (in a call) the batch does not divide over devices and micro-batches.
@@ -246,6 +247,7 @@ def make_train_step(
             raise
 
     run.lower = lambda state, batch: mapped.lower(*prepare(state, batch))
+    run.trace = lambda state, batch: jax.make_jaxpr(mapped)(*prepare(state, batch))
     return run
 
 

@@ -49,6 +49,16 @@ def parameter_count(model: nnx.Module) -> int:
     return stored(model) + sum(own[path].parameters - stored(own[path]) for path in whole)
 
 
+def parameters_by_module(model: nnx.Module) -> dict[str, int]:
+    """Numbers stored in the parameters of each part of the model: "encoder.blocks.mlp" for those of all blocks."""
+    counts: dict[str, int] = {}
+    for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        names = [name for name in path if isinstance(name, str)]
+        part = ".".join(names[:-1][:3] or names)
+        counts[part] = counts.get(part, 0) + sum(x.size for x in jax.tree.leaves(leaf))
+    return counts
+
+
 def peak_memory() -> dict[str, int | str]:
     """`peak_memory_bytes`: largest use; `peak_memory_of`: "device" if the devices report it, else "process"."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]

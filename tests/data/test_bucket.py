@@ -139,6 +139,7 @@ def test_waiting_for_a_batch_of_a_new_length_counts_as_waiting(tmp_path, monkeyp
     clock = iter(float(i) for i in range(1000))
     monkeypatch.setattr(loop_module, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
     monkeypatch.setattr(loop, "_train_step", lambda state, batch: state)
+    monkeypatch.setattr(loop, "_cost", lambda state, batch: "of no interest here")
     state, stream = np.zeros(()), iter(batches)
     for _ in batches:
         state = loop._advance(state, stream)

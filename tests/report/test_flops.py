@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from efficient_tx.report.flops import Uncounted, of_step, products
+from efficient_tx.report.flops import of_step
+from efficient_tx.training.flops import Uncounted, products
 from tests.support.workdirs import config_of
 
 

@@ -139,6 +139,7 @@ def test_waiting_for_data_is_counted_and_compilation_is_not(tmp_path, monkeypatc
     monkeypatch.setattr(loop_module, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(loop_module, "prefetch", slow_batches)
     loop = toy.make_loop(tmp_path, steps=12, log_every=6, eval_every=12, checkpoint_every=3)
+    loop._cost = lambda state, batch: "of no interest here"
     loop._train_step = taking(itertools.chain([100], itertools.repeat(3)), loop._train_step)
     loop._save = taking(itertools.repeat(1000), loop._save)
     loop._validate = taking(itertools.repeat(1000), loop._validate)
