@@ -193,6 +193,8 @@ def text(rows: Sequence[dict[str, Any]], ending: str) -> str:
 def fit(options: argparse.Namespace, constants: Sequence[str]) -> int:
     recipes = [Recipe(config) for config in configs_of(options, constants)]
     chips = [chip_of(name) for name in options.target]
+    if not all(options.memory or chip.memory for chip in chips):
+        raise ValueError("--memory is missing: this machine does not tell how much it has")
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
     rows, failed = [], 0
     with progress(console) as say:

@@ -1,7 +1,7 @@
 """Chips: their memory, and the two rates of the roofline."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,7 @@ class Chip:
         return QUICKLY if self.name != "cpu" and TARGETS[self.name].platform == "tpu" else {}
 
     def bound(self, flops: float | None, moved: int, dtype: str) -> float:
-        """The roofline: no program does it in fewer seconds (Williams, Waterman and Patterson 2009)."""
+        """Seconds of the roofline (Williams, Waterman and Patterson 2009): the slower of products and main memory."""
         return max((flops or 0.0) / self.peak[dtype], moved / self.bandwidth)
 
 
@@ -79,17 +79,18 @@ def chip_of(name: str) -> Chip:
 
 def this_machine() -> Chip:
     """The best of a few products of matrices and copies, on one of jax's devices."""
-    peak = {}
-    for dtype in ("float32", "bfloat16"):
+    product = jax.jit(jnp.matmul)
+
+    def rate(dtype: str) -> float:
         a = jnp.ones((1024, 1024), dtype)
-        product = jax.jit(jnp.matmul)
-        peak[dtype] = 2 * 1024**3 / fastest(lambda: jax.block_until_ready(product(a, a)))
+        return 2 * 1024**3 / fastest(lambda: jax.block_until_ready(product(a, a)))
+
     source, target = np.ones(1 << 24, np.float32), np.zeros(1 << 24, np.float32)
     bandwidth = 2 * source.nbytes / fastest(lambda: np.copyto(target, source))
-    return Chip("cpu", available() or 0, peak, bandwidth)
+    return Chip("cpu", available() or 0, {dtype: rate(dtype) for dtype in ("float32", "bfloat16")}, bandwidth)
 
 
-def fastest(call: Any, turns: int = 5) -> float:
+def fastest(call: Callable[[], Any], turns: int = 5) -> float:
     """Seconds; the first call, which may compile, does not count."""
     call()
     times = []

@@ -58,9 +58,7 @@ class Recipe:
         """The step with batches of `size` examples, a multiple of the config's grad_accum, for one chip."""
         devices = chip.devices()
         everywhere = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec())
-        state = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), self._stage.like()
-        )
+        state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), self._stage.like())
         step = make_train_step(
             nnx.split(self._stage.model)[0], self._stage.optimizer, seed=0, grad_accum=self.config.grad_accum,
             devices=devices,
