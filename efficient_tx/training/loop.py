@@ -247,10 +247,11 @@ class Loop:
 
     def _cost(self, state: State, batch: Batch) -> str:
         """A line on a step that ran: its program is at hand, and nothing is compiled."""
-        memory = needed(self._train_step.lower(state, batch).compile())
+        compiled = self._train_step.lower(state, batch).compile()
+        memory = f"{needed(compiled) / 2**20:,.1f} MiB" if compiled.memory_analysis() else "an unknown amount"
         count = of_program(self._train_step.trace(state, batch))
         products = "not counted" if count is None else f"{count:.3g} FLOP"
-        return f"  on each device {memory / 2**20:,.1f} MiB of memory, as compiled; matrix products: {products} a step"
+        return f"  on each device {memory} of memory, as compiled; matrix products: {products} a step"
 
     def _log(self, state: State, step: int) -> State:
         """Writes the train line; returns the state with an empty window."""
