@@ -79,6 +79,7 @@ COMMANDS = (
     "efficient_tx.kernels.verify",
     "efficient_tx.sweep",
     "efficient_tx.report",
+    "efficient_tx.inspect",
 )
 
 

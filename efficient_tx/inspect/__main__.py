@@ -109,9 +109,8 @@ def inspect(options: argparse.Namespace, console: Console) -> None:
         console.print(report.budgets(found))
         for line in report.lines(advised):
             console.print(line, soft_wrap=True)
-        console.print("a budget is the largest over layers and heads, as options are per variant", soft_wrap=True)
     about = {"workdir": str(options.workdir), "step": step, "task": task.name, "source": task.source,
-             "examples": count, "sketch": "ranks are estimates, see docs/inspecting.md"}  # fmt: skip
+             "examples": count, "ranks": "estimates from a sketch"}  # fmt: skip
     title = f"{options.workdir}, step {step}: {count} test examples of {task.name}"
     with writing(options.out):
         options.out.mkdir(parents=True, exist_ok=True)

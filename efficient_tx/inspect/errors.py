@@ -15,8 +15,9 @@ from efficient_tx.compare.attention.measure import DRAWS, counterpart
 from efficient_tx.inspect.captured import Call
 
 TARGETS = (0.01, 0.05, 0.1)
-# An argument that adds a convolution of the values to what attention gives: no part of the approximation.
-ADDED = ("conv",)
+# An argument that adds a convolution of the values to what attention gives, no part of the approximation; and the
+# option of the class that sets its size.
+ADDED, ADDED_SIZE = "conv", "value_conv"
 # Of the sketch for ranks, as a multiple of the largest rank that it tells.
 SKETCH = 4
 
@@ -70,8 +71,8 @@ def errors(call: Call, expected: jax.Array, variant: type[Mixer], size: int | No
     given = dict(static(function, call) if call.variant is variant else ())
     given |= shared(function, {name: call.options[name] for name in ("causal", "max_len") if name in call.options})
     given |= {} if size is None else budgeted(variant, size)
-    arrays = {name: array for name, array in shared(function, call.arrays).items() if name not in ADDED}
-    given = {name: value for name, value in given.items() if name not in arrays and name not in ADDED}
+    arrays = {name: array for name, array in shared(function, call.arrays).items() if name != ADDED}
+    given = {name: value for name, value in given.items() if name not in arrays and name != ADDED}
     try:
         run = program(function, tuple(given.items()))
         keys = [jax.random.split(jax.random.key(draw), len(expected)) for draw in range(DRAWS)]
@@ -112,9 +113,9 @@ def smallest(sizes: Sequence[int], found: Sequence[np.ndarray | None], target: f
     measured = [(size, errors) for size, errors in zip(sizes, found) if errors is not None]
     result: list[int | None] = [None] * (len(measured[0][1]) if measured else 0)
     for size, errors in reversed(measured):
-        for head, error in enumerate(errors):
+        for head in range(len(errors)):
             after = [later[head] for other, later in measured if other >= size]
-            if error <= target and max(after) <= target:
+            if all(later <= target for later in after):  # a NaN is above all targets
                 result[head] = size
     return result
 

@@ -1,5 +1,6 @@
 """All that is measured inside a run: the plain record that tables, pictures and the JSON file are made of."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from efficient_tx.attention import ATTENTION, Mixer
 from efficient_tx.checks import OptionError
 from efficient_tx.inspect.captured import Call, Inside
 from efficient_tx.inspect.errors import (
+    ADDED_SIZE,
     TARGETS,
     approximations,
     budgeted,
@@ -165,6 +167,8 @@ def advice(found: Look, pattern: Sequence[str]) -> list[Advice]:
             size = max(needed) if needed and None not in needed else None
             options = {} if size is None else budgeted(ATTENTION[variant], size)
             settings = {"mixers": mixers} if mixers and size else {}
-            settings |= {f"attention.{variant}.{name}": str(value) for name, value in options.items()}
+            if mixers and ADDED_SIZE in inspect.signature(ATTENTION[variant]).parameters:
+                options[ADDED_SIZE] = 0  # its weights are none of the run's
+            settings |= {f"attention.{variant}.{name}": str(value) for name, value in options.items() if size}
             result.append(Advice(variant, target, size, settings, mixers))
     return result

@@ -21,7 +21,7 @@ ROUNDING = 1e-7
 def overview(found: Look, title: str) -> bytes:
     """PNG: errors by budget, singular values of q·kᵀ and of the weights, leverage scores, nuclear norms."""
     figure = Figure(figsize=(16, 10), layout="constrained")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     panels = figure.subplots(2, 3).ravel()
     by_layer = {one.name: one for one in found.layers}
     swept = {
@@ -67,8 +67,8 @@ def curves(axes: Axes, title: str, x: str, y: str, lines: Mapping[str, tuple[Seq
         absent(axes)
         return
     for i, (name, (places, heights)) in enumerate(lines.items()):
-        axes.plot(places, heights, color=COLOURS[i % len(COLOURS)], marker=MARKERS[(i + i // len(COLOURS)) % len(MARKERS)],
-                  markersize=4, linewidth=1, label=name if i < NAMED else None)  # fmt: skip
+        look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]}
+        axes.plot(places, heights, markersize=4, linewidth=1, label=name if i < NAMED else None, **look)
     axes.set(xscale="log", yscale="log")
     axes.grid(alpha=0.3)
     more = f"and {len(lines) - NAMED} more" if len(lines) > NAMED else None
@@ -112,7 +112,7 @@ def attention(found: Look, image: bool, title: str) -> bytes | None:
     count = max(len(one.attention["received"]) for one in layers)
     size = (2.6 * count, 2.8 * len(layers)) if image else (7 * count, 1.9 * len(layers))
     figure = Figure(figsize=(max(size[0], 6), size[1] + 1), layout="constrained")
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(title, fontsize=9, parse_math=False)
     panels = figure.subplots(len(layers), count, squeeze=False)
     for row, one in zip(panels, layers):
         for head, axes in enumerate(row):

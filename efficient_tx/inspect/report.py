@@ -1,6 +1,7 @@
 """What was found inside a run, as tables on a terminal, lines, and JSON."""
 
 import json
+import math
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -14,23 +15,25 @@ from efficient_tx.inspect.profiles import rank_within
 
 ABSENT = "—"
 # Significant digits of a number in the JSON file.
-DIGITS = 6
+DIGITS = 5
 
 
 def to_json(found: Look, advised: Sequence[Advice], about: dict[str, Any]) -> str:
     record = about | asdict(found)
     if advised:
         record["advice"] = [asdict(one) for one in advised]
-    return json.dumps(rounded(record), indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(rounded(record), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def rounded(value: Any) -> Any:
-    """A record with its floats rounded to `DIGITS`, and its keys as text."""
+    """A record with its floats rounded to `DIGITS`, those that are not finite as None, and its keys as text."""
     if isinstance(value, dict):
         return {f"{key:g}" if isinstance(key, float) else str(key): rounded(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
         return [rounded(one) for one in value]
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+    return value
 
 
 def mixers(found: Look) -> Table:
@@ -100,7 +103,7 @@ def budgets(found: Look) -> Table:
             table.add_row(variant, one.name, *(wholes(one.budgets[variant][target]) for target in TARGETS))
     for one in found.layers:
         if one.ranks is not None:
-            table.add_row("any low rank", one.name, *(wholes(one.ranks[target]) for target in TARGETS))
+            table.add_row("rank of the attention", one.name, *(wholes(one.ranks[target]) for target in TARGETS))
     return table
 
 
@@ -119,13 +122,13 @@ def wholes(values: Sequence[int | None]) -> str:
 
 def lines(advised: Sequence[Advice]) -> list[str]:
     """The flags that apply each budget."""
-    made = []
+    if not advised:
+        return ["no layer of the run has an approximation with a budget"]
+    made = ["for eval.py, or python -m efficient_tx.compress, whose --mixers is the first of them:"]
     for one in advised:
         head = f"{one.variant}, {one.target:.0%}:"
         if one.size is None:
             made.append(f"{head} no measured size is enough in all layers and heads")
-        elif not one.settings:
-            made.append(f"{head} {one.size}, but its options do not set it")
         else:
             made.append(
                 f"{head} --set {' '.join(shlex.quote(f'{key}={value}') for key, value in one.settings.items())}"
