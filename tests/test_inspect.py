@@ -22,10 +22,15 @@ LENGTHS = (12, 9, 7)
 
 
 def model_of(mixer, **options):
-    return Classifier(
+    model = Classifier(
         vocab_size=9, max_len=12, num_classes=3, mixers=[partial(ATTENTION[mixer], linear=nnx.Linear, **options)],
         features=HEADS * DIM, layers=1, heads=HEADS, mlp_features=8, dropout=0.0, rngs=nnx.Rngs(3),
     )  # fmt: skip
+    for i, name in enumerate("qkv"):  # so that padding has queries, keys and values too
+        bias = getattr(getattr(model.encoder.blocks[0].mixer, name, None), "bias", None)
+        if bias is not None:
+            bias[...] = jnp.asarray(np.random.default_rng(i).normal(size=bias.shape), bias.dtype)
+    return model
 
 
 def batch():
@@ -270,3 +275,4 @@ def test_every_mixer_with_queries_can_be_looked_into():
             found = rows.attention_rows(call)
             assert found is None or np.isfinite(found["received"]).all()
         assert list(inside.states) == ["encoder.blocks.0"]
+        assert len(inside.calls) + len(inside.others) == 1

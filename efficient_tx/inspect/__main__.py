@@ -25,9 +25,11 @@ require("train", "grain", "matplotlib", "ml_collections", "orbax", "rich")
 
 import argparse
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 
+import numpy as np
 from rich.console import Console
 
 from efficient_tx.attention import ATTENTION
@@ -71,10 +73,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def is_image(task: Task, batch: Batch) -> bool:
-    """Whether the tokens of a task are an image: patches, or the 256 greys of the pixels of a square."""
+def picture_of(task: Task, batch: Batch) -> np.ndarray | None:
+    """The first example as greys `[height, width]`, if the tokens of the task are an image; else None.
+
+    They are if it has images, or all tokens are the 256 greys of the pixels of a square.
+    """
+    first = np.asarray(batch["inputs"][0], np.float32)
+    if task.kind == "image":
+        return first.mean(-1)
     full = "mask" not in batch or bool(batch["mask"].all())
-    return task.kind == "image" or (task.kind == "tokens" and task.vocab_size == PIXELS and full)
+    side = math.isqrt(len(first))
+    pixels = task.kind == "tokens" and task.vocab_size == PIXELS and full and side * side == len(first)
+    return first.reshape(side, side) if pixels else None
 
 
 def inspect(options: argparse.Namespace, console: Console) -> None:
@@ -103,6 +113,10 @@ def inspect(options: argparse.Namespace, console: Console) -> None:
             raise Refused(f"{error.value}: {error.rule}", option=error.option) from None
     advised = advice(found, pattern)
     console.print(report.mixers(found), report.states(found))
+    if inside.others:
+        console.print(
+            f"not measured, as they are no function of q, k and v: {', '.join(inside.others)}", soft_wrap=True
+        )
     if any(one.errors for one in found.layers):
         console.print(report.errors(found))
     if options.budget:
@@ -117,7 +131,7 @@ def inspect(options: argparse.Namespace, console: Console) -> None:
     pictures = {
         "inspect.png": plots.overview(found, title),
         "attention.png": plots.attention(
-            found, is_image(task, batch), f"{title}\nhow much each token of the first is read"
+            found, picture_of(task, batch), f"{title}\nhow much each token of the first is read"
         ),
     }
     write_bytes(options.out / "inspect.json", report.to_json(found, advised, about).encode())

@@ -40,9 +40,16 @@ class Call(NamedTuple):
 
 
 class Inside(NamedTuple):
-    """What passed: the calls of all mixers, and the real tokens after each block, `[tokens, features]` by its path."""
+    """What passed through a model.
+
+    Attributes:
+      calls: of the mixers that call their `function`.
+      others: the paths of the mixers that do not, as a recurrent one that calls its kernel itself.
+      states: the real tokens after each block, `[tokens, features]` by its path.
+    """
 
     calls: list[Call]
+    others: list[str]
     states: dict[str, np.ndarray]
 
 
@@ -82,7 +89,8 @@ def capture(model: nnx.Module, batch: Mapping[str, Any]) -> Inside:
         Call(dotted(path), type(find(model, path)), given, options) for (path, options), given in zip(static, arrays)
     ]
     rows = {dotted(path): np.asarray(x)[np.asarray(kept)] for path, (x, kept) in zip(passed, states)}
-    return Inside(calls, rows)
+    others = [dotted(path) for path in mixers if path not in {path for path, _ in static}]
+    return Inside(calls, others, rows)
 
 
 def paths_of(model: nnx.Module, kind: type[nnx.Module]) -> list[Path]:

@@ -93,24 +93,24 @@ def absent(axes: Axes) -> None:
     axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes, color="#666")
 
 
-def side_of(tokens: int, image: bool) -> int | None:
+def side_of(tokens: int) -> int | None:
     """The side of the square image that so many tokens are, with or without a class token in front; None: none."""
-    sides = [math.isqrt(count) for count in (tokens, tokens - 1) if image and math.isqrt(count) ** 2 == count]
+    sides = [math.isqrt(count) for count in (tokens, tokens - 1) if math.isqrt(count) ** 2 == count]
     return sides[0] if sides else None
 
 
-def attention(found: Look, image: bool, title: str) -> bytes | None:
+def attention(found: Look, picture: np.ndarray | None, title: str) -> bytes | None:
     """PNG: how much each token of the first example is read, head by head; None if no mixer has rows.
 
     Args:
-      image: whether the tokens are an image; else they are drawn as a strip, with the rows of a few queries below the
-        mean over all.
+      picture: greys `[height, width]` of the image that the tokens are, drawn below; None: a text, whose tokens are a
+        strip, with the rows of a few queries below the mean over all.
     """
     layers = [one for one in found.layers if one.attention]
     if not layers:
         return None
     count = max(len(one.attention["received"]) for one in layers)
-    size = (2.6 * count, 2.8 * len(layers)) if image else (7 * count, 1.9 * len(layers))
+    size = (2.6 * count, 2.8 * len(layers)) if picture is not None else (7 * count, 1.9 * len(layers))
     figure = Figure(figsize=(max(size[0], 6), size[1] + 1), layout="constrained")
     figure.suptitle(title, fontsize=9, parse_math=False)
     panels = figure.subplots(len(layers), count, squeeze=False)
@@ -121,8 +121,11 @@ def attention(found: Look, image: bool, title: str) -> bytes | None:
                 continue
             received = np.array(one.attention["received"][head])
             axes.set_title(f"{short(one.name)}, {one.mixer}, head {head}", fontsize=8)
-            if side := side_of(len(received), image):
-                axes.imshow(received[-side * side :].reshape(side, side), cmap="viridis")
+            side = None if picture is None else side_of(len(received))
+            if side:
+                place = {"extent": (0, 1, 0, 1), "interpolation": "nearest"}
+                axes.imshow(picture, cmap="gray", **place)
+                axes.imshow(received[-side * side :].reshape(side, side), cmap="viridis", alpha=0.6, **place)
                 axes.axis("off")
                 continue
             strips = np.stack([received, *(np.array(rows[head]) for rows in one.attention["rows"])])
