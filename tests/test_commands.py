@@ -20,6 +20,7 @@ HEAVY = [
     (["-m", "efficient_tx.eval"], "jax"),
     (["-m", "efficient_tx.sweep"], "jax"),
     (["-m", "efficient_tx.report"], "jax"),
+    (["-m", "efficient_tx.inspect"], "jax"),
     (["-m", "efficient_tx.compare"], "rich"),
     (["-m", "efficient_tx.data.fetch"], "numpy"),
     (["-m", "lra"], "numpy"),

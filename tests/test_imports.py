@@ -80,6 +80,7 @@ COMMANDS = (
     "efficient_tx.sweep",
     "efficient_tx.report",
     "efficient_tx.fit",
+    "efficient_tx.inspect",
 )
 
 

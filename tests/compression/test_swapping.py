@@ -11,7 +11,6 @@ import optax
 import pytest
 from flax import nnx
 
-import efficient_tx.compress
 from efficient_tx.attention import Kernelized, Lev, LinearAttention, Linformer, RetNet, Skyformer, Soft, Softmax
 from efficient_tx.compression.distillation import DISTILLATION, Student, example_error, join, joined, variances
 from efficient_tx.compression.swapping import mixer_places, swap
@@ -19,7 +18,7 @@ from efficient_tx.linear.replacement import dotted, find
 from efficient_tx.models import Classifier, DualEncoder, Pyramid, TokenClassifier
 from efficient_tx.training.step import init_state, make_train_step, split_batch
 from tests.support import toy
-from tests.support.command import evaluate_here, finish, here, start, train_here
+from tests.support.command import compress_here, evaluate_here, finish, start, train_here
 from tests.support.models import run
 
 LENGTH, BATCH = 12, 8
@@ -262,10 +261,6 @@ def test_no_data_and_damage_are_one_line():
         variances(damaged, [batch()])
 
 
-def compress(*arguments):
-    return here(efficient_tx.compress.command, *arguments)
-
-
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
     """A finished run of two layers."""
@@ -309,7 +304,7 @@ def test_a_run_with_other_mixers_killed_and_resumed(original, tmp_path):
     status, out, error = finish(start("-m efficient_tx.compress", *arguments, f"--out={whole}"))
     assert status == 0 and "is finished: 10 steps are done" in out, error
     arguments[2] = "--distill=21"
-    status, out, error = compress(*arguments, f"--out={whole}")
+    status, out, error = compress_here(*arguments, f"--out={whole}")
     assert status == 2 and "distill was 20 there and is 21 here" in error
 
 
@@ -317,7 +312,7 @@ def test_a_run_with_other_mixers_killed_and_resumed(original, tmp_path):
 def test_the_result_is_a_run_like_any_other(original, tmp_path):
     """Evaluated, compressed again, distilled from what it was compressed from, and swapped again with what was cut."""
     exact, cut, last = tmp_path / "exact", tmp_path / "cut", tmp_path / "last"
-    status, out, error = compress(
+    status, out, error = compress_here(
         f"--workdir={original}", "--mixers=lev", "--set", "attention.lev.budget=24", f"--out={exact}"
     )
     assert status == 0 and "16 parameters of theirs are kept" in out, error
@@ -329,14 +324,14 @@ def test_the_result_is_a_run_like_any_other(original, tmp_path):
     # All keys: the same model, up to rounding.
     assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-5) and rows[0]["accuracy"] == rows[1]["accuracy"]
 
-    status, out, error = compress(
+    status, out, error = compress_here(
         f"--workdir={exact}", "--method=flap", "--budget=0.5", "--distill=6", "--calibration=64", f"--out={cut}"
     )
     assert status == 0 and "up to step 3 each block alone, up to 6 all together" in out, error
     structure = json.loads((cut / "config.json").read_text())["structure"]
     assert any(set(entry) == {"heads"} for entry in structure.values())
 
-    status, out, error = compress(f"--workdir={cut}", "--mixers=soft,fourier", f"--out={last}")
+    status, out, error = compress_here(f"--workdir={cut}", "--mixers=soft,fourier", f"--out={last}")
     assert status == 0, error
     assert "encoder.blocks.0.mixer.k.kernel" in out.split("dropped: ")[1]
     kept = json.loads((last / "config.json").read_text())["structure"]
@@ -345,7 +340,7 @@ def test_the_result_is_a_run_like_any_other(original, tmp_path):
     status, _, error = train_here(tmp_path / "from", "--config.model.layers=2", f"--config.init_from={exact}",
                                   "--config.mixers=lev", "--config.steps=2")  # fmt: skip
     assert status == 0, error
-    status, _, error = compress(f"--workdir={cut}", "--mixers=gla", f"--out={tmp_path / 'no'}")
+    status, _, error = compress_here(f"--workdir={cut}", "--mixers=gla", f"--out={tmp_path / 'no'}")
     assert status == 2 and error.startswith("--mixers=gla: ") and error.count("\n") == 1
     assert not (tmp_path / "no").exists()
 
@@ -376,7 +371,7 @@ def test_the_result_is_a_run_like_any_other(original, tmp_path):
 )
 def test_what_cannot_be_is_one_line_and_nothing_is_written(original, tmp_path, arguments, line):
     out = tmp_path / "out"
-    status, _, error = compress(f"--workdir={original}", f"--out={out}", *arguments)
+    status, _, error = compress_here(f"--workdir={original}", f"--out={out}", *arguments)
     assert status == 2 and error.startswith(line) and error.count("\n") == 1, error
     assert not out.exists()
 
@@ -385,6 +380,6 @@ def test_what_cannot_be_is_one_line_and_nothing_is_written(original, tmp_path, a
 def test_a_causal_model_refuses_mixers_without_a_causal_form(tmp_path):
     status, _, error = train_here(tmp_path / "run", "--config.model.causal=True", "--config.steps=2")
     assert status == 0, error
-    status, _, error = compress(f"--workdir={tmp_path / 'run'}", "--mixers=linformer", f"--out={tmp_path / 'out'}")
+    status, _, error = compress_here(f"--workdir={tmp_path / 'run'}", "--mixers=linformer", f"--out={tmp_path / 'out'}")
     assert status == 2 and error.startswith("--mixers=linformer: config.attention.linformer cannot be used: Linformer")
     assert error.count("\n") == 1 and not (tmp_path / "out").exists()

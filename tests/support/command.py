@@ -22,6 +22,7 @@ from absl.testing import flagsaver
 
 import efficient_tx.compress.__main__
 import efficient_tx.eval
+import efficient_tx.inspect.__main__
 import efficient_tx.train
 from efficient_tx import commands
 from tests.support import ROOT, toy
@@ -152,6 +153,11 @@ def evaluate_here(*arguments: object, **settings) -> Result:
 def compress_here(*arguments: object, **settings) -> Result:
     """Runs compress.py to its end, in this process."""
     return here(efficient_tx.compress.__main__.command, *arguments, **settings)
+
+
+def inspect_here(*arguments: object, **settings) -> Result:
+    """Runs the command that looks inside a run to its end, in this process."""
+    return here(efficient_tx.inspect.__main__.command, *arguments, **settings)
 
 
 @functools.cache
