@@ -77,9 +77,9 @@ flags.DEFINE_integer(
 )
 
 
-def train(asked: command_line.Run, workdir: Workdir) -> None:
-    """Trains, from the newest checkpoint if there is one, and writes summary.json."""
-    config, profiled = asked.config, steps_to_profile(FLAGS.profile, asked.config.steps)
+def train(asked: command_line.Run, workdir: Workdir, profile: str | None) -> None:
+    """Trains, from the newest checkpoint if there is one, and writes summary.json; `profile` as of the flag."""
+    config, profiled = asked.config, steps_to_profile(profile, asked.config.steps)
     with refusing():
         check_batch_size(config.batch_size, devices=jax.device_count(), grad_accum=config.grad_accum)
         task = build_task(config)
@@ -289,16 +289,16 @@ def run(asked: command_line.Run) -> None:
     )
     if FLAGS.extend and writer:
         extend(workdir, config)
-    proceed(asked, workdir)
+    proceed(asked, workdir, FLAGS.profile)
 
 
-def proceed(asked: command_line.Run, workdir: Workdir) -> None:
-    """Trains in the workdir, or says that this is done."""
+def proceed(asked: command_line.Run, workdir: Workdir, profile: str | None = None) -> None:
+    """Trains in the workdir, or says that this is done. Other commands call it too: it reads no flags."""
     config = asked.config
     workdir.claim()
     result = workdir.summary()
     if result is None:
-        train(asked, workdir)
+        train(asked, workdir, profile)
     elif workdir.writer:
         print(f"{workdir.path} is finished: {config.steps} steps are done")
         print("\n".join(sentences(result, workdir.path)))
