@@ -88,6 +88,7 @@ COMMAND_FOLDERS = (
     "efficient_tx/sweep/",
     "efficient_tx/report/",
     "efficient_tx/fit/",
+    "efficient_tx/inspect/",
 )
 
 
