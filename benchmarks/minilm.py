@@ -21,8 +21,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from efficient_tx.commands import Parser, run
-from efficient_tx.compare.commands.compression import budgets, listed
+from efficient_tx.commands import Parser, parts, run
+from efficient_tx.compare.commands.compression import budgets
 from efficient_tx.compare.embeddings import agreement, embed
 from efficient_tx.compare.flags import whole
 from efficient_tx.compare.timing import machine
@@ -96,7 +96,7 @@ def main() -> None:
     add = parser.add_argument
     free = [name for name in METHODS if "gradients" not in named_method(name).needs]
     add("--out", type=local_path, required=True, help="for minilm.json; a second call goes on")
-    add("--methods", type=listed, default=free, metavar="A;B", help="as of compress --method; default: all")
+    add("--methods", type=parts, default=free, metavar="A;B", help="as of compress --method; default: all")
     add("--budgets", type=budgets, default=(0.75, 0.5, 0.25), help="shares of the bytes; default 0.75,0.5,0.25")
     add("--calibration", type=whole, default=256, help="sentences; default 256")
     add("--one", action="store_true", help="measure here and print JSON: what each process does")

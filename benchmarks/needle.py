@@ -26,14 +26,10 @@ from efficient_tx.attention import ATTENTION, MultiHead
 from efficient_tx.commands import Parser, names_of, run
 from efficient_tx.compare.flags import whole, wholes
 from efficient_tx.compare.timing import machine
-from efficient_tx.config.build import build_model, build_stages, build_task
-from efficient_tx.config.evaluation import apply_settings
+from efficient_tx.compress.source import load
 from efficient_tx.data.recall import Needle
 from efficient_tx.files import local_path
 from efficient_tx.models.classifier import TokenClassifier
-from efficient_tx.training.evaluation import trained_parameters
-from efficient_tx.training.objective import objective_of
-from efficient_tx.training.workdir import read_config
 
 PIECE, BUDGET = 1024, 32
 # Tokens of a text, texts of a batch, steps.
@@ -53,11 +49,8 @@ def trained(out: Path, mixer: str, seed: int) -> TokenClassifier:
         train(workdir, mixer, config="recall", seed=seed, steps=steps, eval_every=50, **settings, **options, **before)
         before = {"init_from": workdir.absolute(), "optimizer.learning_rate": 1e-3, "optimizer.warmup": 10}
         print(f"{mixer}, seed {seed}: {summary(workdir)['test_accuracy']:.1%} of texts of {length} tokens", flush=True)
-    config = apply_settings(read_config(str(workdir)), {}, "test")
-    task = build_task(config)
-    stages, _ = build_stages(config, nnx.eval_shape(lambda: build_model(config, task)), objective_of(task))
-    _, stage, parameters = trained_parameters(str(workdir), "best", stages, print)
-    return nnx.merge(nnx.split(stage.model)[0], parameters)
+    _, _, model, _ = load(workdir, "best")
+    return model
 
 
 def read(model: TokenClassifier, texts: np.ndarray) -> tuple[np.ndarray, list, float]:

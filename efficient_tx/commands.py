@@ -21,6 +21,13 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any):
         super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
 
+    @classmethod
+    def of(cls, command: str, doc: str) -> "Parser":
+        """The parser of `python -m efficient_tx.COMMAND`; --help shows `doc`, what follows its first line last."""
+        first, _, rest = doc.partition("\n\n")
+        shown = {"description": first, "epilog": rest, "formatter_class": argparse.RawDescriptionHelpFormatter}
+        return cls(prog=f"python -m efficient_tx.{command}", **shown)
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{' '.join(message.split())}\n")
 
@@ -37,6 +44,18 @@ def setting(text: str) -> tuple[str, str]:
     if not (key and equals):
         raise argparse.ArgumentTypeError(f"{text!r} is no KEY=VALUE, as optimizer.learning_rate=1e-4")
     return key, value
+
+
+def listed(text: str) -> list[str]:
+    """The parts of a list: split at semicolons if it has any, else at commas, as a pattern of mixers has commas."""
+    return [part.strip() for part in text.split(";" if ";" in text else ",") if part.strip()]
+
+
+def parts(text: str) -> list[str]:
+    """The type of a flag with a list of at least one part."""
+    if not listed(text):
+        raise argparse.ArgumentTypeError("it is empty")
+    return listed(text)
 
 
 def no_flag(argument: str, known: Collection[str], *, of: str = "") -> str:

@@ -72,12 +72,6 @@ def warn(line: str) -> None:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Parses the command line; a mistake ends in one line and exit status 2."""
 
-    def setting(text: str) -> tuple[str, str]:
-        key, equals, value = text.partition("=")
-        if not (key and equals):
-            raise argparse.ArgumentTypeError(f"{text!r} is no KEY=VALUE, as attention.skyformer.landmarks=32")
-        return key, value
-
     parser = commands.Parser(description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--workdir", action="extend", nargs="+", required=True, help="folders of runs, or patterns; may be repeated"
@@ -94,7 +88,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--format", default="table", choices=("table", *FORMATS), help="of what is printed")
     parser.add_argument("--trust", action="append", default=[], metavar="MODULE", help=TRUST)
     parser.add_argument(
-        "--set", action="extend", nargs="+", default=[], type=setting, metavar="KEY=VALUE", dest="settings"
+        "--set", action="extend", nargs="+", default=[], type=commands.setting, metavar="KEY=VALUE", dest="settings"
     )
     options = parser.parse_args(arguments)
     if options.batch_size is not None and options.batch_size < 1:

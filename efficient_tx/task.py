@@ -25,6 +25,14 @@ Example = Mapping[str, Any]
 # count.
 Batch = dict[str, np.ndarray]
 
+# Entries of a batch that a model does not get.
+NOT_READ = ("label", "label2", "mix", "weight", "row", "seed", "item")
+
+
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a batch that a model gets, by name: all that are not in NOT_READ."""
+    return {name: array for name, array in batch.items() if name not in NOT_READ}
+
 
 class Source(Protocol):
     """Random access to the unpadded examples of one split. Item i is the same in every process and on every call."""

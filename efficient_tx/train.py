@@ -39,6 +39,7 @@ from efficient_tx.config import flags as command_line
 from efficient_tx.config import trust
 from efficient_tx.config.build import build_model, build_stages, build_task
 from efficient_tx.config.check import check_objective
+from efficient_tx.config.evaluation import trained_model
 from efficient_tx.config.names import task_module
 from efficient_tx.config.schema import with_dense_weights
 from efficient_tx.config.stored import restore, to_store, workdir_of
@@ -236,10 +237,7 @@ def from_run(path: str, config: ConfigDict, task: Task) -> tuple[nnx.Module, lis
         kind = task_module(other.task.name).KIND
         if (kind == "image") != (task.kind == "image"):
             raise ValueError(f"its task {other.task.name} is of kind {kind!r}, and this one of {task.kind!r}")
-        task = dataclasses.replace(task, kind=kind)
-        stages, _ = build_stages(other, nnx.eval_shape(lambda: build_model(other, task)), objective_of(task))
-    step, stage, parameters = trained_parameters(path, "best", stages, print)
-    model = nnx.merge(nnx.split(stage.model)[0], parameters)
+        step, _, model = trained_model(path, "best", other, dataclasses.replace(task, kind=kind), print)
     return model, [f"parameters of {path}, step {step}, its best on validation"]
 
 

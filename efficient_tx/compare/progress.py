@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -28,3 +29,9 @@ def progress(console: Console) -> Iterator[Callable[[str], None]]:
             print(f"{now - began:.0f} s: {line}", file=sys.stderr, flush=True)
 
     yield say
+
+
+def counted(console: Console) -> Progress:
+    """A bar with a line on what is done, how many of how many, and the time left; only on a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

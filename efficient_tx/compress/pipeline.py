@@ -8,11 +8,11 @@ import jax
 from flax import nnx
 from ml_collections import ConfigDict
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from efficient_tx import train
 from efficient_tx.checks import OptionError
+from efficient_tx.compare.progress import counted
 from efficient_tx.compress.asked import Asked
 from efficient_tx.compress.distillation import begin
 from efficient_tx.compress.result import RECORD, Result, record, table
@@ -162,8 +162,7 @@ def by_method(
         batches = calibration(task, asked, batch_size) if method.needs else []
     with refusing():
         steps = method.steps(len(batches), len(select(model, asked.where)))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with counted(console) as bar:
         work = bar.add_task("", total=steps)
         try:
             return compress(

@@ -11,14 +11,13 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from efficient_tx.compress.asked import Asked
-from efficient_tx.config.build import build_model, build_stages, build_task
+from efficient_tx.config.build import build_task
+from efficient_tx.config.evaluation import trained_model
 from efficient_tx.config.schema import with_dense_weights
 from efficient_tx.config.stored import restore
 from efficient_tx.data.batching import train_batches
 from efficient_tx.task import Batch, Objective, Task
 from efficient_tx.training.errors import refusing
-from efficient_tx.training.evaluation import trained_parameters
-from efficient_tx.training.objective import objective_of
 from efficient_tx.training.step import score
 from efficient_tx.training.workdir import read_config
 
@@ -31,9 +30,7 @@ def load(workdir: Path, checkpoint: str) -> tuple[ConfigDict, Task, nnx.Module, 
         with config.unlocked():
             config.remat = False
         task = build_task(config)
-        stages, _ = build_stages(config, nnx.eval_shape(lambda: build_model(config, task)), objective_of(task))
-    step, stage, parameters = trained_parameters(path, checkpoint, stages, print)
-    model = nnx.merge(nnx.split(stage.model)[0], parameters)
+        step, stage, model = trained_model(path, checkpoint, config, task, print)
     return with_dense_weights(config) if stage.start else config, task, model, step
 
 

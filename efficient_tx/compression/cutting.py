@@ -1,6 +1,6 @@
 """Cutting: a method that removes neurons of MLPs and heads of mixers, and corrects the layer that reads them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from flax import nnx
@@ -120,14 +120,3 @@ def unit_costs(setting: Setting, one: Units) -> float:
     """The multiplications of a token that one unit takes, in all layers around it."""
     layers = [find(setting.model, path) for path in (*one.making, one.reading)]
     return sum(layer.in_features * layer.out_features for layer in layers) / one.count
-
-
-def kept_channels(found: Mapping[Path, Units], plan: Plan, path: Path) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Which inputs and which outputs of a layer are left after a plan; None: all."""
-    for owner, kept in plan.kept.items():
-        one = found[owner]
-        if path == one.reading:
-            return expand(kept, one.size), None
-        if path in one.making:
-            return None, expand(kept, one.size)
-    return None, None

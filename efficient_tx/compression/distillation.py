@@ -8,6 +8,7 @@ the outputs: Bick et al. 2024, arXiv 2408.10189 (MOHAWK); attention alone, then 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from efficient_tx.compression.statistics import NOT_READ
+from efficient_tx.compression.watch import watch
 from efficient_tx.linear.replacement import Path, find
 from efficient_tx.models.transformer import Block
-from efficient_tx.task import Objective
+from efficient_tx.task import Objective, model_inputs
 
 
 class Call(NamedTuple):
@@ -40,21 +41,13 @@ def trace(model: nnx.Module, features: Mapping[str, Any]) -> tuple[list[Call], j
     model, calls = nnx.merge(*nnx.split(model)), []
     for path, block in list(nnx.iter_modules(model)):
         if isinstance(block, Block):
-            watch(block, path, calls)
+            watch(block, partial(called, calls, path))
     return calls, model(**features, key=None)
 
 
-def watch(block: Block, path: Path, calls: list[Call]) -> None:
-    """Makes a block record its calls."""
-    kind = type(block)
-
-    class Watched(kind):
-        def __call__(self, x, *, mask=None, key=None):
-            out = kind.__call__(self, x, mask=mask, key=key)
-            calls.append(Call(path, x, mask, out))
-            return out
-
-    block.__class__ = Watched
+def called(calls: list[Call], path: Path, out: jax.Array, x: jax.Array, *, mask=None, key=None) -> None:
+    """Records a call of a block."""
+    calls.append(Call(path, x, mask, out))
 
 
 class Student(nnx.Module):
@@ -158,8 +151,7 @@ def variances(teacher: nnx.Module, batches: Iterable[Mapping[str, Any]]) -> list
 
     @jax.jit
     def run(params, batch):
-        features = {name: array for name, array in batch.items() if name not in NOT_READ}
-        calls, logits = trace(nnx.merge(graphdef, params), features)
+        calls, logits = trace(nnx.merge(graphdef, params), model_inputs(batch))
         counted = batch["weight"].reshape(len(batch["weight"]), -1).any(1)
         outs = [(call.out, call.mask) for call in calls]
         outs.append(

@@ -12,7 +12,7 @@ from flax import nnx
 from efficient_tx.compression.layer_form import LayerForm
 from efficient_tx.compression.model import Layer, bias_of, kernel_of, put
 from efficient_tx.compression.statistics import shared_out
-from efficient_tx.linear import Dense, Form
+from efficient_tx.linear import Dense
 from efficient_tx.linear.replacement import Path, dotted, find
 
 Batch = Mapping[str, Any]
@@ -110,7 +110,7 @@ class Gradients:
 
 def as_dense(layer: nnx.Module) -> Dense:
     """A dense layer with the bias of another one, and a kernel of zeros in float32."""
-    new = LayerForm(Form(Dense), layer.in_features, layer.out_features, layer.bias is not None).make(dtype=layer.dtype)
+    new = LayerForm.of(Dense, layer).blank(layer, jnp.float32)
     if (bias := bias_of(layer)) is not None:
         new.bias[...] = jnp.asarray(bias, jnp.float32)
     return new

@@ -39,8 +39,9 @@ class LayerForm(NamedTuple):
         common = {"use_bias": self.use_bias, "dtype": dtype, "param_dtype": param_dtype}
         return self.form(self.in_features, self.out_features, **common, rngs=nnx.Rngs(0))
 
-    def blank(self, like: nnx.Module) -> Weight:
-        """A layer of this form, with the dtypes of another one, whose values are all zero."""
-        shapes = nnx.eval_shape(lambda: self.make(dtype=like.dtype, param_dtype=like.param_dtype))
+    def blank(self, like: nnx.Module, param_dtype: jnp.dtype | None = None) -> Weight:
+        """A layer of this form, with the dtypes of another one unless given, whose values are all zero."""
+        param_dtype = like.param_dtype if param_dtype is None else param_dtype
+        shapes = nnx.eval_shape(lambda: self.make(dtype=like.dtype, param_dtype=param_dtype))
         graphdef, state = nnx.split(shapes)
         return nnx.merge(graphdef, jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape, leaf.dtype)), state))

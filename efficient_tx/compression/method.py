@@ -14,7 +14,7 @@ from efficient_tx.compression.layer_form import LayerForm
 from efficient_tx.compression.model import Layer, bias_of, kernel_of, put
 from efficient_tx.compression.statistics import Inputs
 from efficient_tx.linear import LowRank
-from efficient_tx.linear.replacement import Path, dotted
+from efficient_tx.linear.replacement import Path
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,3 @@ def largest_rank(setting: Setting, layer: Layer, limit: float) -> int:
         fits = setting.then(LayerForm.of(LowRank, layer.module, rank=middle)) <= limit
         low, high = (middle, high) if fits else (low, middle - 1)
     return low
-
-
-def names(paths: Sequence[Path]) -> str:
-    return ", ".join(map(dotted, paths))

@@ -1,7 +1,6 @@
 """Statistics of the inputs of linear layers, gathered in one pass over calibration batches with fixed memory."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +12,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from efficient_tx.attention import Mixer
 from efficient_tx.compression.model import Layer
+from efficient_tx.compression.watch import watch
 from efficient_tx.linear.replacement import Path, find
+from efficient_tx.task import model_inputs
 from efficient_tx.tokens.mask import compact
-
-# Entries of a batch that a model does not get.
-NOT_READ = ("label", "label2", "mix", "weight", "row", "seed")
 
 
 class Inputs(NamedTuple):
@@ -118,9 +116,8 @@ def recorder(model: nnx.Module, layers: Sequence[Layer]) -> Callable[[Mapping[st
     def run(params, batch):
         watched, tape = nnx.merge(graphdef, params), []
         for layer in layers:
-            watch(find(watched, layer.path), partial(record, tape, layer.path))
-        features = {name: array for name, array in batch.items() if name not in NOT_READ}
-        watched(**features, key=None)
+            watch(find(watched, layer.path), lambda out, x, path=layer.path: tape.append((path, x)))
+        watched(**model_inputs(batch), key=None)
         calls: dict[Path, list[Tokens]] = {}
         for path, x in tape:
             rows = x.reshape(-1, x.shape[-1])
@@ -136,22 +133,6 @@ def shared_out(batch: Mapping[str, Any]) -> Mapping[str, Any]:
     if len(batch["label"]) % len(devices):
         return batch
     return jax.device_put(dict(batch), NamedSharding(Mesh(devices, "devices"), PartitionSpec("devices")))
-
-
-def record(tape: list, path: Path, x: jax.Array) -> None:
-    tape.append((path, x))
-
-
-def watch(layer: nnx.Module, seen: Callable[[jax.Array], None]) -> None:
-    """Makes a layer call `seen` with its input first."""
-    kind = type(layer)
-
-    class Watched(kind):
-        def __call__(self, x, *others, **named):
-            seen(x)
-            return kind.__call__(self, x, *others, **named)
-
-    layer.__class__ = Watched
 
 
 def gathered_first(model: nnx.Module, path: Path) -> bool:

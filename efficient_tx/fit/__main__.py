@@ -23,9 +23,7 @@ from efficient_tx.extras import require
 require("train", "ml_collections", "orbax", "rich")
 
 import argparse
-import csv
 import functools
-import io
 import json
 import math
 import re
@@ -38,6 +36,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
+from efficient_tx.compare.attention.report import csv_text
 from efficient_tx.compare.flags import path, positive
 from efficient_tx.compare.progress import progress
 from efficient_tx.config import trust
@@ -50,7 +49,6 @@ from efficient_tx.fit.chips import GIGA, NAMES, TERA, Chip, chip_of, plugins
 from efficient_tx.fit.search import MOST, largest
 from efficient_tx.fit.step import Recipe, Step
 from efficient_tx.kernels.verify.targets import GIB
-from efficient_tx.sweep.plan import listed
 
 UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
 
@@ -67,18 +65,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The flags, and --config.KEY=VALUE; a mistake ends in one line and exit status 2."""
 
     def each(one: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-        def every(text: str) -> list[Any]:
-            if not listed(text):
-                raise argparse.ArgumentTypeError("it is empty")
-            return list(dict.fromkeys(map(one, listed(text))))
+        return lambda text: list(dict.fromkeys(map(one, commands.parts(text))))
 
-        return every
-
-    first, _, rest = __doc__.partition("\n\n")
-    parser = commands.Parser(
-        prog="python -m efficient_tx.fit", description=first, epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = commands.Parser.of("fit", __doc__)
     add = parser.add_argument
     add("--config", required=True, help="the path of a config file, or a shipped config's name; NAME:MIXERS+LINEAR")
     add("--config.KEY", metavar="VALUE", dest="constant", help="a value of the config, as of train.py")
@@ -183,11 +172,7 @@ def size(count: float | None) -> str:
 def text(rows: Sequence[dict[str, Any]], ending: str) -> str:
     if ending == ".json":
         return json.dumps(list(rows), indent=1) + "\n"
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]) if rows else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
+    return csv_text(rows) if rows else "\n"
 
 
 def fit(options: argparse.Namespace, constants: Sequence[str]) -> int:

@@ -54,11 +54,7 @@ PIXELS = 256
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The flags; a mistake ends in one line and exit status 2."""
-    first, _, rest = __doc__.partition("\n\n")
-    parser = commands.Parser(
-        prog="python -m efficient_tx.inspect", description=first, epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = commands.Parser.of("inspect", __doc__)
     add = parser.add_argument
     add("--workdir", required=True, type=path, help="the run; it is only read")
     add("--out", required=True, type=path, help="folder for inspect.json, inspect.png and attention.png")

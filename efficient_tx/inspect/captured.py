@@ -11,9 +11,11 @@ from flax import nnx
 
 from efficient_tx.attention import Mixer
 from efficient_tx.compression.model import in_order
-from efficient_tx.compression.statistics import NOT_READ, real
+from efficient_tx.compression.statistics import real
+from efficient_tx.compression.watch import watch
 from efficient_tx.linear.replacement import Path, dotted, find
 from efficient_tx.models.transformer import Block
+from efficient_tx.task import model_inputs
 
 
 class Call(NamedTuple):
@@ -72,7 +74,7 @@ def capture(model: nnx.Module, batch: Mapping[str, Any]) -> Inside:
             arrays.append({name: value for name, value in given.items() if isinstance(value, jax.Array)})
             static.append((path, {name: value for name, value in given.items() if name not in arrays[-1]}))
 
-        def left(path: Path, x: jax.Array) -> None:
+        def left(path: Path, x: jax.Array, *given: Any, **named: Any) -> None:
             rows = x.reshape(-1, x.shape[-1])
             states.append((rows, real(len(rows), batch, False)))
             passed.append(path)
@@ -80,8 +82,8 @@ def capture(model: nnx.Module, batch: Mapping[str, Any]) -> Inside:
         for path in mixers:
             watch_function(find(watched, path), functools.partial(called, path))
         for path in blocks:
-            watch_output(find(watched, path), functools.partial(left, path))
-        watched(**{name: array for name, array in batch.items() if name not in NOT_READ}, key=None)
+            watch(find(watched, path), functools.partial(left, path))
+        watched(**model_inputs(batch), key=None)
         return arrays, states
 
     arrays, states = run(params, dict(batch))
@@ -111,16 +113,3 @@ def watch_function(mixer: Mixer, seen: Callable[[Mapping[str, Any]], None]) -> N
         return original(*tokens, **given)
 
     mixer.__class__ = type(kind.__name__, (kind,), {"function": staticmethod(watched), "__module__": kind.__module__})
-
-
-def watch_output(module: nnx.Module, seen: Callable[[jax.Array], None]) -> None:
-    """Makes a module call `seen` with what it returns."""
-    kind = type(module)
-
-    class Watched(kind):
-        def __call__(self, *tokens, **given):
-            out = kind.__call__(self, *tokens, **given)
-            seen(out)
-            return out
-
-    module.__class__ = Watched

@@ -43,11 +43,7 @@ from efficient_tx.training.errors import RunError
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The flags; a mistake ends in one line and exit status 2."""
-    first, _, rest = __doc__.partition("\n\n")
-    parser = commands.Parser(
-        prog="python -m efficient_tx.report", description=first, epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = commands.Parser.of("report", __doc__)
     add = parser.add_argument
     add("folders", nargs="+", type=path, metavar="DIR", help="a folder of runs, as of a sweep, or a run")
     add("--format", choices=("html", *FORMATS), help="default: as the ending of --out, else html")

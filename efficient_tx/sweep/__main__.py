@@ -42,7 +42,7 @@ from efficient_tx.config.load import ConfigFile
 from efficient_tx.files import write
 from efficient_tx.sweep import slurm
 from efficient_tx.sweep.display import Display
-from efficient_tx.sweep.plan import Cell, Grid, Method, Run, check_runs, listed, shown
+from efficient_tx.sweep.plan import Cell, Grid, Method, Run, check_runs, shown
 from efficient_tx.sweep.runner import Runner, result_of
 from efficient_tx.sweep.tuning import choose, final_runs, tuning_runs
 from efficient_tx.training.errors import InUse, RunError
@@ -55,25 +55,16 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
     def values(text: str) -> tuple[str, list[str]]:
         key, _, given = text.partition("=")
-        if not (key and listed(given)):
+        if not (key and commands.listed(given)):
             raise argparse.ArgumentTypeError(f"{text!r} is no KEY=VALUES, as optimizer.learning_rate=1e-4,3e-4")
-        return key, listed(given)
+        return key, commands.listed(given)
 
-    def names(text: str) -> list[str]:
-        if not listed(text):
-            raise argparse.ArgumentTypeError("it is empty")
-        return listed(text)
-
-    first, _, rest = __doc__.partition("\n\n")
-    parser = commands.Parser(
-        prog="python -m efficient_tx.sweep", description=first, epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = commands.Parser.of("sweep", __doc__)
     add, key_values = parser.add_argument, {"action": "extend", "nargs": "+", "default": [], "type": values}
     add("--config", required=True, help="the path of a config file, or a shipped config's name")
     add("--config.KEY", metavar="VALUE", dest="constant", help="a value for all runs, as of train.py")
-    add("--mixers", type=names, metavar="A,B", help="token mixers, or patterns: 'gla*3,softmax;softmax'")
-    add("--linears", type=names, metavar="C,D", help="weight structures: dense,monarch,monarch+low_rank")
+    add("--mixers", type=commands.parts, metavar="A,B", help="token mixers, or patterns: 'gla*3,softmax;softmax'")
+    add("--linears", type=commands.parts, metavar="C,D", help="weight structures: dense,monarch,monarch+low_rank")
     add("--seeds", type=whole, default=1, help="runs of each combination, with seeds from 0; default 1")
     add("--set", **key_values, metavar="KEY=V1,V2", dest="settings", help="every value is compared")
     add("--tune", **key_values, metavar="KEY=V1,V2", dest="tuned",

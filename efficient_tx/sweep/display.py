@@ -15,6 +15,7 @@ from efficient_tx.sweep.plan import Cell, Run
 from efficient_tx.sweep.runner import Runner
 from efficient_tx.sweep.watch import done, latest
 from efficient_tx.training import summary
+from efficient_tx.training.report import clock
 
 
 class Clock:
@@ -154,11 +155,3 @@ class Display:
 def steps_of(runs: Sequence[Run], cell: Cell) -> int:
     """The steps of a run of the cell."""
     return next(run.config.steps for run in runs if run.cell is cell)
-
-
-def clock(seconds: float | None) -> str:
-    """ "1:02:03"."""
-    if seconds is None:
-        return "-:--:--"
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"

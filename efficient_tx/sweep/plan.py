@@ -236,8 +236,3 @@ def check_runs(runs: Iterable[Run]) -> None:
 def shown(method: object, settings: Mapping[str, str]) -> str:
     """A method with settings, for people: "skyformer, optimizer.learning_rate=1e-4"."""
     return ", ".join([str(method), *(f"{key}={value}" for key, value in settings.items())])
-
-
-def listed(text: str) -> list[str]:
-    """The parts of a list: split at semicolons if it has any, else at commas, as a pattern of mixers has commas."""
-    return [part.strip() for part in text.split(";" if ";" in text else ",") if part.strip()]

@@ -130,9 +130,8 @@ class Report:
         elif line["examples_per_second"]:
             seconds_per_step = self._batch_size / line["examples_per_second"]
         else:
-            return "-:--:--"
-        minutes, seconds = divmod(round((self._steps - step) * seconds_per_step), 60)
-        return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+            return clock(None)
+        return clock((self._steps - step) * seconds_per_step)
 
     def summarise(self, step: int, result: Mapping[str, Any]) -> None:
         """Gives the loggers what is known at the end: the scores of the test split, and the settings they belong to."""
@@ -141,3 +140,11 @@ class Report:
                 logger = LOGGERS[name](self._path, step, self._config)
                 logger.summarise(step, result)
                 logger.close()
+
+
+def clock(seconds: float | None) -> str:
+    """A span of time, "1:02:03"; None is not known."""
+    if seconds is None:
+        return "-:--:--"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"

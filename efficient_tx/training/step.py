@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from efficient_tx.numerics.random import evaluation_keys
-from efficient_tx.task import Batch, Objective
+from efficient_tx.task import Batch, Objective, model_inputs
 from efficient_tx.training import metrics
 from efficient_tx.training.errors import innermost
 from efficient_tx.training.metrics import Metrics
@@ -26,8 +26,6 @@ from efficient_tx.training.objective import CLASSIFICATION
 AXIS = "devices"
 # What a model is given beside the batch, if nothing.
 NOTHING: Mapping[str, Any] = {}
-# Entries of a batch that a model does not get.
-NOT_READ = ("label", "label2", "mix", "weight", "row", "seed", "item")
 
 
 class State(NamedTuple):
@@ -111,11 +109,9 @@ def score(
 def outputs(model: nnx.Module, batch: Batch, keys: jax.Array | None, given: Mapping[str, Any]) -> jax.Array:
     """What the model answers to a batch, float32.
 
-    It gets, by name, every entry of the batch that is not in NOT_READ, what is `given`, and one key per example (None
-    at evaluation).
+    It gets the `model_inputs` of the batch, what is `given`, and one key per example (None at evaluation).
     """
-    features = {name: array for name, array in batch.items() if name not in NOT_READ}
-    return model(**features, **given, key=keys).astype(jnp.float32)
+    return model(**model_inputs(batch), **given, key=keys).astype(jnp.float32)
 
 
 def train_step(

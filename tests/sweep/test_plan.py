@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from efficient_tx.sweep.plan import Grid, Method, check_runs, combinations, listed, run_name
+from efficient_tx.commands import listed
+from efficient_tx.sweep.plan import Grid, Method, check_runs, combinations, run_name
 from efficient_tx.sweep.tuning import final_runs, tuning_runs
 
 pytestmark = pytest.mark.quick

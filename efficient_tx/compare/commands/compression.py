@@ -3,10 +3,10 @@
 import argparse
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from efficient_tx.commands import setting
+from efficient_tx.commands import parts, setting
 from efficient_tx.compare.flags import path, whole
+from efficient_tx.compare.progress import counted
 from efficient_tx.compare.timing import machine
 from efficient_tx.compression import METHODS
 from efficient_tx.compression.budget import check_budget
@@ -14,11 +14,6 @@ from efficient_tx.config.methods import named_method
 from efficient_tx.files import write
 
 HELP = "one trained model made smaller by all methods, in the same bytes"
-
-
-def listed(text: str) -> tuple[str, ...]:
-    """Parts of a list, split on ; where there is one, else on commas."""
-    return tuple(part.strip() for part in text.split(";" if ";" in text else ","))
 
 
 def budgets(text: str) -> tuple[float, ...]:
@@ -36,7 +31,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--workdir", type=path, required=True, help="a finished run")
     add("--out", type=path, required=True, help="for compression.csv, .json and .png, and all runs")
-    add("--methods", type=listed, default=tuple(METHODS), metavar="A;B",
+    add("--methods", type=parts, default=list(METHODS), metavar="A;B",
         help="as of compress --method, split on ; where there is one, else on commas; default: all")  # fmt: skip
     add("--budgets", type=budgets, default=(0.75, 0.5, 0.25), help="shares of the bytes; default 0.75,0.5,0.25")
     add("--distill", type=int, default=0, metavar="STEPS", help="steps of learning from the run after each compression")
@@ -64,14 +59,13 @@ def run(args: argparse.Namespace, console: Console) -> None:
     from efficient_tx.compare.compression.measure import Settings, compare, metric_of
 
     settings = Settings(
-        args.workdir, args.methods, args.budgets, args.distill, args.tune, args.draws, args.calibration, args.where,
-        dict(args.settings), args.rows, args.rounds,
+        args.workdir, tuple(args.methods), args.budgets, args.distill, args.tune, args.draws, args.calibration,
+        args.where, dict(args.settings), args.rows, args.rounds,
     )  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
     ran_on = machine()
     console.print(ran_on, highlight=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with counted(console) as bar:
         work = bar.add_task("")
 
         def progress(what: str, done: int, of: int) -> None:

@@ -159,7 +159,7 @@ def compare(
                 except RunError as error:
                     row.refused = error.flag
         jax.clear_caches()
-    time_all(rows, settings, out, lambda what: progress(what, total, total))
+    examine(rows, settings, out, lambda what: progress(what, total, total))
     for row in front(rows, lambda row: row.stored):
         row.front = True
     return rows
@@ -170,7 +170,6 @@ def whole(settings: Settings) -> Row:
     row = Row("dense", 1.0)
     summary = read_checked(settings.run / "summary.json")
     row.scores = [score_of(summary)]
-    measure_size(row, settings.run)
     return row
 
 
@@ -209,23 +208,22 @@ def fill(row: Row, path: Path, draw: int, trained: str) -> None:
         for name, value in layer.items():
             if name != "error":
                 row.theory[name] = max(value, row.theory.get(name, 0.0))
-    measure_size(row, path)
 
 
-def measure_size(row: Row, path: Path) -> None:
-    """Bytes and multiplications of all linear layers of the run in a workdir."""
-    _, _, model, _ = load(path, "best")
+def measure_size(row: Row, model: nnx.Module) -> None:
+    """Bytes and multiplications of all linear layers of a model."""
     layers = [layer.module for layer in linear_layers(model)]
     row.stored = sum(map(stored, layers))
     row.multiplications = sum(map(multiplications, layers))
 
 
-def time_all(rows: Sequence[Row], settings: Settings, out: Path, progress: Callable[[str], None]) -> None:
-    """Times a forward pass of every model, all in turns; and compares the embeddings of those that have any."""
+def examine(rows: Sequence[Row], settings: Settings, out: Path, progress: Callable[[str], None]) -> None:
+    """Loads every model, once: its size, its embeddings if it has any, and the time of a forward pass, in turns."""
     runs, original = {}, None
     for i, path in workdirs(rows, settings, out):
         progress(f"compiling {path.name}")
         _, task, model, _ = load(path, "best")
+        measure_size(rows[i], model)
         if hasattr(model, "embed"):
             own = embedded(model, task)
             original = own if original is None else original

@@ -6,8 +6,9 @@ import json
 import pytest
 from PIL import Image
 
+from efficient_tx.commands import parts
 from efficient_tx.compare import __main__ as command
-from efficient_tx.compare.commands.compression import budgets, listed
+from efficient_tx.compare.commands.compression import budgets
 from efficient_tx.compare.compression.measure import Row, Settings, cell, front
 from efficient_tx.compare.compression.report import spread, table
 from tests.support.command import finished_run, undone
@@ -41,7 +42,7 @@ def test_names_of_cells_and_values_of_flags():
         cell("sparse(pattern='2:4')+eora", 0.25, 2, "distilled 10, tuned 5")
         == "sparse_pattern_2_4_+eora-0.25-2-distilled10-tuned5"
     )
-    assert listed("svd,flap") == ("svd", "flap") and listed("sum(a=1,b=2);svd") == ("sum(a=1,b=2)", "svd")
+    assert parts("svd,flap") == ["svd", "flap"] and parts("sum(a=1,b=2);svd") == ["sum(a=1,b=2)", "svd"]
     assert budgets("0.25,0.75,0.25") == (0.75, 0.25)
     assert spread([0.5]) == "0.5000" and spread([0.4, 0.6]) == "0.5000 (0.4000 to 0.6000)"
 
