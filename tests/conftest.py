@@ -102,7 +102,7 @@ LONGEST = (
     "tests/test_own.py",
     "tests/compression/test_methods.py",
     "tests/compression/test_swapping.py",
-    "tests/test_compress.py",
+    "tests/compress/test_compress.py",
 )
 
 
