@@ -81,6 +81,7 @@ COMMANDS = (
     "efficient_tx.report",
     "efficient_tx.fit",
     "efficient_tx.inspect",
+    "efficient_tx.predict",
 )
 
 

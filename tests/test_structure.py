@@ -89,6 +89,7 @@ COMMAND_FOLDERS = (
     "efficient_tx/report/",
     "efficient_tx/fit/",
     "efficient_tx/inspect/",
+    "efficient_tx/predict/__main__.py",
 )
 
 

@@ -38,11 +38,10 @@ from rich.console import Console
 from efficient_tx.compare.flags import path, whole
 from efficient_tx.config import trust
 from efficient_tx.config.flags import OVERRIDE, TRUST, refuse
-from efficient_tx.config.load import ConfigFile
 from efficient_tx.files import write
 from efficient_tx.sweep import slurm
 from efficient_tx.sweep.display import Display
-from efficient_tx.sweep.plan import Cell, Grid, Method, Run, check_runs, shown
+from efficient_tx.sweep.plan import Cell, Grid, Run, check_runs, methods_of, shown
 from efficient_tx.sweep.runner import Runner, result_of
 from efficient_tx.sweep.tuning import choose, final_runs, tuning_runs
 from efficient_tx.training.errors import InUse, RunError
@@ -91,18 +90,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def grid_of(options: argparse.Namespace, constants: Sequence[str]) -> Grid:
-    """What is asked for; methods that are not named are those of the config file."""
-    name, colon, _ = options.config.partition(":")
-    if colon and (options.mixers or options.linears):
-        rule = "what follows the colon is what --mixers and --linears are for: leave out one of them"
-        raise ValueError(f"--config={options.config}: {rule}")
-    plain = ConfigFile(options.config).config()
-    linears = "+".join(plain.linear[part].name for part in ("mlp", "projections"))
-    methods = [
-        Method(mixers, structures)
-        for mixers in options.mixers or [plain.mixers]
-        for structures in options.linears or [linears.removesuffix("+dense")]
-    ]
+    """What is asked for."""
+    name, methods = methods_of(options.config, options.mixers, options.linears)
     return Grid(
         name, methods, dict(options.settings), dict(options.tuned), constants, options.out, options.trust
     )  # fmt: skip

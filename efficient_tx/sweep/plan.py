@@ -11,6 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from efficient_tx.checks import OptionError
 from efficient_tx.config.check import check
 from efficient_tx.config.errors import ConfigError
 from efficient_tx.config.flags import typed_keys, typed_values
@@ -43,6 +44,31 @@ class Method:
 
     def __str__(self) -> str:
         return self.mixers if self.linears in ("dense", "dense+dense") else self.argument
+
+
+def methods_of(
+    config: str, mixers: Sequence[str] | None, linears: Sequence[str] | None
+) -> tuple[str, list[Method]]:  # fmt: skip
+    """The path of a config without its argument, and every combination of the mixers and structures.
+
+    Args:
+      mixers, linears: None is those of the config.
+
+    Raises:
+      OptionError: they are given, and the path has an argument.
+      ConfigError, OSError: it is no config.
+    """
+    name, colon, _ = config.partition(":")
+    if colon and (mixers or linears):
+        rule = "what follows the colon is what mixers and linears are for: leave out one of them"
+        raise OptionError("config", config, rule)
+    plain = ConfigFile(config).config()
+    own = "+".join(plain.linear[part].name for part in ("mlp", "projections"))
+    return name, [
+        Method(pattern, structures)
+        for pattern in mixers or [plain.mixers]
+        for structures in linears or [own.removesuffix("+dense")]
+    ]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

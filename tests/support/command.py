@@ -23,6 +23,7 @@ from absl.testing import flagsaver
 import efficient_tx.compress.__main__
 import efficient_tx.eval
 import efficient_tx.inspect.__main__
+import efficient_tx.predict.__main__
 import efficient_tx.train
 from efficient_tx import commands
 from tests.support import ROOT, toy
@@ -129,6 +130,7 @@ def here(command: Callable[[], None], *arguments: object, data: Path | None = No
         mock.patch("efficient_tx.train.keep_programs"),
         mock.patch("efficient_tx.eval.keep_programs"),
         mock.patch("efficient_tx.compress.pipeline.keep_programs"),
+        mock.patch("efficient_tx.predict.__main__.keep_programs"),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(error),
     ):
