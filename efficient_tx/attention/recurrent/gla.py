@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from efficient_tx.attention.base.multihead import MultiHead
-from efficient_tx.attention.recurrent.base import both_ways
+from efficient_tx.attention.recurrent.base import Recurrent, both_ways
 from efficient_tx.checks import OptionError, at_least
 from efficient_tx.kernels import gated_linear_attention
 from efficient_tx.kernels.shapes import check_rank, check_shapes
@@ -77,22 +77,11 @@ def gla_step(
     return out[:, 0], state
 
 
-def check_sizes(head_dim: int, expand_k: float, gate_rank: int, gate_normalizer: float, clamp_min: float | None):
-    """Raises ValueError, one line, for the first option that is out of its range."""
-    if not head_dim * expand_k >= 1:
-        raise OptionError("expand_k", expand_k, f"with head_dim {head_dim} it must be at least {1 / head_dim:g}")
-    at_least(1, gate_rank=gate_rank)
-    if not gate_normalizer > 0:
-        raise OptionError("gate_normalizer", gate_normalizer, "it must be above 0")
-    if clamp_min is not None and not clamp_min < 0:
-        raise OptionError("clamp_min", clamp_min, "the least logarithm of a decay must be below 0, or None")
-
-
-class GLA(MultiHead):
-    """The whole layer of gated linear attention; other arguments as in `MultiHead`; head_dim is the width of values.
+class GLA(Recurrent):
+    """The whole layer of gated linear attention; other arguments as in `Recurrent`.
 
     Args:
-      expand_k: width of queries and keys divided by the width of values.
+      expand_k: width of queries and keys divided by that of a head.
       gate_rank: rank of the linear map from tokens to decays.
       gate_normalizer: divisor of the log decays; with 16 the initial memory is tens of tokens.
       clamp_min: lower bound of the log decays, below 0; None means no bound.
@@ -110,7 +99,6 @@ class GLA(MultiHead):
     cost = "n"
     function = staticmethod(gla)
     refuses: ClassVar = {"cross": "it needs positions"}
-    projections = ("v", "gate")
 
     @staticmethod
     def measured_with(q: jax.Array, budget: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -119,19 +107,28 @@ class GLA(MultiHead):
     def __init__(
         self, features: int, *,
         expand_k: float = 0.5, gate_rank: int = 16, gate_normalizer: float = 16.0, clamp_min: float | None = None,
-        linear: Callable = nnx.Linear, conv: int = 0, dtype: jnp.dtype | None = None, rngs: nnx.Rngs, **common: Any,
+        conv: int = 0, linear: Callable = nnx.Linear, dtype: jnp.dtype | None = None, rngs: nnx.Rngs, **common: Any,
     ):  # fmt: skip
-        without_bias = partial(linear, use_bias=False)
-        super().__init__(features, linear=without_bias, dtype=dtype, rngs=rngs, **common)
-        check_sizes(self.head_dim, expand_k, gate_rank, gate_normalizer, clamp_min)
-        self.key_dim = round(expand_k * self.head_dim)
-        keys = self.heads * self.key_dim
-        self.q, self.k = (without_bias(features, keys, dtype=dtype, rngs=rngs) for _ in range(2))
+        at_least(1, gate_rank=gate_rank)
+        if not gate_normalizer > 0:
+            raise OptionError("gate_normalizer", gate_normalizer, "it must be above 0")
+        if clamp_min is not None and not clamp_min < 0:
+            raise OptionError("clamp_min", clamp_min, "the least logarithm of a decay must be below 0, or None")
+        own = {"linear": linear, "dtype": dtype, "rngs": rngs}
+        super().__init__(features, expand_k=expand_k, conv=conv, **own, **common)
+        self.gate = linear(features, self.heads * self.head_dim, use_bias=False, dtype=dtype, rngs=rngs)
         self.decay_down = nnx.Linear(features, gate_rank, use_bias=False, dtype=dtype, rngs=rngs)
-        self.decay_up = nnx.Linear(gate_rank, keys, dtype=dtype, rngs=rngs)
-        self.norm = nnx.RMSNorm(self.head_dim, epsilon=1e-5, dtype=dtype, rngs=rngs)
+        self.decay_up = nnx.Linear(gate_rank, self.heads * self.key_dim, dtype=dtype, rngs=rngs)
         self.gate_normalizer, self.clamp_min = gate_normalizer, clamp_min
-        self.add_convolutions({"q": keys, "k": keys, "v": self.heads * self.head_dim}, conv, rngs=rngs)
+
+    def project(self, tokens: jax.Array) -> dict[str, jax.Array]:
+        """Queries, keys, values and log_decay; only a convolution is followed by a SiLU."""
+        logits = self.decay_up(self.decay_down(tokens))
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        log_decay = jax.nn.log_sigmoid(logits) / self.gate_normalizer
+        if self.clamp_min is not None:
+            log_decay = jnp.maximum(log_decay, self.clamp_min)
+        return MultiHead.project(self, tokens) | {"log_decay": log_decay.reshape(len(tokens), self.heads, -1)}
 
     def attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array, *,
@@ -139,33 +136,10 @@ class GLA(MultiHead):
     ) -> jax.Array:  # fmt: skip
         return gla(q, k, v, log_decay=log_decay, **self.arguments(mask=mask, key=key))
 
-    def activate(self, convolved: jax.Array) -> jax.Array:
-        return jax.nn.silu(convolved)
-
-    def state_numbers(self, length: int) -> int:
-        return self.heads * self.key_dim * self.head_dim
-
-    def empty_memory(self, batch: int, max_len: int | None, dtype: jnp.dtype) -> jax.Array:
-        """`[batch, heads, key_dim, head_dim]`."""
-        return jnp.zeros((batch, self.heads, self.key_dim, self.head_dim), jnp.promote_types(dtype, jnp.float32))
-
-    def remember(
-        self, projected: dict[str, jax.Array], memory: jax.Array, *,
-        mask: jax.Array | None, count: jax.Array, first: bool,
+    def recurrence(
+        self, parts: dict[str, jax.Array], memory: jax.Array, mask: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-        return gated_linear_attention(**projected, initial_state=memory, mask=mask)
+        return gated_linear_attention(**parts, initial_state=memory, mask=mask)
 
-    def project(self, tokens: jax.Array) -> dict[str, jax.Array]:
-        """Queries, keys, values and log_decay."""
-        logits = self.decay_up(self.decay_down(tokens))
-        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-        log_decay = jax.nn.log_sigmoid(logits) / self.gate_normalizer
-        if self.clamp_min is not None:
-            log_decay = jnp.maximum(log_decay, self.clamp_min)
-        parts = {"q": self.q(tokens), "k": self.k(tokens), "v": self.v(tokens), "log_decay": log_decay}
-        return {name: part.reshape(len(tokens), self.heads, -1) for name, part in parts.items()}
-
-    def finish(self, heads: jax.Array, tokens: jax.Array) -> jax.Array:
-        """Norm, gate and output projection."""
-        gated = self.norm(heads).reshape(len(tokens), -1) * jax.nn.silu(self.gate(tokens))
-        return self.out(gated)
+    def gated(self, heads: jax.Array, tokens: jax.Array) -> jax.Array:
+        return heads * jax.nn.silu(self.gate(tokens))
