@@ -1,0 +1,142 @@
+"""An exported run, used with jax and numpy alone: neither efficient_tx nor flax is imported. Copy this file.
+
+Command:   python run_exported.py classifier.npz "[MAX 4 3 [MIN 2 3 ] 1 ]"
+Needs:     `pip install jax flatbuffers` (jax reads the function by flatbuffers, and does not install it), and a file of
+           examples/export_run.py
+Duration:  seconds on a CPU
+"""
+
+import json
+import sys
+import zipfile
+
+import jax
+import numpy as np
+from jax import export
+
+
+class Exported:
+    """The function in a file of `efficient_tx.export.export_function`, with its weights.
+
+    Attributes:
+      about: what the file says of itself: inputs, padding, outputs, task, versions.
+
+    Raises:
+      ValueError: one line: the file cannot be read, or not by this version of jax.
+    """
+
+    def __init__(self, path: str):
+        if not zipfile.is_zipfile(path):
+            raise ValueError(f"{path} is no .npz file, or there is none")
+        try:
+            # A part that differs from its checksum is not read. Nothing in it is run.
+            with np.load(path, allow_pickle=False) as archive:
+                parts = {name: archive[name] for name in archive.files}
+            self.about = json.loads(str(parts.pop("about")))
+            self.function = export.deserialize(bytearray(parts.pop("function").tobytes()))
+            self.outputs = parts.pop("outputs")
+        except ImportError as error:
+            raise ValueError(f"{' '.join(str(error).split())}: pip install flatbuffers") from None
+        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+        self.examples, weights = (
+            {name.partition("/")[2]: x for name, x in parts.items() if name.startswith(f"{kind}/")}
+            for kind in ("inputs", "weights")
+        )
+        weights = jax.device_put(weights)
+        # Every batch size is compiled once.
+        self.run = jax.jit(lambda batch: self.function.call(weights, batch))
+
+    def check(self) -> float:
+        """The largest difference to the outputs that the exporting machine computed for the examples in the file.
+
+        Raises:
+          ValueError: it is more than rounding.
+        """
+        difference, most = float(np.abs(self.run(self.examples) - self.outputs).max()), self.about["tolerance"]
+        if not difference <= most:
+            raise ValueError(f"outputs differ from the exporting machine's by {difference:.2g}, more than {most:.2g}")
+        return difference
+
+    def __call__(self, examples: list[dict]) -> np.ndarray:
+        """The outputs for some examples, `[batch, ...]`; `about["outputs"]` says what they mean.
+
+        Args:
+          examples: each with `inputs`, unpadded: the token ids of a text, or the pixels of an image; of a pair of texts
+            with `inputs2` too. Its own bool `mask` may say which of its tokens are real; by default all are.
+        """
+        return np.asarray(self.run(self.batch(examples)))
+
+    def batch(self, examples: list[dict]) -> dict[str, np.ndarray]:
+        """The examples, checked, padded and stacked.
+
+        Raises:
+          ValueError: one line: there is none, or one is not what the function was trained on.
+        """
+        if not examples:
+            raise ValueError("there is no example")
+        rows = [self.padded(example, f"example {number}") for number, example in enumerate(examples)]
+        return {name: np.stack([row[name] for row in rows]) for name in self.about["inputs"]}
+
+    def padded(self, example: dict, where: str) -> dict[str, np.ndarray]:
+        row = {}
+        for name, wanted in self.about["inputs"].items():
+            if not name.startswith("inputs"):
+                continue
+            if name not in example:
+                raise ValueError(f"{where} has no {name}")
+            array = np.asarray(example[name])
+            if self.about["kind"] == "image":
+                if list(array.shape) != wanted["shape"]:
+                    raise ValueError(f"{where} has an image of shape {list(array.shape)}, not {wanted['shape']}")
+            elif array.ndim != 1 or not 0 < len(array) <= self.about["max_len"]:
+                raise ValueError(
+                    f"{where} has {name} of shape {list(array.shape)}, not of 1 to {self.about['max_len']} tokens"
+                )
+            vocabulary = self.about["vocab_size"]
+            if vocabulary is None and not (array.dtype.kind in "biuf" and np.isfinite(array).all()):
+                raise ValueError(f"{where} has {name} that are no finite numbers")
+            if vocabulary is not None and not (
+                array.dtype.kind in "iu" and array.min() >= 0 and array.max() < vocabulary
+            ):
+                raise ValueError(f"{where} has {name} that are no whole numbers in [0, {vocabulary})")
+            row[name] = array.astype(wanted["dtype"])
+            if self.about["kind"] == "image":
+                continue
+            rest = self.about["max_len"] - len(array)
+            row[name] = np.pad(row[name], (0, rest))
+            mask = name.replace("inputs", "mask")
+            own = np.asarray(example.get(mask, np.ones(len(array), bool)))
+            if own.shape != array.shape or own.dtype != bool:
+                raise ValueError(f"{where} has a {mask} that is not True or False for each of its tokens")
+            row[mask] = np.pad(own, (0, rest))
+        return row | {"positions": np.arange(self.about["max_len"], dtype=np.int32)}
+
+    def ids(self, text: str) -> list[int]:
+        """The token ids of words with spaces between them, by the vocabulary in the file."""
+        if not self.about["vocabulary"]:
+            raise ValueError("the file has no vocabulary: its task says how a text becomes token ids")
+        places = {word: number for number, word in enumerate(self.about["vocabulary"])}
+        if unknown := [word for word in text.split() if word not in places]:
+            raise ValueError(f"{unknown[0]!r} is no word of the vocabulary: {' '.join(places)}")
+        return [places[word] for word in text.split()]
+
+
+def main(path: str, *texts: str) -> None:
+    exported = Exported(path)
+    task, device = exported.about["task"], jax.devices()[0]
+    print(f"{path}: {task['name']} ({task['source']}), for {', '.join(exported.about['platforms'])}")
+    print(f"on {device.platform}, the largest difference to the exporting machine is {exported.check():.1e}")
+    for text in texts:
+        logits = exported([{"inputs": exported.ids(text)}])[0]
+        classes = exported.about["classes"] or range(len(logits))
+        print(f"{text} -> {classes[int(logits.argmax())]}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit("give a file of examples/export_run.py, and texts if you like")
+    try:
+        main(*sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"{error}")
