@@ -87,24 +87,19 @@ class Exported:
                 raise ValueError(f"{where} has no {name}")
             array = np.asarray(example[name])
             if self.about["kind"] == "image":
-                if list(array.shape) != wanted["shape"]:
-                    raise ValueError(f"{where} has an image of shape {list(array.shape)}, not {wanted['shape']}")
-            elif array.ndim != 1 or not 0 < len(array) <= self.about["max_len"]:
-                raise ValueError(
-                    f"{where} has {name} of shape {list(array.shape)}, not of 1 to {self.about['max_len']} tokens"
-                )
-            vocabulary = self.about["vocab_size"]
-            if vocabulary is None and not (array.dtype.kind in "biuf" and np.isfinite(array).all()):
-                raise ValueError(f"{where} has {name} that are no finite numbers")
-            if vocabulary is not None and not (
-                array.dtype.kind in "iu" and array.min() >= 0 and array.max() < vocabulary
-            ):
-                raise ValueError(f"{where} has {name} that are no whole numbers in [0, {vocabulary})")
-            row[name] = array.astype(wanted["dtype"])
-            if self.about["kind"] == "image":
+                if list(array.shape) != wanted["shape"] or array.dtype.kind not in "iuf":
+                    raise ValueError(f"{where} has {array.dtype}{list(array.shape)}, no image {wanted['shape']}")
+                if not np.isfinite(array).all():
+                    raise ValueError(f"{where} has pixels that are not finite")
+                row[name] = array.astype(wanted["dtype"])
                 continue
-            rest = self.about["max_len"] - len(array)
-            row[name] = np.pad(row[name], (0, rest))
+            most, vocabulary = self.about["max_len"], self.about["vocab_size"]
+            if array.ndim != 1 or not 0 < len(array) <= most:
+                raise ValueError(f"{where} has {name} of shape {list(array.shape)}, not of 1 to {most} tokens")
+            if array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= vocabulary:
+                raise ValueError(f"{where} has {name} that are no whole numbers in [0, {vocabulary})")
+            rest = most - len(array)
+            row[name] = np.pad(array.astype(wanted["dtype"]), (0, rest))
             mask = name.replace("inputs", "mask")
             own = np.asarray(example.get(mask, np.ones(len(array), bool)))
             if own.shape != array.shape or own.dtype != bool:

@@ -27,7 +27,7 @@ from efficient_tx.checks import OptionError
 from efficient_tx.compress.source import load
 from efficient_tx.config.names import task_module
 from efficient_tx.data.batching import evaluation_batches
-from efficient_tx.export.program import PLATFORMS, program
+from efficient_tx.export.program import program
 from efficient_tx.files import local_path
 from efficient_tx.models.pretrained.parameters import parameters
 from efficient_tx.task import Task, model_inputs
@@ -44,7 +44,6 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 MEANINGS = {
     "inputs": {
         "tokens": "token ids in [0, vocab_size), padded on the right with 0 up to max_len",
-        "numbers": "a number for each token, padded on the right with 0 up to max_len",
         "image": "pixels [height, width, channels], scaled as the task says",
     },
     "mask": "True for real tokens, whatever their ids, and False for the padding",
@@ -57,7 +56,6 @@ def export_function(
     path: str | Path,
     *,
     checkpoint: str = "best",
-    platforms: Sequence[str] = PLATFORMS,
     precision: str | None = "highest",
     vocabulary: Sequence[str] | None = None,
     classes: Sequence[str] | None = None,
@@ -71,7 +69,7 @@ def export_function(
       workdir: of the run; it is only read. Its task's test data must be there.
       path: ends in .npz; a file of that name is replaced.
       checkpoint: "best" (on validation), "last", or a step.
-      platforms, precision: see `program`.
+      precision: see `program`.
       vocabulary: the word of each token id, for whoever uses the file; None: the task's docstring has to do.
       classes: the name of each class, likewise.
 
@@ -79,9 +77,9 @@ def export_function(
       What the file says about itself.
 
     Raises:
-      Refused: one line: no such run or checkpoint, another ending, a list of another length, a missing package, or a
-        model that cannot be exported.
-      RunError: the file cannot be written, or the function does not compute what the model does.
+      Refused: one line: no such run or checkpoint, another ending, a list of another length, a missing package, a model
+        that cannot be exported, or a function that does not compute what the model does.
+      RunError: the file cannot be written.
     """
     with refusing():
         path = local_path(path)
@@ -92,31 +90,49 @@ def export_function(
         require_flatbuffers()
     config, task, model, step = load(Path(workdir), checkpoint)
     with refusing(str(workdir)):
-        for option, words, count in (
-            ("vocabulary", vocabulary, task.vocab_size), ("classes", classes, task.num_classes),
-        ):  # fmt: skip
-            if words is not None and len(words) != count:
-                raise OptionError(option, f"{len(words)} words", f"the task has {count}")
+        words = {"vocabulary": (vocabulary, task.vocab_size), "classes": (classes, task.num_classes)}
+        for option, (given, count) in words.items():
+            if given is not None and len(given) != count:
+                raise OptionError(option, f"{len(given)} words", f"the task has {count}")
         batch = first_examples(task)
-        function = program(model, batch, platforms=platforms, precision=precision)
-        content = bytes(function.serialize())
-    weights = {name: np.asarray(x[...]) for name, x in parameters(model).items()}
-    outputs = np.asarray(reference(model, batch, precision))
-    about = facts(config, task, function, outputs, step) | {
-        "vocabulary": None if vocabulary is None else list(vocabulary),
-        "classes": None if classes is None else list(classes),
-    }
-    again = export.deserialize(bytearray(content)).call(weights, batch)
-    if (error := float(np.abs(np.asarray(again) - outputs).max())) > about["tolerance"]:
-        raise RunError(f"{path} is not written: its outputs differ from the model's by {error:.2g}")
-    arrays = {f"weights/{name}": x for name, x in weights.items()} | {f"inputs/{name}": x for name, x in batch.items()}
-    file = io.BytesIO()
-    np.savez(file, about=np.array(json.dumps(about)), function=np.frombuffer(content, np.uint8), outputs=outputs,
-             **arrays)  # fmt: skip
-    write_bytes(path, file.getvalue())
-    if path.read_bytes() != file.getvalue():
+        function = program(model, batch, precision=precision)
+        outputs = evaluated(model, batch, precision)
+        about = facts(config, task, function, outputs)
+        about |= {option: given and list(given) for option, (given, _) in words.items()} | {"step": step}
+        content = packed(model, function, batch, outputs, about)
+    write_bytes(path, content)
+    if path.read_bytes() != content:
         raise RunError(f"{path} comes back with other bytes than were written")
     return about
+
+
+def packed(
+    model: nnx.Module,
+    function: export.Exported,
+    batch: Mapping[str, np.ndarray],
+    outputs: np.ndarray,
+    about: Mapping[str, Any],
+) -> bytes:
+    """The bytes of the file. The function in them was read back and gave `outputs`, the model's own for `batch`.
+
+    Raises:
+      ValueError: it does not compute what the model does.
+    """
+    serialized = bytes(function.serialize())
+    weights = {name: np.asarray(x[...]) for name, x in parameters(model).items()}
+    again = export.deserialize(bytearray(serialized)).call(weights, dict(batch))
+    if not (error := float(np.abs(np.asarray(again) - outputs).max())) <= about["tolerance"]:
+        raise ValueError(f"what was exported differs from the model by {error:.2g}: nothing is written")
+    arrays = {
+        "about": np.array(json.dumps(about)),
+        "function": np.frombuffer(serialized, np.uint8),
+        "outputs": outputs,
+        **{f"weights/{name}": x for name, x in weights.items()},
+        **{f"inputs/{name}": x for name, x in batch.items()},
+    }
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
 
 
 def require_flatbuffers() -> None:
@@ -133,18 +149,17 @@ def first_examples(task: Task) -> dict[str, np.ndarray]:
     return model_inputs(evaluation_batches(task.test, dataclasses.replace(task, bucket=False), batch_size=count)[0])
 
 
-def reference(model: nnx.Module, batch: Mapping[str, np.ndarray], precision: str | None) -> jax.Array:
+def evaluated(model: nnx.Module, batch: Mapping[str, np.ndarray], precision: str | None) -> np.ndarray:
     """The model's own outputs for a batch, called as it is in an evaluation."""
     graphdef, params = nnx.split(model)
     with jax.default_matmul_precision(precision):
-        return jax.jit(lambda params, batch: nnx.merge(graphdef, params)(**batch, key=None))(params, dict(batch))
+        return np.asarray(jax.jit(lambda params, batch: nnx.merge(graphdef, params)(**batch))(params, dict(batch)))
 
 
-def facts(config: ConfigDict, task: Task, function: export.Exported, outputs: np.ndarray, step: int) -> dict[str, Any]:
+def facts(config: ConfigDict, task: Task, function: export.Exported, outputs: np.ndarray) -> dict[str, Any]:
     """What a person has to know to use the function."""
     _, inputs = jax.tree.unflatten(function.in_tree, function.in_avals)[0]
-    kind = "image" if task.kind == "image" else "numbers" if task.vocab_size is None else "tokens"
-    meanings = MEANINGS | {"inputs": MEANINGS["inputs"][kind]}
+    meanings = MEANINGS | {"inputs": MEANINGS["inputs"]["image" if task.kind == "image" else "tokens"]}
     return {
         "task": {
             "name": task.name,
@@ -170,5 +185,4 @@ def facts(config: ConfigDict, task: Task, function: export.Exported, outputs: np
         "calling_convention": function.calling_convention_version,
         "versions": summary.versions(),
         "mixers": config.mixers,
-        "step": step,
     }

@@ -8,7 +8,7 @@ after the version that wrote it, but makes no such promise for Triton's code, wh
 What is left are XLA's operations, and the solvers of LAPACK, cuSOLVER and TPUs whose names jax keeps.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -26,7 +26,6 @@ def program(
     model: nnx.Module,
     batch: Mapping[str, Any],
     *,
-    platforms: Sequence[str] = PLATFORMS,
     precision: str | None = "highest",
 ) -> export.Exported:
     """The function (weights by name, batch by name) -> outputs, exported.
@@ -34,12 +33,11 @@ def program(
     Args:
       model: trained; its weights are arguments of the function, so only their shapes count.
       batch: arrays `[batch, ...]` that the model takes by name; the batch size in them does not count.
-      platforms: of cpu, cuda, rocm and tpu.
       precision: of float32 products, as `jax.default_matmul_precision`. With "highest" all platforms compute the same
         up to rounding; None is each platform's own: bfloat16 on TPUs, TF32 on GPUs.
 
     Raises:
-      ValueError: one line: it has code that jax cannot keep, as a kernel of one's own, or an unknown platform.
+      ValueError: one line: it has code that jax cannot keep, as a kernel of one's own.
     """
     (size,) = export.symbolic_shape("batch")
     weights = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in parameters(model).items()}
@@ -55,6 +53,6 @@ def program(
 
     try:
         with portable(), jax.default_matmul_precision(precision):
-            return export.export(jax.jit(evaluate), platforms=tuple(platforms))(weights, inputs)
+            return export.export(jax.jit(evaluate), platforms=PLATFORMS)(weights, inputs)
     except (NotImplementedError, TypeError, ValueError) as error:
         raise ValueError(f"the model cannot be exported: {' '.join(str(error).split())[:300]}") from None

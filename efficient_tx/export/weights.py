@@ -38,7 +38,7 @@ def export_weights(workdir: str | Path, path: str | Path, *, checkpoint: str = "
     config, _, model, step = load(Path(workdir), checkpoint)
     with config.unlocked():
         config.init_from = config.task.data_dir = None
-    with writing(Path(path)), refusing():
+    with refusing(), writing(Path(path)):
         save_weights(model, local_path(path), dtype=dtype, about={CONFIG: to_store(config), "step": step})
     return step
 
