@@ -7,7 +7,10 @@ Needs:     `pip install '.[train,data]'`; examples/run_exported.py needs jax, nu
 Duration:  half a minute on a CPU
 """
 
+import os
 import sys
+
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # before jax is imported: its CPU solvers and XLA share the cores
 
 from efficient_tx.export import export_function, export_weights
 from efficient_tx.training.errors import RunError

@@ -9,7 +9,7 @@ Expected:  test accuracy 0.58 on a ListOps of at most 23 tokens, one seed; the b
 
 import os
 
-os.environ["OPENBLAS_NUM_THREADS"] = "1"  # before jax is imported: its CPU solvers and XLA would share the cores
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # before jax is imported: its CPU solvers and XLA share the cores
 
 import jax
 import jax.numpy as jnp

@@ -7,8 +7,11 @@ Duration:  seconds on a CPU
 """
 
 import json
+import os
 import sys
 import zipfile
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before jax is imported: its CPU solvers and XLA share the cores
 
 import jax
 import numpy as np
@@ -33,12 +36,18 @@ class Exported:
             with np.load(path, allow_pickle=False) as archive:
                 parts = {name: archive[name] for name in archive.files}
             self.about = json.loads(str(parts.pop("about")))
-            self.function = export.deserialize(bytearray(parts.pop("function").tobytes()))
-            self.outputs = parts.pop("outputs")
-        except ImportError as error:
-            raise ValueError(f"{' '.join(str(error).split())}: pip install flatbuffers") from None
+            function, self.outputs = parts.pop("function").tobytes(), parts.pop("outputs")
         except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+        try:
+            self.function = export.deserialize(bytearray(function))
+            self.function.mlir_module()  # raises if this jax does not know an operation
+        except ImportError:
+            raise ValueError("jax.export needs the package flatbuffers: pip install flatbuffers") from None
+        except (ValueError, jax.errors.JaxRuntimeError):
+            theirs = f"jax {self.about['versions']['jax']} wrote it"
+            hint = "take that version, or one up to six months newer"
+            raise ValueError(f"{path} cannot be read by jax {jax.__version__}: {theirs}; {hint}") from None
         self.examples, weights = (
             {name.partition("/")[2]: x for name, x in parts.items() if name.startswith(f"{kind}/")}
             for kind in ("inputs", "weights")

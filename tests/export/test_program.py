@@ -11,6 +11,7 @@ from jax import export
 
 from efficient_tx.attention import ATTENTION, Skyformer, Softmax
 from efficient_tx.export.program import PLATFORMS, program
+from efficient_tx.kernels.verify.targets import TARGETS
 from efficient_tx.linear import LINEAR, Dense
 from efficient_tx.models import Classifier, DualEncoder, TokenClassifier, ViT
 from efficient_tx.models.pretrained.parameters import parameters
@@ -77,6 +78,28 @@ def test_every_kind_of_model():
     check(TokenClassifier(mixers=mixers, rngs=rngs, **TEXT), {"inputs": IDS, "mask": own, "positions": places})
     images = DRAWS.normal(size=(3, 16, 16, 3)).astype(np.float32)
     check(ViT(image_shape=(16, 16, 3), patch_size=4, mixers=mixers, rngs=rngs, **SIZES), {"inputs": images})
+
+
+# With Cholesky, and with eigenvalues; each beside a structured weight.
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("name", "target"), [("skyformer", "h100"), ("skyformer", "v5e"), ("lev", "h100"), ("lev", "v5e")]
+)
+def test_the_vendors_compilers_take_it(name, target):
+    """As it is read back, for a chip that is not there."""
+    structure = LINEAR["monarch"]
+    model = Classifier(mixers=[of(ATTENTION[name], structure)], linear=structure, rngs=nnx.Rngs(0), **TEXT)
+    batch = {"inputs": IDS, "mask": MASK}
+    exported = export.deserialize(program(model, batch).serialize())
+    place = jax.sharding.SingleDeviceSharding(TARGETS[target].devices()[0])
+
+    def abstract(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+    arguments = jax.tree.map(abstract, ({name: x[...] for name, x in parameters(model).items()}, batch))
+    traced = jax.jit(lambda weights, batch: exported.call(weights, batch)).trace(*arguments)
+    compiled = traced.lower(lowering_platforms=(TARGETS[target].platform,)).compile()
+    assert compiled.out_info.shape == (3, 3)
 
 
 def test_what_jax_cannot_keep_is_one_line():
