@@ -88,33 +88,38 @@ class Exported:
         return {name: np.stack([row[name] for row in rows]) for name in self.about["inputs"]}
 
     def padded(self, example: dict, where: str) -> dict[str, np.ndarray]:
-        row = {}
-        for name, wanted in self.about["inputs"].items():
-            if not name.startswith("inputs"):
-                continue
-            if name not in example:
+        """One example as the function takes it, without the axis of the batch."""
+        row = {"positions": np.arange(self.about["max_len"], dtype=np.int32)}
+        for name in ("inputs", "inputs2"):
+            if name in self.about["inputs"] and name not in example:
                 raise ValueError(f"{where} has no {name}")
-            array = np.asarray(example[name])
-            if self.about["kind"] == "image":
-                if list(array.shape) != wanted["shape"] or array.dtype.kind not in "iuf":
-                    raise ValueError(f"{where} has {array.dtype}{list(array.shape)}, no image {wanted['shape']}")
-                if not np.isfinite(array).all():
-                    raise ValueError(f"{where} has pixels that are not finite")
-                row[name] = array.astype(wanted["dtype"])
-                continue
-            most, vocabulary = self.about["max_len"], self.about["vocab_size"]
-            if array.ndim != 1 or not 0 < len(array) <= most:
-                raise ValueError(f"{where} has {name} of shape {list(array.shape)}, not of 1 to {most} tokens")
-            if array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= vocabulary:
-                raise ValueError(f"{where} has {name} that are no whole numbers in [0, {vocabulary})")
-            rest = most - len(array)
-            row[name] = np.pad(array.astype(wanted["dtype"]), (0, rest))
-            mask = name.replace("inputs", "mask")
-            own = np.asarray(example.get(mask, np.ones(len(array), bool)))
-            if own.shape != array.shape or own.dtype != bool:
-                raise ValueError(f"{where} has a {mask} that is not True or False for each of its tokens")
-            row[mask] = np.pad(own, (0, rest))
-        return row | {"positions": np.arange(self.about["max_len"], dtype=np.int32)}
+            if name in self.about["inputs"] and self.about["kind"] == "image":
+                row[name] = self.pixels(example[name], where)
+            elif name in self.about["inputs"]:
+                mask = name.replace("inputs", "mask")
+                row[name], row[mask] = self.tokens(example[name], example.get(mask), f"{where} has {name}")
+        return row
+
+    def pixels(self, given, where: str) -> np.ndarray:
+        array, wanted = np.asarray(given), self.about["inputs"]["inputs"]
+        if list(array.shape) != wanted["shape"] or array.dtype.kind not in "iuf" or not np.isfinite(array).all():
+            raise ValueError(
+                f"{where} has {array.dtype}{list(array.shape)}: finite numbers {wanted['shape']} are expected"
+            )
+        return array.astype(wanted["dtype"])
+
+    def tokens(self, given, mask, what: str) -> tuple[np.ndarray, np.ndarray]:
+        """The ids, padded, and which of them are real."""
+        array, most, vocabulary = np.asarray(given), self.about["max_len"], self.about["vocab_size"]
+        if array.ndim != 1 or not 0 < len(array) <= most:
+            raise ValueError(f"{what} of shape {list(array.shape)}, not of 1 to {most} tokens")
+        if array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= vocabulary:
+            raise ValueError(f"{what} that are no whole numbers in [0, {vocabulary})")
+        real = np.ones(len(array), bool) if mask is None else np.asarray(mask)
+        if real.shape != array.shape or real.dtype != bool:
+            raise ValueError(f"{what} with a mask that is not True or False for each token")
+        rest = (0, most - len(array))
+        return np.pad(array.astype(self.about["inputs"]["inputs"]["dtype"]), rest), np.pad(real, rest)
 
     def ids(self, text: str) -> list[int]:
         """The token ids of words with spaces between them, by the vocabulary in the file."""

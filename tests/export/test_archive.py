@@ -69,7 +69,7 @@ def test_the_file_says_how_it_is_used(exported):
         ([{"inputs": [1, 16]}], r"example 0 has inputs that are no whole numbers in \[0, 16\)"),
         ([{"inputs": [1, -1]}], r"no whole numbers in \[0, 16\)"),
         ([{"inputs": [1.0, 2.0]}], r"no whole numbers in \[0, 16\)"),
-        ([{"inputs": [1, 2], "mask": [True]}], "a mask that is not True or False for each of its tokens"),
+        ([{"inputs": [1, 2], "mask": [True]}], "inputs with a mask that is not True or False for each token"),
     ],
 )
 def test_bad_input_is_one_line(exported, given, line):
