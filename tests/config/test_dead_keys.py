@@ -118,6 +118,8 @@ STRUCTURE_OTHER = {
     "sparse.pattern": "2:4",
     "sum.first": "monarch(blocks=2)",
     "sum.second": "sparse",
+    "integer.bits": 4,
+    "integer.group": 2,
     "dense_shift.bits": 2,
 }
 STRUCTURE_CONTEXT = {"low_rank_plus_sparse.density": {"linear.mlp.pattern": "top"}}
