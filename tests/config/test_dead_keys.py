@@ -111,6 +111,7 @@ STRUCTURE_OTHER = {
     "block_diagonal.order": "inverse",
     "block_tensor_train.rank": 3,
     "blast.rank": 3,
+    "hadamard_quotient.rank": 1,
     "low_rank_plus_sparse.rank": 2,
     "low_rank_plus_sparse.pattern": "top",
     "low_rank_plus_sparse.density": 0.5,
