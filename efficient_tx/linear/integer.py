@@ -59,7 +59,6 @@ def to_levels(kernel: jax.Array, scale: jax.Array, most: int) -> jax.Array:
     return straight_through(steps, jnp.round(steps))
 
 
-@partial(jax.jit, static_argnames="bits")
 def nearest_scale(kernel: jax.Array, bits: int) -> jax.Array:
     """The scale of each column for which its nearest levels leave the least: see `Integer`.
 
@@ -93,6 +92,13 @@ def nearest_scale(kernel: jax.Array, bits: int) -> jax.Array:
     start, _ = jax.lax.fori_loop(FIRST, LAST, search, best(peak / (most + 0.5)))
     again = (0, jnp.full_like(start, jnp.nan), start)
     return jax.lax.while_loop(unsettled, lambda state: (state[0] + 1, state[2], best(state[2])[0]), again)[2]
+
+
+@partial(jax.jit, static_argnames="bits")
+def nearest_scales(kernel: jax.Array, bits: int) -> jax.Array:
+    """Those of all groups, `[groups, out]`, of a weight `[groups, group, out]`."""
+    # One group after another: its columns stay in cache.
+    return jax.lax.map(partial(nearest_scale, bits=bits), kernel)
 
 
 def weight(levels: jax.Array, clip: jax.Array, bits: int, in_features: int) -> jax.Array:
@@ -191,9 +197,8 @@ class Integer(Structured):
         scale_array(self.clip, factor)
 
     def fit(self, kernel: jax.Array) -> dict[str, jax.Array]:
-        # One group of all outputs after another: its columns stay in cache.
-        scale = jax.lax.map(partial(nearest_scale, bits=self.bits), grouped(kernel, self.group))
-        return {"kernel": kernel, "clip": scale * (largest(self.bits) + 0.5)}
+        scales = nearest_scales(grouped(kernel, self.group), self.bits)
+        return {"kernel": kernel, "clip": scales * (largest(self.bits) + 0.5)}
 
     def pack(self) -> "PackedInteger":
         """The layer for inference, with `bits` bits per weight."""
