@@ -63,8 +63,12 @@ class Truncated(ByLayer):
         return u * s, s, v
 
     def form(self, layer: Layer, amount: float) -> LayerForm:
-        rank = self.rank or largest_rank(self.setting, layer, amount * self.setting.now(layer.path))
-        return LayerForm.of(LowRank, layer.module, rank=min(rank, layer.module.in_features, layer.module.out_features))
+        rank = self.rank or largest_rank(self.setting, layer, amount * self.setting.now(layer.path), self.of_rank)
+        return self.of_rank(layer, min(rank, layer.module.in_features, layer.module.out_features))
+
+    def of_rank(self, layer: Layer, rank: int) -> LayerForm:
+        """The form of a layer of this rank."""
+        return LayerForm.of(LowRank, layer.module, rank=rank)
 
     def fit(self, layer: Layer, form: LayerForm) -> tuple[nnx.Module, tuple[str, float] | None]:
         if form.form.structure is Dense:
