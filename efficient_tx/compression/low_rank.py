@@ -8,6 +8,7 @@ import numpy as np
 import scipy.linalg
 from flax import nnx
 
+from efficient_tx.checks import at_least
 from efficient_tx.compression.layer_form import LayerForm
 from efficient_tx.compression.method import ByLayer, Setting, largest_rank, low_rank, ratio
 from efficient_tx.compression.model import Layer, bias_of, dense, kernel_of
@@ -51,6 +52,7 @@ class Truncated(ByLayer):
     tail = "tail of W"
 
     def __init__(self, *, rank: int | None = None):
+        at_least(1, rank=rank)
         self.rank = rank
 
     def prepare(self, setting: Setting) -> None:

@@ -339,6 +339,7 @@ def test_what_cannot_be_is_one_line_and_changes_nothing():
         ("monarch+svd", "method is 'svd': choose one of eora"),
         ("svd(rank)", "method is 'svd(rank)'"),
         ("svd(ranks=3)", "method is 'svd(ranks=3)'"),
+        ("svd(rank=0)", "method is 'svd(rank=0)': rank is 0: it must be at least 1"),
         ("id+eora(share=2)", "method is 'eora(share=2)': share is 2: it must be above 0 and below 1"),
     ],
 )
