@@ -22,6 +22,7 @@ def predict_here(*arguments):
     return here(command, *arguments)
 
 
+@pytest.mark.slow
 def test_a_short_run_is_the_beginning_of_the_run(tmp_path):
     """And a second call measures only what is missing."""
     out = tmp_path / "a.json"
@@ -50,6 +51,7 @@ def test_a_short_run_is_the_beginning_of_the_run(tmp_path):
     assert len(re.findall(r"│ (softmax|vmean|linear) ", printed)) == 3
 
 
+@pytest.mark.slow
 def test_finished_runs_teach_and_are_scored(tmp_path):
     """Two tasks of three methods; the file that is written is one to learn from."""
     for length in (16, 24):
