@@ -89,7 +89,7 @@ class Eora(Method):
         low, high = 0, min(base.in_features, base.out_features)
         while low < high:
             middle = (low + high + 1) // 2
-            part = LayerForm(Form(LowRank, rank=middle), base.in_features, base.out_features, False)
+            part = base._replace(form=Form(LowRank, rank=middle), use_bias=False)
             low, high = (middle, high) if self.setting.then(part) <= limit else (low, middle - 1)
         if not low:
             return base
@@ -112,7 +112,7 @@ class Eora(Method):
     def compensate(self, before: nnx.Module, path: Path, form: LayerForm, rows: np.ndarray | None) -> Change:
         """Puts the sum of the first stage's layer and its compensation at the path."""
         after, inputs = find(self.setting.model, path), self.setting.inputs[path]
-        new = form.blank(after)
+        new = form.blank()
         target, moment, lost = aim(kernel_of(before), inputs, rows, centred=new.bias is not None)
         rank = dict(dict(form.form.options)["second"].options)["rank"]
         down, up, missed = compensation(target - kernel_of(after), moment, rank)

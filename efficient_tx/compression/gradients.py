@@ -110,7 +110,7 @@ class Gradients:
 
 def as_dense(layer: nnx.Module) -> Dense:
     """A dense layer with the bias of another one, and a kernel of zeros in float32."""
-    new = LayerForm.of(Dense, layer).blank(layer, jnp.float32)
+    new = LayerForm.of(Dense, layer)._replace(param_dtype=jnp.float32).blank()
     if (bias := bias_of(layer)) is not None:
         new.bias[...] = jnp.asarray(bias, jnp.float32)
     return new

@@ -40,7 +40,7 @@ class Projection(ByLayer):
         return of(values[max(0, fitting - 1)])
 
     def fit(self, layer: Layer, form: LayerForm) -> tuple[nnx.Module, None]:
-        new = form.blank(layer.module)
+        new = form.blank()
         new.project(dense_weight(layer.module))
         if layer.module.bias is not None:
             new.bias[...] = layer.module.bias[...]

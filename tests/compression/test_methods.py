@@ -289,11 +289,35 @@ def test_layers_of_other_structures_are_compressed_again():
     assert all(isinstance(layer.module, LowRank) for layer in select(made, "mlp"))
 
 
+def in_bfloat16():
+    made = model(linear=functools.partial(Dense, param_dtype=jnp.bfloat16), dtype=jnp.bfloat16)
+    assert {leaf.dtype for layer in select(made, "mlp") for leaf in jax.tree.leaves(nnx.state(layer.module))} == {
+        jnp.dtype(jnp.bfloat16)
+    }
+    return made
+
+
+@pytest.mark.first(3)
+@pytest.mark.parametrize("name", ["low_rank", "flap", "svd+eora", "sparse", "ternary+eora", "welore", "monarch", "sum"])
+def test_the_bytes_of_bfloat16_layers_are_theirs(name):
+    before, made = in_bfloat16(), in_bfloat16()
+    done = compress(made, named_method(name), 0.6, where="mlp", batches=batches())
+    costs = [sum(stored(find(one, change.path)) for change in done.changes) for one in (before, made)]
+    assert costs == [done.before, done.after]
+    if name in ("low_rank", "flap", "sparse"):
+        assert done.after > 0.5 * done.before  # what the budget allows is used
+
+
+def test_layers_are_timed_in_their_own_dtypes(monkeypatch):
+    timed = []
+    monkeypatch.setattr(cost, "milliseconds", lambda layer: timed.append(layer) or 1e-3 * multiplications(layer))
+    compress(in_bfloat16(), named_method("low_rank"), 0.5, where="mlp", unit="milliseconds")
+    assert {(layer.dtype, layer.param_dtype) for layer in timed} == {(jnp.bfloat16, jnp.bfloat16)}
+    assert any(isinstance(layer, LowRank) for layer in timed)
+
+
 def test_bfloat16_layers_stay_bfloat16():
-    made = model(dtype=jnp.bfloat16)
-    for layer in select(made, "mlp"):
-        layer.module.param_dtype = jnp.bfloat16
-        layer.module.kernel[...] = layer.module.kernel[...].astype(jnp.bfloat16)
+    made = in_bfloat16()
     done = compress(made, named_method("whitened"), 0.5, where="mlp", batches=batches())
     for change in done.changes:
         layer = find(made, change.path)
