@@ -67,6 +67,18 @@ def test_the_result_is_a_run_that_evaluates_and_compresses_again(tmp_path):
     assert evaluate_here(f"--workdir={again}")[0] == 0
 
 
+def test_low_rank_beside_a_weight_approximation_is_a_method(tmp_path):
+    out = tmp_path / "sum"
+    arguments = ["--method=sum(first='sparse(density=0.25)')", "--budget=0.7", "--where=mlp"]
+    assert compress(out, *arguments)[::2] == (0, "")
+    entry = read(out / "config.json")["structure"]["encoder.blocks.0.mlp.up"]
+    assert (entry["name"], entry["first"]) == ("sum", "sparse(density=0.25)")
+    assert re.fullmatch(r"low_rank\(rank=[1-9]\)", entry["second"])
+    assert read(out / "compression.json")["share"] <= 0.7
+    assert evaluate_here(f"--workdir={out}")[0] == 0
+    assert read(out / "eval_test_best.json")["accuracy"] == read(out / "summary.json")["test_accuracy"]
+
+
 def test_a_budget_of_one_changes_no_score(tmp_path):
     status, _, error = compress(tmp_path / "same", "--method=id", "--budget=1")
     assert (status, error) == (0, "")

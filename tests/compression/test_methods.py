@@ -298,14 +298,16 @@ def in_bfloat16():
 
 
 @pytest.mark.first(3)
-@pytest.mark.parametrize("name", ["low_rank", "flap", "svd+eora", "sparse", "ternary+eora", "welore", "monarch", "sum"])
+@pytest.mark.parametrize(
+    "name", ["low_rank", "flap", "svd+eora", "sparse", "ternary+eora", "welore", "monarch", "sum(first='sparse')"]
+)
 def test_the_bytes_of_bfloat16_layers_are_theirs(name):
     before, made = in_bfloat16(), in_bfloat16()
-    done = compress(made, named_method(name), 0.6, where="mlp", batches=batches())
+    done = compress(made, named_method(name), 0.7, where="mlp", batches=batches())
     costs = [sum(stored(find(one, change.path)) for change in done.changes) for one in (before, made)]
     assert costs == [done.before, done.after]
     if name in ("low_rank", "flap", "sparse"):
-        assert done.after > 0.5 * done.before  # what the budget allows is used
+        assert done.after > 0.6 * done.before  # what the budget allows is used
 
 
 def test_layers_are_timed_in_their_own_dtypes(monkeypatch):
@@ -364,6 +366,10 @@ def test_what_cannot_be_is_one_line_and_changes_nothing():
         ("svd(rank)", "method is 'svd(rank)'"),
         ("svd(ranks=3)", "method is 'svd(ranks=3)'"),
         ("id+eora(share=2)", "method is 'eora(share=2)': share is 2: it must be above 0 and below 1"),
+        ("dense", "method is 'dense': choose one of svd"),
+        ("monarch(block=3)", "method is 'monarch(block=3)': monarch has no option 'block': choose one of blocks"),
+        ("sum(first='monrach')", """method is "sum(first='monrach')": sum.first is 'monrach': choose one of dense"""),
+        ("sum(second='low_rank(rang=2)')", "method is \"sum(second='low_rank(rang=2)')\": sum.second is"),
     ],
 )
 def test_names_of_methods(text, line):
