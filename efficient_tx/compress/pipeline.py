@@ -32,6 +32,7 @@ from efficient_tx.config.schema import complete
 from efficient_tx.config.stored import restore, to_store, workdir_of
 from efficient_tx.config.structure import entries, entry, fitting, in_config
 from efficient_tx.data.batching import check_examples
+from efficient_tx.files import clear
 from efficient_tx.linear.replacement import dotted, transfer
 from efficient_tx.task import Task, data_directory
 from efficient_tx.training.compilation import keep_programs
@@ -132,6 +133,7 @@ def compressed(asked: Asked, result: Result, console: Console) -> None:
     workdir.claim()
     with writing(result.path):
         result.path.mkdir(parents=True, exist_ok=True)
+        clear(result.path, RECORD)
     # First of all, so that the same command knows this folder again.
     write_checked(result.path / RECORD, about)
     workdir.begin()

@@ -9,9 +9,10 @@ from efficient_tx.compress.asked import Asked
 from efficient_tx.compress.distillation import Distillation
 from efficient_tx.compression import Compressed
 from efficient_tx.compression.method import Change
+from efficient_tx.files import visible
 from efficient_tx.linear.replacement import dotted
 from efficient_tx.training.checkpoint import Checkpoints
-from efficient_tx.training.disk import read_checked
+from efficient_tx.training.disk import CHECKSUMS, read_checked
 from efficient_tx.training.errors import Refused
 
 # What a compression was asked for and did, in its workdir.
@@ -37,7 +38,8 @@ class Result:
         try:
             record = read_checked(self.path / RECORD)
         except FileNotFoundError:
-            if {entry.name for entry in self.path.iterdir()} <= {"lock"}:
+            # What a kill leaves before the record is there.
+            if {entry.name for entry in visible(self.path, "*")} <= {"lock", CHECKSUMS}:
                 return None
             raise Refused(f"{self.path} holds something else: name a new folder", option="out") from None
         except (OSError, ValueError) as error:

@@ -94,11 +94,11 @@ class Gradients:
         some = {name: named.pop(name) for name in map(dotted, paths)}
         rest = named
         for parts in in_shares([len(batch["label"]) for batch in self.batches], count):
-            total, count = None, sum(rows.stop - rows.start for _, rows in parts)
+            total, examples = None, sum(rows.stop - rows.start for _, rows in parts)
             for number, rows in parts:
                 batch = {name: np.asarray(array)[rows] for name, array in self.batches[number].items()}
                 grads = self._gradient(some, rest, self._others, shared_out(batch))
-                grads = {name: len(batch["label"]) / count * grad for name, grad in grads.items()}
+                grads = {name: len(batch["label"]) / examples * grad for name, grad in grads.items()}
                 total = grads if total is None else jax.tree.map(jnp.add, total, grads)
                 if rows.stop == len(self.batches[number]["label"]):
                     self.progress(number + 1)

@@ -1,9 +1,11 @@
 """compress.py: a run made smaller is a run: evaluated, tuned, started from, compressed again; killed and gone on."""
 
 import json
+import os
 import re
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,6 @@ import pytest
 from efficient_tx.training.checkpoint import Checkpoints
 from tests.support import toy
 from tests.support.command import (
-    TINY,
     as_here,
     compress_here,
     evaluate_here,
@@ -138,6 +139,7 @@ def test_killed_at_any_time_the_same_command_ends_with_the_same_run(tmp_path):
 
 def test_what_cannot_be_is_one_line_and_writes_nothing(tmp_path):
     run, out = finished_run()[0], tmp_path / "out"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     cases = {
         ("--method=svd", "--budget=0"): "--budget=0.0: it must be above 0 and at most 1",
         ("--method=svd", "--budget=2"): "--budget=2.0: it must be above 0 and at most 1",
@@ -162,7 +164,30 @@ def test_what_cannot_be_is_one_line_and_writes_nothing(tmp_path):
     status, _, error = compress(tmp_path / "full", "--method=svd", "--budget=0.5")
     assert status == 2 and "holds something else" in error
     assert [entry.name for entry in (tmp_path / "full").iterdir()] == ["notes.txt"]
-    assert TINY and run.exists()
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("file", ["crc32.json", "compression.json"])
+def test_killed_while_the_first_files_are_written_the_same_command_goes_on(tmp_path, monkeypatch, file):
+    """As such a kill leaves the folder: lock, perhaps the checksums, and the part of a file with its hidden name."""
+    out, replace = tmp_path / "small", os.replace
+
+    def killed(part, whole):
+        if Path(whole) == out / file:
+            shutil.copy(part, f"{part}.left")
+            raise KeyboardInterrupt
+        replace(part, whole)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", killed)
+        assert compress(out, "--method=svd", "--budget=0.5")[0] == 130
+    for part in out.glob(".*.left"):
+        part.rename(out / part.stem)
+    left = sorted(entry.name for entry in out.iterdir())
+    assert any(re.fullmatch(rf"\.{file}\.[0-9a-f]+\.tmp", name) for name in left) and file not in left, left
+    assert compress(out, "--method=svd", "--budget=0.5")[::2] == (0, "")
+    assert (out / "summary.json").exists()
+    assert not any(name.startswith(".") for name in os.listdir(out))
 
 
 def test_another_call_in_the_same_folder_is_refused_and_the_same_one_is_done(tmp_path):
