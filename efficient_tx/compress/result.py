@@ -62,11 +62,15 @@ def record(done: Compressed) -> dict[str, Any]:
     return {**costs, "layers": layers}
 
 
+def become(before: float, after: float, unit: str) -> str:
+    """A cost before and after, in words."""
+    digits = 3 if unit == "milliseconds" else 0
+    return f"{before:,.{digits}f} {unit} become {after:,.{digits}f} ({after / before:.1%})"
+
+
 def table(changes: Sequence[Change], before: float, after: float, unit: str) -> Table:
     """Layer, new form and error; the last row the cost of all of them."""
-    digits = 3 if unit == "milliseconds" else 0
-    become = f"{before:,.{digits}f} {unit} become {after:,.{digits}f} ({after / before:.1%})"
-    result = Table(title=f"{len(changes)} layers: {become}")
+    result = Table(title=f"{len(changes)} layers: {become(before, after, unit)}")
     for name in ("layer", "becomes", "sizes", "error", "theory"):
         result.add_column(name, justify="left" if name in ("layer", "becomes") else "right")
     for change in changes:

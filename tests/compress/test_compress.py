@@ -80,6 +80,26 @@ def test_low_rank_beside_a_weight_approximation_is_a_method(tmp_path):
     assert read(out / "eval_test_best.json")["accuracy"] == read(out / "summary.json")["test_accuracy"]
 
 
+def test_an_estimate_writes_nothing(tmp_path):
+    run = finished_run()[0]
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    arguments = [f"--workdir={run}", "--budget=0.5", "--where=mlp", "--estimate"]
+    status, said, error = compress_here(*arguments)
+    assert (status, error) == (0, "")
+    assert re.search(r"2 layers: [\d,]+ bytes become [\d,]+ \((4\d|50)\.\d%\)", said)
+    assert re.search(r"encoder\.blocks\.0\.mlp\.up .* low_rank\(rank=\d\) .* 0\.\d\d ", said)
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for more, line in {
+        ("--method=svd",): "--method is of a result, and --estimate makes none",
+        ("--set", "steps=3"): "--set is of a result",
+        ("--where=mpl",): "where='mpl' selects no linear layer",
+        ("--budget=0.01",): "--budget=0.01: Truncated cannot meet it",
+        ("--budget=2",): "--budget=2.0: it must be above 0 and at most 1",
+    }.items():
+        status, said, error = compress_here(*arguments, *more)
+        assert (status, error.count("\n")) == (2, 1) and error.startswith(line), error
+
+
 def test_a_budget_of_one_changes_no_score(tmp_path):
     status, _, error = compress(tmp_path / "same", "--method=id", "--budget=1")
     assert (status, error) == (0, "")
