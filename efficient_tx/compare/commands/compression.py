@@ -57,9 +57,9 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Exit status as `compress`: a stop leaves the cells that are done, from which the same command goes on."""
-    from efficient_tx import train  # here and not above: the other comparisons need no configs
+    from efficient_tx.train import concluded  # here and not above: the other comparisons need no configs
 
-    return train.concluded(lambda: page(args, console), "compare")
+    return concluded(lambda: page(args, console), "compare")
 
 
 def page(args: argparse.Namespace, console: Console) -> None:
