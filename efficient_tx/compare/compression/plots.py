@@ -33,11 +33,13 @@ def against_cost(rows: Sequence[Row], settings: Settings, machine: str, metric: 
                 axes.plot(
                     x, [row.score for row in of_method], markersize=6, linewidth=1.2, label=method, **look_of[method]
                 )
-        levels = {"dense": (dense.scores, ":" if dense.tuned else "--"), "dense, tuned": (dense.tuned, "--")}
-        for name, (scores, line) in levels.items():
+        # At either end, as the two lines may be one.
+        levels = (("dense", dense.scores, 0.99, "right", ":" if dense.tuned else "--"),
+                  ("dense, tuned", dense.tuned, 0.01, "left", "--"))  # fmt: skip
+        for name, scores, x, side, line in levels:
             for score in scores:
                 axes.axhline(score, color="gray", linestyle=line, linewidth=1)
-                axes.text(0.99, score, name, transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=9)
+                axes.text(x, score, name, transform=axes.get_yaxis_transform(), ha=side, va="bottom", fontsize=9)
         best = [row for row in front(rows, cost, metric) if row is not dense]
         axes.plot([cost(row) for row in best], [row.score for row in best], "o", markersize=13, fillstyle="none",
                   color="black", linewidth=0)  # fmt: skip
