@@ -181,7 +181,7 @@ def evaluate(path: str, options: argparse.Namespace) -> dict[str, Any]:
         means = [each.means for each in (scores, *draws)]
         row["draws"] = {name: [each[name] for each in means] for name in scores.means}
     if options.save_predictions:
-        predictions.write(Path(path) / file_name(row, "predictions", "npz"))
+        predictions.write(Path(path) / file_name(row, "predictions", "npz"), step=step)
     return row
 
 
@@ -298,7 +298,7 @@ def main(arguments: list[str]) -> int:
         console.print(
             on_terminal(made, console.width) if options.format == "table" else FORMATS[options.format](made), end=""
         )
-    if rows and options.format != "csv":
+    if rows and options.format in ("table", "md"):
         console.print("\n".join(["", *notes(rows)]), soft_wrap=True)
     return status
 

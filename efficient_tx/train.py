@@ -42,8 +42,9 @@ from efficient_tx.config.check import check_objective
 from efficient_tx.config.evaluation import trained_model
 from efficient_tx.config.names import task_module
 from efficient_tx.config.schema import with_dense_weights
-from efficient_tx.config.stored import restore, to_store, workdir_of
+from efficient_tx.config.stored import config_of_weights, restore, to_store, workdir_of
 from efficient_tx.data.batching import check_examples, evaluation_batches, train_batches
+from efficient_tx.export.weights import model_of_weights
 from efficient_tx.files import local_path
 from efficient_tx.linear.replacement import dotted, relative_error, transfer
 from efficient_tx.models.pretrained import is_published, load_pretrained
@@ -233,17 +234,31 @@ def from_run(path: str, config: ConfigDict, task: Task) -> tuple[nnx.Module, lis
     """The model of the best checkpoint of the run in `path`, and a line that names it."""
     with refusing():
         other = restore(read_config(path))
-        # The other run's data are not needed: parameters that depend on their sizes must fit this run's.
-        kind = task_module(other.task.name).KIND
-        if (kind == "image") != (task.kind == "image"):
-            raise ValueError(f"its task {other.task.name} is of kind {kind!r}, and this one of {task.kind!r}")
-        step, _, model = trained_model(path, "best", other, dataclasses.replace(task, kind=kind), print)
+        step, _, model = trained_model(path, "best", other, sized_alike(other, task), print)
     return model, [f"parameters of {path}, step {step}, its best on validation"]
 
 
+def sized_alike(other: ConfigDict, task: Task) -> Task:
+    """`task` as one of the kind of another run's, whose data are not needed: its parameters must fit these sizes.
+
+    Raises:
+      ValueError: one has images, and the other has none.
+    """
+    kind = task_module(other.task.name).KIND
+    if (kind == "image") != (task.kind == "image"):
+        raise ValueError(f"its task {other.task.name} is of kind {kind!r}, and this one of {task.kind!r}")
+    return dataclasses.replace(task, kind=kind)
+
+
 def from_file(path: str, config: ConfigDict, task: Task) -> tuple[nnx.Module, list[str]]:
-    """A model as in `config`, but with dense weights and those of a published checkpoint; and lines that report it."""
+    """A model with the weights of a file, and lines that report it.
+
+    It is that of the run whose weights `export_weights` wrote; of a published checkpoint, one as in `config` with dense
+    weights.
+    """
     with refusing():
+        if stored := config_of_weights(Path(path)):
+            return model_of_weights(path, sized_alike(restore(stored), task))[1], [f"parameters of {path}, of a run"]
         if config.model.name not in ("vit", "bert"):
             raise ValueError(
                 f"a file has the parameters of a vit for images or of a bert for texts, here is {config.model.name}"

@@ -24,7 +24,7 @@ ALLOWED = {
     "efficient_tx.kernels": {*BOTTOM, "efficient_tx.numerics", "efficient_tx.tokens"},
     "efficient_tx.linear": {*BOTTOM, "efficient_tx.numerics", "efficient_tx.tokens", "efficient_tx.kernels"},
     "efficient_tx.attention": {*MODULES, "efficient_tx.linear"},
-    "efficient_tx.models": {*MODULES, "efficient_tx.linear", "efficient_tx.attention"},
+    "efficient_tx.models": {*MODULES, "efficient_tx.files", "efficient_tx.linear", "efficient_tx.attention"},
     "efficient_tx.compression": {
         *MODULES,
         "efficient_tx.linear",
@@ -72,7 +72,7 @@ ALLOWED = {
         "efficient_tx.task",
     },
 }
-# Commands, which may know everything but lra: tasks are loaded by the name of their module.
+# Commands, and what is exported of their runs, may know everything but lra: tasks are loaded by their module's name.
 COMMANDS = (
     "efficient_tx.train",
     "efficient_tx.eval",
@@ -83,6 +83,7 @@ COMMANDS = (
     "efficient_tx.fit",
     "efficient_tx.inspect",
     "efficient_tx.predict",
+    "efficient_tx.export",
 )
 
 

@@ -17,7 +17,7 @@ from efficient_tx.config.stored import restore
 from efficient_tx.data.batching import train_batches
 from efficient_tx.task import Batch, Objective, Task
 from efficient_tx.training.errors import refusing
-from efficient_tx.training.step import score
+from efficient_tx.training.step import NOTHING, score
 from efficient_tx.training.workdir import read_config
 
 
@@ -47,5 +47,5 @@ def calibration(task: Task, asked: Asked, batch_size: int) -> Sequence[Batch]:
 
 def mean_loss(objective: Objective, model: nnx.Module, batch: Batch) -> jax.Array:
     """The loss that training minimises, of a batch without dropout."""
-    total, weight = score(model, batch, None, objective)["loss"]
+    total, weight = score(model, batch, None, objective, NOTHING)["loss"]
     return total / jnp.where(weight > 0, weight, 1)

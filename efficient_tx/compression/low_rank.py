@@ -8,6 +8,7 @@ import numpy as np
 import scipy.linalg
 from flax import nnx
 
+from efficient_tx.checks import at_least
 from efficient_tx.compression.layer_form import LayerForm
 from efficient_tx.compression.method import ByLayer, Setting, largest_rank, low_rank, ratio
 from efficient_tx.compression.model import Layer, bias_of, dense, kernel_of
@@ -51,6 +52,7 @@ class Truncated(ByLayer):
     tail = "tail of W"
 
     def __init__(self, *, rank: int | None = None):
+        at_least(1, rank=rank)
         self.rank = rank
 
     def prepare(self, setting: Setting) -> None:
@@ -63,8 +65,12 @@ class Truncated(ByLayer):
         return u * s, s, v
 
     def form(self, layer: Layer, amount: float) -> LayerForm:
-        rank = self.rank or largest_rank(self.setting, layer, amount * self.setting.now(layer.path))
-        return LayerForm.of(LowRank, layer.module, rank=min(rank, layer.module.in_features, layer.module.out_features))
+        rank = self.rank or largest_rank(self.setting, layer, amount * self.setting.now(layer.path), self.of_rank)
+        return self.of_rank(layer, min(rank, layer.module.in_features, layer.module.out_features))
+
+    def of_rank(self, layer: Layer, rank: int) -> LayerForm:
+        """The form of a layer of this rank."""
+        return LayerForm.of(LowRank, layer.module, rank=rank)
 
     def fit(self, layer: Layer, form: LayerForm) -> tuple[nnx.Module, tuple[str, float] | None]:
         if form.form.structure is Dense:

@@ -200,11 +200,10 @@ def low_rank(down: np.ndarray, up: np.ndarray, layer: nnx.Module) -> LowRank:
     return new
 
 
-def largest_rank(setting: Setting, layer: Layer, limit: float) -> int:
-    """The largest rank of a low-rank layer within a cost, at least 1."""
+def largest_rank(setting: Setting, layer: Layer, limit: float, of: Callable[[Layer, int], LayerForm]) -> int:
+    """The largest rank within a cost, at least 1, of the forms that `of` gives for a layer and a rank."""
     low, high = 1, min(layer.module.in_features, layer.module.out_features)
     while low < high:
         middle = (low + high + 1) // 2
-        fits = setting.then(LayerForm.of(LowRank, layer.module, rank=middle)) <= limit
-        low, high = (middle, high) if fits else (low, middle - 1)
+        low, high = (middle, high) if setting.then(of(layer, middle)) <= limit else (low, middle - 1)
     return low

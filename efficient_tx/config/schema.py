@@ -42,7 +42,7 @@ RUN: dict[str, tuple[Any, str]] = {
     "remat": (False, "recompute each block in the backward pass, to save memory (XLA undoes it on CPU)"),
     "init_from": (
         str,
-        "start from the best parameters of this workdir, or from a published ViT or BERT (file or folder)",
+        "start from the best parameters of this workdir, a file of a run's weights, or a published ViT or BERT",
     ),
     "densify_at": (int, "step after which structured weights become dense ones; unset = never"),
     "densify_warmup": (100, "steps of a new learning-rate warm-up for these dense weights"),

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -12,8 +13,12 @@ from efficient_tx.config.resolve import NAMES
 from efficient_tx.config.schema import make_config, owners
 from efficient_tx.config.structure import SECTION, entries, in_config
 from efficient_tx.files import local_path
+from efficient_tx.models.pretrained.tensors import metadata
 from efficient_tx.training import workdir
 from efficient_tx.training.disk import decode
+
+# In the metadata of a file of weights: the content of the run's config.json.
+CONFIG = "config"
 
 
 def to_store(config: ConfigDict) -> dict[str, Any]:
@@ -53,6 +58,19 @@ def restore(stored: Mapping[str, Any]) -> ConfigDict:
     except ValueError as error:
         raise ValueError(f"config.json: {error}") from None
     return config
+
+
+def config_of_weights(path: Path) -> dict[str, Any] | None:
+    """The content of config.json of the run whose weights a safetensors file has; None if it does not say.
+
+    Raises:
+      ValueError: the file or what it says cannot be read.
+    """
+    said = metadata(path).get(CONFIG)
+    try:
+        return None if said is None else decode(said.encode())
+    except ValueError as error:
+        raise ValueError(f"{path} has a config that is damaged ({error})") from None
 
 
 def take_structure(config: ConfigDict, stored: Mapping[str, Any]) -> None:
@@ -98,7 +116,9 @@ def workdir_of(
     if config.init_from:
         # What cannot be read here is no workdir, or the start of the run says so.
         with contextlib.suppress(OSError, ValueError):
-            take_structure(config, decode((local_path(config.init_from) / "config.json").read_bytes()))
+            source = local_path(config.init_from)
+            began = config_of_weights(source) or decode((source / "config.json").read_bytes())
+            take_structure(config, began)
 
     def complete(stored):
         return to_store(restore(stored))

@@ -40,10 +40,13 @@ def largest(memory: Callable[[int], float], limit: float, start: int) -> int:
 
 
 def crossing(known: dict[int, float], limit: float) -> int:
-    """Where the line through the two finite values nearest to the limit reaches it; MOST if it does not."""
-    finite = sorted((abs(taken - limit), number) for number, taken in known.items() if taken < float("inf"))[:2]
-    if len(finite) < 2:
+    """Where the line through the smallest number and the one nearest to the limit reaches it; MOST if it does not.
+
+    Not through the two nearest: near its limit a compiler computes anew what it would store, and memory hardly rises.
+    """
+    one, *others = sorted(number for number, taken in known.items() if taken < float("inf")) or [0]
+    if not others:
         return 1
-    one, other = sorted(number for _, number in finite)
+    other = min(others, key=lambda number: abs(known[number] - limit))
     slope = (known[other] - known[one]) / (other - one)
     return min(MOST, int(one + (limit - known[one]) / slope)) if slope > 0 else MOST

@@ -6,8 +6,10 @@ takes longer than what a CPU user runs. Here one alternative is traced for the s
 another one only if the program turns out to be for its platform.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from functools import partial
 from itertools import compress
 from typing import Any
@@ -19,6 +21,22 @@ from jax.interpreters import ad, batching, mlir
 
 # The platforms, by jax's names, that an alternative may be for; "default" stands for every other one.
 PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+_portable = ContextVar("portable", default=False)
+
+
+@contextlib.contextmanager
+def portable() -> Iterator[None]:
+    """Within it, a program is lowered for an accelerator with the alternative "default" in place of its own kernels.
+
+    So it has XLA's operations alone, which later versions of jax read: Triton's code has no such promise.
+    """
+    before = _portable.set(True)
+    try:
+        yield
+    finally:
+        _portable.reset(before)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -145,6 +163,8 @@ ad.primitive_transposes[_by_platform] = _transposed
 
 
 def _lower(context, *arrays, platform: str, choice: Choice, shaping: str, jaxpr: ClosedJaxpr):
+    if _portable.get() and platform != "cpu":
+        platform = "default"
     function = choice[platform]
     traced = jaxpr_as_fun(jaxpr) if choice.name(platform) == shaping else function
     return mlir.lower_fun(traced, multiple_results=True)(context, *arrays)

@@ -9,6 +9,8 @@ from efficient_tx.linear.block_tensor_train import BlockTensorTrain
 from efficient_tx.linear.dense import Dense
 from efficient_tx.linear.dense_shift import DenseShift, PackedDenseShift
 from efficient_tx.linear.form import Form
+from efficient_tx.linear.hadamard_quotient import HadamardQuotient
+from efficient_tx.linear.integer import Integer, PackedInteger
 from efficient_tx.linear.kronecker import Kronecker
 from efficient_tx.linear.learning_rates import structured_learning_rates
 from efficient_tx.linear.low_rank import LowRank
@@ -29,10 +31,12 @@ LINEAR: dict[str, type[Weight]] = {
     "block_tensor_train": BlockTensorTrain,
     "blast": Blast,
     "kronecker": Kronecker,
+    "hadamard_quotient": HadamardQuotient,
     "toeplitz": Toeplitz,
     "low_rank_plus_sparse": LowRankPlusSparse,
     "sparse": Sparse,
     "sum": Sum,
+    "integer": Integer,
     "ternary": Ternary,
     "dense_shift": DenseShift,
 }
@@ -45,11 +49,14 @@ __all__ = [
     "Dense",
     "DenseShift",
     "Form",
+    "HadamardQuotient",
+    "Integer",
     "Kronecker",
     "LowRank",
     "LowRankPlusSparse",
     "Monarch",
     "PackedDenseShift",
+    "PackedInteger",
     "PackedLowRankPlusSparse",
     "PackedSparse",
     "PackedSum",

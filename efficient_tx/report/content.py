@@ -148,8 +148,9 @@ def amount(value: float, what: str) -> str:
 
 def reference(problem: Problem, named: str | None) -> Method:
     """The method that others are compared with: the one that is named, else softmax, else the first."""
-    labels = {method.label: method for method in problem.methods}
-    return labels.get(named or "softmax", problem.methods[0])
+    chosen = [method for method in problem.methods if method.label == named]
+    plain = [method for method in problem.methods if base(method.config) == "softmax"]
+    return [*chosen, *plain, *problem.methods][0]
 
 
 def differences(problem: Problem, baseline: str | None) -> tuple[Table | None, list[str]]:
@@ -164,8 +165,9 @@ def differences(problem: Problem, baseline: str | None) -> tuple[Table | None, l
     notes = []
     if lacking:
         notes.append(
-            f"No saved predictions, or not of all seeds: {'; '.join(lacking)}. `python -m efficient_tx.eval "
-            "--workdir RUNS --save_predictions` writes them; methods without any are not in the paired comparison."
+            f"No saved predictions of the best checkpoint, or not of all seeds: {'; '.join(lacking)}. "
+            "`python -m efficient_tx.eval --workdir RUNS --save_predictions` writes them; methods "
+            "without any are not in the paired comparison."
         )
     mine = answers[other.label]
     compared = [m for m in problem.methods if m is not other and answers[m.label] and mine]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import statistics
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,6 +34,7 @@ class Run:
       lines: of metrics.jsonl.
       summary: of a finished run, else None.
       tuning: whether it only helped to choose a setting.
+      tuned: the keys that its sweep chose values of.
     """
 
     path: Path
@@ -40,6 +42,7 @@ class Run:
     lines: Sequence[Mapping[str, Any]]
     summary: Mapping[str, Any] | None
     tuning: bool
+    tuned: frozenset[str] = frozenset()
 
     @property
     def seed(self) -> int:
@@ -63,12 +66,13 @@ class Run:
             return {}
 
     def predictions(self) -> dict[str, np.ndarray] | None:
-        """What eval.py saved of the best checkpoint on the test split; None if it did not."""
+        """What eval.py saved of the best checkpoint on the test split; None if it did not, or another was the best."""
         try:
             with np.load(self.path / PREDICTIONS) as file:
-                return dict(file)
+                saved = dict(file)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
+        return saved if "step" in saved and saved["step"] == self.figure("best_step") else None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -151,28 +155,35 @@ def find(folders: Iterable[Path], warn: Callable[[str], None]) -> list[Run]:
     """The runs in the folders: workdirs, or folders of workdirs, as of a sweep. One that is damaged gets a line."""
     found = {}
     for folder in folders:
-        tuning = tuning_in(folder)
         inside = [folder] if (folder / "config.json").exists() else []
         inside += [file.parent for file in visible(folder, "*/config.json")]
         for path in inside:
+            tuning, tuned = tuning_in(path.absolute().parent)
             try:
-                found[path.resolve()] = load(path, tuning=path.name in tuning, warn=warn)
+                found[path.resolve()] = load(path, tuning=path.absolute().name in tuning, tuned=tuned, warn=warn)
             except Refused as error:
                 warn(f"{error}; it is left out")
     return list(found.values())
 
 
-def tuning_in(folder: Path) -> set[str]:
-    """The names of the runs that a sweep made only to choose settings."""
+def tuning_in(folder: Path) -> tuple[frozenset[str], frozenset[str]]:
+    """The names of the runs that a sweep made only to choose settings, and the keys that it chose values of."""
     try:
-        runs = json.loads((folder / "sweep.json").read_text())["runs"]
-        return {name for name, run in runs.items() if run["purpose"] == "tune"}
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()
+        sweep = json.loads((folder / "sweep.json").read_text())
+        names = {name for name, run in sweep["runs"].items() if run["purpose"] == "tune"}
+        return frozenset(names), frozenset(key for cell in sweep["chosen"].values() for key in cell["settings"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return frozenset(), frozenset()
 
 
-def load(path: Path, *, tuning: bool, warn: Callable[[str], None]) -> Run:
-    """The run in a workdir. Raises Refused if there is none, or its config is damaged."""
+def load(
+    path: Path, *, warn: Callable[[str], None], tuning: bool = False, tuned: frozenset[str] = frozenset()
+) -> Run:  # fmt: skip
+    """The run in a workdir; `tuning` and `tuned` are those of `Run`.
+
+    Raises:
+      Refused: there is none, or its config is damaged.
+    """
     config = flatten(read_config(path))
     if missing := [key for key in ("seed", "mixers", "task.name", "protocol", "linear.mlp.name") if key not in config]:
         raise Refused(f"{path}/config.json has no {missing[0]}")
@@ -187,7 +198,7 @@ def load(path: Path, *, tuning: bool, warn: Callable[[str], None]) -> Run:
     except (OSError, ValueError, StopIteration) as error:
         warn(f"{path}/summary.json {error}: the run counts as unfinished")
         result = None
-    return Run(path, config, record.lines, result, tuning)
+    return Run(path, config, record.lines, result, tuning, tuned)
 
 
 def problems(runs: Sequence[Run], warn: Callable[[str], None]) -> list[Problem]:
@@ -196,7 +207,8 @@ def problems(runs: Sequence[Run], warn: Callable[[str], None]) -> list[Problem]:
     for run in runs:
         task = {key: x for key, x in run.config.items() if key.startswith("task.") and key not in HOUSEKEEPING}
         grouped.setdefault((run.config["protocol"], frozen(task)), []).append(run)
-    made = [problem(mine, warn) for mine in grouped.values() if not all(run.tuning for run in mine)]
+    parts = [part for mine in grouped.values() for part in by_source(mine)]
+    made = [problem(mine, warn) for mine in parts if not all(run.tuning for run in mine)]
     titles = [one.title for one in made]
     if len(set(titles)) == len(titles):
         return made
@@ -204,6 +216,21 @@ def problems(runs: Sequence[Run], warn: Callable[[str], None]) -> list[Problem]:
     apart = differing([one.config for one in made], lambda key: key.startswith("task.") and key not in HOUSEKEEPING)
     said = [", ".join(f"{key.removeprefix('task.')} {one.config.get(key)}" for key in apart) for one in made]
     return [dataclasses.replace(one, title=f"{one.title} ({words})") for one, words in zip(made, said)]
+
+
+def by_source(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs of one config of the task, apart if their data came from different sources, wherever these lay.
+
+    An unfinished run, which does not say, is with the first ones.
+    """
+    parts: dict[str, list[Run]] = {}
+    unknown = []
+    for run in runs:
+        source = run.figure("source")
+        mine = unknown if source is None else parts.setdefault(re.sub(r"(?<!\S)[~.]*/(\S*/)?", "", str(source)), [])
+        mine.append(run)
+    first, *others = list(parts.values()) or [[]]
+    return [[*first, *unknown], *others]
 
 
 def problem(runs: Sequence[Run], warn: Callable[[str], None]) -> Problem:
@@ -219,12 +246,17 @@ def problem(runs: Sequence[Run], warn: Callable[[str], None]) -> Problem:
             seeds[run.seed] = run
     groups = [[seeds[seed] for seed in sorted(seeds)] for seeds in grouped.values()]
     labels = labelled([group[0].config for group in groups])
-    budgets = [sum(run.tuning and base(run.config) == base(group[0].config) for run in runs) for group in groups]
+    budgets = [sum(run.tuning and untuned(run) == untuned(group[0]) for run in runs) for group in groups]
     first = next((run for run in runs if run.summary), runs[0])
     name = first.figure("task") or first.config["task.name"].rpartition(".")[2]
     source = first.figure("source") or str(first.config.get("task.source", "unknown data"))
     title = f"{name}, {source}, protocol {first.config['protocol']}"
     return Problem(title, sorted((Method(*one) for one in zip(labels, groups, budgets)), key=place))
+
+
+def untuned(run: Run) -> str:
+    """Equal for the runs of a method, and for those that chose its settings."""
+    return frozen({key: x for key, x in run.config.items() if key not in HOUSEKEEPING and key not in run.tuned})
 
 
 def place(method: Method) -> tuple[float, str]:

@@ -18,6 +18,7 @@ class Predictions:
       label: `[n]`, or `[n, L]` of per-token labels.
       output: float32, what the model answers, `[n, ...]`; of per-token classes only `prediction`.
       prediction: the class with the largest output, of a classification, as `label`.
+      step: of the checkpoint.
       NAME, NAME_count: float32 `[n]`, for the loss and every metric: the item's sum and divisor. The metric of the
         split is ΣNAME / ΣNAME_count.
 
@@ -65,12 +66,12 @@ class Predictions:
             errors[name] = float(np.sqrt(n / (n - 1) * (apart**2).sum()) / total) if n > 1 and total else None
         return errors
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Path, *, step: int) -> None:
         """Writes the file, atomically.
 
         Raises:
           RunError: it cannot be written.
         """
         content = io.BytesIO()
-        np.savez_compressed(content, **self.arrays())
+        np.savez_compressed(content, step=step, **self.arrays())
         write_bytes(path, content.getvalue())

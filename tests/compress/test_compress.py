@@ -100,6 +100,25 @@ def test_an_estimate_writes_nothing(tmp_path):
         assert (status, error.count("\n")) == (2, 1) and error.startswith(line), error
 
 
+def test_a_method_of_gradients_has_those_of_the_loss_of_training(tmp_path):
+    options = ("--where=mlp", "--calibration=8", "--budget=0.6")
+    status, _, error = compress(tmp_path, "--method=wlra(weights_rank=2,gradients=2)", *options)
+    assert (status, error) == (0, "")
+    layer = read(tmp_path / "config.json")["structure"]["encoder.blocks.0.mlp.up"]
+    assert (layer["name"], layer["terms"]) == ("hadamard_quotient", 2)
+    assert read(tmp_path / "compression.json")["share"] <= 0.6
+
+
+@pytest.mark.slow
+def test_whole_numbers_are_tuned_and_rebuilt(tmp_path):
+    tuned = ("--tune=2", "--set", "eval_every=2", "checkpoint_every=2")
+    status, _, error = compress(tmp_path, "--method=integer(group=8)", "--budget=0.3", "--where=mlp", *tuned)
+    assert (status, error) == (0, "")
+    layer = read(tmp_path / "config.json")["structure"]["encoder.blocks.0.mlp.up"]
+    assert (layer["name"], layer["group"]) == ("integer", 8)
+    assert evaluate_here(f"--workdir={tmp_path}")[0] == 0
+
+
 def test_a_budget_of_one_changes_no_score(tmp_path):
     status, _, error = compress(tmp_path / "same", "--method=id", "--budget=1")
     assert (status, error) == (0, "")

@@ -14,8 +14,7 @@ from efficient_tx.compression import gradients as gradients_module
 from efficient_tx.compression.gradients import Gradients, as_dense, in_groups, in_shares
 from efficient_tx.compression.mfac import best_of_four, surgeon
 from efficient_tx.compression.model import bias_of, dense, kernel_of, put, select
-from efficient_tx.compression.reweighted import FLOOR, rank_one, reweighted
-from efficient_tx.compression.statistics import gather, shared_out
+from efficient_tx.compression.statistics import shared_out
 from efficient_tx.config.methods import named_method
 from efficient_tx.linear import Monarch, Sparse
 from efficient_tx.linear.replacement import find
@@ -214,7 +213,7 @@ def test_the_best_of_four():
     np.testing.assert_array_equal(best_of_four(np.zeros((4, 1)), 2).ravel(), [True, True, False, False])
 
 
-@pytest.mark.parametrize("name", ["mfac(recomputations=1)", "wlra"])
+@pytest.mark.parametrize("name", ["mfac(recomputations=1)", "wlra", "wlra(weights_rank=2)"])
 def test_bfloat16_layers_stay_bfloat16(name):
     made = model(dtype=jnp.bfloat16)
     for layer in select(made, "mlp"):
@@ -262,112 +261,3 @@ def test_the_surgeon_beats_magnitude_in_the_loss():
         compress(one, named_method(name), 0.4, batches=some, loss=loss)
         losses[name] = float(np.mean([loss(one, {n: jnp.asarray(a) for n, a in batch.items()}) for batch in some]))
     assert losses["mfac(recomputations=4)"] < losses["sparse"] - 0.1
-
-
-# Reweighted low rank.
-
-
-def weighted_loss(weights, matrix):
-    return np.sum((weights * matrix) ** 2)
-
-
-def rows_of(weights, kernel, up):
-    """The best D for U fixed: a weighted least-squares problem for each row."""
-    pairs = zip(weights, kernel, strict=True)
-    return np.stack([np.linalg.lstsq((w * up).T, w * row, rcond=None)[0] for w, row in pairs])
-
-
-def alternating(weights, kernel, rank, starts=5, steps=60):
-    """The least weighted error of a rank, by alternating weighted least squares from many starts."""
-    draws, best = np.random.default_rng(1), np.inf
-    for _ in range(starts):
-        up = draws.normal(size=(rank, kernel.shape[1]))
-        for _ in range(steps):
-            down = rows_of(weights, kernel, up)
-            up = rows_of(weights.T, kernel.T, down.T).T
-        best = min(best, weighted_loss(weights, kernel - down @ up))
-    return best
-
-
-def cut(parts, rank):
-    down, s, up = parts
-    return down[:, :rank] @ up[:rank], np.sum(s[rank:] ** 2)
-
-
-@pytest.mark.quick
-def test_with_equal_weights_it_is_the_truncated_decomposition():
-    kernel = rng.normal(size=(6, 5))
-    u, s, v = np.linalg.svd(kernel)
-    near, left = cut(reweighted(kernel, *rank_one(np.full((6, 5), 0.3))), 2)
-    np.testing.assert_allclose(near, (u[:, :2] * s[:2]) @ v[:2], atol=1e-12)
-    assert left == pytest.approx(0.3 * np.sum(s[2:] ** 2))
-
-
-@pytest.mark.quick
-def test_with_weights_of_rank_one_it_is_the_optimum():
-    kernel = rng.normal(size=(5, 4))
-    rows, columns = rng.uniform(0.1, 3, (5, 1)), rng.uniform(0.1, 3, (1, 4))
-    weights = np.sqrt(rows * columns)
-    for rank in (1, 2, 3):
-        near, left = cut(reweighted(kernel, *rank_one(rows * columns)), rank)
-        assert np.linalg.matrix_rank(near) == rank
-        assert left == pytest.approx(weighted_loss(weights, kernel - near))
-        assert left == pytest.approx(np.sum(np.linalg.svd(weights * kernel, compute_uv=False)[rank:] ** 2))
-        assert left == pytest.approx(alternating(weights, kernel, rank), rel=1e-6)
-        for _ in range(50):
-            other = near + 0.1 * rng.normal(size=(5, rank)) @ rng.normal(size=(rank, 4))
-            u, s, v = np.linalg.svd(other)
-            other = (u[:, :rank] * s[:rank]) @ v[:rank]
-            assert left <= weighted_loss(weights, kernel - other)
-
-
-@pytest.mark.quick
-def test_importances_of_rank_one_are_kept_and_others_have_their_sums():
-    rows, columns = rng.uniform(0.1, 3, (5, 1)), rng.uniform(0.1, 3, (1, 4))
-    np.testing.assert_allclose(np.prod(np.broadcast_arrays(*rank_one(rows * columns)), axis=0), rows * columns)
-    importances = rng.uniform(size=(5, 4)) ** 8
-    near = np.multiply(*rank_one(importances))
-    for axis in (0, 1):
-        np.testing.assert_allclose(near.sum(axis), importances.sum(axis))
-
-    def divergence(other):
-        return np.sum(importances * np.log(importances / other) - importances + other)
-
-    for _ in range(50):
-        other = near * np.exp(0.1 * rng.normal(size=(5, 1))) * np.exp(0.1 * rng.normal(size=(1, 4)))
-        assert divergence(near) <= divergence(other)
-
-
-@pytest.mark.quick
-def test_importances_near_zero_are_lifted_and_do_not_blow_up():
-    """A truncated decomposition of weights may be negative or zero, and W^{∘−1} infinite."""
-    importances = rng.uniform(size=(6, 5))
-    importances[2], importances[:, 3] = 0, 1e-300
-    rows, columns = rank_one(importances)
-    for part in (rows, columns):
-        assert part.min() >= 0.99 * FLOOR * part.mean()  # of the mean before the lift
-    near, _ = cut(reweighted(kernel := rng.normal(size=(6, 5)), rows, columns), 3)
-    assert np.isfinite(near).all()
-    np.testing.assert_allclose(cut(reweighted(kernel, rows, columns), 5)[0], kernel, atol=1e-9)
-    for part in rank_one(np.zeros((3, 2))):
-        np.testing.assert_array_equal(part, 1)  # no gradients: the plain decomposition
-
-
-@pytest.mark.parametrize("weights", ["fisher", "activations"])
-def test_it_beats_the_plain_decomposition_in_its_own_weights(weights):
-    made, plain, before = model(), model(), model()
-    options = {"where": "mlp", "batches": batches(), "loss": loss}
-    done = compress(made, named_method(f"wlra(weights={weights!r}, gradients=6)"), 0.5, **options)
-    compress(plain, named_method("svd"), 0.5, **options)
-    layers = select(before, "mlp")
-    if weights == "fisher":
-        importances = Gradients(before, layers, loss, batches()).squares(6)
-    else:
-        inputs = gather(before, layers, batches())
-        importances = {path: np.diag(inputs[path].moment)[:, None] for path in inputs}
-    for change in done.changes:
-        kernel, omega = kernel_of(find(before, change.path)), np.sqrt(np.multiply(*rank_one(importances[change.path])))
-        ours, other = (weighted_loss(omega, kernel - kernel_of(find(one, change.path))) for one in (made, plain))
-        assert ours < other
-        # float32 factors.
-        assert change.theory[1] == pytest.approx(np.sqrt(ours / weighted_loss(omega, kernel)), rel=1e-3)

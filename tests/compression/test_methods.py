@@ -223,6 +223,21 @@ def test_eora_lowers_the_error_of_what_it_follows_to_what_its_theory_says(name, 
         assert change.error == pytest.approx(np.linalg.norm(y - there) / np.linalg.norm(x @ kernel_of(old)), abs=1e-4)
 
 
+def test_the_budget_chooses_the_bits_of_integers():
+    """The most that fit, for 32 inputs."""
+    for method, budget, bits in [("integer", 0.5, 8), ("integer", 0.25, 6), ("integer(group=8)", 0.25, 3)]:
+        made = model(features=32)
+        done = compress(made, named_method(method), budget, where="blocks.0.mlp.up")
+        (change,) = done.changes
+        assert find(made, change.path).bits == bits
+        groups, m = 4 if "group" in method else 1, 48
+        size = [4 * m * (some + groups + 1) for some in (bits, bits + 1)]  # four rows of bits, scales, a bias
+        assert done.before == 4 * (32 * m + m) and done.after == size[0] <= budget * done.before
+        assert bits == 8 or size[1] > budget * done.before
+    with pytest.raises(ValueError, match=r"budget is 0\.05: Projection cannot meet it: its smallest layers take 0\.12"):
+        compress(model(features=32), named_method("integer"), 0.05, where="blocks.0.mlp.up")
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_sum_stores_its_parts_packed(bias):
@@ -365,6 +380,7 @@ def test_what_cannot_be_is_one_line_and_changes_nothing():
         ("monarch+svd", "method is 'svd': choose one of eora"),
         ("svd(rank)", "method is 'svd(rank)'"),
         ("svd(ranks=3)", "method is 'svd(ranks=3)'"),
+        ("svd(rank=0)", "method is 'svd(rank=0)': rank is 0: it must be at least 1"),
         ("id+eora(share=2)", "method is 'eora(share=2)': share is 2: it must be above 0 and below 1"),
         ("dense", "method is 'dense': choose one of svd"),
         ("monarch(block=3)", "method is 'monarch(block=3)': monarch has no option 'block': choose one of blocks"),

@@ -111,6 +111,7 @@ STRUCTURE_OTHER = {
     "block_diagonal.order": "inverse",
     "block_tensor_train.rank": 3,
     "blast.rank": 3,
+    "hadamard_quotient.rank": 1,
     "low_rank_plus_sparse.rank": 2,
     "low_rank_plus_sparse.pattern": "top",
     "low_rank_plus_sparse.density": 0.5,
@@ -118,6 +119,8 @@ STRUCTURE_OTHER = {
     "sparse.pattern": "2:4",
     "sum.first": "monarch(blocks=2)",
     "sum.second": "sparse",
+    "integer.bits": 4,
+    "integer.group": 2,
     "dense_shift.bits": 2,
 }
 STRUCTURE_CONTEXT = {"low_rank_plus_sparse.density": {"linear.mlp.pattern": "top"}}

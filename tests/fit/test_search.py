@@ -47,3 +47,15 @@ def test_what_is_no_line_is_found_by_halves(memory):
 def test_the_ends():
     assert asked(lambda number: math.inf, 1)[0] == 0
     assert asked(lambda number: 1, 1)[0] == MOST
+
+
+def test_a_compiler_that_computes_anew_near_its_limit_is_not_asked_for_the_largest_of_all():
+    """Memory stays just below the limit from 1,200 to 1,400, and nothing larger fits."""
+    asked = []
+
+    def memory(number):
+        asked.append(number)
+        return number * 10.0 if number < 1200 else 12_000.0 - number / 1000 if number <= 1400 else float("inf")
+
+    found = largest(memory, 12_100, 32)
+    assert 1386 <= found <= 1400 and max(asked) <= 4 * 1400 and len(asked) < 20

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_tx.kernels.platform import by_platform
+from efficient_tx.kernels.platform import by_platform, portable
 
 X = jnp.array([[1.0, 2.0], [3.0, 4.0]])
 
@@ -35,6 +35,25 @@ def test_a_program_has_the_function_of_its_platform_and_others_are_not_traced(pl
     assert {f for f in (2.0, 3.0, 5.0) if f"dense<{f:e}>" in lowered.as_text()} == own
     # The default's for the shapes.
     assert sorted(traced) == sorted({5.0} | own)
+
+
+def test_a_portable_program_has_no_kernel_of_an_accelerator():
+    """What is chosen between a CPU and others stays chosen, inside of another choice too."""
+
+    def inner(x):
+        return by_platform({"cpu": lambda x: 7 * x, "default": lambda x: 11 * x}, x)
+
+    def run(x):
+        return by_platform({"tpu": lambda x: 2 * x, "cuda": lambda x: 3 * x, "default": inner}, x)
+
+    def factors(platforms):
+        text = jax.jit(lambda x: run(x)).trace(X).lower(lowering_platforms=platforms).as_text()
+        return {f for f in (2.0, 3.0, 7.0, 11.0) if f"dense<{f:e}>" in text}
+
+    with portable():
+        assert [factors((platform,)) for platform in ("cpu", "cuda", "tpu")] == [{7.0}, {11.0}, {11.0}]
+        assert factors(("cpu", "cuda", "tpu")) == {7.0, 11.0}
+    assert factors(("cpu", "cuda", "tpu")) == {2.0, 3.0, 7.0}
 
 
 def test_it_runs_under_all_transformations():

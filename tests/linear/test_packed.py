@@ -14,6 +14,7 @@ from efficient_tx.linear import (
     Dense,
     DenseShift,
     Form,
+    Integer,
     LowRank,
     LowRankPlusSparse,
     Monarch,
@@ -29,6 +30,7 @@ FORMS = [
     Form(Sparse, pattern="2:4"),
     Form(DenseShift, bits=2),
     Form(DenseShift, bits=5),
+    Form(Integer, bits=4, group=10),
     Form(LowRankPlusSparse, pattern="top", density=0.3),
     Form(Sum, first=Form(DenseShift), second=Form(LowRank, rank=2)),
     Form(Sum, first=Form(Dense), second=Form(Ternary)),
@@ -99,6 +101,9 @@ def test_nothing_is_trained_and_the_layer_stays_as_it_is(form):
 BYTES = [
     (Form(DenseShift), lambda size: 3 * 4 * 7 + 4),  # three planes of ⌈26 / 8⌉ × 7, a scale of float32
     (Form(DenseShift, bits=5), lambda size: 5 * 4 * 7 + 4),
+    # A byte, or three bits, of each weight, and one or ⌈26 / 10⌉ scales of each output.
+    (Form(Integer), lambda size: 26 * 7 + 7 * size),
+    (Form(Integer, bits=3, group=10), lambda size: 3 * 4 * 7 + 3 * 7 * size),
     (Form(LowRankPlusSparse, rank=2), lambda size: (26 * 2 + 2 * 7 + (6 * 2 + 2) * 7) * size + 4 * 7),
     (Form(LowRankPlusSparse, rank=1, pattern="top", density=0.1), lambda size: (26 + 7 + 18) * size + 4 * 7),
     (

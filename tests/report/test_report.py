@@ -68,7 +68,8 @@ def test_the_tables(folder):
     saved = [np.load(folder / name / "predictions_test_best.npz")["accuracy"].mean() for name in
              ("gla_seed0", "softmax_seed0", "softmax_seed1")]  # fmt: skip
     assert difference["difference"] == f"+{100 * (saved[0] - np.mean(saved[1:])):.2f}"
-    assert difference["seeds"] == "1 and 2" and difference["p"] == "< 0.001"
+    # Seeds of 0.5 and 0.6 leave more open than 200 items: one degree of freedom, and some from the items.
+    assert difference["seeds"] == "1 and 2" and 0.01 < float(difference["p"]) < 0.2
 
 
 def test_the_sentences(folder):
@@ -103,6 +104,29 @@ def test_predictions_on_other_items_are_not_compared(folder):
     status, out, _ = report(folder, "--format=md")
     assert status == 0 and "minus that of" not in out
     assert "Saved predictions are of other test items than those of softmax: gla." in out
+
+
+def test_predictions_of_a_checkpoint_that_is_no_longer_the_best_are_not_compared(folder):
+    file = folder / "gla_seed0" / "predictions_test_best.npz"
+    with np.load(file) as saved:
+        other = dict(saved) | {"step": 10}
+    np.savez(file, **other)
+    status, out, _ = report(folder, "--format=md")
+    assert status == 0 and "minus that of" not in out
+    assert "No saved predictions of the best checkpoint, or not of all seeds: gla" in out
+
+
+def test_without_the_named_baseline_it_is_softmax_whatever_is_set(tmp_path):
+    """Of a problem that does not have it, and where a setting is in every label."""
+    right = np.arange(50) % 2 == 0
+    write_run(tmp_path / "pool", config_of("pool"), test=0.9, right=right)
+    for dropout, test in ((0.0, 0.5), (0.3, 0.4)):
+        config = config_of("softmax", **{"model.dropout": dropout})
+        write_run(tmp_path / f"softmax{dropout}", config, test=test, right=right)
+    write_run(tmp_path / "gla", config_of("gla", **{"task.min_len": 9}), right=right)
+    for arguments in ((), ("--baseline=gla",)):
+        status, out, error = report(tmp_path, "--format=md", *arguments)
+        assert status == 0 and "minus that of softmax, dropout=0.0," in out, error
 
 
 class Page(HTMLParser):
@@ -227,8 +251,14 @@ def test_a_browser_shows_it_without_sideways_scrolling(folder, width):
     assert pixels.shape[1] == width and 0.01 < (pixels[..., :3].min(-1) < 0.5).mean() < 0.3  # neither blank nor black
 
 
+SWEEP = {
+    "runs": {"tuned": {"purpose": "tune"}},
+    "chosen": {"softmax": {"settings": {"optimizer.learning_rate": "0.001"}}},
+}
+
+
 def test_a_sweeps_tuning_is_told(folder):
     write_run(folder / "tuned", config_of("softmax", **{"optimizer.learning_rate": 0.1}))
-    (folder / "sweep.json").write_text(json.dumps({"runs": {"tuned": {"purpose": "tune"}}}))
+    (folder / "sweep.json").write_text(json.dumps(SWEEP))
     status, out, _ = report(folder, "--format=csv")
     assert status == 0 and rows(out, "Results")["softmax"]["tuned over"] == "1 runs"

@@ -14,14 +14,16 @@ from tests.support.workdirs import config_of, write_run
 def grouped(tmp_path):
     """Writes runs below the folder, and returns its problems and the warnings."""
 
-    def group(*runs, tuned=()):
+    def group(*runs, tuned=(), by_name=False):
         for index, (config, about) in enumerate(runs):
             write_run(tmp_path / f"run{index}", config, **about)
         if tuned:
             purposes = {f"run{index}": {"purpose": "tune" if index in tuned else "run"} for index in range(len(runs))}
-            (tmp_path / "sweep.json").write_text(json.dumps({"runs": purposes}))
+            chosen = {"a cell": {"settings": {"optimizer.learning_rate": "0.5"}}}
+            (tmp_path / "sweep.json").write_text(json.dumps({"runs": purposes, "chosen": chosen}))
         lines = []
-        return problems(find([tmp_path], lines.append), lines.append), lines
+        folders = sorted(tmp_path.glob("run*")) if by_name else [tmp_path]
+        return problems(find(folders, lines.append), lines.append), lines
 
     return group
 
@@ -64,14 +66,36 @@ def test_other_protocols_and_data_are_other_problems(grouped):
     ]
 
 
-def test_tuning_counts_as_a_budget_and_not_as_results(grouped):
+@pytest.mark.parametrize("by_name", [False, True], ids=["the sweep's folder", "its runs"])
+def test_tuning_counts_as_a_budget_and_not_as_results(grouped, by_name):
     config = config_of("softmax")
     other = config_of("softmax", **{"optimizer.learning_rate": 0.5})
     ((problem,), _) = grouped(
-        (config, {"test": 0.9}), (other, {"test": 0.9}), (config | {"seed": 1}, {"test": 0.5}), tuned=(0, 1)
-    )
+        (config, {"test": 0.9}), (other, {"test": 0.9}), (config | {"seed": 1}, {"test": 0.5}), tuned=(0, 1),
+        by_name=by_name,
+    )  # fmt: skip
     ((method,), scores) = problem.methods, problem.methods[0].scores("test")
     assert (method.label, method.tuning, scores) == ("softmax", 2, [0.5])
+
+
+def test_each_setting_has_the_tuning_of_its_own(grouped):
+    """Two values of a key that is compared, two of one that is tuned: each method had two tries, not four."""
+    settings = [{"model.dropout": drop, "optimizer.learning_rate": rate} for drop in (0.0, 0.1) for rate in (0.1, 0.5)]
+    tried = [(config_of("softmax", **one), {}) for one in settings]
+    final = [(config_of("softmax", seed=1, **one), {}) for one in settings[1::2]]
+    ((problem,), _) = grouped(*tried, *final, tuned=range(4))
+    assert [(m.label, m.tuning) for m in problem.methods] == [("softmax, dropout=0.0", 2), ("softmax, dropout=0.1", 2)]
+
+
+def test_data_of_other_sources_are_other_problems_wherever_they_lie(grouped):
+    config = config_of("softmax", **{"task.source": "/somewhere"})
+    found, _ = grouped(
+        (config, {"source": "files in /a/listops, 90 rows"}),
+        (config | {"seed": 1}, {"source": "files in ~/b/listops, 90 rows"}),
+        (config | {"seed": 2}, {"source": "files in /a/listops, 80 rows"}),
+        (config | {"seed": 3}, {"test": None}),
+    )
+    assert [len(method.runs) for problem in found for method in problem.methods] == [3, 1]
 
 
 def test_a_copy_of_a_run_is_no_further_seed(grouped):

@@ -1,7 +1,7 @@
 """The public API as a user's type checker sees it: `mypy` (pyproject.toml) checks this file, nothing runs it."""
 
 from collections.abc import Callable
-from typing import assert_type
+from typing import Any, assert_type
 
 import jax
 import optax
@@ -22,11 +22,13 @@ from efficient_tx.attention import (
     softmax,
 )
 from efficient_tx.config import make_config
+from efficient_tx.export import export_function, export_weights, model_of_weights
 from efficient_tx.kernels import block_attention, flash_attention, gated_linear_attention, monarch
 from efficient_tx.linear import LINEAR, Form, Monarch, Sum, densify, replace, structured_learning_rates
 from efficient_tx.linear.structured import Weight
 from efficient_tx.models import Bert, Classifier, ViT
 from efficient_tx.models.pretrained import load_pretrained, pretrained_bert
+from efficient_tx.models.weights import load_weights, save_weights
 from efficient_tx.task import Task, data_directory
 
 
@@ -104,3 +106,12 @@ def own(x: jax.Array) -> None:
 def tasks(task: Task) -> None:
     assert_type(task.max_len, int)
     data_directory()
+
+
+def taken_home(model: nnx.Module) -> None:
+    assert_type(export_function("run", "a.npz", vocabulary=["a"], precision=None), dict[str, Any])
+    assert_type(export_weights("run", "a.safetensors", dtype="bfloat16"), int)
+    _, again = model_of_weights("a.safetensors")
+    assert_type(again, nnx.Module)
+    save_weights(model, "b.safetensors", about={"step": 1})
+    load_weights(model, "b.safetensors")

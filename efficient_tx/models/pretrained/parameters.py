@@ -8,10 +8,11 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from efficient_tx.linear.replacement import dotted
 from efficient_tx.models.pretrained.description import Description
 from efficient_tx.models.pretrained.tensors import Tensors
 
-Parameters = dict[str, nnx.Param]
+Parameters = dict[str, nnx.Variable]
 # What every block of every family has.
 BLOCK = re.compile(
     r"encoder\.blocks\.(\d+)\.((mixer_norm|mlp_norm)\.scale|mixer\.(q|k|v|out)\.kernel|mlp\.(up|gate|down)\.kernel)"
@@ -19,8 +20,12 @@ BLOCK = re.compile(
 
 
 def parameters(model: nnx.Module) -> Parameters:
-    """The parameters of a model by their paths, "encoder.blocks.0.mlp.up.kernel"."""
-    return {".".join(map(str, place)): x for place, x in nnx.iter_graph(model) if isinstance(x, nnx.Param)}
+    """The parameters of a model by their paths, "encoder.blocks.0.mlp.up.kernel"; random streams are none."""
+    return {
+        dotted(place): x
+        for place, x in nnx.iter_graph(model)
+        if isinstance(x, nnx.Variable) and not isinstance(x, nnx.RngState)
+    }
 
 
 def check_blocks(found: Tensors, wanted: Parameters, path: Path) -> None:

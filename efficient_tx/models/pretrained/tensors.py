@@ -91,6 +91,16 @@ def read_safetensors(path: Path) -> Tensors:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
+def metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says beside its tensors; nothing for another file."""
+    from safetensors import safe_open
+
+    if path.suffix != ".safetensors" or not path.is_file():
+        return {}
+    with reading(path), safe_open(path, "numpy") as file:
+        return file.metadata() or {}
+
+
 def index_of(path: Path) -> Path | None:
     """The index of the shards to which a file belongs; None if it is a whole checkpoint."""
     if path.name.endswith(INDEX):

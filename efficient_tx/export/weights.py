@@ -1,0 +1,66 @@
+"""Weights of a run as a safetensors file, whose metadata have the run's config: from it the model is built again."""
+
+from pathlib import Path
+
+from flax import nnx
+from ml_collections import ConfigDict
+
+from efficient_tx.compress.source import load
+from efficient_tx.config.build import build_model
+from efficient_tx.config.names import task_module, task_sizes
+from efficient_tx.config.stored import CONFIG, config_of_weights, restore, to_store
+from efficient_tx.files import local_path
+from efficient_tx.models.weights import load_weights, save_weights
+from efficient_tx.task import Task
+from efficient_tx.training.disk import writing
+from efficient_tx.training.errors import refusing
+
+
+def export_weights(workdir: str | Path, path: str | Path, *, checkpoint: str = "best", dtype: str | None = None) -> int:
+    """Writes the parameters of a trained run, under the names of `models.weights`.
+
+    With the run's config among them, `model_of_weights` builds the model again, and a run starts from the file by
+    `init_from`, as from the workdir. Folders of this machine are left out of that config.
+
+    Args:
+      workdir: of the run; it is only read.
+      path: ends in .safetensors; a file of that name is replaced.
+      checkpoint: "best" (on validation), "last", or a step.
+      dtype: in the file, "float32" or "bfloat16"; None keeps that of the parameters, float32.
+
+    Returns:
+      The step of the checkpoint.
+
+    Raises:
+      Refused: one line: no such run or checkpoint, another ending or dtype, or a missing package.
+      RunError: the file cannot be written.
+    """
+    config, _, model, step = load(Path(workdir), checkpoint)
+    with config.unlocked():
+        config.init_from = config.task.data_dir = None
+    with refusing(), writing(Path(path)):
+        save_weights(model, local_path(path), dtype=dtype, about={CONFIG: to_store(config), "step": step})
+    return step
+
+
+def model_of_weights(path: str | Path, task: Task | None = None) -> tuple[ConfigDict, nnx.Module]:
+    """The config in a file of `export_weights`, and its model with the weights.
+
+    Args:
+      path: the file.
+      task: gives the sizes of the model; None: the config says them, and no data are needed.
+
+    Raises:
+      ValueError: one line: the file is unreadable, has no config, or does not fit it.
+    """
+    path = local_path(path)
+    stored = config_of_weights(path)
+    if stored is None:
+        raise ValueError(f"{path} has no config of a run: export_weights writes one")
+    config = restore(stored)
+    if task is None:
+        kind = task_module(config.task.name).KIND
+        task = Task(*((),) * 3, kind=kind, name="", source="", **task_sizes(config.task))
+    model = nnx.eval_shape(lambda: build_model(config, task))
+    load_weights(model, path)
+    return config, model
