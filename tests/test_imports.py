@@ -61,6 +61,7 @@ ALLOWED = {
         "efficient_tx.files",
         "efficient_tx.linear",
         "efficient_tx.attention",
+        "efficient_tx.train",
         "efficient_tx.training",
     },
     "lra": {

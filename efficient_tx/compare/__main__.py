@@ -65,14 +65,13 @@ def main(argv: Sequence[str]) -> int:
     if not console.is_terminal:
         console = Console(width=140)
     try:
-        COMMANDS[args.command].run(args, console)
+        return COMMANDS[args.command].run(args, console) or 0
     except (OSError, ValueError) as error:
         print(line(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped: nothing was written", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from efficient_tx.attention import ATTENTION, Mixer
 from efficient_tx.compression import METHODS, SECOND, Method
+from efficient_tx.config.methods import named_method
 from efficient_tx.linear import LINEAR
 from efficient_tx.linear.structured import Weight
 
@@ -47,13 +48,15 @@ def method_table(up: str) -> str:
     return table(
         ("compression", "paper", "what it does", "needs", "file"),
         (
-            (f"`{name}`", paper(method), method.computes, needs(method), file(method, up))
+            (f"`{name}`", paper(method), method.computes, needs(name), file(method, up))
             for name, method in classes.items()
         ),
     )
 
 
-def needs(method: type[Method]) -> str:
+def needs(name: str) -> str:
+    """What a method needs with its default options; of a second stage, what it adds to a first one."""
+    method = named_method(name) if name in METHODS else SECOND[name]
     return ", ".join(sorted(method.needs)) or "no data"
 
 

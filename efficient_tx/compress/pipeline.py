@@ -2,7 +2,7 @@
 
 import copy
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -32,6 +32,7 @@ from efficient_tx.config.schema import complete
 from efficient_tx.config.stored import restore, to_store, workdir_of
 from efficient_tx.config.structure import entries, entry, fitting, in_config
 from efficient_tx.data.batching import check_examples
+from efficient_tx.files import clear
 from efficient_tx.linear.replacement import dotted, transfer
 from efficient_tx.task import Task, data_directory
 from efficient_tx.training.compilation import keep_programs
@@ -64,15 +65,52 @@ def run(asked: Asked, console: Console) -> None:
     train.proceed(Run(config, departures, ()), workdir_of(result.path, config, warn=print))
 
 
-def compressed(asked: Asked, result: Result, console: Console) -> None:
-    """Swaps mixers and compresses; writes the result as the workdir of a run at step 0, or of its distillation."""
+class Impossible(Refused):
+    """The method cannot make these layers as small as asked, or cannot change them."""
+
+
+class Opened(NamedTuple):
+    """A run to compress: config, task, model and step, and the config of the result without `structure`."""
+
+    config: ConfigDict
+    task: Task
+    model: nnx.Module
+    step: int
+    new: ConfigDict
+
+
+def opened(asked: Asked) -> Opened:
+    """The run to compress.
+
+    Raises:
+      Refused: what can be known before work begins: of the run, of `--set`, `--where` and of mixers.
+    """
     config, task, model, step = load(asked.workdir, asked.checkpoint)
     with refusing(str(asked.workdir)):
         check_examples(task)
     new = result_config(config, task, asked)
-    if asked.distill:
-        with refusing():
+    with refusing():
+        if asked.distill:
             check_batch_size(new.batch_size, devices=jax.device_count(), grad_accum=new.grad_accum)
+        if asked.method is not None and asked.mixers is None:
+            select(model, asked.where)
+    if asked.mixers is None:
+        check_sizes(model, new, task, asked)
+    return Opened(config, task, model, step, new)
+
+
+def check_sizes(model: nnx.Module, new: ConfigDict, task: Task, asked: Asked) -> None:
+    """Raises Refused, which names `--set`, unless the config makes a model of these sizes."""
+    try:
+        transfer(model, nnx.eval_shape(lambda: build_model(new, task)))
+    except ValueError as error:
+        settings = " ".join(f"{key}={text}" for key, text in asked.settings.items())
+        raise Refused(f"{settings}: the model has other sizes, {error}", option="set") from None
+
+
+def compressed(asked: Asked, result: Result, console: Console) -> None:
+    """Swaps mixers and compresses; writes the result as the workdir of a run at step 0, or of its distillation."""
+    config, task, model, step, new = opened(asked)
     lines: list[str | Table] = []
     about: dict[str, Any] = {"asked": result.asked, "step": step}
     if asked.mixers is not None:
@@ -88,17 +126,14 @@ def compressed(asked: Asked, result: Result, console: Console) -> None:
         check(new)
         lines.append(table(done.changes, done.before, done.after, asked.unit))
         about |= record(done)
-    try:
-        transfer(model, build_model(new, task))
-    except ValueError as error:
-        asked = " ".join(f"{key}={text}" for key, text in asked.settings.items())
-        raise Refused(f"{asked}: the model has other sizes, {error}", option="set") from None
+    check_sizes(model, new, task, asked)
     for line in lines:
         console.print(line, soft_wrap=isinstance(line, str))
     workdir = Workdir(result.path, to_store(new))
     workdir.claim()
     with writing(result.path):
         result.path.mkdir(parents=True, exist_ok=True)
+        clear(result.path, RECORD)
     # First of all, so that the same command knows this folder again.
     write_checked(result.path / RECORD, about)
     workdir.begin()
@@ -171,9 +206,9 @@ def by_method(
                 progress=lambda what: bar.update(work, description=what, advance=1),
             )  # fmt: skip
         except OptionError as error:
-            raise Refused(f"{error.value}: {error.rule}", option=error.option) from None
+            raise Impossible(f"{error.value}: {error.rule}", option=error.option) from None
         except ValueError as error:
-            raise Refused(str(error)) from None
+            raise Impossible(str(error)) from None
 
 
 def distilled(asked: Asked, result: Result) -> None:

@@ -9,9 +9,10 @@ from efficient_tx.compress.asked import Asked
 from efficient_tx.compress.distillation import Distillation
 from efficient_tx.compression import Compressed
 from efficient_tx.compression.method import Change
+from efficient_tx.files import visible
 from efficient_tx.linear.replacement import dotted
 from efficient_tx.training.checkpoint import Checkpoints
-from efficient_tx.training.disk import read_checked
+from efficient_tx.training.disk import CHECKSUMS, read_checked
 from efficient_tx.training.errors import Refused
 
 # What a compression was asked for and did, in its workdir.
@@ -37,7 +38,8 @@ class Result:
         try:
             record = read_checked(self.path / RECORD)
         except FileNotFoundError:
-            if {entry.name for entry in self.path.iterdir()} <= {"lock"}:
+            # What a kill leaves before the record is there.
+            if {entry.name for entry in visible(self.path, "*")} <= {"lock", CHECKSUMS}:
                 return None
             raise Refused(f"{self.path} holds something else: name a new folder", option="out") from None
         except (OSError, ValueError) as error:
@@ -60,11 +62,15 @@ def record(done: Compressed) -> dict[str, Any]:
     return {**costs, "layers": layers}
 
 
+def become(before: float, after: float, unit: str) -> str:
+    """A cost before and after, in words."""
+    digits = 3 if unit == "milliseconds" else 0
+    return f"{before:,.{digits}f} {unit} become {after:,.{digits}f} ({after / before:.1%})"
+
+
 def table(changes: Sequence[Change], before: float, after: float, unit: str) -> Table:
     """Layer, new form and error; the last row the cost of all of them."""
-    digits = 3 if unit == "milliseconds" else 0
-    become = f"{before:,.{digits}f} {unit} become {after:,.{digits}f} ({after / before:.1%})"
-    result = Table(title=f"{len(changes)} layers: {become}")
+    result = Table(title=f"{len(changes)} layers: {become(before, after, unit)}")
     for name in ("layer", "becomes", "sizes", "error", "theory"):
         result.add_column(name, justify="left" if name in ("layer", "becomes") else "right")
     for change in changes:

@@ -1,7 +1,6 @@
 """The run that is compressed: its model, its examples, its loss."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,10 +34,15 @@ def load(workdir: Path, checkpoint: str) -> tuple[ConfigDict, Task, nnx.Module, 
 
 
 def calibration(task: Task, asked: Asked, batch_size: int) -> Sequence[Batch]:
-    """The batches of calibration, from examples of the training split as they are, without augmentation."""
-    size = min(batch_size, asked.calibration, len(task.train))
-    batches = train_batches(dataclasses.replace(task, augment=None), batch_size=size, seed=asked.draw)
-    return [batches[i] for i in range(math.ceil(min(asked.calibration, len(task.train)) / size))]
+    """The batches of calibration, of which the last one may be smaller.
+
+    They have different examples of the training split, as they are, without augmentation: the first ones of an epoch.
+    """
+    count = min(asked.calibration, len(task.train))
+    # Buckets would mix the examples of several epochs.
+    plain = dataclasses.replace(task, augment=None, bucket=False)
+    whole = train_batches(plain, batch_size=count, seed=asked.draw)[0]
+    return [{name: rows[i : i + batch_size] for name, rows in whole.items()} for i in range(0, count, batch_size)]
 
 
 def mean_loss(objective: Objective, model: nnx.Module, batch: Batch) -> jax.Array:

@@ -1,7 +1,7 @@
 """Compression of trained models: methods that exchange layers, or cut neurons and heads, within a budget.
 
-A new method is one file and one row of `METHODS`. Every weight structure of `LINEAR` but dense is a method as well: the
-projection of each layer onto it; but for sums, which have parts to choose, and quotients, whose projection is low rank.
+A new method is one file and one row of `METHODS`. Every weight structure of `LINEAR` with a projection of its own is a
+method as well: that projection of each layer.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from efficient_tx.compression.method import Method
 from efficient_tx.compression.mfac import Mfac
 from efficient_tx.compression.projection import Projection
 from efficient_tx.compression.reweighted import Reweighted
-from efficient_tx.linear import LINEAR, Dense, HadamardQuotient, Sum
+from efficient_tx.linear import LINEAR
 
 METHODS: dict[str, Callable[..., Method]] = {
     "svd": Truncated,
@@ -27,7 +27,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "flap": Flap,
     "wlra": Reweighted,
     "mfac": Mfac,
-    **{name: partial(Projection, cls) for name, cls in LINEAR.items() if cls not in (Dense, Sum, HadamardQuotient)},
+    **{name: partial(Projection, cls) for name, cls in LINEAR.items() if cls.own_projection},
 }
 # Methods that follow another one, written after a plus: "monarch+eora".
 SECOND: dict[str, Callable[..., Method]] = {"eora": Eora}

@@ -8,7 +8,7 @@ from flax import nnx
 from efficient_tx.compression.layer_form import LayerForm
 from efficient_tx.compression.method import Change, Method, Plan, Setting, layer_error
 from efficient_tx.compression.model import Heads, Layer, Units, bias_of, dense, kernel_of, put, units
-from efficient_tx.linear import Dense, Form
+from efficient_tx.linear import Dense
 from efficient_tx.linear.replacement import Path, dotted, find
 
 
@@ -69,11 +69,10 @@ class Cutting(Method):
                 kept[path] = left
             width = len(left) * one.size
             for making in one.making:
-                layer = find(self.setting.model, making)
-                forms[making] = LayerForm(Form(Dense), layer.in_features, width, layer.bias is not None)
-            layer = find(self.setting.model, one.reading)
-            bias = layer.bias is not None or (self.adds_bias and path in kept)
-            forms[one.reading] = LayerForm(Form(Dense), width, layer.out_features, bias)
+                forms[making] = LayerForm.of(Dense, find(self.setting.model, making))._replace(out_features=width)
+            reading = LayerForm.of(Dense, find(self.setting.model, one.reading))
+            bias = reading.use_bias or (self.adds_bias and path in kept)
+            forms[one.reading] = reading._replace(in_features=width, use_bias=bias)
         return Plan(forms, kept)
 
     def apply(self, plan: Plan, progress: Callable[[str], None] = lambda name: None) -> list[Change]:

@@ -36,7 +36,8 @@ class Eora(Method):
     """Another method, and beside each of its layers a low-rank one for the error that it leaves on the inputs.
 
     All errors are those against the original model's inputs. If the first stage has cut inputs of a layer, D U
-    compensates what the best linear prediction from the other inputs would still gain.
+    compensates what the best linear prediction from the other inputs would still gain: nothing after an interpolative
+    method without biases, which is that prediction. The theory counts what the prediction misses as well.
 
     Args:
       first: the method of the first stage.
@@ -88,7 +89,7 @@ class Eora(Method):
         low, high = 0, min(base.in_features, base.out_features)
         while low < high:
             middle = (low + high + 1) // 2
-            part = LayerForm(Form(LowRank, rank=middle), base.in_features, base.out_features, False)
+            part = base._replace(form=Form(LowRank, rank=middle), use_bias=False)
             low, high = (middle, high) if self.setting.then(part) <= limit else (low, middle - 1)
         if not low:
             return base
@@ -111,10 +112,10 @@ class Eora(Method):
     def compensate(self, before: nnx.Module, path: Path, form: LayerForm, rows: np.ndarray | None) -> Change:
         """Puts the sum of the first stage's layer and its compensation at the path."""
         after, inputs = find(self.setting.model, path), self.setting.inputs[path]
-        target, moment = aim(before, inputs, rows)
+        new = form.blank()
+        target, moment, lost = aim(kernel_of(before), inputs, rows, centred=new.bias is not None)
         rank = dict(dict(form.form.options)["second"].options)["rank"]
         down, up, missed = compensation(target - kernel_of(after), moment, rank)
-        new = form.blank(after)
         nnx.update(new.first, nnx.state(without_bias(after)))
         nnx.update(new.second, nnx.state(low_rank(down, up, new.second)))
         if new.bias is not None:
@@ -126,20 +127,30 @@ class Eora(Method):
                 new.bias[...] = jnp.asarray(mean - inputs.mean[rows] @ kernel_of(new), new.param_dtype)
         put(self.setting.model, path, new)
         error = layer_error(before, new, inputs, rows=rows)
-        theory = ratio(missed, energy(target, moment))
+        theory = ratio(lost + missed, energy(kernel_of(before), inputs.moment))
         return Change(path, form, error, ("tail of Sᵀ ΔW", theory))
 
 
-def aim(before: nnx.Module, inputs: Inputs, rows: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """What a layer should compute of the inputs `rows` that are left (None: all), and their second moment.
+def aim(
+    kernel: np.ndarray, inputs: Inputs, rows: np.ndarray | None, *, centred: bool
+) -> tuple[np.ndarray, np.ndarray, float]:  # fmt: skip
+    """What a layer x W should compute of the inputs `rows` that are left, their second moment, and what this misses.
 
-    If inputs are gone: the best linear prediction of the outputs from the others, up to a constant if there is a bias.
+    If inputs are gone (None: none are), it is the best linear prediction of x W from the others.
+
+    Args:
+      kernel: W, `[in, out]`.
+      centred: whether a bias makes the means right after a cut, so that the prediction is one up to a constant.
+
+    Returns:
+      The kernel T `[rows, out]`; the moment `[rows, rows]`, of the centred inputs if these count; and E ‖x W − x̂ T‖².
     """
-    kernel = kernel_of(before)
     if rows is None:
-        return kernel, inputs.moment
-    moment = inputs.moment - np.outer(inputs.mean, inputs.mean)
-    return regression(moment, rows) @ kernel, moment[np.ix_(rows, rows)]
+        return kernel, inputs.moment, 0.0
+    moment = inputs.moment - np.outer(inputs.mean, inputs.mean) if centred else inputs.moment
+    target, off = regression(moment, rows) @ kernel, kernel.copy()
+    off[rows] -= target
+    return target, moment[np.ix_(rows, rows)], energy(off, moment)
 
 
 def without_bias(layer: nnx.Module) -> nnx.Module:

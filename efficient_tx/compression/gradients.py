@@ -94,14 +94,15 @@ class Gradients:
         some = {name: named.pop(name) for name in map(dotted, paths)}
         rest = named
         for parts in in_shares([len(batch["label"]) for batch in self.batches], count):
-            total = None
+            total, examples = None, sum(rows.stop - rows.start for _, rows in parts)
             for number, rows in parts:
                 batch = {name: np.asarray(array)[rows] for name, array in self.batches[number].items()}
                 grads = self._gradient(some, rest, self._others, shared_out(batch))
+                grads = {name: len(batch["label"]) / examples * grad for name, grad in grads.items()}
                 total = grads if total is None else jax.tree.map(jnp.add, total, grads)
                 if rows.stop == len(self.batches[number]["label"]):
                     self.progress(number + 1)
-            found = [np.asarray(total[name]) / len(parts) for name in some]
+            found = [np.asarray(total[name]) for name in some]
             for name, grad in zip(some, found, strict=True):
                 if not np.isfinite(grad).all():
                     raise ValueError(f"{name} has gradients that are not finite: the model or its data are damaged")
@@ -110,7 +111,7 @@ class Gradients:
 
 def as_dense(layer: nnx.Module) -> Dense:
     """A dense layer with the bias of another one, and a kernel of zeros in float32."""
-    new = LayerForm.of(Dense, layer).blank(layer, jnp.float32)
+    new = LayerForm.of(Dense, layer)._replace(param_dtype=jnp.float32).blank()
     if (bias := bias_of(layer)) is not None:
         new.bias[...] = jnp.asarray(bias, jnp.float32)
     return new

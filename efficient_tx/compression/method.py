@@ -190,7 +190,7 @@ def ratio(error: float, norm: float) -> float:
 
 def low_rank(down: np.ndarray, up: np.ndarray, layer: nnx.Module) -> LowRank:
     """The layer x · down · up, `[in, rank]` and `[rank, out]`, with the bias of another one."""
-    new = LayerForm.of(LowRank, layer, rank=down.shape[1]).blank(layer)
+    new = LayerForm.of(LowRank, layer, rank=down.shape[1]).blank()
     # Both factors get the same norm in each direction.
     sizes = np.sqrt(np.linalg.norm(down, axis=0) / np.maximum(np.linalg.norm(up, axis=1), np.finfo(float).tiny))
     sizes = np.where(np.isfinite(sizes) & (sizes > 0), sizes, 1)

@@ -112,7 +112,7 @@ class Mfac(Method):
 
     def change(self, layer: Layer, form: LayerForm, kernel: jax.Array, progress: Callable[[str], None]) -> Change:
         progress(layer.name)
-        new = form.blank(layer.module)
+        new = form.blank()
         new.sparse[...] = kernel.astype(new.param_dtype)
         new.bias = layer.module.bias
         put(self.setting.model, layer.path, new)

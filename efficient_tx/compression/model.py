@@ -157,7 +157,7 @@ def put(model: nnx.Module, path: Path, layer: nnx.Module) -> None:
 
 def dense(kernel: np.ndarray, bias: np.ndarray | None, like: nnx.Module) -> Dense:
     """A dense layer with this kernel `[in, out]` and bias `[out]`, with the dtypes of another layer."""
-    layer = LayerForm(Form(Dense), *kernel.shape, bias is not None).blank(like)
+    layer = LayerForm(Form(Dense), *kernel.shape, bias is not None, like.dtype, like.param_dtype).blank()
     layer.kernel[...] = jnp.asarray(kernel, like.param_dtype)
     if bias is not None:
         layer.bias[...] = jnp.asarray(bias, like.param_dtype)

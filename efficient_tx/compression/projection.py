@@ -7,6 +7,7 @@ from flax import nnx
 from efficient_tx.compression.layer_form import LayerForm
 from efficient_tx.compression.method import ByLayer
 from efficient_tx.compression.model import Layer
+from efficient_tx.linear import Form
 from efficient_tx.linear.replacement import dense_weight
 from efficient_tx.linear.structured import Weight
 
@@ -17,12 +18,15 @@ class Projection(ByLayer):
     Args:
       structure: of the new layers.
       **options: of the structure, for all layers. The option that sets its size is chosen by the budget unless given.
+
+    Raises:
+      ValueError: an option that the structure does not have, or a value of another type.
     """
 
     computes = "min ‖W − Ŵ‖ over one structure"
 
     def __init__(self, structure: type[Weight], **options):
-        self.structure, self.options = structure, options
+        self.structure, self.options = structure, dict(Form(structure, **options).options)
         self.paper = structure.paper
 
     def form(self, layer: Layer, amount: float) -> LayerForm:
@@ -40,7 +44,7 @@ class Projection(ByLayer):
         return of(values[max(0, fitting - 1)])
 
     def fit(self, layer: Layer, form: LayerForm) -> tuple[nnx.Module, None]:
-        new = form.blank(layer.module)
+        new = form.blank()
         new.project(dense_weight(layer.module))
         if layer.module.bias is not None:
             new.bias[...] = layer.module.bias[...]

@@ -74,7 +74,7 @@ class Reweighted(Truncated):
     def fit(self, layer: Layer, form: LayerForm) -> tuple[nnx.Module, tuple[str, float] | None]:
         if self.weights_rank == 1:
             return super().fit(layer, form)
-        new, rank = form.blank(layer.module), dict(form.form.options)["rank"]
+        new, rank = form.blank(), dict(form.form.options)["rank"]
         (down, s, up), (left, right) = self.decomposed[layer.path], self.roots[layer.path]
         numerators = low_rank(down[:, :rank], up[:rank], layer.module)
         new.down[...], new.up[...] = numerators.down[...], numerators.up[...]

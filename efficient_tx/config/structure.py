@@ -88,8 +88,8 @@ def layer(values: Mapping[str, Any], where: str, like: nnx.Module) -> Weight:
     options = {name: value for name, value in values.items() if name not in ("name", *SIZES)}
     options = with_objects(structure, options, where)
     with at(where):
-        form = LayerForm(Form(structure, **options), *(values[size] for size in SIZES))
-        return form.make(dtype=like.dtype, param_dtype=like.param_dtype)
+        sizes = (values[size] for size in SIZES)
+        return LayerForm(Form(structure, **options), *sizes, like.dtype, like.param_dtype).make()
 
 
 def path_of(text: str) -> Path:

@@ -12,6 +12,7 @@ class Dense(Weight, nnx.Linear):
     computes = "W itself"
     size = "n²"
     nearest = "itself"
+    own_projection = False
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., in_features]` -> `[..., out_features]`; raises ValueError for an input of another width."""

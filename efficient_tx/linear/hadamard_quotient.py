@@ -39,6 +39,7 @@ class HadamardQuotient(Structured):
     computes = "(D U) ⊘ (P Q), entry by entry"
     size = "2·n·(rank + terms)"
     nearest = "singular value decomposition, for denominators of 1"
+    own_projection = False  # it is that of `LowRank`
 
     @staticmethod
     def sized_by(n: int, m: int) -> tuple[str, Sequence[int]]:

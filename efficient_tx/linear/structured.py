@@ -75,6 +75,7 @@ class Weight:
       computes: the formula of the weight W in y = x W.
       size: number of parameters of an n × n weight.
       nearest: method that finds the nearest weight to a dense one.
+      own_projection: whether that weight is an approximation that no other structure gives: a method of compression.
       input_step: the inputs of a token are rounded to multiples of input_step times the largest of them; 0 means no
         rounding. So the output may differ from x · to_dense() by half a step in every input.
       latent: whether the parameters are rounded for use, so that they are not the weight itself.
@@ -86,6 +87,7 @@ class Weight:
     computes: ClassVar[str] = ""
     size: ClassVar[str] = ""
     nearest: ClassVar[str] = ""
+    own_projection: ClassVar[bool] = True
     input_step: float = 0.0
     latent: bool = False
     fits_under_jit: ClassVar[bool] = True

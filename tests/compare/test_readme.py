@@ -7,6 +7,8 @@ import pytest
 from efficient_tx.attention import ATTENTION
 from efficient_tx.compare import __main__ as command
 from efficient_tx.compare import readme
+from efficient_tx.compression import METHODS
+from efficient_tx.config.methods import named_method
 from efficient_tx.linear import LINEAR
 from tests.support import ROOT
 
@@ -42,6 +44,11 @@ def test_the_tables_are_written_between_the_markers(tmp_path, capsys):
     )
     assert f"| `monarch` | {paper} | {formula} | singular value decomposition of every slice | {file} |\n" in structures
     assert "| `stat` | Flynn et al. 2024, [2406.00061](https://arxiv.org/abs/2406.00061) |" in methods
+    # The options of a method may decide what it needs; its row is that of the default ones.
+    cells = {line.split("`")[1]: line.split(" | ")[3] for line in methods.splitlines()[2:]}
+    for name in METHODS.keys() & cells.keys():
+        assert cells[name] == (", ".join(sorted(named_method(name).needs)) or "no data")
+    assert cells["wlra"] == "gradients"
     assert "`monarch`" not in methods  # every structure is a method: they have a table of their own
     for line in [*table.splitlines()[2:], *structures.splitlines()[2:], *methods.splitlines()[2:]]:
         assert "|  |" not in line.replace("| `dense` |  |", "")

@@ -1,9 +1,11 @@
 """compress.py: a run made smaller is a run: evaluated, tuned, started from, compressed again; killed and gone on."""
 
 import json
+import os
 import re
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,6 @@ import pytest
 from efficient_tx.training.checkpoint import Checkpoints
 from tests.support import toy
 from tests.support.command import (
-    TINY,
     as_here,
     compress_here,
     evaluate_here,
@@ -65,6 +66,38 @@ def test_the_result_is_a_run_that_evaluates_and_compresses_again(tmp_path):
     assert second["encoder.blocks.0.mlp.up"]["out_features"] == up["out_features"]
     assert second["encoder.blocks.0.mixer.q"] == structure["encoder.blocks.0.mixer.q"]
     assert evaluate_here(f"--workdir={again}")[0] == 0
+
+
+def test_low_rank_beside_a_weight_approximation_is_a_method(tmp_path):
+    out = tmp_path / "sum"
+    arguments = ["--method=sum(first='sparse(density=0.25)')", "--budget=0.7", "--where=mlp"]
+    assert compress(out, *arguments)[::2] == (0, "")
+    entry = read(out / "config.json")["structure"]["encoder.blocks.0.mlp.up"]
+    assert (entry["name"], entry["first"]) == ("sum", "sparse(density=0.25)")
+    assert re.fullmatch(r"low_rank\(rank=[1-9]\)", entry["second"])
+    assert read(out / "compression.json")["share"] <= 0.7
+    assert evaluate_here(f"--workdir={out}")[0] == 0
+    assert read(out / "eval_test_best.json")["accuracy"] == read(out / "summary.json")["test_accuracy"]
+
+
+def test_an_estimate_writes_nothing(tmp_path):
+    run = finished_run()[0]
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    arguments = [f"--workdir={run}", "--budget=0.5", "--where=mlp", "--estimate"]
+    status, said, error = compress_here(*arguments)
+    assert (status, error) == (0, "")
+    assert re.search(r"2 layers: [\d,]+ bytes become [\d,]+ \((4\d|50)\.\d%\)", said)
+    assert re.search(r"encoder\.blocks\.0\.mlp\.up .* low_rank\(rank=\d\) .* 0\.\d\d ", said)
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for more, line in {
+        ("--method=svd",): "--method is of a result, and --estimate makes none",
+        ("--set", "steps=3"): "--set is of a result",
+        ("--where=mpl",): "where='mpl' selects no linear layer",
+        ("--budget=0.01",): "--budget=0.01: Truncated cannot meet it",
+        ("--budget=2",): "--budget=2.0: it must be above 0 and at most 1",
+    }.items():
+        status, said, error = compress_here(*arguments, *more)
+        assert (status, error.count("\n")) == (2, 1) and error.startswith(line), error
 
 
 def test_a_method_of_gradients_has_those_of_the_loss_of_training(tmp_path):
@@ -145,6 +178,7 @@ def test_killed_at_any_time_the_same_command_ends_with_the_same_run(tmp_path):
 
 def test_what_cannot_be_is_one_line_and_writes_nothing(tmp_path):
     run, out = finished_run()[0], tmp_path / "out"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     cases = {
         ("--method=svd", "--budget=0"): "--budget=0.0: it must be above 0 and at most 1",
         ("--method=svd", "--budget=2"): "--budget=2.0: it must be above 0 and at most 1",
@@ -169,7 +203,30 @@ def test_what_cannot_be_is_one_line_and_writes_nothing(tmp_path):
     status, _, error = compress(tmp_path / "full", "--method=svd", "--budget=0.5")
     assert status == 2 and "holds something else" in error
     assert [entry.name for entry in (tmp_path / "full").iterdir()] == ["notes.txt"]
-    assert TINY and run.exists()
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("file", ["crc32.json", "compression.json"])
+def test_killed_while_the_first_files_are_written_the_same_command_goes_on(tmp_path, monkeypatch, file):
+    """As such a kill leaves the folder: lock, perhaps the checksums, and the part of a file with its hidden name."""
+    out, replace = tmp_path / "small", os.replace
+
+    def killed(part, whole):
+        if Path(whole) == out / file:
+            shutil.copy(part, f"{part}.left")
+            raise KeyboardInterrupt
+        replace(part, whole)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", killed)
+        assert compress(out, "--method=svd", "--budget=0.5")[0] == 130
+    for part in out.glob(".*.left"):
+        part.rename(out / part.stem)
+    left = sorted(entry.name for entry in out.iterdir())
+    assert any(re.fullmatch(rf"\.{file}\.[0-9a-f]+\.tmp", name) for name in left) and file not in left, left
+    assert compress(out, "--method=svd", "--budget=0.5")[::2] == (0, "")
+    assert (out / "summary.json").exists()
+    assert not any(name.startswith(".") for name in os.listdir(out))
 
 
 def test_another_call_in_the_same_folder_is_refused_and_the_same_one_is_done(tmp_path):

@@ -14,6 +14,7 @@ from efficient_tx.compression import gradients as gradients_module
 from efficient_tx.compression.gradients import Gradients, as_dense, in_groups, in_shares
 from efficient_tx.compression.mfac import best_of_four, surgeon
 from efficient_tx.compression.model import bias_of, dense, kernel_of, put, select
+from efficient_tx.compression.statistics import shared_out
 from efficient_tx.config.methods import named_method
 from efficient_tx.linear import Monarch, Sparse
 from efficient_tx.linear.replacement import find
@@ -42,14 +43,18 @@ def test_groups_stay_within_the_memory():
 def test_gradients_are_those_of_the_model_for_its_weights():
     made = model()
     layers = select(made, "blocks.1")
-    gathered = Gradients(made, layers, loss, batches())
-    shares = list(in_shares([8] * 6, 5))
+    # The last batch is smaller, and so are its parts.
+    given = [*batches()[1:], {name: array[:3] for name, array in batches()[0].items()}]
+    gathered = Gradients(made, layers, loss, given)
+    shares = list(in_shares([8] * 5 + [3], 5))
+    assert len({rows.stop - rows.start for _, rows in shares[-1]}) > 1
 
     plain = nnx.jit(nnx.grad(loss))
 
     def of(path, parts):
-        some = [{name: array[rows] for name, array in batches()[number].items()} for number, rows in parts]
-        return np.mean([find(plain(made, batch), path)["kernel"][...] for batch in some], axis=0)
+        some = [{name: array[rows] for name, array in given[number].items()} for number, rows in parts]
+        means = [find(plain(made, batch), path)["kernel"][...] for batch in some]
+        return np.average(means, axis=0, weights=[len(batch["label"]) for batch in some])
 
     stacks = dict(gathered.stacks(5))
     assert list(stacks) == [layer.path for layer in layers]
@@ -60,6 +65,23 @@ def test_gradients_are_those_of_the_model_for_its_weights():
         # float32 through two blocks.
         np.testing.assert_allclose(stacks[path], expected, atol=1e-6 * np.abs(expected).max() * 10)
         np.testing.assert_allclose(squares[path], np.mean(np.float64(expected) ** 2, axis=0), rtol=1e-3, atol=1e-12)
+
+
+def test_gradients_of_rows_on_several_devices_are_those_on_one(monkeypatch):
+    made = model()
+    layers = select(made, "blocks.1.mlp")
+
+    def found():
+        rows = shared_out(batches()[0])["inputs"]
+        return len(rows.sharding.device_set), dict(Gradients(made, layers, loss, batches()).stacks(6))
+
+    four, spread = found()
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    one, alone = found()
+    assert (four, one) == (4, 1)
+    for path, stack in spread.items():
+        # float32 sums in another order.
+        np.testing.assert_allclose(stack, alone[path], atol=1e-5 * np.abs(alone[path]).max())
 
 
 def test_all_gradients_are_there_whatever_the_memory(monkeypatch):

@@ -11,10 +11,10 @@ from flax import nnx
 from efficient_tx.attention import GLA, RetNet
 from efficient_tx.compression import METHODS, compress, cost
 from efficient_tx.compression.cost import multiplications, stored
-from efficient_tx.compression.cutting import Cutting
+from efficient_tx.compression.cutting import Cutting, expand
 from efficient_tx.compression.eora import aim
 from efficient_tx.compression.interpolative import Interpolative
-from efficient_tx.compression.model import bias_of, dense, kernel_of, linear_layers, select
+from efficient_tx.compression.model import bias_of, kernel_of, linear_layers, select
 from efficient_tx.compression.statistics import Inputs, gather
 from efficient_tx.config.methods import named_method
 from efficient_tx.linear import Dense, Form, LowRank, Monarch, Sparse, Sum
@@ -188,26 +188,39 @@ def test_layers_with_shared_weights_are_refused():
 
 
 @pytest.mark.first(2)
-@pytest.mark.parametrize("name", ["block_diagonal", "sparse(density=0.25)", "flap", "id"])
-def test_eora_lowers_the_error_of_what_it_follows(name):
-    made, done = compressed(f"{name}+eora(share=0.3)", budget=0.9, where="mlp")
-    assert done.after <= 0.9 * done.before and np.isfinite(output(made)).all()
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", ["stat", "flap", "id", "block_diagonal", "sparse(density=0.25)"])
+def test_eora_lowers_the_error_of_what_it_follows_to_what_its_theory_says(name, bias):
+    """The error of the first stage is that of the same plan, so with the same units kept."""
+    method, before = named_method(f"{name}+eora(share=0.3)"), model(linear=functools.partial(Dense, use_bias=bias))
+    made, first = nnx.merge(*nnx.split(before)), {}
+    apply = method.first.apply
+
+    def applied(plan, progress):
+        changes = apply(plan, progress)
+        first.update({change.path: change.error for change in changes}, kept=plan.kept)
+        return changes
+
+    method.first.apply = applied
+    done = compress(made, method, 0.7, batches=batches())
+    assert done.after <= 0.7 * done.before and np.isfinite(output(made)).all()
     parts = [change for change in done.changes if change.form.form.structure is Sum]
-    assert parts
+    kept = first["kept"]
+    cut = {one.reading: expand(kept[one.path], one.size) for one in method.cut_units() if one.path in kept}
+    assert parts and (cut.keys() & {change.path for change in parts} if name in CUTTING else not cut)
     for change in parts:
-        layer = find(made, change.path)
-        if change.path[-1] == "down" and name in ("flap", "id"):
-            continue
-        # Theory is the error on the inputs, if the means agree: no bias is corrected where nothing was cut.
-        assert change.error == pytest.approx(change.theory[1], abs=1e-4)
-        whole = find(model(), change.path)
-        inputs = gather(model(), select(model(), "mlp"), batches())[change.path].moment
-        alone = kernel_of(whole)
-        if layer.first.out_features != whole.out_features:
-            continue
-        off = alone - kernel_of(layer.first)
-        left = np.sqrt(np.sum(off * (inputs @ off)) / np.sum(alone * (inputs @ alone)))
-        assert change.error < left
+        # Without a bias T W is the best prediction already, of which float32 factors may miss as much as it gains.
+        nothing_left = name in INTERPOLATIVE and not bias and change.path in cut
+        assert change.error < first[change.path] + (1e-6 if nothing_left else 0)
+        # The factors are float32.
+        assert change.theory[1] == pytest.approx(change.error, abs=1e-4)
+        old, new = (find(one, change.path) for one in (before, made))
+        x = np.concatenate([layer_inputs(before, batch, change.path) for batch in batches()]).astype(np.float64)
+        left = x[:, cut.get(change.path, slice(None))]
+        y, there = (
+            a @ kernel_of(one) + (0 if one.bias is None else bias_of(one)) for a, one in ((x, old), (left, new))
+        )
+        assert change.error == pytest.approx(np.linalg.norm(y - there) / np.linalg.norm(x @ kernel_of(old)), abs=1e-4)
 
 
 def test_the_budget_chooses_the_bits_of_integers():
@@ -235,17 +248,19 @@ def test_a_sum_stores_its_parts_packed(bias):
 
 
 @pytest.mark.quick
-def test_after_a_cut_eora_aims_at_the_best_linear_prediction_from_what_is_left():
+@pytest.mark.parametrize("bias", [True, False])
+def test_after_a_cut_eora_aims_at_the_best_linear_prediction_from_what_is_left(bias):
+    """Up to a constant if there is a bias to hold it."""
     draws = np.random.default_rng(0)
     x = draws.normal(size=(200, 6)) @ draws.normal(size=(6, 6)) + draws.normal(size=6)
-    layer = dense(draws.normal(size=(6, 4)), draws.normal(size=4), nnx.Linear(1, 1, rngs=nnx.Rngs(0)))
-    rows = np.array([0, 2, 5])
-    inputs = Inputs(len(x), x.mean(0), x.T @ x / len(x))
-    target, moment = aim(layer, inputs, rows)
-    y = x @ kernel_of(layer) + bias_of(layer)
-    with_constant = np.concatenate([x[:, rows], np.ones((len(x), 1))], axis=1)
-    np.testing.assert_allclose(target, np.linalg.lstsq(with_constant, y, rcond=None)[0][:3], atol=1e-8)
-    np.testing.assert_allclose(moment, np.cov(x[:, rows].T, bias=True), atol=1e-10)
+    kernel, rows = draws.normal(size=(6, 4)), np.array([0, 2, 5])
+    target, moment, lost = aim(kernel, Inputs(len(x), x.mean(0), x.T @ x / len(x)), rows, centred=bias)
+    left, y = x[:, rows], x @ kernel
+    known = np.concatenate([left, np.ones((len(x), 1))], axis=1) if bias else left
+    best = np.linalg.lstsq(known, y, rcond=None)[0]
+    np.testing.assert_allclose(target, best[:3], atol=1e-8)
+    np.testing.assert_allclose(moment, np.cov(left.T, bias=True) if bias else left.T @ left / len(x), atol=1e-10)
+    assert lost == pytest.approx(np.sum((y - known @ best) ** 2) / len(x))
 
 
 @pytest.mark.parametrize("unit", ["parameters", "multiplications"])
@@ -289,11 +304,37 @@ def test_layers_of_other_structures_are_compressed_again():
     assert all(isinstance(layer.module, LowRank) for layer in select(made, "mlp"))
 
 
+def in_bfloat16():
+    made = model(linear=functools.partial(Dense, param_dtype=jnp.bfloat16), dtype=jnp.bfloat16)
+    assert {leaf.dtype for layer in select(made, "mlp") for leaf in jax.tree.leaves(nnx.state(layer.module))} == {
+        jnp.dtype(jnp.bfloat16)
+    }
+    return made
+
+
+@pytest.mark.first(3)
+@pytest.mark.parametrize(
+    "name", ["low_rank", "flap", "svd+eora", "sparse", "ternary+eora", "welore", "monarch", "sum(first='sparse')"]
+)
+def test_the_bytes_of_bfloat16_layers_are_theirs(name):
+    before, made = in_bfloat16(), in_bfloat16()
+    done = compress(made, named_method(name), 0.7, where="mlp", batches=batches())
+    costs = [sum(stored(find(one, change.path)) for change in done.changes) for one in (before, made)]
+    assert costs == [done.before, done.after]
+    if name in ("low_rank", "flap", "sparse"):
+        assert done.after > 0.6 * done.before  # what the budget allows is used
+
+
+def test_layers_are_timed_in_their_own_dtypes(monkeypatch):
+    timed = []
+    monkeypatch.setattr(cost, "milliseconds", lambda layer: timed.append(layer) or 1e-3 * multiplications(layer))
+    compress(in_bfloat16(), named_method("low_rank"), 0.5, where="mlp", unit="milliseconds")
+    assert {(layer.dtype, layer.param_dtype) for layer in timed} == {(jnp.bfloat16, jnp.bfloat16)}
+    assert any(isinstance(layer, LowRank) for layer in timed)
+
+
 def test_bfloat16_layers_stay_bfloat16():
-    made = model(dtype=jnp.bfloat16)
-    for layer in select(made, "mlp"):
-        layer.module.param_dtype = jnp.bfloat16
-        layer.module.kernel[...] = layer.module.kernel[...].astype(jnp.bfloat16)
+    made = in_bfloat16()
     done = compress(made, named_method("whitened"), 0.5, where="mlp", batches=batches())
     for change in done.changes:
         layer = find(made, change.path)
@@ -341,6 +382,10 @@ def test_what_cannot_be_is_one_line_and_changes_nothing():
         ("svd(ranks=3)", "method is 'svd(ranks=3)'"),
         ("svd(rank=0)", "method is 'svd(rank=0)': rank is 0: it must be at least 1"),
         ("id+eora(share=2)", "method is 'eora(share=2)': share is 2: it must be above 0 and below 1"),
+        ("dense", "method is 'dense': choose one of svd"),
+        ("monarch(block=3)", "method is 'monarch(block=3)': monarch has no option 'block': choose one of blocks"),
+        ("sum(first='monrach')", """method is "sum(first='monrach')": sum.first is 'monrach': choose one of dense"""),
+        ("sum(second='low_rank(rang=2)')", "method is \"sum(second='low_rank(rang=2)')\": sum.second is"),
     ],
 )
 def test_names_of_methods(text, line):

@@ -1,10 +1,11 @@
 """Statistics of the inputs of layers, against the inputs themselves."""
 
+import jax
 import numpy as np
 import pytest
 
 from efficient_tx.compression.model import select
-from efficient_tx.compression.statistics import gather
+from efficient_tx.compression.statistics import gather, recorder
 from tests.support.small import batches, layer_inputs, model
 
 
@@ -33,3 +34,22 @@ def test_examples_without_weight_and_padding_count_for_nothing():
         other = gather(made, layers, [noisy])[path]
         assert one.count == other.count
         np.testing.assert_allclose(one.moment, other.moment, atol=1e-6)
+
+
+def test_statistics_of_rows_on_several_devices_are_those_on_one(monkeypatch):
+    made = model()
+    layers = select(made, "blocks.1.mlp.down")
+    path = layers[0].path
+
+    def found():
+        (tokens,) = recorder(made, layers)(batches()[0])[path]
+        return len(tokens.x.sharding.device_set), gather(made, layers, batches(), triangles=[path])[path]
+
+    four, spread = found()
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    one, alone = found()
+    assert (four, one, spread.count) == (4, 1, alone.count)
+    # The model computes in float32; rows come back in their order.
+    np.testing.assert_allclose(spread.moment, alone.moment, atol=1e-5)
+    np.testing.assert_allclose(spread.mean, alone.mean, atol=1e-6)
+    np.testing.assert_allclose(spread.triangle, alone.triangle, atol=1e-4)

@@ -29,7 +29,7 @@ def model(mixer=Softmax, mlp="gelu", linear=Dense, seed=0, **sizes):
     draws = np.random.default_rng(seed)
     for layer in linear_layers(made):
         if layer.module.bias is not None:
-            layer.module.bias[...] = jnp.asarray(draws.normal(size=layer.module.out_features), jnp.float32)
+            layer.module.bias[...] = jnp.asarray(draws.normal(size=layer.module.out_features), layer.module.param_dtype)
     return made
 
 

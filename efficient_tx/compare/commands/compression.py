@@ -4,6 +4,7 @@ import argparse
 
 from rich.console import Console
 
+from efficient_tx.checks import at_least
 from efficient_tx.commands import parts, setting
 from efficient_tx.compare.flags import path, whole
 from efficient_tx.compare.progress import counted
@@ -49,12 +50,19 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def check(args: argparse.Namespace) -> None:
     for method in args.methods:
         named_method(method)
+    at_least(0, distill=args.distill, tune=args.tune)
     if not (args.workdir / "summary.json").is_file():
         raise ValueError(f"--workdir={args.workdir}: there is no finished run, it has no summary.json")
 
 
-def run(args: argparse.Namespace, console: Console) -> None:
-    # Here and not above: the other comparisons need no configs.
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Exit status as `compress`: a stop leaves the cells that are done, from which the same command goes on."""
+    from efficient_tx.train import concluded  # here and not above: the other comparisons need no configs
+
+    return concluded(lambda: page(args, console), "compare")
+
+
+def page(args: argparse.Namespace, console: Console) -> None:
     from efficient_tx.compare.compression import plots, report
     from efficient_tx.compare.compression.measure import Settings, compare, metric_of
 
@@ -62,7 +70,6 @@ def run(args: argparse.Namespace, console: Console) -> None:
         args.workdir, tuple(args.methods), args.budgets, args.distill, args.tune, args.draws, args.calibration,
         args.where, dict(args.settings), args.rows, args.rounds,
     )  # fmt: skip
-    args.out.mkdir(parents=True, exist_ok=True)
     ran_on = machine()
     console.print(ran_on, highlight=False)
     with counted(console) as bar:
@@ -76,6 +83,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
         rows = compare(settings, args.out / "runs", progress)
     metric = metric_of(args.workdir)
     console.print(report.table(rows, settings, metric))
+    args.out.mkdir(parents=True, exist_ok=True)
     write(args.out / "compression.csv", report.to_csv(rows))
     write(args.out / "compression.json", report.to_json(rows, settings, ran_on))
     write(args.out / "compression.png", plots.against_cost(rows, settings, ran_on, metric))

@@ -6,12 +6,12 @@ stopped, and each result can be evaluated, tuned and looked at by itself.
 
 import contextlib
 import io
-import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ from rich.console import Console
 from efficient_tx.compare.embeddings import agreement, embed
 from efficient_tx.compare.timing import compile_pass, in_turns
 from efficient_tx.compress.asked import Asked
-from efficient_tx.compress.pipeline import run
+from efficient_tx.compress.pipeline import Impossible, opened, run
 from efficient_tx.compress.result import RECORD
 from efficient_tx.compress.source import load
 from efficient_tx.compression.cost import multiplications, stored
@@ -29,11 +29,21 @@ from efficient_tx.compression.model import linear_layers
 from efficient_tx.config.methods import named_method
 from efficient_tx.data.batching import evaluation_batches
 from efficient_tx.task import Task
+from efficient_tx.training import summary
 from efficient_tx.training.disk import read_checked
-from efficient_tx.training.errors import RunError
+from efficient_tx.training.errors import NonFinite
 
 # Test texts whose embeddings are compared.
 EMBEDDED = 500
+# The method of the row of the model itself.
+DENSE = "dense"
+
+
+class Metric(NamedTuple):
+    """The test score of a run: its name, and whether a higher one is better."""
+
+    name: str
+    higher_is_better: bool
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,18 @@ class Settings:
     @property
     def trained(self) -> str:
         """What is done with a compressed model, "" if nothing: "distilled 500, tuned 100"."""
+        return Part(0, self.distill, self.tune).trained
+
+
+class Part(NamedTuple):
+    """A cell of a row: the draw of calibration, and steps of distilling and of tuning."""
+
+    draw: int
+    distill: int = 0
+    tune: int = 0
+
+    @property
+    def trained(self) -> str:
         steps = {"distilled": self.distill, "tuned": self.tune}
         return ", ".join(f"{name} {count}" for name, count in steps.items() if count)
 
@@ -78,14 +100,15 @@ class Row:
     """One method at one budget.
 
     Attributes:
-      method: its name; "dense" for the model itself.
+      method: its name; DENSE for the model itself.
       budget: share of the bytes of the touched layers that may stay.
       refused: why there is no result, in one line; None if there is one.
+      failed: name of a cell -> why there is no score of it, in one line, if there are others.
       share: of these bytes that stayed.
       stored: bytes of all the model's linear layers, packed where they can be.
       multiplications: of all linear layers, for one token.
       scores: test metric of each draw.
-      tuned: the same after distilling and tuning; empty without.
+      tuned: the same after distilling and tuning, of the model itself after tuning only; empty without.
       agreement: Spearman's correlation of the similarities of all pairs of test texts with those in the model itself
         (`embeddings.agreement`), of the first draw; None for a model without sentence embeddings.
       tuned_agreement: the same after distilling and tuning.
@@ -98,6 +121,7 @@ class Row:
     method: str
     budget: float
     refused: str | None = None
+    failed: dict[str, str] = field(default_factory=dict)
     share: float = 1.0
     stored: int = 0
     multiplications: int = 0
@@ -117,9 +141,16 @@ class Row:
         return sum(found) / len(found)
 
 
-def draws_of(method: str, settings: Settings) -> int:
-    """Draws of calibration of a method: one if it needs none."""
-    return settings.draws if named_method(method).needs else 1
+def parts_of(method: str, settings: Settings) -> list[Part]:
+    """The cells of a row, of each draw first the one without training; a method without calibration has one draw.
+
+    The model itself is there already, and has nothing to learn from itself.
+    """
+    if method == DENSE:
+        return [Part(0, tune=settings.tune)] if settings.tune else []
+    draws = settings.draws if named_method(method).needs else 1
+    steps = dict.fromkeys(((0, 0), (settings.distill, settings.tune)))
+    return [Part(draw, *one) for draw in range(draws) for one in steps]
 
 
 def cell(method: str, budget: float, draw: int, trained: str = "") -> str:
@@ -139,67 +170,71 @@ def compare(
       progress: called with a line and the numbers of cells done and in all.
 
     Raises:
-      RunError: the model cannot be read.
+      RunError: the model cannot be read, `where` or `settings` names nothing of it, or a cell was stopped or cannot be
+        written. What a method cannot do, and training that diverges, stand in the rows.
     """
-    rows = [whole(settings)]
-    cells = list(itertools.product(settings.methods, settings.budgets))
-    ways = dict.fromkeys(("", settings.trained))
-    each = {method: draws_of(method, settings) * len(ways) for method in settings.methods}
-    total, done = sum(each[method] for method, _ in cells), 0
-    for method, budget in cells:
-        row = Row(method, budget)
-        rows.append(row)
-        for draw, trained in itertools.product(range(draws_of(method, settings)), ways):
-            name = cell(method, budget, draw, trained)
+    opened(asked(settings, out, settings.methods[0], 1.0, Part(0, settings.distill, settings.tune)))
+    rows = [Row(DENSE, 1.0, scores=[score_of(settings.run)])]
+    rows += [Row(method, budget) for method in settings.methods for budget in settings.budgets]
+    total, done = sum(len(parts_of(row.method, settings)) for row in rows), 0
+    for row in rows:
+        for part in parts_of(row.method, settings):
+            name = cell(row.method, row.budget, part.draw, part.trained)
             progress(name, done, total)
             done += 1
             if row.refused is None:
                 try:
-                    fill(row, result(settings, out / name, row, draw, trained), draw, trained)
-                except RunError as error:
-                    row.refused = error.flag
+                    compressed(asked(settings, out / name, row.method, row.budget, part))
+                except (Impossible, NonFinite) as error:
+                    fail(row, name, error.flag)
+                else:
+                    fill(row, out / name, part)
         jax.clear_caches()
     examine(rows, settings, out, lambda what: progress(what, total, total))
-    for row in front(rows, lambda row: row.stored):
+    for row in front(rows, lambda row: row.stored, metric_of(settings.run)):
         row.front = True
     return rows
 
 
-def whole(settings: Settings) -> Row:
-    """The row of the model itself."""
-    row = Row("dense", 1.0)
-    summary = read_checked(settings.run / "summary.json")
-    row.scores = [score_of(summary)]
-    return row
+def score_of(run: Path) -> float:
+    """The test score of the best checkpoint of a finished run."""
+    found = read_checked(run / "summary.json")
+    return found[f"test_{summary.metric(found)}"]
 
 
-def score_of(summary: Mapping) -> float:
-    """The test score of the best checkpoint."""
-    return next(value for key, value in summary.items() if key.startswith("test_"))
+def metric_of(run: Path) -> Metric:
+    """The test metric of a finished run."""
+    found = read_checked(run / "summary.json")
+    return Metric(summary.metric(found), summary.higher_is_better(found))
 
 
-def metric_of(run: Path) -> str:
-    """The name of the test metric of a finished run."""
-    return next(key for key in read_checked(run / "summary.json") if key.startswith("test_")).removeprefix("test_")
-
-
-def result(settings: Settings, path: Path, row: Row, draw: int, trained: str) -> Path:
-    """Compresses into a workdir, or finds that this is done; returns the workdir."""
-    asked = Asked(
-        settings.run, path, row.method, row.budget, where=settings.where, calibration=settings.calibration, draw=draw,
+def asked(settings: Settings, path: Path, method: str, budget: float, part: Part) -> Asked:
+    """What a cell, in the workdir `path`, asks of `compress`."""
+    by_method = {} if method == DENSE else {"method": method, "budget": budget}
+    return Asked(
+        settings.run, path, **by_method, where=settings.where, calibration=settings.calibration, draw=part.draw,
+        distill=part.distill, tune=part.tune, settings=settings.settings if part.trained else {},
     )  # fmt: skip
-    if trained:
-        asked = replace(asked, distill=settings.distill, tune=settings.tune, settings=settings.settings)
+
+
+def compressed(asked: Asked) -> None:
+    """Compresses into a workdir, or finds that this is done."""
     with contextlib.redirect_stdout(io.StringIO()):
         run(asked, Console(file=io.StringIO()))
-    return path
 
 
-def fill(row: Row, path: Path, draw: int, trained: str) -> None:
+def fail(row: Row, name: str, why: str) -> None:
+    """Notes that a cell has no result; a row whose first cell has none has no result at all."""
+    if row.scores:
+        row.failed[name] = why
+    else:
+        row.refused = why
+
+
+def fill(row: Row, path: Path, part: Part) -> None:
     """Reads the result of a cell."""
-    score = score_of(read_checked(path / "summary.json"))
-    (row.tuned if trained else row.scores).append(score)
-    if draw or trained:
+    (row.tuned if part.trained else row.scores).append(score_of(path))
+    if part.draw or part.trained:
         return
     record = read_checked(path / RECORD)
     row.share = record["share"]
@@ -236,10 +271,12 @@ def examine(rows: Sequence[Row], settings: Settings, out: Path, progress: Callab
             return nnx.merge(graphdef, params)(**features, key=None)
 
         runs[i], _ = compile_pass("forward", call, params, features)
-    for row in rows if settings.trained and original is not None else ():
-        if row.refused is None and row.method != "dense":
-            progress(f"{row.method} at {row.budget:g}: embeddings")
-            _, task, model, _ = load(out / cell(row.method, row.budget, 0, settings.trained), "best")
+    for row in rows if original is not None else ():
+        trained = next((part.trained for part in parts_of(row.method, settings) if part.trained), "")
+        name = cell(row.method, row.budget, 0, trained)
+        if trained and row.refused is None and name not in row.failed:
+            progress(f"{name}: embeddings")
+            _, task, model, _ = load(out / name, "best")
             row.tuned_agreement = agreement(original, embedded(model, task)).rank_correlation
     progress("timing")
     for i, seconds in in_turns(runs, settings.rounds, math.inf).items():
@@ -256,10 +293,11 @@ def workdirs(rows: Sequence[Row], settings: Settings, out: Path) -> Iterator[tup
     """The number of each row that has a result, and the workdir of its first draw without tuning."""
     for i, row in enumerate(rows):
         if row.refused is None:
-            yield i, settings.run if row.method == "dense" else out / cell(row.method, row.budget, 0)
+            yield i, settings.run if row.method == DENSE else out / cell(row.method, row.budget, 0)
 
 
-def front(rows: Sequence[Row], cost: Callable[[Row], float]) -> list[Row]:
+def front(rows: Sequence[Row], cost: Callable[[Row], float], metric: Metric) -> list[Row]:
     """The rows with a result that no other one beats in cost and score at once."""
-    there = [(cost(row), -row.score, row) for row in rows if row.refused is None]
+    sign = -1 if metric.higher_is_better else 1
+    there = [(cost(row), sign * row.score, row) for row in rows if row.refused is None]
     return [row for x, y, row in there if not any(u <= x and v <= y and (u, v) != (x, y) for u, v, _ in there)]

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from rich.table import Table
 
 from efficient_tx.compare.attention.report import ABSENT, csv_text
-from efficient_tx.compare.compression.measure import Row, Settings
+from efficient_tx.compare.compression.measure import Metric, Row, Settings
 
 
 def to_json(rows: Sequence[Row], settings: Settings, machine: str) -> str:
@@ -23,19 +23,23 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 def csv_line(row: Row) -> dict:
     line = asdict(row) | {"theory": "; ".join(f"{name} {value:.4g}" for name, value in row.theory.items())}
+    line["failed"] = "; ".join(f"{name}: {why}" for name, why in row.failed.items())
     for name in ("scores", "tuned"):
         line[name] = " ".join(f"{score:.4f}" for score in line[name])
     return line
 
 
-def table(rows: Sequence[Row], settings: Settings, metric: str) -> Table:
-    """One line for each method and budget; a star for those on the front of bytes and score."""
+def table(rows: Sequence[Row], settings: Settings, metric: Metric) -> Table:
+    """One line for each method and budget; a star for those on the front of bytes and score.
+
+    The last column has what theory says, and why a row or a part of it has no result.
+    """
     dense = rows[0]
-    found = Table(title=f"{settings.run.name}: {metric} of compressed models; *: none has more with as few bytes")
+    found = Table(title=f"{settings.run.name}: {metric.name} of compressed models; *: none is better with as few bytes")
     texts = dense.agreement is not None
     trained = settings.trained or "trained"
     ranks = ("ranks", f"ranks, {trained}") if texts else ()
-    columns = ("budget", "method", "bytes kept", metric, trained, *ranks, "ms", "time", "ideal", "error", "theory")
+    columns = ("budget", "method", "bytes kept", metric.name, trained, *ranks, "ms", "time", "ideal", "error", "theory")
     for name in columns:
         found.add_column(name, justify="left" if name in ("method", "theory") else "right", no_wrap=name == "method")
     for row in sorted(rows, key=lambda row: -row.budget):
@@ -43,12 +47,13 @@ def table(rows: Sequence[Row], settings: Settings, metric: str) -> Table:
         if row.refused is not None:
             found.add_row(f"{row.budget:g}", name, *[ABSENT] * (len(columns) - 3), row.refused)
             continue
-        theory = "; ".join(f"{name} {value:.3f}" for name, value in row.theory.items())
+        theory = [f"{name} {value:.3f}" for name, value in row.theory.items()]
+        failed = [f"{name}: {why}" for name, why in row.failed.items()]
         found.add_row(
             f"{row.budget:g}", name, f"{row.stored / dense.stored:.1%}", spread(row.scores), spread(row.tuned),
             *((number(row.agreement), number(row.tuned_agreement)) if texts else ()),
             f"{row.milliseconds:.1f}", f"{row.milliseconds / dense.milliseconds:.2f}",
-            f"{row.multiplications / dense.multiplications:.2f}", f"{row.error:.3f}", theory,
+            f"{row.multiplications / dense.multiplications:.2f}", f"{row.error:.3f}", "; ".join(theory + failed),
         )  # fmt: skip
     return found
 

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import shutil
+import signal
 
 import pytest
 from PIL import Image
@@ -9,8 +11,13 @@ from PIL import Image
 from efficient_tx.commands import parts
 from efficient_tx.compare import __main__ as command
 from efficient_tx.compare.commands.compression import budgets
-from efficient_tx.compare.compression.measure import Row, Settings, cell, front
+from efficient_tx.compare.compression import measure
+from efficient_tx.compare.compression.measure import Metric, Row, Settings, cell, front
 from efficient_tx.compare.compression.report import spread, table
+from efficient_tx.compress.pipeline import Impossible
+from efficient_tx.training import history
+from efficient_tx.training.disk import write_checked
+from efficient_tx.training.errors import Gone, Interrupted, InUse, NonFinite, Refused, RunError
 from tests.support.command import finished_run, undone
 
 
@@ -29,10 +36,14 @@ def test_the_front_has_no_row_that_another_beats():
         row("f", 5, 0.4),
     ]
     rows.append(row("g", 0, 0.0, refused="too large"))
-    assert [one.method for one in front(rows, lambda one: one.stored)] == ["b", "c", "f"]
+
+    def best(higher_is_better):
+        return [one.method for one in front(rows, lambda one: one.stored, Metric("score", higher_is_better))]
+
+    assert best(True) == ["b", "c", "f"] and best(False) == ["c", "d", "f"]
     # After tuning the tuned score counts.
     rows[3].tuned = [0.9]
-    assert [one.method for one in front(rows, lambda one: one.stored)] == ["c", "d", "f"]
+    assert best(True) == ["c", "d", "f"] and best(False) == ["c", "f"]
 
 
 @pytest.mark.quick
@@ -52,6 +63,7 @@ def test_what_cannot_be_is_one_line(tmp_path, capsys):
     for arguments, line in {
         ("--methods=svdd",): "--method=svdd: choose one of svd",
         ("--budgets=0,1",): "it must be above 0 and at most 1",
+        ("--tune=-1",): "--tune=-1: it must be at least 0",
         (): "there is no finished run, it has no summary.json",
     }.items():
         with pytest.raises(SystemExit) as stop:
@@ -59,6 +71,80 @@ def test_what_cannot_be_is_one_line(tmp_path, capsys):
         said = capsys.readouterr().err
         assert stop.value.code == 2 and line in said and said.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "damage", "line"),
+    [
+        (["--where=mpl"], None, "where='mpl' selects no linear layer"),
+        (["--tune=4", "--set", "optimizer.lr=1"], None, "--set=optimizer.lr=1: "),
+        (["--tune=4", "--set", "model.features=32"], None, "--set=model.features=32: the model has other sizes"),
+        ([], "config.json", "is not the workdir of a run"),
+        ([], "checkpoints", "has no checkpoint"),
+    ],
+)
+def test_what_no_cell_could_do_is_one_line_before_the_first(tmp_path, capsys, arguments, damage, line):
+    run = shutil.copytree(finished_run()[0], tmp_path / "run")
+    if damage:
+        (run / damage).rename(tmp_path / damage)
+    with undone():
+        status = command.main(["compression", f"--workdir={run}", f"--out={tmp_path / 'out'}", *arguments])
+    error = capsys.readouterr().err
+    assert status == 2 and line in error and error.count("\n") == 1, error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def stopping(monkeypatch):
+    """Cell -> the error with which it ends. The others are done in no time, and nothing is timed."""
+    errors = {}
+
+    def compressed(asked):
+        if asked.out.name in errors:
+            raise errors[asked.out.name]
+        asked.out.mkdir(parents=True)
+        write_checked(asked.out / "summary.json", {"val_accuracy": 0.5, "test_accuracy": 0.25 + asked.draw / 4})
+        write_checked(asked.out / "compression.json", {"share": 0.5, "layers": {"up": {"error": 0.1, "tail": 0.2}}})
+
+    monkeypatch.setattr(measure, "compressed", compressed)
+    monkeypatch.setattr(measure, "examine", lambda *_: None)
+    return errors
+
+
+def test_of_a_row_only_what_fails_is_lost(tmp_path, stopping):
+    stopping |= {
+        "flap-0.6-1-tuned4": NonFinite("the loss of step 2 is not finite"),
+        "svd-0.6-0": Impossible("0.6: Truncated cannot meet it", option="budget"),
+    }
+    dense, svd, flap = measure.compare(Settings(finished_run()[0], ("svd", "flap"), (0.6,), tune=4), tmp_path / "runs")
+    assert svd.refused == "--budget=0.6: Truncated cannot meet it" and not svd.scores + svd.tuned
+    assert flap.refused is None and flap.failed == {"flap-0.6-1-tuned4": "the loss of step 2 is not finite"}
+    assert (flap.scores, flap.tuned, flap.theory) == ([0.25, 0.5, 0.75], [0.25, 0.75], {"tail": 0.2})
+    assert dense.tuned == [0.25] and not dense.failed
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (Interrupted(signal.SIGTERM, "step 2 of 4 is saved"), 143, "stopped by SIGTERM: step 2 of 4 is saved; "),
+        (KeyboardInterrupt(), 130, "stopped by SIGINT; "),
+        (RunError("cannot write it: No space left on device"), 1, "cannot write it: No space left on device; "),
+        (Gone("it was deleted"), 1, "it was deleted"),
+        (InUse("it is in use", option="workdir"), 2, "--workdir=it is in use"),
+        (Refused("it has the result of another call", option="out"), 2, "--out=it has the result of another call"),
+    ],
+)
+def test_what_stops_a_cell_stops_the_page(tmp_path, capsys, stopping, error, status, line):
+    """And says how to go on, if the same command can; no row says of a method that it was refused."""
+    stopping["svd-0.6-0"] = error
+    arguments = [f"--workdir={finished_run()[0]}", "--methods=svd", "--budgets=0.75,0.6", f"--out={tmp_path / 'out'}"]
+    with undone():
+        assert command.main(["compression", *arguments]) == status
+    again = "the same command goes on: python" if line.endswith("; ") else ""
+    said = capsys.readouterr().err
+    assert said.startswith(line + again) and said.count("\n") == 1
+    assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_dir()] == ["runs", "svd-0.75-0"]
+    assert not list((tmp_path / "out").glob("compression.*"))
 
 
 @pytest.mark.slow
@@ -82,6 +168,10 @@ def test_a_page(tmp_path, capsys):
         assert one["share"] <= 0.6 and one["stored"] < dense["stored"] and one["milliseconds"] > 0
     for name in ("svd", "flap"):
         assert "cannot meet it" in rows[name, 0.02]["refused"]
+    # The model itself is tuned for as long.
+    tuned = json.loads((out / "runs" / "dense-1-0-tuned4" / "summary.json").read_text())["test_accuracy"]
+    assert dense["tuned"] == [tuned] and dense["stored"] > svd["stored"]
+    assert len(history.read_lines(out / "runs" / "dense-1-0-tuned4" / "metrics.jsonl")) > 0
     cells = {path.name for path in (out / "runs").iterdir()}
     assert {"svd-0.6-0", "svd-0.6-0-tuned4", "flap-0.6-1", "flap-0.6-1-tuned4"} <= cells
     for path in (out / "runs").glob("*-0.6-*"):
@@ -104,12 +194,14 @@ def test_a_page(tmp_path, capsys):
 def test_the_table_has_a_row_for_each_and_says_why_there_is_none(tmp_path):
     dense = row("dense", 100, 0.9, milliseconds=2.0, multiplications=10)
     other = row("svd", 50, 0.8, milliseconds=1.0, multiplications=5, theory={"tail": 0.25})
+    other.failed["svd-0.5-0-tuned4"] = "the loss of step 2 is not finite"
     gone = Row("monarch", 0.5, refused="--budget=0.5: cannot meet it")
-    found = table([dense, other, gone], Settings(tmp_path, ("svd",), (0.5,)), "accuracy")
+    found = table([dense, other, gone], Settings(tmp_path, ("svd",), (0.5,)), Metric("accuracy", True))
     cells = [list(column.cells) for column in found.columns]
     assert found.row_count == 3
     (at,) = [i for i, name in enumerate(cells[1]) if name == "svd"]
     assert [column[at] for column in cells] == [
-        "0.5", "svd", "50.0%", "0.8000", "—", "1.0", "0.50", "0.50", "0.000", "tail 0.250",
+        "0.5", "svd", "50.0%", "0.8000", "—", "1.0", "0.50", "0.50", "0.000",
+        "tail 0.250; svd-0.5-0-tuned4: the loss of step 2 is not finite",
     ]  # fmt: skip
     assert "--budget=0.5: cannot meet it" in cells[-1]
