@@ -36,6 +36,7 @@ def arrays(workdir, step=0):
     return Checkpoints(workdir / "checkpoints").arrays(step)
 
 
+@pytest.mark.slow
 def test_the_result_is_a_run_that_evaluates_and_compresses_again(tmp_path):
     out = tmp_path / "small"
     status, said, error = compress(out, "--method=flap", "--budget=0.6")
@@ -68,6 +69,7 @@ def test_the_result_is_a_run_that_evaluates_and_compresses_again(tmp_path):
     assert evaluate_here(f"--workdir={again}")[0] == 0
 
 
+@pytest.mark.slow
 def test_low_rank_beside_a_weight_approximation_is_a_method(tmp_path):
     out = tmp_path / "sum"
     arguments = ["--method=sum(first='sparse(density=0.25)')", "--budget=0.7", "--where=mlp"]
@@ -100,6 +102,7 @@ def test_an_estimate_writes_nothing(tmp_path):
         assert (status, error.count("\n")) == (2, 1) and error.startswith(line), error
 
 
+@pytest.mark.slow
 def test_a_method_of_gradients_has_those_of_the_loss_of_training(tmp_path):
     options = ("--where=mlp", "--calibration=8", "--budget=0.6")
     status, _, error = compress(tmp_path, "--method=wlra(weights_rank=2,gradients=2)", *options)
@@ -207,6 +210,7 @@ def test_what_cannot_be_is_one_line_and_writes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["crc32.json", "compression.json"])
+@pytest.mark.slow
 def test_killed_while_the_first_files_are_written_the_same_command_goes_on(tmp_path, monkeypatch, file):
     """As such a kill leaves the folder: lock, perhaps the checksums, and the part of a file with its hidden name."""
     out, replace = tmp_path / "small", os.replace

@@ -74,6 +74,7 @@ def test_finished_runs_teach_and_are_scored(tmp_path):
     assert "learnt from 6 methods of 2 tasks" in printed and "on a task left out of the learning" in printed
 
 
+@pytest.mark.slow
 def test_what_diverges_comes_last(tmp_path):
     wild = ["--config.optimizer.learning_rate=1e30", "--config.optimizer.warmup=0", "--config.optimizer.clip=0"]
     status, printed, error = predict_here(*QUICK, *wild, "--mixers=linear,vmean", f"--out={tmp_path}/a.json")

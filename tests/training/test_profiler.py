@@ -11,6 +11,7 @@ from tests.support.command import finished_run, train_here
 from tests.support.workdirs import config_of
 
 
+@pytest.mark.slow
 def test_a_profiled_run_has_a_trace_and_the_same_lines(tmp_path):
     path, out = finished_run()
     status, printed, error = train_here(tmp_path, "--profile=3:4")
