@@ -68,15 +68,17 @@ def features(measures: Sequence[Mapping[str, Any]]) -> np.ndarray:
 
 
 def fitted(tasks: Sequence[Known]) -> np.ndarray:
-    """Weights of the measures by ridge regression of the standardised final scores; equal ones without a task.
+    """Weights of the measures by ridge regression of the standardised final scores.
 
-    The penalty is the number of methods: a measure that is no help gets little weight, at any number of them.
+    They are drawn towards equal ones, which they are without a task; the penalty is the number of methods. So a few
+    tasks turn a measure against what it is taken to say only if they agree on it.
     """
+    equal = np.full(len(MEASURES), 1 / len(MEASURES))
     if not tasks:
-        return np.full(len(MEASURES), 1 / len(MEASURES))
+        return equal
     x = np.concatenate([features(task.measures) for task in tasks])
     y = np.concatenate([standardised(task.final) for task in tasks])
-    return np.linalg.solve(x.T @ x + len(x) * np.eye(x.shape[1]), x.T @ y)
+    return equal + np.linalg.solve(x.T @ x + len(x) * np.eye(x.shape[1]), x.T @ (y - x @ equal))
 
 
 def without(tasks: Sequence[Known], left_out: Known) -> list[Known]:
