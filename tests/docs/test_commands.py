@@ -6,6 +6,7 @@ import pytest
 
 import efficient_tx.compress.__main__
 import efficient_tx.eval
+import efficient_tx.predict.__main__
 import efficient_tx.train
 from tests.docs.pages import SHORT, SHORT_OWN, commands, write_files
 from tests.support import ROOT
@@ -17,6 +18,7 @@ COMMANDS = {
     "-m efficient_tx.train": efficient_tx.train.command,
     "-m efficient_tx.eval": efficient_tx.eval.command,
     "-m efficient_tx.compress": efficient_tx.compress.__main__.command,
+    "-m efficient_tx.predict": efficient_tx.predict.__main__.command,
 }
 # They have many runs, or need what these have left; their own tests run them.
 ELSEWHERE = {"efficient_tx.compare", "efficient_tx.sweep", "efficient_tx.report", "efficient_tx.inspect"}
