@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import signal
+import sys
 
 import pytest
 from PIL import Image
@@ -18,7 +19,12 @@ from efficient_tx.compress.pipeline import Impossible
 from efficient_tx.training import history
 from efficient_tx.training.disk import write_checked
 from efficient_tx.training.errors import Gone, Interrupted, InUse, NonFinite, Refused, RunError
-from tests.support.command import finished_run, undone
+from tests.support.command import finished_run, here
+
+
+def compare_here(*arguments):
+    """Runs the command in this process, on the data of the shared run."""
+    return here(lambda: sys.exit(command.main(["compression", *arguments])))
 
 
 def row(method, stored, score, **others):
@@ -83,13 +89,11 @@ def test_what_cannot_be_is_one_line(tmp_path, capsys):
         ([], "checkpoints", "has no checkpoint"),
     ],
 )
-def test_what_no_cell_could_do_is_one_line_before_the_first(tmp_path, capsys, arguments, damage, line):
+def test_what_no_cell_could_do_is_one_line_before_the_first(tmp_path, arguments, damage, line):
     run = shutil.copytree(finished_run()[0], tmp_path / "run")
     if damage:
         (run / damage).rename(tmp_path / damage)
-    with undone():
-        status = command.main(["compression", f"--workdir={run}", f"--out={tmp_path / 'out'}", *arguments])
-    error = capsys.readouterr().err
+    status, _, error = compare_here(f"--workdir={run}", f"--out={tmp_path / 'out'}", *arguments)
     assert status == 2 and line in error and error.count("\n") == 1, error
     assert not (tmp_path / "out").exists()
 
@@ -134,29 +138,26 @@ def test_of_a_row_only_what_fails_is_lost(tmp_path, stopping):
         (Refused("it has the result of another call", option="out"), 2, "--out=it has the result of another call"),
     ],
 )
-def test_what_stops_a_cell_stops_the_page(tmp_path, capsys, stopping, error, status, line):
+def test_what_stops_a_cell_stops_the_page(tmp_path, stopping, error, status, line):
     """And says how to go on, if the same command can; no row says of a method that it was refused."""
     stopping["svd-0.6-0"] = error
     arguments = [f"--workdir={finished_run()[0]}", "--methods=svd", "--budgets=0.75,0.6", f"--out={tmp_path / 'out'}"]
-    with undone():
-        assert command.main(["compression", *arguments]) == status
+    found, _, said = compare_here(*arguments)
     again = "the same command goes on: python" if line.endswith("; ") else ""
-    said = capsys.readouterr().err
-    assert said.startswith(line + again) and said.count("\n") == 1
+    assert found == status and said.startswith(line + again) and said.count("\n") == 1
     assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_dir()] == ["runs", "svd-0.75-0"]
     assert not list((tmp_path / "out").glob("compression.*"))
 
 
 @pytest.mark.slow
-def test_a_page(tmp_path, capsys):
+def test_a_page(tmp_path):
     """Two methods at two budgets, two draws of the one that needs them, tuned and not; a second call only reads."""
     out = tmp_path / "page"
-    arguments = ["compression", f"--workdir={finished_run()[0]}", "--methods=svd;flap", "--budgets=0.6,0.02",
-                 "--draws=2", "--tune=4", "--set", "eval_every=4", "--calibration=32", "--rounds=1",
+    arguments = [f"--workdir={finished_run()[0]}", "--methods=svd;flap", "--budgets=0.6,0.02", "--draws=2",
+                 "--tune=4", "--set", "eval_every=4", "--calibration=32", "--rounds=1",
                  f"--out={out}"]  # fmt: skip
-    with undone():
-        assert command.main(arguments) == 0
-    said = capsys.readouterr().out
+    status, said, error = compare_here(*arguments)
+    assert status == 0, error
     record = json.loads((out / "compression.json").read_text())
     rows = {(one["method"], one["budget"]): one for one in record["rows"]}
     asked = {(name, budget) for name in ("svd", "flap") for budget in (0.6, 0.02)}
@@ -185,8 +186,7 @@ def test_a_page(tmp_path, capsys):
         assert picture.width > 1000
     assert "accuracy of compressed models" in said and "flap" in said
     before = {path: path.stat().st_mtime for path in (out / "runs").rglob("metrics.jsonl")}
-    with undone():
-        assert command.main(arguments) == 0
+    assert compare_here(*arguments)[0] == 0
     assert before == {path: path.stat().st_mtime for path in (out / "runs").rglob("metrics.jsonl")}
 
 
