@@ -48,7 +48,7 @@ def pairs(n: int) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
     def by_blocks() -> np.ndarray:
         found = np.zeros((0, n))
         for rows in np.split(tokens, 8):
-            found = tall_qr([found, rows]) if len(found) else tall_qr([rows])
+            found = tall_qr([found, rows])
         return found
 
     def interpolative() -> np.ndarray:

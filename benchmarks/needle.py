@@ -26,7 +26,7 @@ from efficient_tx.attention import ATTENTION, MultiHead
 from efficient_tx.commands import Parser, names_of, run
 from efficient_tx.compare.flags import whole, wholes
 from efficient_tx.compare.timing import machine
-from efficient_tx.compress.source import load
+from efficient_tx.config.trained import trained_run
 from efficient_tx.data.recall import Needle
 from efficient_tx.files import local_path
 from efficient_tx.models.classifier import TokenClassifier
@@ -49,7 +49,7 @@ def trained(out: Path, mixer: str, seed: int) -> TokenClassifier:
         train(workdir, mixer, config="recall", seed=seed, steps=steps, eval_every=50, **settings, **options, **before)
         before = {"init_from": workdir.absolute(), "optimizer.learning_rate": 1e-3, "optimizer.warmup": 10}
         print(f"{mixer}, seed {seed}: {summary(workdir)['test_accuracy']:.1%} of texts of {length} tokens", flush=True)
-    _, _, model, _ = load(workdir, "best")
+    _, _, model, _ = trained_run(workdir, "best")
     return model
 
 

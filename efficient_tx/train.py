@@ -39,12 +39,11 @@ from efficient_tx.config import flags as command_line
 from efficient_tx.config import trust
 from efficient_tx.config.build import build_model, build_stages, build_task
 from efficient_tx.config.check import check_objective
-from efficient_tx.config.evaluation import trained_model
 from efficient_tx.config.names import task_module
 from efficient_tx.config.schema import with_dense_weights
 from efficient_tx.config.stored import config_of_weights, restore, to_store, workdir_of
+from efficient_tx.config.trained import model_of_weights, trained_model
 from efficient_tx.data.batching import check_examples, evaluation_batches, train_batches
-from efficient_tx.export.weights import model_of_weights
 from efficient_tx.files import local_path
 from efficient_tx.linear.replacement import dotted, relative_error, transfer
 from efficient_tx.models.pretrained import is_published, load_pretrained

@@ -5,10 +5,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from efficient_tx.checks import OptionError
 from efficient_tx.compress.result import become
-from efficient_tx.compress.source import load
 from efficient_tx.compression.estimate import Estimates, estimate
+from efficient_tx.config.trained import trained_run
 from efficient_tx.linear.replacement import dotted
 from efficient_tx.training.errors import Refused
 
@@ -19,13 +18,11 @@ def show(workdir: Path, checkpoint: str, budget: float, where: str, unit: str, c
     Raises:
       RunError: the run cannot be read, `where` selects none of its layers, or low rank cannot meet the budget.
     """
-    *_, model, _ = load(workdir, checkpoint)
+    *_, model, _ = trained_run(workdir, checkpoint)
     try:
         found = estimate(model, budget, where=where, unit=unit)
-    except OptionError as error:
-        raise Refused(f"{error.value}: {error.rule}", option=error.option) from None
     except ValueError as error:
-        raise Refused(str(error)) from None
+        raise Refused.of(error) from None
     console.print(table(found, unit))
     console.print("error: ‖W − D U‖ / ‖W‖ as a sketch sees it; the true one is up to half as large again")
 

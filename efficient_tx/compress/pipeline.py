@@ -11,12 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from efficient_tx import train
-from efficient_tx.checks import OptionError
 from efficient_tx.compare.progress import counted
 from efficient_tx.compress.asked import Asked
 from efficient_tx.compress.distillation import begin
 from efficient_tx.compress.result import RECORD, Result, record, table
-from efficient_tx.compress.source import calibration, load, mean_loss
+from efficient_tx.compress.source import calibration, mean_loss
 from efficient_tx.compression import Compressed, compress
 from efficient_tx.compression.distillation import variances
 from efficient_tx.compression.model import select
@@ -31,6 +30,7 @@ from efficient_tx.config.names import parse_mixers
 from efficient_tx.config.schema import complete
 from efficient_tx.config.stored import restore, to_store, workdir_of
 from efficient_tx.config.structure import entries, entry, fitting, in_config
+from efficient_tx.config.trained import trained_run
 from efficient_tx.data.batching import check_examples
 from efficient_tx.files import clear
 from efficient_tx.linear.replacement import dotted, transfer
@@ -85,7 +85,7 @@ def opened(asked: Asked) -> Opened:
     Raises:
       Refused: what can be known before work begins: of the run, of `--set`, `--where` and of mixers.
     """
-    config, task, model, step = load(asked.workdir, asked.checkpoint)
+    config, task, model, step = trained_run(asked.workdir, asked.checkpoint)
     with refusing(str(asked.workdir)):
         check_examples(task)
     new = result_config(config, task, asked)
@@ -205,16 +205,14 @@ def by_method(
                 loss=partial(mean_loss, objective_of(task)),
                 progress=lambda what: bar.update(work, description=what, advance=1),
             )  # fmt: skip
-        except OptionError as error:
-            raise Impossible(f"{error.value}: {error.rule}", option=error.option) from None
         except ValueError as error:
-            raise Impossible(str(error)) from None
+            raise Impossible.of(error) from None
 
 
 def distilled(asked: Asked, result: Result) -> None:
     """Distills the result from the run, and writes it as the workdir of a run at step 0."""
     step = str(result.stored()["step"])  # the best one of a run that goes on may be another by now
-    _, task, teacher, _ = load(asked.workdir, step)
+    _, task, teacher, _ = trained_run(asked.workdir, step)
     with refusing(str(result.path)):
         config = restore(read_config(result.path))
         own_task = build_task(config)

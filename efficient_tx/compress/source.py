@@ -1,36 +1,16 @@
-"""The run that is compressed: its model, its examples, its loss."""
+"""Of the run that is compressed: examples of calibration, and the loss."""
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from ml_collections import ConfigDict
 
 from efficient_tx.compress.asked import Asked
-from efficient_tx.config.build import build_task
-from efficient_tx.config.evaluation import trained_model
-from efficient_tx.config.schema import with_dense_weights
-from efficient_tx.config.stored import restore
 from efficient_tx.data.batching import train_batches
 from efficient_tx.task import Batch, Objective, Task
-from efficient_tx.training.errors import refusing
 from efficient_tx.training.step import NOTHING, score
-from efficient_tx.training.workdir import read_config
-
-
-def load(workdir: Path, checkpoint: str) -> tuple[ConfigDict, Task, nnx.Module, int]:
-    """The run to compress: its config, whose layers are those of the checkpoint; its task, its model and the step."""
-    path = str(workdir)
-    with refusing(path):
-        config = restore(read_config(path))
-        with config.unlocked():
-            config.remat = False
-        task = build_task(config)
-        step, stage, model = trained_model(path, checkpoint, config, task, print)
-    return with_dense_weights(config) if stage.start else config, task, model, step
 
 
 def calibration(task: Task, asked: Asked, batch_size: int) -> Sequence[Batch]:

@@ -9,7 +9,7 @@ from efficient_tx.checks import OptionError, at_least, at_most, one_of
 from efficient_tx.config.build import build_model, build_stages
 from efficient_tx.config.errors import ConfigError, at, blame
 from efficient_tx.config.keys import flatten
-from efficient_tx.config.names import DEEPEST, mixer_class, parse_mixers, task_module, task_sizes
+from efficient_tx.config.names import DEEPEST, mixer_class, parse_mixers, task_without_data
 from efficient_tx.config.schema import task_options
 from efficient_tx.linear import Dense
 from efficient_tx.linear.structured import Weight
@@ -63,7 +63,7 @@ def check(config: ConfigDict) -> None:
         own = f"a config file calls make_config({config.task.name!r})"
         raise ConfigError("task.name", f"{fault}; {own}")
     with at("task"):
-        shape = Task(*((),) * 3, kind=task_module(config.task.name).KIND, name="", source="", **task_sizes(config.task))
+        shape = task_without_data(config.task)
 
     def forward(model):
         return model(**empty_inputs(shape), key=jax.random.key(0))

@@ -1,13 +1,11 @@
 """Settings of an evaluation: the config of a run with changes, on examples that the run was not trained on."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from flax import nnx
 from ml_collections import ConfigDict
 
-from efficient_tx.config.build import build_model, build_stages
 from efficient_tx.config.errors import ConfigError
 from efficient_tx.config.keys import assign, parse
 from efficient_tx.config.names import task_module
@@ -15,10 +13,6 @@ from efficient_tx.config.resolve import NAMES
 from efficient_tx.config.schema import complete
 from efficient_tx.config.stored import restore
 from efficient_tx.files import local_path
-from efficient_tx.task import Task
-from efficient_tx.training.evaluation import trained_parameters
-from efficient_tx.training.objective import objective_of
-from efficient_tx.training.stages import Stage
 
 # Added to the seed of generated data if an evaluation moves the splits.
 FAR = 2**31
@@ -100,21 +94,3 @@ def same_source(one: str | None, two: str | None) -> bool:
     if one is None or two is None:
         return one == two
     return local_path(one).resolve() == local_path(two).resolve()
-
-
-def trained_model(
-    path: str, checkpoint: str, config: ConfigDict, task: Task, warn: Callable[[str], None]
-) -> tuple[int, Stage, nnx.Module]:  # fmt: skip
-    """The step of a checkpoint of the run in the workdir `path`, the stage there, and the model with its values.
-
-    Args:
-      checkpoint, warn: as of `trained_parameters`.
-      config: of the run.
-      task: gives the sizes of the model.
-
-    Raises:
-      ConfigError, Refused: as `build_model` and `trained_parameters`.
-    """
-    stages, _ = build_stages(config, nnx.eval_shape(lambda: build_model(config, task)), objective_of(task))
-    step, stage, parameters = trained_parameters(path, checkpoint, stages, warn)
-    return step, stage, nnx.merge(nnx.split(stage.model)[0], parameters)

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from absl import flags
@@ -20,6 +20,7 @@ from efficient_tx.config.load import ConfigFile, shipped
 from efficient_tx.config.protocols import PROTOCOLS
 from efficient_tx.config.resolve import NAMES
 from efficient_tx.linear import LINEAR
+from efficient_tx.training.errors import RunError
 
 TRUST = "a module, or a task's file, of another place that configs may name; may be repeated"
 OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)=?(.*)")
@@ -50,6 +51,17 @@ def refuse(error: object) -> NoReturn:
     text = f"--{error.option}={error.value}: {error.rule}" if isinstance(error, OptionError) else str(error)
     print(" ".join(text.split()), file=sys.stderr)
     raise SystemExit(2)
+
+
+def answered(work: Callable[[], int | None]) -> int:
+    """Calls `work`, whose mistakes are one line each; returns the exit status."""
+    try:
+        return work() or 0
+    except RunError as error:
+        print(error.flag, file=sys.stderr)
+        return error.status
+    except (OSError, ValueError) as error:
+        refuse(error)
 
 
 def parse(argv: Sequence[str], *, usage: str, own: Sequence[str]) -> Run:

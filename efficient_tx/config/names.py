@@ -20,7 +20,7 @@ from efficient_tx.files import local_path
 from efficient_tx.linear import LINEAR
 from efficient_tx.linear.structured import Weight
 from efficient_tx.models import Bert, Classifier, DualEncoder, Pyramid, TokenClassifier, ViT
-from efficient_tx.task import check_sizes
+from efficient_tx.task import Task, check_sizes
 
 # The models for each kind of examples, by name; the first one is the default.
 MODELS: dict[str, dict[str, type[nnx.Module]]] = {
@@ -168,3 +168,8 @@ def task_sizes(task: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"its module's sizes() does not take its options: {error}") from None
         check_sizes(module.KIND, sizes)
         return sizes
+
+
+def task_without_data(task: Mapping[str, Any]) -> Task:
+    """The task in the section `task` as far as a model needs it: its kind and its sizes, without examples."""
+    return Task(*((),) * 3, kind=task_module(task["name"]).KIND, name="", source="", **task_sizes(task))

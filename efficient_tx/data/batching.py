@@ -4,6 +4,7 @@ Under `task.bucket` a batch holds sequences of similar length, padded to a power
 compiled, and little of their work is padding.
 """
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Sequence
@@ -142,6 +143,11 @@ def evaluation_batches(
         return result | {"item": np.where(real, places, -1)} if numbered else result
 
     return grain.MapDataset.source(_Lazy(-(-count // batch_size), batch))
+
+
+def first_examples(source: Source, task: Task, count: int) -> Batch:
+    """The first examples of a split as one batch, padded to the full length; all of them if there are less."""
+    return evaluation_batches(source, dataclasses.replace(task, bucket=False), batch_size=min(count, len(source)))[0]
 
 
 def bucket(longest: int, max_len: int) -> int:

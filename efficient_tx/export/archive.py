@@ -9,7 +9,6 @@
 An .npz is a zip: it has a checksum of every part. examples/run_exported.py reads it.
 """
 
-import dataclasses
 import inspect
 import io
 import json
@@ -24,9 +23,9 @@ from jax import export
 from ml_collections import ConfigDict
 
 from efficient_tx.checks import OptionError
-from efficient_tx.compress.source import load
 from efficient_tx.config.names import task_module
-from efficient_tx.data.batching import evaluation_batches
+from efficient_tx.config.trained import trained_run
+from efficient_tx.data.batching import first_examples
 from efficient_tx.export.program import program
 from efficient_tx.files import local_path
 from efficient_tx.models.pretrained.parameters import parameters
@@ -88,13 +87,13 @@ def export_function(
         if not path.absolute().parent.is_dir():
             raise ValueError(f"{path}: there is no such folder")
         require_flatbuffers()
-    config, task, model, step = load(Path(workdir), checkpoint)
+    config, task, model, step = trained_run(Path(workdir), checkpoint)
     with refusing(str(workdir)):
         words = {"vocabulary": (vocabulary, task.vocab_size), "classes": (classes, task.num_classes)}
         for option, (given, count) in words.items():
             if given is not None and len(given) != count:
                 raise OptionError(option, f"{len(given)} words", f"the task has {count}")
-        batch = first_examples(task)
+        batch = model_inputs(first_examples(task.test, task, EXAMPLES))
         function = program(model, batch, precision=precision)
         outputs = evaluated(model, batch, precision)
         about = facts(config, task, function, outputs)
@@ -141,12 +140,6 @@ def require_flatbuffers() -> None:
         import flatbuffers  # noqa: F401
     except ModuleNotFoundError:
         raise ModuleNotFoundError("jax.export needs the package flatbuffers: pip install flatbuffers") from None
-
-
-def first_examples(task: Task) -> dict[str, np.ndarray]:
-    """The model's inputs for the first test examples, padded to the full length."""
-    count = min(EXAMPLES, len(task.test))
-    return model_inputs(evaluation_batches(task.test, dataclasses.replace(task, bucket=False), batch_size=count)[0])
 
 
 def evaluated(model: nnx.Module, batch: Mapping[str, np.ndarray], precision: str | None) -> np.ndarray:

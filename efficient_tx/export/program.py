@@ -15,11 +15,9 @@ import jax
 from flax import nnx
 from jax import export
 
-from efficient_tx.kernels.platform import portable
+from efficient_tx.kernels.platform import PLATFORMS, portable
 from efficient_tx.linear.replacement import dotted
 from efficient_tx.models.pretrained.parameters import parameters
-
-PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def program(

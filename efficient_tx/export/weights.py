@@ -2,16 +2,10 @@
 
 from pathlib import Path
 
-from flax import nnx
-from ml_collections import ConfigDict
-
-from efficient_tx.compress.source import load
-from efficient_tx.config.build import build_model
-from efficient_tx.config.names import task_module, task_sizes
-from efficient_tx.config.stored import CONFIG, config_of_weights, restore, to_store
+from efficient_tx.config.stored import CONFIG, to_store
+from efficient_tx.config.trained import trained_run
 from efficient_tx.files import local_path
-from efficient_tx.models.weights import load_weights, save_weights
-from efficient_tx.task import Task
+from efficient_tx.models.weights import save_weights
 from efficient_tx.training.disk import writing
 from efficient_tx.training.errors import refusing
 
@@ -35,32 +29,9 @@ def export_weights(workdir: str | Path, path: str | Path, *, checkpoint: str = "
       Refused: one line: no such run or checkpoint, another ending or dtype, or a missing package.
       RunError: the file cannot be written.
     """
-    config, _, model, step = load(Path(workdir), checkpoint)
+    config, _, model, step = trained_run(Path(workdir), checkpoint)
     with config.unlocked():
         config.init_from = config.task.data_dir = None
     with refusing(), writing(Path(path)):
         save_weights(model, local_path(path), dtype=dtype, about={CONFIG: to_store(config), "step": step})
     return step
-
-
-def model_of_weights(path: str | Path, task: Task | None = None) -> tuple[ConfigDict, nnx.Module]:
-    """The config in a file of `export_weights`, and its model with the weights.
-
-    Args:
-      path: the file.
-      task: gives the sizes of the model; None: the config says them, and no data are needed.
-
-    Raises:
-      ValueError: one line: the file is unreadable, has no config, or does not fit it.
-    """
-    path = local_path(path)
-    stored = config_of_weights(path)
-    if stored is None:
-        raise ValueError(f"{path} has no config of a run: export_weights writes one")
-    config = restore(stored)
-    if task is None:
-        kind = task_module(config.task.name).KIND
-        task = Task(*((),) * 3, kind=kind, name="", source="", **task_sizes(config.task))
-    model = nnx.eval_shape(lambda: build_model(config, task))
-    load_weights(model, path)
-    return config, model

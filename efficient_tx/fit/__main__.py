@@ -42,7 +42,7 @@ from efficient_tx.compare.progress import progress
 from efficient_tx.config import trust
 from efficient_tx.config.check import check
 from efficient_tx.config.errors import ConfigError
-from efficient_tx.config.flags import OVERRIDE, TRUST, refuse, typed_values
+from efficient_tx.config.flags import OVERRIDE, TRUST, answered, typed_values
 from efficient_tx.config.load import ConfigFile
 from efficient_tx.files import write
 from efficient_tx.fit.chips import GIGA, NAMES, TERA, Chip, chip_of, plugins
@@ -211,10 +211,7 @@ def main(argv: Sequence[str]) -> int:
     trust.allow(*options.trust, remedy="--trust={} allows it")
     for name in options.target:
         require("aot", *plugins(name))
-    try:
-        return fit(options, constants)
-    except (OSError, ValueError) as error:
-        refuse(error)
+    return answered(lambda: fit(options, constants))
 
 
 def command() -> None:

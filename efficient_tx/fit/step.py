@@ -13,9 +13,8 @@ from ml_collections import ConfigDict
 from efficient_tx.commands import out_of_memory
 from efficient_tx.config.build import build_model, build_stages
 from efficient_tx.config.check import empty_inputs
-from efficient_tx.config.names import task_module, task_sizes
+from efficient_tx.config.names import task_without_data
 from efficient_tx.fit.chips import Chip
-from efficient_tx.task import Task
 from efficient_tx.training.flops import of_program
 from efficient_tx.training.memory import needed
 from efficient_tx.training.stages import Stage
@@ -40,9 +39,8 @@ class Recipe:
     """The first stage of a config's run, with the loss of classification: an objective of the task's own needs data."""
 
     def __init__(self, config: ConfigDict):
-        kind = task_module(config.task.name).KIND
         self.config = config
-        self.task = Task(*((),) * 3, kind=kind, name="", source="", **task_sizes(config.task))
+        self.task = task_without_data(config.task)
         model = nnx.eval_shape(lambda: build_model(config, self.task))
         self.parameters = parameter_count(model)
         self._stage: Stage = build_stages(config, model)[0][0]

@@ -24,7 +24,6 @@ from efficient_tx.extras import require
 require("train", "grain", "matplotlib", "ml_collections", "orbax", "rich")
 
 import argparse
-import dataclasses
 import math
 import sys
 from collections.abc import Sequence
@@ -36,17 +35,17 @@ from efficient_tx.attention import ATTENTION
 from efficient_tx.checks import OptionError
 from efficient_tx.compare.flags import path, whole, wholes
 from efficient_tx.compare.progress import progress
-from efficient_tx.compress.source import load
 from efficient_tx.config import trust
-from efficient_tx.config.flags import TRUST, refuse
+from efficient_tx.config.flags import TRUST, answered
 from efficient_tx.config.names import mixer_class, parse_mixers
-from efficient_tx.data.batching import evaluation_batches
+from efficient_tx.config.trained import trained_run
+from efficient_tx.data.batching import first_examples
 from efficient_tx.inspect import plots, report
 from efficient_tx.inspect.captured import capture
 from efficient_tx.inspect.look import advice, look
 from efficient_tx.task import Batch, Task
 from efficient_tx.training.disk import write_bytes, writing
-from efficient_tx.training.errors import Refused, RunError, refusing
+from efficient_tx.training.errors import Refused, refusing
 
 # Token ids of a task whose tokens are the pixels of a grey image.
 PIXELS = 256
@@ -91,11 +90,11 @@ def inspect(options: argparse.Namespace, console: Console) -> None:
     """
     if options.out.exists() and not options.out.is_dir():
         raise Refused(f"{options.out}: that is no folder", option="out")
-    config, task, model, step = load(options.workdir, options.checkpoint)
+    config, task, model, step = trained_run(options.workdir, options.checkpoint)
     with refusing(str(options.workdir)):
         pattern = parse_mixers(config.mixers)
-        count = min(options.examples, len(task.test))
-        batch = evaluation_batches(task.test, dataclasses.replace(task, bucket=False), batch_size=count)[0]
+        batch = first_examples(task.test, task, options.examples)
+        count = len(batch["label"])
     with progress(console) as say:
         say("one pass through the model")
         inside = capture(model, batch)
@@ -106,7 +105,7 @@ def inspect(options: argparse.Namespace, console: Console) -> None:
                 budget=options.budget, progress=say,
             )  # fmt: skip
         except OptionError as error:
-            raise Refused(f"{error.value}: {error.rule}", option=error.option) from None
+            raise Refused.of(error) from None
     advised = advice(found, pattern)
     console.print(report.mixers(found), report.states(found))
     if inside.others:
@@ -143,14 +142,7 @@ def main(argv: Sequence[str]) -> int:
     options = parse(argv)
     trust.allow(*options.trust, remedy="--trust={} allows it")
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, emoji=False)
-    try:
-        inspect(options, console)
-    except RunError as error:
-        print(error.flag, file=sys.stderr)
-        return error.status
-    except ValueError as error:
-        refuse(error)
-    return 0
+    return answered(lambda: inspect(options, console))
 
 
 def command() -> None:

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from efficient_tx.checks import at_least
-from efficient_tx.linear.structured import Factor, Structured
+from efficient_tx.linear.structured import Factor, Whole
 from efficient_tx.numerics.factorisations import svd
 
 # Denominators below this count as this, and have no gradient. They are about 1.
 LEAST = 1e-4
 
 
-class HadamardQuotient(Structured):
+class HadamardQuotient(Whole):
     """y = x ((D U) ⊘ (P Q)), stored as Dᵀ `[rank, in]`, U `[rank, out]`, Pᵀ `[terms, in]` and Q `[terms, out]`.
 
     The weight is computed in each call, in float32 at least, and multiplied as a dense matrix: it saves bytes, not
@@ -78,16 +78,6 @@ class HadamardQuotient(Structured):
         wide = jnp.promote_types(self.param_dtype, jnp.float32)
         left, right, down, up = super().weights(wide).values()
         return {"kernel": (down.T @ up / jnp.maximum(left.T @ right, LEAST)).astype(dtype)}
-
-    def multiply(self, x: jax.Array, *, kernel: jax.Array) -> jax.Array:
-        return x @ kernel
-
-    @property
-    def multiplies(self) -> int:
-        return self.in_features * self.out_features
-
-    def to_dense(self) -> jax.Array:
-        return self.weights(self.param_dtype)["kernel"]
 
     def fit(self, kernel: jax.Array) -> dict[str, jax.Array]:
         u, s, v = svd(kernel)

@@ -19,7 +19,7 @@ from efficient_tx.checks import OptionError, at_least
 from efficient_tx.linear.bit_planes import from_planes, to_planes
 from efficient_tx.linear.packed import Packed
 from efficient_tx.linear.straight_through import straight_through
-from efficient_tx.linear.structured import Factor, Structured, scale_array
+from efficient_tx.linear.structured import Factor, Whole, scale_array
 
 START = 3.0  # the first clipping level, in standard deviations of the latent weight
 # The scales that a fit tries are those at which the largest weight is k levels, k = FIRST / 128 to LAST / 128 times
@@ -111,7 +111,7 @@ def to_scale(clip: jax.Array, bits: int) -> jax.Array:
     return clip[:, None].astype(jnp.promote_types(clip.dtype, jnp.float32)) / (largest(bits) + 0.5)
 
 
-class Integer(Structured):
+class Integer(Whole):
     """A linear layer with weights of a few bits, trained through a dense latent weight; inputs are not rounded.
 
     The clipping levels `clip` have the size of a few weights, so learning rates have the meaning that they have in a
@@ -181,16 +181,6 @@ class Integer(Structured):
 
     def weights(self, dtype: jnp.dtype) -> dict[str, jax.Array]:
         return {"kernel": weight(self.levels(), self.clip[...], self.bits, self.in_features).astype(dtype)}
-
-    def multiply(self, x: jax.Array, *, kernel: jax.Array) -> jax.Array:
-        return x @ kernel
-
-    @property
-    def multiplies(self) -> int:
-        return self.in_features * self.out_features
-
-    def to_dense(self) -> jax.Array:
-        return self.weights(self.param_dtype)["kernel"]
 
     def rescale(self, factor: float) -> None:
         scale_array(self.kernel, factor)

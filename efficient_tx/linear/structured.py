@@ -275,3 +275,20 @@ class Structured(Weight, nnx.Module):
     def set_dense(self, kernel: jax.Array) -> None:
         for name, value in self.fit(kernel).items():
             getattr(self, name)[...] = value.astype(self.param_dtype)
+
+
+class Whole(Structured):
+    """A structure that is multiplied as one matrix: its `weights` are that matrix, "kernel", anew in each call.
+
+    So it saves bytes and no time.
+    """
+
+    def multiply(self, x: jax.Array, *, kernel: jax.Array) -> jax.Array:
+        return x @ kernel
+
+    @property
+    def multiplies(self) -> int:
+        return self.in_features * self.out_features
+
+    def to_dense(self) -> jax.Array:
+        return self.weights(self.param_dtype)["kernel"]

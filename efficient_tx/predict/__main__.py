@@ -43,7 +43,7 @@ from efficient_tx.compare.flags import path
 from efficient_tx.compare.progress import progress
 from efficient_tx.config import trust
 from efficient_tx.config.build import build_task
-from efficient_tx.config.flags import OVERRIDE, TRUST, refuse
+from efficient_tx.config.flags import OVERRIDE, TRUST, answered
 from efficient_tx.config.stored import restore
 from efficient_tx.data.batching import check_examples
 from efficient_tx.predict import records
@@ -53,7 +53,7 @@ from efficient_tx.report.runs import find, problems
 from efficient_tx.sweep.plan import Grid, check_runs, methods_of
 from efficient_tx.task import data_directory
 from efficient_tx.training.compilation import keep_programs
-from efficient_tx.training.errors import RunError, refusing
+from efficient_tx.training.errors import refusing
 from efficient_tx.training.step import check_batch_size
 from efficient_tx.training.workdir import read_config
 
@@ -167,8 +167,8 @@ def measured(
                             lambda line, method=candidate.method: say(f"{method}: {line}"))  # fmt: skip
         rows.append({**found, **about})
         if options.out:
-            others = [row for name, row in before.items() if name not in {row["id"] for row in rows}]
-            records.save(options.out, [*rows, *others], options.budget)
+            before[key] = rows[-1]
+            records.save(options.out, [*before.values()], options.budget)
     return rows
 
 
@@ -258,14 +258,7 @@ def predict(options: argparse.Namespace, constants: Sequence[str]) -> None:
 def main(argv: Sequence[str]) -> int:
     options, constants = parse(argv)
     trust.allow(*options.trust, remedy="--trust={} allows it")
-    try:
-        predict(options, constants)
-    except RunError as error:
-        print(error.flag, file=sys.stderr)
-        return error.status
-    except (OSError, ValueError) as error:
-        refuse(error)
-    return 0
+    return answered(lambda: predict(options, constants))
 
 
 def command() -> None:

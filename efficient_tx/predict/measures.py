@@ -1,7 +1,5 @@
 """Measures: the numbers of a method from which its place is predicted, each with the side on which it is better."""
 
-import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from efficient_tx.config.build import build_model
-from efficient_tx.data.batching import evaluation_batches
+from efficient_tx.data.batching import first_examples
 from efficient_tx.predict.curve import extrapolate
 from efficient_tx.predict.short import short_run, steps_of
 from efficient_tx.predict.untrained import alignment, approximation, gradsign
@@ -61,8 +59,7 @@ def measure(config: ConfigDict, task: Task, budget: float, say: Callable[[str], 
     model = build_model(config, task)
     found: dict[str, Any] = dict.fromkeys(MEASURES) | {"parameters": parameter_count(model), "steps": steps}
     say("scores before training")
-    few = [task.train[i] for i in range(min(EXAMPLES, len(task.train)))]
-    batch = evaluation_batches(few, dataclasses.replace(task, bucket=False), batch_size=len(few))[0]
+    batch = first_examples(task.train, task, EXAMPLES)
     found |= {
         "gradsign": gradsign(model, objective, batch),
         "alignment": alignment(model, batch),
@@ -81,5 +78,5 @@ def measure(config: ConfigDict, task: Task, budget: float, say: Callable[[str], 
         "extrapolated": forecast.median,
         "low": forecast.low,
         "high": forecast.high,
-        "seconds": None if math.isnan(short.seconds) else short.seconds,
+        "seconds": short.seconds,
     }

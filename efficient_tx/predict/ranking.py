@@ -87,13 +87,10 @@ def without(tasks: Sequence[Known], left_out: Known) -> list[Known]:
 
 def learn(tasks: Sequence[Known]) -> Learnt:
     """The predictor from these tasks; what it misses is measured on each with the weights of the others."""
-    missed = [
-        standardised(task.final) - features(task.measures) @ fitted(without(tasks, task))
-        for task in tasks
-        if len(tasks) > 1
-    ]
-    spread = float(np.sqrt(np.mean(np.concatenate(missed) ** 2))) if missed else 1.0
-    return Learnt(fitted(tasks), spread)
+    if len(tasks) < 2:
+        return Learnt(fitted(tasks), 1.0)
+    missed = [standardised(t.final) - features(t.measures) @ fitted(without(tasks, t)) for t in tasks]
+    return Learnt(fitted(tasks), float(np.sqrt(np.mean(np.concatenate(missed) ** 2))))
 
 
 def places(learnt: Learnt, measures: Sequence[Mapping[str, Any]]) -> list[Place]:

@@ -26,12 +26,12 @@ class Short(NamedTuple):
     """Attributes:
     losses: of training, of each step.
     validation: mean loss and metrics of the first validation examples, after the last step.
-    seconds: that a step takes once it is compiled; NaN of one step.
+    seconds: that a step takes once it is compiled; None of one step.
     """
 
     losses: list[float]
     validation: dict[str, float]
-    seconds: float
+    seconds: float | None
 
 
 def short_run(config: ConfigDict, task: Task, model: nnx.Module, steps: int, say: Callable[[str], None]) -> Short:
@@ -66,7 +66,7 @@ def short_run(config: ConfigDict, task: Task, model: nnx.Module, steps: int, say
     batches = evaluation_batches(few, task, batch_size=config.batch_size)
     evaluate = make_evaluate(graphdef, objective, given=stage.given)
     found = evaluate(evaluation_params(state.optimizer, state.params), batches)
-    return Short(losses, found.means, float(np.median(times[1:])) if len(times) > 1 else float("nan"))
+    return Short(losses, found.means, float(np.median(times[1:])) if len(times) > 1 else None)
 
 
 def steps_of(config: ConfigDict, budget: float) -> int:

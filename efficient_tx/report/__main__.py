@@ -31,14 +31,13 @@ from rich.console import Console
 from efficient_tx.checks import nearest
 from efficient_tx.compare.flags import path
 from efficient_tx.config import trust
-from efficient_tx.config.flags import TRUST, refuse
+from efficient_tx.config.flags import TRUST, answered
 from efficient_tx.files import write
 from efficient_tx.report import content, plots
 from efficient_tx.report.flops import of_step
 from efficient_tx.report.page import page
 from efficient_tx.report.runs import Problem, find, problems
 from efficient_tx.tables import FORMATS, Table
-from efficient_tx.training.errors import RunError
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -129,12 +128,7 @@ def main(argv: Sequence[str]) -> int:
     jax.config.update("jax_platforms", "cpu")  # only traced: no accelerator is needed
     options = parse(argv)
     trust.allow(*options.trust, remedy="--trust={} allows it")
-    try:
-        return report(options)
-    except RunError as error:
-        refuse(error.flag)
-    except (OSError, ValueError) as error:
-        refuse(error)
+    return answered(lambda: report(options))
 
 
 def command() -> None:

@@ -9,9 +9,8 @@ from flax import nnx
 
 from efficient_tx.config.build import build_model
 from efficient_tx.config.check import empty_inputs
-from efficient_tx.config.names import task_module, task_sizes
+from efficient_tx.config.names import task_without_data
 from efficient_tx.config.stored import restore
-from efficient_tx.task import Task
 from efficient_tx.training.flops import of_program
 
 
@@ -21,8 +20,7 @@ def of_step(stored: Mapping[str, Any]) -> float | None:
     Counted is what `of_program` counts, forward and backward, on full-length examples.
     """
     config = restore(stored)
-    sizes = task_sizes(config.task)
-    task = Task(*((),) * 3, kind=task_module(config.task.name).KIND, name="", source="", **sizes)
+    task = task_without_data(config.task)
     model = nnx.eval_shape(lambda: build_model(config, task))
     graphdef, params = nnx.split(model)
 

@@ -6,6 +6,8 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+from efficient_tx.checks import OptionError
+
 
 class RunError(Exception):
     """An error in one line: what happened, where, and what would help.
@@ -36,6 +38,13 @@ class Refused(RunError):
 
     status = 2
     resumable = False
+
+    @classmethod
+    def of(cls, error: ValueError) -> "Refused":
+        """The refusal of a wrong setting; one of an option names it."""
+        if isinstance(error, OptionError):
+            return cls(f"{error.value}: {error.rule}", option=error.option)
+        return cls(str(error))
 
 
 class InUse(Refused):

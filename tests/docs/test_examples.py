@@ -10,7 +10,7 @@ import pytest
 
 import efficient_tx.eval
 import efficient_tx.train
-from efficient_tx.compress.source import load
+from efficient_tx.config.trained import trained_run
 from lra.expressions import VOCABULARY
 from tests.docs.pages import SHORT
 from tests.support import ROOT
@@ -78,7 +78,7 @@ def test_an_exported_run_needs_jax_and_numpy_alone(tmp_path):
     alone = (sys.executable, "-I", "-c", ALONE, str(EXAMPLES / "run_exported.py"))
     done = subprocess.run([*alone, str(path), text], cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
-    _, _, model, _ = load(finished_run()[0], "best")
+    _, _, model, _ = trained_run(finished_run()[0], "best")
     ids = np.array([[VOCABULARY.index(word) for word in text.split()]])
     assert f"{text} -> {forward(model, ids).argmax()}\n" in done.stdout
     assert float(re.search(r"difference to the exporting machine is (.*)\n", done.stdout)[1]) < 1e-5

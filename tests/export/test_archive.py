@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from efficient_tx.compress.source import load
 from efficient_tx.config.build import build_model, build_task
 from efficient_tx.config.load import ConfigFile
-from efficient_tx.data.batching import collate, evaluation_batches
+from efficient_tx.config.trained import trained_run
+from efficient_tx.data.batching import collate, evaluation_batches, first_examples
 from efficient_tx.export import archive, export_function
 from efficient_tx.export.program import PLATFORMS, program
 from efficient_tx.task import model_inputs
@@ -35,7 +35,7 @@ def exported(tmp_path_factory):
 
 def test_the_file_answers_every_test_example_as_the_model_does(exported):
     path, about = exported
-    _, task, model, step = load(finished_run()[0], "best")
+    _, task, model, step = trained_run(finished_run()[0], "best")
     function = reader.Exported(str(path))
     assert function.about == json.loads(json.dumps(about)) and about["step"] == step
     assert tuple(about["platforms"]) == function.function.platforms == PLATFORMS
@@ -171,7 +171,7 @@ def test_every_kind_of_task(kind, given, tmp_path):
     config = ConfigFile(str(path)).resolve({})
     task = build_task(config)
     model = build_model(config, task)
-    batch = archive.first_examples(task)
+    batch = model_inputs(first_examples(task.test, task, archive.EXAMPLES))
     function, outputs = program(model, batch), archive.evaluated(model, batch, "highest")
     about = archive.facts(config, task, function, outputs) | {"vocabulary": None, "classes": None}
     (tmp_path / "a.npz").write_bytes(archive.packed(model, function, batch, outputs, about))

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from efficient_tx.compress.source import load
 from efficient_tx.config.structure import entries
+from efficient_tx.config.trained import trained_run
 from efficient_tx.data.batching import evaluation_batches
 from efficient_tx.export import export_weights, model_of_weights
 from efficient_tx.models.weights import save_weights
@@ -24,7 +24,7 @@ def read(path):
 
 def check(workdir, path):
     """The model of the file computes what that of the run does, bit for bit, without the workdir and its data."""
-    _, task, model, step = load(workdir, "best")
+    _, task, model, step = trained_run(workdir, "best")
     assert export_weights(workdir, path) == step
     batch = model_inputs(evaluation_batches(task.test, task, batch_size=8)[0])
     config, again = model_of_weights(path)
@@ -57,7 +57,7 @@ def test_what_cannot_be_is_one_line(tmp_path):
 
 
 def model_of(workdir):
-    return load(workdir, "best")[2]
+    return trained_run(workdir, "best")[2]
 
 
 @pytest.mark.slow

@@ -23,12 +23,12 @@ from efficient_tx.compare.timing import compile_pass, in_turns
 from efficient_tx.compress.asked import Asked
 from efficient_tx.compress.pipeline import Impossible, opened, run
 from efficient_tx.compress.result import RECORD
-from efficient_tx.compress.source import load
 from efficient_tx.compression.cost import multiplications, stored
 from efficient_tx.compression.model import linear_layers
 from efficient_tx.config.methods import named_method
+from efficient_tx.config.trained import trained_run
 from efficient_tx.data.batching import evaluation_batches
-from efficient_tx.task import Task
+from efficient_tx.task import Task, model_inputs
 from efficient_tx.training import summary
 from efficient_tx.training.disk import read_checked
 from efficient_tx.training.errors import NonFinite
@@ -257,14 +257,14 @@ def examine(rows: Sequence[Row], settings: Settings, out: Path, progress: Callab
     runs, original = {}, None
     for i, path in workdirs(rows, settings, out):
         progress(f"compiling {path.name}")
-        _, task, model, _ = load(path, "best")
+        _, task, model, _ = trained_run(path, "best")
         measure_size(rows[i], model)
         if hasattr(model, "embed"):
             own = embedded(model, task)
             original = own if original is None else original
             rows[i].agreement = agreement(original, own).rank_correlation
         batch = evaluation_batches(task.test, task, batch_size=settings.rows)[0]
-        features = {name: array for name, array in batch.items() if name in ("inputs", "mask", "inputs2", "mask2")}
+        features = model_inputs(batch)
         graphdef, params = nnx.split(model)
 
         def call(params, features, graphdef=graphdef):
@@ -276,7 +276,7 @@ def examine(rows: Sequence[Row], settings: Settings, out: Path, progress: Callab
         name = cell(row.method, row.budget, 0, trained)
         if trained and row.refused is None and name not in row.failed:
             progress(f"{name}: embeddings")
-            _, task, model, _ = load(out / name, "best")
+            _, task, model, _ = trained_run(out / name, "best")
             row.tuned_agreement = agreement(original, embedded(model, task)).rank_correlation
     progress("timing")
     for i, seconds in in_turns(runs, settings.rounds, math.inf).items():
