@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from efficient_tx.tokens.channels import scaled
 from efficient_tx.tokens.mask import bool_mask
 
 
@@ -41,7 +42,7 @@ def short_conv(x: jax.Array, weight: jax.Array, mask: jax.Array | None = None, *
     tokens = x if mask is None else jnp.where(mask[..., None], x, 0)
     padded = jnp.pad(tokens.astype(dtype), ((0, 0), (before, size - 1 - before), (0, 0)))
     taps = zip(range(size), weight.astype(dtype))
-    return sum(tap * padded[:, i : i + length] for i, tap in taps).astype(x.dtype)
+    return sum(scaled(padded[:, i : i + length], tap) for i, tap in taps).astype(x.dtype)
 
 
 class ShortConv(nnx.Module):

@@ -194,4 +194,4 @@ class Stem(nnx.Module):
         before, here, after = jnp.split((both @ taps).reshape(batch, length, -1), 3, axis=-1)
         ends = (0, 0)
         out = here + jnp.pad(before, (ends, (1, 0), ends))[:, :-1] + jnp.pad(after, (ends, (0, 1), ends))[:, 1:]
-        return jax.nn.relu(self.norm(out)).astype(x.dtype)
+        return jax.nn.relu(self.norm(out.reshape(batch * length, -1))).reshape(x.shape).astype(x.dtype)

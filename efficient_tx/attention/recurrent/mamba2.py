@@ -23,6 +23,7 @@ from efficient_tx.attention.recurrent.base import both_ways, log_time_steps
 from efficient_tx.checks import OptionError, at_least
 from efficient_tx.kernels import gated_linear_attention
 from efficient_tx.kernels.shapes import check_shapes
+from efficient_tx.tokens.channels import scaled
 
 
 def mamba2(
@@ -58,11 +59,11 @@ def mamba2(
 def state_space(
     q: jax.Array, k: jax.Array, v: jax.Array, *, step: jax.Array, rate: jax.Array, **others: Any
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """The outputs and the last state; Δ multiplies the keys, of which every head has its own then."""
+    """The outputs and the last state; Δ multiplies the values, of which every head has its own then."""
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     steps = step.astype(jnp.promote_types(step.dtype, jnp.float32))
-    k = (k * steps[..., None]).astype(k.dtype)
-    return gated_linear_attention(q, k, v, log_decay=-rate * steps, scale=1.0, **others)
+    v = scaled(v, steps[..., None]).astype(v.dtype)
+    return gated_linear_attention(q, k, v, log_decay=scaled(steps, -rate), scale=1.0, **others)
 
 
 class Mamba2(MultiHead):
@@ -148,7 +149,7 @@ class Mamba2(MultiHead):
         return jnp.broadcast_to(x, (*x.shape[:2], self.heads, x.shape[-1]))
 
     def skipped(self, out: jax.Array, x: jax.Array) -> jax.Array:
-        return out + self.skip[...].astype(x.dtype)[:, None] * x
+        return out + scaled(x, self.skip[...].astype(x.dtype)[:, None])
 
     def empty_memory(self, batch: int, max_len: int | None, dtype: jnp.dtype) -> jax.Array:
         """`[batch, heads, states, head_dim]`."""

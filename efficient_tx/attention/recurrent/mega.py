@@ -34,6 +34,7 @@ from efficient_tx.checks import OptionError, at_least
 from efficient_tx.kernels import flash_attention
 from efficient_tx.kernels.flash_attention import Mask, Score, documents, padding
 from efficient_tx.kernels.shapes import check_shapes
+from efficient_tx.tokens.channels import scaled
 from efficient_tx.tokens.mask import compact, key_mask, repeat_heads, spread
 from efficient_tx.tokens.rotary import rotate
 
@@ -222,7 +223,7 @@ class Mega(MultiHead):
         y, state = convolve(wide, log_decay[0], weight[0], state=state, count=count)
         if not self.causal:
             y += convolve(wide[:, ::-1], log_decay[1], weight[1])[0][:, ::-1]
-        return jax.nn.silu(y + self.skip[...] * wide).astype(x.dtype), state
+        return jax.nn.silu(y + scaled(wide, self.skip[...])).astype(x.dtype), state
 
     def split(self, moved: jax.Array) -> tuple[jax.Array, ...]:
         """u, z, r and the input of h, `[batch, length, width]` each, of x'."""
@@ -234,7 +235,8 @@ class Mega(MultiHead):
 
     def heads_of(self, x: jax.Array, z: jax.Array) -> dict[str, jax.Array]:
         """q, k and v of the one head."""
-        q, k = (z * scale + shift for scale, shift in zip(self.affine[...], self.shift[...]))
+        tokens = z.reshape(-1, self.key_dim)
+        q, k = ((tokens * a + b).reshape(z.shape) for a, b in zip(self.affine[...], self.shift[...]))
         v = self.v(x.reshape(-1, self.features)).reshape(*x.shape[:2], -1)
         return {"q": q[:, :, None], "k": k[:, :, None], "v": jax.nn.silu(v)[:, :, None]}
 

@@ -23,6 +23,7 @@ from efficient_tx.attention.recurrent.base import log_uniform_steps
 from efficient_tx.attention.recurrent.modes import convolve
 from efficient_tx.checks import OptionError
 from efficient_tx.kernels.shapes import check_rank
+from efficient_tx.tokens.channels import scaled
 from efficient_tx.tokens.mask import compact, key_mask, spread
 
 
@@ -59,7 +60,7 @@ def s4d(
     mask = key_mask(mask, *x.shape[:2])
     tokens = wide(compact(x, mask))
     log_decay, weights = discretised(rate, step, readout)
-    y = convolve(tokens, log_decay, weights[0])[0] + skip * tokens
+    y = convolve(tokens, log_decay, weights[0])[0] + scaled(tokens, skip)
     if not causal:
         later = jnp.pad(tokens, ((0, 0), (0, 1), (0, 0)))[:, :0:-1]
         y += convolve(later, log_decay, weights[1])[0][:, ::-1]

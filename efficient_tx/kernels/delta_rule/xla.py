@@ -55,7 +55,7 @@ def forward(
 
     The errors are `[batch, length, heads, v_dim]`, in the dtype of the state.
     """
-    chunks = Chunks(q.shape[1], size, options)
+    chunks = Chunks(*q.shape[:2], size, options)
     tokens = prepare(chunks, q, k, v, beta, log_decay, state.dtype)
 
     def chunk(start, n):
@@ -68,8 +68,8 @@ def forward(
         end = decays.whole * start + chunks.dot((k_n * decays.to_end).mT, u)
         return end, (chunks.unslice(out), chunks.unslice(error))
 
-    end, (out, error) = jax.lax.scan(chunk, state, jnp.arange(chunks.count), reverse=options.reverse)
-    return (chunks.join(out).astype(q.dtype), end), chunks.join(error)
+    end, (out, error) = jax.lax.scan(chunk, chunks.rows(state), jnp.arange(chunks.count), reverse=options.reverse)
+    return (chunks.join(out).astype(q.dtype), end.reshape(state.shape)), chunks.join(error)
 
 
 def backward(
@@ -78,7 +78,7 @@ def backward(
     """Cotangents of q, k, v, beta, log_decay and the initial state, from those of the output and the final state."""
     *operands, state = arrays
     d_out, d_end = cotangents
-    chunks = Chunks(error.shape[1], size, options)
+    chunks = Chunks(*error.shape[:2], size, options)
     per_head = operands[4] is not None and operands[4].shape[-1] == 1
     tokens = prepare(chunks, *operands, state.dtype)
     d_out, error = chunks.pad(d_out.astype(state.dtype)), chunks.pad(error)
@@ -88,7 +88,7 @@ def backward(
         to_end, whole = chunks.decays_to_end(log_decay_n)
         return whole * start + chunks.dot((k_n * to_end).mT, beta_n * error_n), start
 
-    _, starts = jax.lax.scan(pass_over, state, jnp.arange(chunks.count), reverse=options.reverse)
+    _, starts = jax.lax.scan(pass_over, chunks.rows(state), jnp.arange(chunks.count), reverse=options.reverse)
 
     def chunk(d_end, n_and_start):
         n, start = n_and_start
@@ -116,13 +116,15 @@ def backward(
             found.append(chunks.d_log_decay(q_n * d_q + k_n * (d_k_query - d_k), by_end, per_head))
         return d_start, [chunks.unslice(x) for x in found]
 
-    d_start, found = jax.lax.scan(chunk, d_end, (jnp.arange(chunks.count), starts), reverse=not options.reverse)
+    numbered = jnp.arange(chunks.count), starts
+    d_start, found = jax.lax.scan(chunk, chunks.rows(d_end), numbered, reverse=not options.reverse)
     found = [*map(chunks.join, found), None][:5]
     found[0] *= options.scale
     for n in (1, 2):
         batch, length, groups, dim = operands[n].shape
         found[n] = found[n].reshape(batch, length, groups, -1, dim).sum(axis=3)
-    return *(None if x is None else d_x.astype(x.dtype) for x, d_x in zip(operands, found)), d_start
+    d_tokens = (None if x is None else d_x.astype(x.dtype) for x, d_x in zip(operands, found))
+    return *d_tokens, d_start.reshape(state.shape)
 
 
 def prepare(chunks: Chunks, q, k, v, beta, log_decay, dtype: jnp.dtype) -> tuple[jax.Array | None, ...]:
@@ -132,7 +134,7 @@ def prepare(chunks: Chunks, q, k, v, beta, log_decay, dtype: jnp.dtype) -> tuple
 
 
 def matrix(chunks: Chunks, i: jax.Array, j: jax.Array, decays: Decays) -> jax.Array:
-    """M, `[batch, heads, tokens, tokens]`, of a chunk's keys in the place of queries and as keys."""
+    """M, `[rows, tokens, tokens]`, of a chunk's keys in the place of queries and as keys."""
     return jnp.where(chunks.levels() >= 0, chunks.weights(i, j, decays), 0)
 
 
