@@ -1,8 +1,11 @@
-"""Shapes: checks of queries, keys and values, and what a Pallas kernel returns."""
+"""Shapes: checks of queries, keys and values, and what Pallas kernels return and hold."""
 
 from typing import Any
 
 import jax
+
+# Numbers that a kernel may have prefetched on a TPU: the scalar memory of a v5e is 1 MB.
+MOST_SCALARS = 200_000
 
 
 def check_rank(axes: str = "batch, length, heads, dim", /, **arrays: jax.Array) -> None:

@@ -33,7 +33,7 @@ def test_compiles_within_its_limits_and_figures_have_not_grown(compilation):
     assert faults(compilation, program) == []
     before = json.loads((ROOT / "benchmarks" / "kernels.json").read_text())
     assert compilation.name in before["programs"], "run `python -m efficient_tx.kernels.verify --all` and commit"
-    if figures.comparable(before):
+    if figures.comparable(before, compilation.target.platform):
         assert figures.grown(before["programs"][compilation.name], figures.of_program(program)) == []
     else:
         warnings.warn(f"figures are not compared: they are those of {before['versions']}", stacklevel=1)

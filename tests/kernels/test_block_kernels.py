@@ -60,18 +60,23 @@ def check(got, expected, tolerance):
 
 
 # Queries, keys, block size, whether every head has lists of its own, and options. One list for all, whose heads are
-# computed together, two key heads; and lists and a bias for each query head, which share key heads.
+# computed together, two key heads; lists and a bias for each query head, which share key heads; and a head size that
+# fills a TPU's lanes, whose blocks have no tiles of several heads.
 CASES = {
     "together": (40, 56, 16, False, {"mask": True, "causal": True, "visible": near}),
     "lists of heads": (40, 52, 32, True, {"bias": True}),
     "length last": (140, 130, 128, False, {"mask": True}),
     "one token": (1, 1, 16, True, {}),
+    "whole lanes": (40, 70, 32, False, {"mask": True, "dim": 128}),
 }
 
 
 def case(name, dtype=np.float32):
     queries, keys, size, own, options = CASES[name]
-    arrays, blocks = inputs(queries, keys, size, heads=4 if not own else 2, groups=2 if not own else 1, own=own)
+    options = dict(options)
+    heads = (4, 2) if not own else (2, 1)
+    dim = options.pop("dim", 16)
+    arrays, blocks = inputs(queries, keys, size, heads=heads[0], groups=heads[1], own=own, dim=dim)
     arrays = [np.asarray(x, dtype) for x in arrays]
     r = np.random.default_rng(3)
     given = {"blocks": blocks, "block_size": size} | options

@@ -1,6 +1,7 @@
 """flash_attention against plain NumPy, its gradients, its limits and its errors."""
 
 import importlib
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,9 @@ import numpy as np
 import pytest
 
 from efficient_tx.kernels import flash_attention
+from efficient_tx.kernels.flash_attention import as_score, padding
+from efficient_tx.kernels.flash_attention.options import Options
+from efficient_tx.kernels.heads import at_once, in_turn
 
 xla = importlib.import_module("efficient_tx.kernels.flash_attention.xla")
 
@@ -243,12 +247,44 @@ def test_forward_mode_is_refused_elsewhere_by_a_line_that_names_the_reference():
         ),
         ({"interpret": True}, "interpret=True is for Pallas kernels"),
         ({"mask": np.ones((2, 8), bool)}, r"mask has shape \(2, 8\).*\(2, 7\)"),
+        ({"score": "gaussian", "scale": -0.3}, "scale is -0.3: Gaussian looks at norms: pass at least 0"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(options, message):
     with pytest.raises(ValueError, match=message) as raised:
         flash_attention(*arrays(0, 5, 7), **options)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("batch", "queries", "keys"), [(2, 5, 0), (2, 0, 7), (0, 5, 7)])
+@pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
+def test_without_keys_or_queries_it_is_zero(implementation, batch, queries, keys):
+    q, k, v = arrays(0, queries, keys, batch=batch)
+    given = {"causal": True, "mask": np.ones((batch, keys), bool), "implementation": implementation}
+    out, lse = flash_attention(q, k, v, return_lse=True, **given)
+    np.testing.assert_array_equal(out, np.zeros((batch, queries, 4, 3)))
+    np.testing.assert_array_equal(lse, np.full((batch, queries, 4), -np.inf))
+    gradient = jax.grad(lambda q: flash_attention(q, k, v, **given).sum())(q)
+    np.testing.assert_array_equal(gradient, np.zeros_like(q))
+
+
+def test_on_accelerators_all_heads_at_once_are_one_after_another():
+    """The XLA form of a GPU and a TPU, which this machine would not choose."""
+    q, k, v = (x.astype(np.float32) for x in arrays(0, 21, 50))
+    real = padding(random_mask(0, 2, 50))
+    options = Options(scale=0.4, bias=BIAS, precision=jax.lax.Precision.HIGHEST)
+    sizes = xla.Sizes(21, 50, 16, 16)
+    for name in SCORES:
+        score = as_score(name, heads=4, bias=BIAS, dtype=np.float32)
+        results = []
+        for each_head in (in_turn, at_once):
+            inputs = (q, k, v, score, real, None)
+            outputs, total = jax.jit(partial(xla._forward, each_head, options, sizes))(*inputs)
+            backward = jax.jit(partial(xla._backward, each_head, options, sizes))
+            results.append((outputs, backward(inputs, outputs, total, jax.tree.map(jnp.cos, outputs))[:3]))
+        # Sums of at most 50 float32 terms in another order.
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *results)
 
 
 @pytest.mark.quick

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from efficient_tx.kernels import flash_attention
-from efficient_tx.kernels.flash_attention import SCORES, causal, documents, padding, prefix, window
+from efficient_tx.kernels.flash_attention import SCORES, Score, causal, documents, padding, prefix, window
 from efficient_tx.kernels.flash_attention.elementwise import PRIMITIVES
+from efficient_tx.kernels.flash_attention.options import Options
 from efficient_tx.kernels.op import PLATFORMS
 
 KERNELS = ("pallas_tpu", "pallas_gpu")
@@ -62,6 +63,19 @@ def assert_equals_the_formula(arrays, kernel, score, rtol, **options):
         np.testing.assert_allclose(ours[finite], theirs[finite], atol=rtol * largest)
 
 
+class Shares(Score):
+    """Weights divided by their sum, of norms and of the head's number: what no shipped score asks for."""
+
+    normalise = "sum"
+    needs_norms = True
+
+    def logits(self, dot, q_norm, k_norm, i, j, head):
+        return dot / (1 + head) - q_norm - k_norm
+
+    def weights(self, logits):
+        return jnp.exp(logits)
+
+
 # Queries, keys, heads, groups, dim and v_dim; score; mask.
 CASES = {
     "softmax, grouped, causal": ((40, KEYS, 4, 2, 16, 32), "softmax", causal()),
@@ -73,6 +87,7 @@ CASES = {
     "relu2, one query": ((1, KEYS, 2, 2, 16, 16), "relu2", padding(REAL)),
     "softmax, nobody": ((40, KEYS, 2, 2, 16, 16), "softmax", prefix(0)),
     "softmax, whole blocks": ((128, 256, 1, 1, 16, 16), "softmax", None),
+    "shares by head, padding": ((40, KEYS, 2, 1, 16, 16), Shares(), padding(REAL)),
 }
 
 
@@ -227,6 +242,10 @@ def test_what_a_score_may_use_is_what_a_kernel_is_lowered_with(kernel):
             jax.eval_shape(lambda q, k, v: flash_attention(q, k, v, score=Other(), implementation=kernel), *arrays)
 
 
+# A TPU's kernels have two precisions, a GPU's all with a name of jax's.
+UNUSUAL = {"pallas_tpu": jax.lax.Precision.HIGH, "pallas_gpu": jax.lax.DotAlgorithmPreset.F32_F32_F32}
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_what_a_kernel_cannot_do_is_a_reason_and_another_is_chosen(kernel):
     q, k, v = inputs(8, 8, 2, 2, 16, 16)
@@ -249,8 +268,37 @@ def test_what_a_kernel_cannot_do_is_a_reason_and_another_is_chosen(kernel):
         ((q, k, v), {"mask": np.ones((2, 1, 8, 8), bool)}, "one of all pairs is quadratic"),
         ([x.astype(np.float16) for x in (q, k, v)], {}, "it takes float32 and bfloat16, not float16"),
         ([np.zeros((2, 8, 2, 512), np.float32)] * 3, {}, "its heads have at most 256 dims, these 512"),
+        ((q, k, v), {"precision": UNUSUAL[kernel]}, f"precision is {UNUSUAL[kernel]}: .* kernels have"),
     ):
         with pytest.raises(ValueError, match=f"cannot use implementation '{kernel}': .*{reason}"):
             flash_attention(*arrays, implementation=kernel, **options)
         if not isinstance(options.get("score"), (Sorted, SCORES["alibi"])):
             assert np.isfinite(flash_attention(*arrays, **options)).all()
+
+
+@pytest.mark.quick
+def test_a_precision_may_be_a_name():
+    q, k, v = inputs(8, 8, 2, 2, 16, 16)
+    for name in ("highest", "default"):
+        traced = jax.make_jaxpr(partial(flash_attention, implementation="pallas_tpu", precision=name))(q, k, v)
+        assert "pallas_call" in str(traced)
+
+
+@pytest.mark.quick
+def test_lists_that_scalar_memory_does_not_hold_are_a_reason():
+    """2,048 tokens in blocks of 512: 16 numbers an example; a row that visits the first blocks needs no list."""
+    ids = np.zeros((4, 2048), np.int32)
+    q = np.zeros((4, 2048, 1, 16), np.float32)
+    tpu = importlib.import_module("efficient_tx.kernels.flash_attention.pallas_tpu")
+
+    def reason(mask, most):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tpu, "MOST_SCALARS", most)
+            options = Options(scale=1.0, bias=0.0, precision=jax.lax.Precision.HIGHEST)
+            return tpu.unsupported(options, q, q, q, SCORES["softmax"](), mask, None)
+
+    assert reason(documents(ids), 64) is None
+    assert reason(documents(ids), 63) == "its lists of blocks have 64 numbers: scalar memory holds 63"
+    assert reason(causal() & documents(ids), 63) is not None
+    assert reason(window(100), 12) is None and reason(window(100), 11) is not None
+    assert reason(causal(), 15) is not None and reason(None, 1) is None

@@ -142,6 +142,24 @@ def test_powers_neither_overflow_nor_divide_by_zero():
     assert np.isfinite(gradients).all()
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_weights_that_sum_to_nothing_give_zero_and_no_gradient(implementation):
+    """Signed weights, as no shipped score has: those of a query that is zero sum to 0, though their values do not."""
+
+    class Signed(Score):
+        normalise = "sum"
+
+        def weights(self, logits):
+            return logits
+
+    q, k, v = (x.astype(np.float32) for x in inputs())
+    q[:, 0] = 0
+    given = {"score": Signed(), "implementation": implementation}
+    assert not flash_attention(q, k, v, **given)[:, 0].any()
+    gradients = jax.grad(lambda q: jnp.sin(flash_attention(q, k, v, **given)).sum())(q)
+    assert not gradients[:, 0].any() and np.abs(gradients).max() > 0
+
+
 def test_a_static_field_is_a_program_and_an_array_is_none():
     """What a kernel is compiled for changes with numbers that are static only."""
     traced = []

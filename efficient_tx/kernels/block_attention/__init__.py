@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from efficient_tx.checks import at_least
 from efficient_tx.kernels.block_attention.options import Options
 from efficient_tx.kernels.op import Op
+from efficient_tx.kernels.precision import full
 from efficient_tx.kernels.shapes import check_shapes
 from efficient_tx.tokens.mask import bool_mask
 
@@ -66,7 +67,8 @@ def block_attention(
 
     Returns:
       `[batch, queries, heads, v_dim]` in the dtype of q, zero for a query without keys; with `return_lse` also
-      `[batch, queries, heads]`, −inf for a query without keys. All arithmetic is in promote_types(dtype, float32).
+      `[batch, queries, heads]`, −inf for a query without keys. Logits, weights and sums are in
+      promote_types(dtype, float32); Pallas kernels take bfloat16 into their products as it is.
 
     Raises:
       ValueError: shapes that do not fit, a float mask, or an implementation that does not support the arguments.
@@ -92,7 +94,7 @@ def block_attention(
         causal=causal,
         visible=visible,
         scale=head_dim**-0.5 if scale is None else float(scale),
-        precision=jax.lax.Precision.HIGHEST if precision is None else precision,
+        precision=full(precision),
     )
     arrays = *(pad(x, block_size) for x in (q, k, v)), mask, jnp.asarray(blocks, jnp.int32), bias
     out, lse = OP(implementation, options, *arrays, interpret=interpret, sizes=block_sizes)

@@ -16,6 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from efficient_tx.kernels.block_attention.lists import added, by_key_block
 from efficient_tx.kernels.block_attention.options import Options, alike
+from efficient_tx.kernels.precision import missing
 from efficient_tx.kernels.shapes import result
 
 
@@ -48,8 +49,8 @@ def unsupported(options: Options, q, k, v, mask, blocks, bias) -> str | None:
             return f"{name} is {dim}: pass a power of two from 16 to 256"
     if not (q.size and k.size and v.size):
         return "there is nothing to attend to"
-    if options.precision not in (jax.lax.Precision.HIGHEST, jax.lax.Precision.DEFAULT):
-        return f"precision is {options.precision}: GPU kernels have HIGHEST and DEFAULT"
+    if reason := missing(options.precision, "GPU"):
+        return reason
     return options.foreign_to_kernels()
 
 

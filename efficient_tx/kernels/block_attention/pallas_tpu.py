@@ -17,9 +17,8 @@ from jax.experimental import pallas as pl
 from efficient_tx.kernels.block_attention.lists import added
 from efficient_tx.kernels.block_attention.options import Options, alike
 from efficient_tx.kernels.block_attention.tpu_grid import BlockSizes, Grid
-
-# Lists are in scalar memory, 1 MB on a v5e.
-MOST_SCALARS = 200_000
+from efficient_tx.kernels.precision import missing
+from efficient_tx.kernels.shapes import MOST_SCALARS
 
 
 def unsupported(options: Options, q, k, v, mask, blocks, bias) -> str | None:
@@ -33,8 +32,8 @@ def unsupported(options: Options, q, k, v, mask, blocks, bias) -> str | None:
         return f"head_dim is {q.shape[3]} and v_dim {v.shape[3]}: at most 256 fit in VMEM"
     if not (q.size and k.size and v.size):
         return "there is nothing to attend to"
-    if options.precision not in (jax.lax.Precision.HIGHEST, jax.lax.Precision.DEFAULT):
-        return f"precision is {options.precision}: TPU kernels have HIGHEST and DEFAULT"
+    if reason := missing(options.precision, "TPU"):
+        return reason
     queries, n = blocks.shape[2:]
     keys, slots = k.shape[1] // size, max(1, BlockSizes().tokens // size)
     scalars = blocks.shape[0] * blocks.shape[1] * (queries * n + keys * slots) * (slots + 1) // slots

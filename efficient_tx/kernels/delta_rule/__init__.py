@@ -53,12 +53,12 @@ def delta_rule(
         chunks, memory linear in the length, reverse mode only), or None: the best one that supports the arguments.
       interpret: whether to run a Pallas kernel in interpret mode.
       precision: precision of the matrix products; None means full float32 (or float64), also on devices that round by
-        default.
+        default. The Pallas kernels multiply bfloat16 q, k and v, and what they multiply them with, in bfloat16.
       block_sizes: sizes for the implementation that is named; None means its own.
 
     Returns:
       `[batch, length, heads, v_dim]` in the dtype of q, and the state after the last step
-      `[batch, heads, head_dim, v_dim]` in promote_types(dtype, float32). All arithmetic has this dtype.
+      `[batch, heads, head_dim, v_dim]` in promote_types(dtype, float32). States, exponentials and sums have this dtype.
 
     Raises:
       ValueError: shapes that do not fit, a float mask, or an implementation that does not support the arguments.

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from efficient_tx.checks import OptionError
 from efficient_tx.kernels.flash_attention.mask import Causal, Padding
 from efficient_tx.kernels.flash_attention.mask import Mask as Mask
 from efficient_tx.kernels.flash_attention.mask import causal as causal
@@ -18,6 +19,7 @@ from efficient_tx.kernels.flash_attention.score import Relative as Relative
 from efficient_tx.kernels.flash_attention.score import Score as Score
 from efficient_tx.kernels.flash_attention.score import as_score
 from efficient_tx.kernels.op import Op
+from efficient_tx.kernels.precision import full
 from efficient_tx.kernels.shapes import check_shapes
 from efficient_tx.tokens.mask import bool_mask
 
@@ -58,7 +60,8 @@ def flash_attention(
         `padding(mask)`, combined by `&`, `|` and `~`. Blocks of keys that a Mask empties are not computed. The
         reference also takes an array for all pairs, `[batch or 1, heads or 1, queries, keys]`.
       causal: query i sees keys j ≤ i + keys − queries only: the last query is aligned with the last key.
-      scale: factor of the inner products; None means head_dim^-½, for every score.
+      scale: factor of the inner products; None means head_dim^-½, for every score. Where a score
+        looks at norms, as the Gaussian, at least 0.
       bias: number added to every inner product.
       return_lse: whether to return (output, log-sum-exp of the logits over the keys); scores normalised like softmax
         only.
@@ -76,7 +79,8 @@ def flash_attention(
       promote_types(dtype, float32); Pallas kernels take bfloat16 into their products as it is.
 
     Raises:
-      ValueError: shapes that do not fit, a float mask, or an implementation that does not support the arguments.
+      ValueError: shapes that do not fit, a float mask, a scale below 0 where there are norms, or an implementation that
+        does not support the arguments.
       TypeError: a Score or Mask that is no frozen dataclass, or does not give what it should for a block.
       NotImplementedError: forward-mode differentiation, with an implementation other than "reference"; a Pallas kernel
         in a program for another platform.
@@ -93,13 +97,18 @@ def flash_attention(
     dtype = jnp.promote_types(operands[0].dtype, jnp.float32)
     bias = float(bias)
     score = as_score(score, heads=q.shape[2], bias=bias, dtype=dtype)
+    if score.needs_norms and scale is not None and scale < 0:
+        raise OptionError("scale", scale, f"{type(score).__name__} looks at norms: pass at least 0")
     if return_lse and score.normalise != "softmax":
         raise ValueError(f"return_lse needs a score normalised like softmax, {type(score).__name__} is not")
     options = Options(
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
         bias=bias,
-        precision=jax.lax.Precision.HIGHEST if precision is None else precision,
+        precision=full(precision),
     )
+    if 0 in (*q.shape[:2], k.shape[1]):
+        nothing = jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype)
+        return (nothing, jnp.full(q.shape[:3], -jnp.inf, dtype)) if return_lse else nothing
     out, lse = OP(implementation, options, *operands, score, mask, pairs, interpret=interpret, sizes=block_sizes)
     out = out.astype(q.dtype)
     return (out, lse) if return_lse else out

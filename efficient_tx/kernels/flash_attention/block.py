@@ -55,7 +55,8 @@ def cotangents(
       score: the score, with the parameters of one head.
       block: the block.
       d_out: the inner products of values and cotangents of outputs.
-      saved: the log-sum-exp of every query, or for normalise="sum" the sum of its weights; finite, and not 0.
+      saved: the log-sum-exp of every query, finite; or for normalise="sum" the sum of its weights, inf for
+        0: then output and gradient are 0.
       delta: the inner product of output and its cotangent, less the cotangent of the log-sum-exp; None where not
         normalised.
     """

@@ -46,6 +46,8 @@ class BlockSizes:
 
 def unsupported(options: Options, *arrays: Any) -> str | None:
     """The reason why this implementation does not support the request, or None."""
+    if not isinstance(options.precision, jax.lax.Precision):
+        return f"precision is {options.precision}: GPU kernels have jax.lax.Precision"
     return reason_against("cuda", *arrays)
 
 
@@ -103,7 +105,7 @@ def forward(
         carry = jnp.zeros((rows, call.v_dim), jnp.float32), total, jnp.full_like(total, LEAST)
         acc, total, peak = call.visit(seen, lists, example, i, step, carry)
         none = total == 0
-        divisor = jnp.where(none, 1.0, total)
+        divisor = jnp.where(none, jnp.inf, total)
         if score.normalise is None:
             call.store(out, "out", acc, "q", i)
             return

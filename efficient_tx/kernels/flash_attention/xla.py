@@ -118,7 +118,7 @@ def _forward(each_head, options, sizes, q, k, v, score, mask, pairs):
                 (out,) = of.for_keys(i, unnormalised, (out,))
                 return (out.astype(out_dtype),)
             out, total = of.for_keys(i, unnormalised, (out, total))
-            total = jnp.where(total == 0, 1, total)  # without weights, or with weights that are all 0, the output is 0
+            total = jnp.where(total == 0, jnp.inf, total)  # where the weights sum to 0, the output is 0
             return (out / total).astype(out_dtype), total
 
         found = jax.lax.map(block_of_queries, jnp.arange(grid.query_blocks))

@@ -4,6 +4,8 @@ from typing import NamedTuple, Self
 
 import jax
 
+from efficient_tx.kernels.precision import full
+
 
 class Options(NamedTuple):
     """Static and hashable; see `gated_linear_attention`."""
@@ -18,5 +20,5 @@ class Options(NamedTuple):
         return cls(
             q.shape[-1] ** -0.5 if scale is None else float(scale),
             bool(reverse),
-            jax.lax.Precision.HIGHEST if precision is None else precision,
+            full(precision),
         )

@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from efficient_tx.kernels.gated_linear_attention.chunk import ChannelDecay, HeadDecay, NoDecay, Products, levels
 from efficient_tx.kernels.gated_linear_attention.options import Options
+from efficient_tx.kernels.precision import missing
 from efficient_tx.kernels.shapes import result
 
 LARGEST_DIM = 256  # whose tiles fit into 16 MiB of VMEM
@@ -48,8 +49,8 @@ def unsupported(
     for name, dim in (("head_dim", q.shape[3]), ("v_dim", v.shape[3])):
         if dim > LARGEST_DIM:
             return f"{name} {dim}: tiles of at most {LARGEST_DIM} fit on the chip"
-    if options.precision not in (jax.lax.Precision.HIGHEST, jax.lax.Precision.DEFAULT):
-        return f"precision {options.precision}: it has HIGHEST and DEFAULT"
+    if reason := missing(options.precision, "TPU"):
+        return reason
     if 0 in (*q.shape, *v.shape):
         return f"q has shape {q.shape}, v {v.shape}: there is nothing to compute"
     return None

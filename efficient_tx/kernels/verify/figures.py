@@ -11,16 +11,17 @@ from typing import Any
 
 from efficient_tx.files import write
 from efficient_tx.kernels.verify.program import Kernel, Program, ptxas_version
+from efficient_tx.kernels.verify.targets import TARGETS
 
-# Packages that the figures depend on, as they do on ptxas.
-COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin")
+# What the figures of a platform depend on: packages, and ptxas.
+COMPILERS = {"tpu": ("jax", "jaxlib", "libtpu"), "cuda": ("jax", "jaxlib", "jax-cuda13-plugin", "ptxas")}
 # How much larger than before a figure may be: compilers' choices move by a few per cent with any change.
 GROWTH = 1.1
 
 
 def versions() -> dict[str, str]:
     found = {"Python": platform.python_version()}
-    for package in COMPILERS:
+    for package in sorted(set().union(*COMPILERS.values()) - {"ptxas"}):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -28,10 +29,10 @@ def versions() -> dict[str, str]:
     return found | {"ptxas": ptxas_version()}
 
 
-def comparable(stored: Mapping[str, Any]) -> bool:
-    """Whether what is stored was compiled by the compilers that are here: others may choose otherwise."""
+def comparable(stored: Mapping[str, Any], platform: str) -> bool:
+    """Whether what is stored for a platform is of the compilers that are here: others may choose otherwise."""
     now = versions()
-    return all(stored["versions"].get(name) == now[name] for name in (*COMPILERS, "ptxas"))
+    return all(stored["versions"].get(name) == now[name] for name in COMPILERS[platform])
 
 
 def of_program(program: Program) -> dict[str, Any]:
@@ -69,7 +70,15 @@ def largest(program: Mapping[str, Any], name: str, figure: str) -> float | None:
 def read(path: Path) -> dict[str, Any]:
     """The figures of programs by name that can be compared with those of now; empty where there are none."""
     stored = json.loads(path.read_text()) if path.exists() else {"programs": {}}
-    return stored["programs"] if stored["programs"] and comparable(stored) else {}
+    if not stored["programs"]:
+        return {}
+    same = {platform: comparable(stored, platform) for platform in COMPILERS}
+    return {name: program for name, program in stored["programs"].items() if same[platform_of(name)]}
+
+
+def platform_of(name: str) -> str:
+    """The platform of a program, whose name ends with that of its target."""
+    return TARGETS[name.split()[-1]].platform
 
 
 def store(path: Path, programs: Mapping[str, Any], known: Collection[str]) -> None:

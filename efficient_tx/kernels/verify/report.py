@@ -104,6 +104,12 @@ def holds(row: dict[str, Any]) -> bool:
     return "failed" not in row and all(row[which] <= row["most"] for which in ("forward", "gradient"))
 
 
+def sound(errors: list[dict[str, Any]], steps: list[dict[str, Any]], times: list[dict[str, Any]]) -> bool:
+    """Whether all that is ours ran on the device, and the errors are those of rounding."""
+    stopped = [row for row in steps if "failed" in row] + [row for row in times if "ours" in row["failed"]]
+    return not stopped and all(map(holds, errors))
+
+
 def of_errors(rows: Rows) -> list[str]:
     """The table of errors on an accelerator."""
 

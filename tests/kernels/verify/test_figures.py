@@ -37,22 +37,24 @@ def test_of_several_kernels_of_one_name_the_largest_counts():
 
 def test_programs_are_stored_beside_known_ones(tmp_path):
     path = tmp_path / "kernels.json"
-    figures.store(path, {"a": program(registers=3), "gone": program()}, ["a", "gone"])
-    figures.store(path, {"b": program()}, ["a", "b"])
-    assert figures.read(path) == {"a": program(registers=3), "b": program()}
+    figures.store(path, {"a v5e": program(registers=3), "gone v5e": program()}, ["a v5e", "gone v5e"])
+    figures.store(path, {"b h100": program()}, ["a v5e", "b h100"])
+    assert figures.read(path) == {"a v5e": program(registers=3), "b h100": program()}
     assert program(registers=3)["kernels"] == [{"name": "k", "registers": 3}]
     assert {"date", "versions"} < json.loads(path.read_text()).keys()
     assert figures.read(tmp_path / "none.json") == {}
 
 
 def test_figures_of_other_compilers_are_not_compared(tmp_path, monkeypatch):
-    path = tmp_path / "kernels.json"
-    figures.store(path, {"a": program()}, ["a", "b"])
-    assert figures.comparable(json.loads(path.read_text()))
+    path, known = tmp_path / "kernels.json", ["a v5e", "a h100", "b h100"]
+    figures.store(path, {"a v5e": program(), "a h100": program()}, known)
+    stored = json.loads(path.read_text())
+    assert figures.comparable(stored, "cuda") and figures.comparable(stored, "tpu")
     monkeypatch.setattr(figures, "ptxas_version", lambda: "99.9")
-    assert not figures.comparable(json.loads(path.read_text())) and figures.read(path) == {}
-    figures.store(path, {"b": program()}, ["a", "b"])
-    assert figures.read(path) == {"b": program()}
+    assert not figures.comparable(stored, "cuda") and figures.comparable(stored, "tpu")
+    assert figures.read(path) == {"a v5e": program()}
+    figures.store(path, {"b h100": program()}, known)
+    assert figures.read(path) == {"a v5e": program(), "b h100": program()}
 
 
 def test_a_program_is_what_its_figures_say():

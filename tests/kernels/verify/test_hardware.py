@@ -53,6 +53,16 @@ def test_times_are_of_both_passes_and_of_peers_that_run(cases, monkeypatch):
     assert "TypeError" in report.of_times(rows)[-1]
 
 
+@pytest.mark.quick
+def test_what_does_not_run_is_a_finding_unless_it_is_a_peer():
+    right = {"name": "op", "forward": 1e-6, "gradient": 1e-6, "most": 1e-4}
+    step, time = {"name": "softmax", "tokens_per_second": 9.0}, {"name": "op", "milliseconds": {"ours": 1.0}}
+    assert report.sound([right], [step], [time | {"failed": {"a peer": "none"}}])
+    assert not report.sound([right | {"forward": 1.0}], [step], [time | {"failed": {}}])
+    assert not report.sound([right], [{"name": "softmax", "failed": "out of memory"}], [time | {"failed": {}}])
+    assert not report.sound([right], [step], [time | {"failed": {"ours": "out of memory"}}])
+
+
 @pytest.mark.slow
 def test_tokens_a_second_are_those_of_the_training_step(monkeypatch):
     monkeypatch.setattr(hardware, "BATCHES", 1)
