@@ -18,6 +18,8 @@ from efficient_tx.config.names import mixer_class, parse_mixers, task_sizes
 from efficient_tx.data.batching import check_examples, collate
 from efficient_tx.kernels import flash_attention
 from efficient_tx.kernels.flash_attention import Mask, Score, causal, window
+from efficient_tx.kernels.verify.program import compiled
+from efficient_tx.kernels.verify.targets import TARGETS
 from tests.docs.pages import write_files
 from tests.support import ROOT
 from tests.support.mixers import check_padding
@@ -119,6 +121,23 @@ def test_mistakes_in_a_config_of_scores_print_what_the_page_says(folder, key, va
     with pytest.raises(ValueError) as error:
         check(config)
     assert_documented("docs/your_own_score.md", error.value)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target", ["h100", "v5e"])
+def test_own_score_and_mask_are_kernels_of_chips_that_are_not_there(folder, target):
+    """Forward and backward, with the gradient of a slope for each head."""
+    mine, tokens = importlib.import_module("my_scores"), jax.ShapeDtypeStruct((1, 1024, 4, 64), np.dtype("bfloat16"))
+
+    def loss(q, k, v, slopes):
+        return flash_attention(q, k, v, score=mine.LogDistance(slopes), mask=mine.near).astype(np.float32).sum()
+
+    gradient, slopes = jax.grad(loss, argnums=(0, 1, 2, 3)), jax.ShapeDtypeStruct((4,), np.float32)
+    program = compiled(gradient, tokens, tokens, tokens, slopes, target=TARGETS[target])
+    assert {kernel.name for kernel in program.kernels} == {
+        "flash_attention", "flash_attention_queries", "flash_attention_keys"
+    }  # fmt: skip
+    assert target == "v5e" or not any(kernel.spills for kernel in program.kernels)
 
 
 def test_mistakes_in_a_score_or_mask_print_what_the_page_says(folder):
