@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from efficient_tx.checks import OptionError
 from efficient_tx.models.embedding import TokenEmbedding
 from efficient_tx.models.transformer import Encoder, make_norm
 from efficient_tx.numerics.random import dropout, example_keys, fold
-from efficient_tx.tokens.mask import bool_mask
+from efficient_tx.tokens.mask import bool_mask, token_ranks
 
 POOLS = ("mean", "cls", "last")
 
@@ -139,15 +139,83 @@ class TokenEncoder(nnx.Module):
     ) -> tuple[jax.Array, jax.Array | None]:
         """int `[batch, length]` -> `[batch, prefix + length, features]`, and the mask of that length (or None)."""
         mask = bool_mask(mask)
-        x = self.embedding(inputs, mask=mask, positions=positions, segments=segments)
-        if self.prefix is not None:
-            count = self.prefix.shape[0]
-            prefix = jnp.broadcast_to(self.prefix[...].astype(x.dtype), (x.shape[0], count, x.shape[2]))
-            x = jnp.concatenate([prefix, x], axis=1)
-            mask = None if mask is None else jnp.pad(mask, ((0, 0), (count, 0)), constant_values=True)
+        x, mask = self.after_prefix(self.embedding(inputs, mask=mask, positions=positions, segments=segments), mask)
         keys = example_keys(key, x.shape[0])
         x = dropout(x, self.dropout, fold(keys, 0))
         return self.encoder(x, mask=mask, key=fold(keys, 1)), mask
+
+    def after_prefix(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        """Tokens `[batch, length, features]` and their mask with the learnt tokens in front."""
+        if self.prefix is None:
+            return x, mask
+        prefix = jnp.broadcast_to(self.prefix[...].astype(x.dtype), (len(x), *self.prefix.shape))
+        mask = None if mask is None else jnp.pad(mask, ((0, 0), (len(self.prefix), 0)), constant_values=True)
+        return jnp.concatenate([prefix, x], axis=1), mask
+
+    def init_state(self, batch: int, *, max_len: int | None = None, dtype: jnp.dtype | None = None) -> "Read":
+        """What a decoder knows before the first token of `batch` sequences; see `Mixer.init_state`."""
+        blocks = self.encoder.init_state(batch, max_len=self.room(max_len), dtype=dtype)
+        if self.prefix is not None:
+            nothing = jnp.zeros((batch, 0), jnp.int32)
+            _, blocks = self.encoder.prefill(self.after_prefix(self.embedding(nothing), None)[0], state=blocks)
+        return Read(jnp.zeros(batch, jnp.int32), blocks)
+
+    def room(self, max_len: int | None) -> int | None:
+        """With the learnt tokens."""
+        return max_len if max_len is None or self.prefix is None else max_len + len(self.prefix)
+
+    def prefill(
+        self, inputs: jax.Array, *, mask: jax.Array | None = None, state: "Read | None" = None,
+        max_len: int | None = None,
+    ) -> tuple[jax.Array, "Read"]:  # fmt: skip
+        """Several tokens of each sequence at once, at evaluation: what the model says of them in a longer text.
+
+        Args:
+          inputs: token ids, int `[batch, length]`.
+          mask: bool `[batch, length]`, True for real tokens; the others leave the state as it is.
+          state: the state after the tokens before; None: these are the first.
+          max_len: largest number of tokens, where the state grows with them; None means that of the model.
+
+        Returns:
+          The rows of the causal forward pass, `[batch, length, ...]`: of a `TokenClassifier` its logits, of other
+          models the vectors of the tokens; anything at masked positions, NaN where there is no room or position left.
+          And the next state.
+
+        Raises:
+          ValueError: see `Mixer.init_state`; a state of another number of sequences.
+        """
+        mask = bool_mask(mask)
+        count, blocks = (jnp.zeros(len(inputs), jnp.int32), None) if state is None else state
+        places = None  # those of the real tokens, from 0 on
+        if state is not None and not self.embedding.positions.startswith("rope"):
+            places = count[:, None] + token_ranks(mask, *inputs.shape)
+        x, real = self.embedding(inputs, mask=mask, positions=places), mask
+        if state is None:
+            x, real = self.after_prefix(x, mask)
+        x, blocks = self.encoder.prefill(x, mask=real, state=blocks, max_len=self.room(max_len))
+        new = inputs.shape[1] if mask is None else mask.sum(1, dtype=jnp.int32)
+        return self.read(x[:, x.shape[1] - inputs.shape[1] :]), Read(count + new, blocks)
+
+    def step(self, inputs: jax.Array, state: "Read") -> tuple[jax.Array, "Read"]:
+        """The next token of each sequence, int `[batch]`: its row, as of `prefill`, and the next state."""
+        out, state = self.prefill(inputs[:, None], state=state)
+        return out[:, 0], state
+
+    def read(self, x: jax.Array) -> jax.Array:
+        """What `prefill` returns for the encoder's `x`, `[batch, length, features]`. By default x."""
+        return x
+
+
+class Read(NamedTuple):
+    """The state of a model of tokens that decodes.
+
+    Attributes:
+      count: number of tokens so far, int32 `[batch]`.
+      blocks: the states of the blocks, see `Encoder.init_state`.
+    """
+
+    count: jax.Array
+    blocks: list[Any]
 
 
 class Classifier(TokenEncoder):
@@ -219,5 +287,8 @@ class TokenClassifier(TokenEncoder):
     ) -> jax.Array:
         """Logits, float32 `[batch, length, num_classes]`; arguments as in `Classifier`."""
         x, _ = self.encode(inputs, mask, key, positions)
-        x = x[:, x.shape[1] - inputs.shape[1] :]
+        return self.read(x[:, x.shape[1] - inputs.shape[1] :])
+
+    def read(self, x: jax.Array) -> jax.Array:
+        """Logits, float32 `[batch, length, num_classes]`, of the encoder's `x`, `[batch, length, features]`."""
         return self.head(x.astype(jnp.promote_types(x.dtype, jnp.float32)))

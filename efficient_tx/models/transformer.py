@@ -41,7 +41,8 @@ def token_wise(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.
 
     XLA's CPU backend splits the leading axis over its threads and is three times slower with a leading axis of 1.
     """
-    return function(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+    out = function(x.reshape(-1, x.shape[-1]))
+    return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
 class Mlp(nnx.Module):

@@ -9,6 +9,7 @@ from flax import nnx
 from efficient_tx.attention import ATTENTION, MultiHead
 from efficient_tx.kernels.flash_attention import prefix, window
 from efficient_tx.models.transformer import Encoder
+from tests.attention.test_memory import shapes_in
 from tests.support.mixers import BUDGET, FEATURES, LONG, assert_same, make, right_padded, tokens
 
 DECODING = [name for name, cls in ATTENTION.items() if cls.can_decode]
@@ -135,8 +136,54 @@ def test_a_token_without_room_is_not_a_number():
         assert (np.isnan(y).any(1) == np.isnan(y).all(1)).all()
     with pytest.raises(ValueError, match="Softmax has room for 4 tokens and gets 5: give max_len"):
         mixer.prefill(x, max_len=4)
-    with pytest.raises(ValueError, match=r"Softmax takes .* with 16 features"):
+    with pytest.raises(ValueError, match=r"x has shape \(2, 7\): a step of Softmax takes \[batch, features\] with 16"):
         mixer.step(x[:, 0, :7], after)
+    for wrong in (0, -3, 2.5, "9"):
+        with pytest.raises(ValueError, match=f"max_len is {wrong!r}: it "):
+            mixer.init_state(2, max_len=wrong)
+
+
+@pytest.mark.parametrize("name", DECODING)
+@pytest.mark.first(2)
+def test_a_state_is_of_so_many_sequences_and_no_prompt_leaves_it_as_it_is(name):
+    mixer = make(ATTENTION[name], causal=True)
+    x, state = jnp.asarray(tokens(0, 2, 1, FEATURES)), mixer.init_state(1)
+    for call in (lambda: mixer.step(x[:, 0], state), lambda: mixer.prefill(x, state=state)):
+        with pytest.raises(ValueError, match="and the state is of 1 sequences: give one of 2"):
+            call()
+    y, after = mixer.prefill(jnp.zeros((1, 0, FEATURES)), state=state)
+    assert y.shape == (1, 0, FEATURES)
+    jax.tree.map(np.testing.assert_array_equal, after, state)
+
+
+@pytest.mark.parametrize("name", DECODING)
+@pytest.mark.first(1)
+def test_float64_stays_float64(name):
+    with jax.enable_x64(True):
+        x = np.random.default_rng(0).normal(size=(1, 7, FEATURES))
+        mixer = make(ATTENTION[name], causal=True)
+        _, state = mixer.prefill(x[:, :6])
+        assert_same(mixer.step(x[:, 6], state)[0], mixer(x)[:, 6], 1e-12)
+
+
+# A later part of a prompt beside few tokens, and beside all the room there is.
+LATER = [name for name in DECODING if ATTENTION[name].cost != "n²"]
+
+
+@pytest.mark.parametrize("name", ["custom", *LATER])
+@pytest.mark.first(3)
+def test_a_later_part_of_a_prompt_has_no_array_of_its_length_and_that_of_all(name):
+    length = 1536
+    cls = ATTENTION[name]
+    mixer = nnx.eval_shape(lambda: make(cls, max_len=2 * length, causal=True))
+    graphdef, params = nnx.split(mixer)
+
+    def run(params, x):
+        mixer = nnx.merge(graphdef, params)
+        return mixer.prefill(x, state=mixer.init_state(1, max_len=2 * length))[0]
+
+    shapes = list(shapes_in(jax.make_jaxpr(run)(params, jnp.zeros((1, length, FEATURES))).jaxpr))
+    assert not [shape for shape in shapes if sum(size >= length for size in shape) > 1]
 
 
 def test_what_is_tied_to_a_length_decodes_no_longer_text():

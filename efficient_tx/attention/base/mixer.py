@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from efficient_tx.attention.base.options import check_options, options
-from efficient_tx.checks import OptionError
+from efficient_tx.checks import OptionError, at_least
 from efficient_tx.numerics.random import check_rate, dropout, example_keys, fold
 from efficient_tx.signatures import constructor
 from efficient_tx.tokens.mask import bool_mask, compact, spread
@@ -249,14 +250,17 @@ class Mixer(nnx.Module):
         Args:
           batch: number of sequences.
           max_len: largest number of tokens, where the state grows with them; None means that of the mixer.
-          dtype: of stored tokens; None means that of the computation. Sums and recurrent states are float32 at least.
+          dtype: of stored tokens; None means the mixer's, or float32. Sums and recurrent states are float32 at least.
 
         Raises:
           ValueError: the mixer cannot decode, with the reason; its state grows and there is no `max_len`; or `max_len`
-            is above that of a mixer with parameters or constants tied to it.
+            is no integer of at least 1, or above that of a mixer with parameters or constants tied to it.
         """
         if reason := self.not_decoding():
             raise ValueError(f"{type(self).__name__} cannot decode: {reason}")
+        if max_len is not None and not isinstance(max_len, Integral):
+            raise OptionError("max_len", max_len, "it is a number of tokens, an integer")
+        at_least(1, max_len=max_len)
         self._check_length(0 if max_len is None else max_len)
         return self.empty(batch, self.max_len if max_len is None else max_len, dtype)
 
@@ -270,7 +274,10 @@ class Mixer(nnx.Module):
         Returns:
           `[batch, features]`, NaN for a token for which the state has no room, and the next state.
         """
-        self._checked(x[:, None], None)
+        if x.ndim != 2 or x.shape[1] != self.features:
+            wanted = f"a step of {type(self).__name__} takes [batch, features] with {self.features} features"
+            raise ValueError(f"x has shape {x.shape}: {wanted}")
+        self._check_batch(x, state)
         out, state = self.advance(x[:, None], state, mask=None, first=False)
         return out[:, 0], state
 
@@ -289,10 +296,24 @@ class Mixer(nnx.Module):
           `[batch, length, features]`, zero at masked positions and NaN where the state has no room, and the next state.
         """
         mask, first = self._checked(x, mask), state is None
-        state = self.init_state(len(x), max_len=max_len) if first else state
+        if first:
+            # As wide as the computation; no narrower than float32 unless the mixer is.
+            dtype = getattr(self, "dtype", None) or jnp.promote_types(x.dtype, jnp.float32)
+            state = self.init_state(len(x), max_len=max_len, dtype=dtype)
+        self._check_batch(x, state)
+        if not x.size:
+            return x, state
         tokens = compact(x, mask)
         out, state = self.advance(tokens, state, mask=None if mask is None else compact(mask, mask), first=first)
         return spread(out, mask), state
+
+    def _check_batch(self, x: jax.Array, state: Any) -> None:
+        """Raises ValueError, one line, for a state of another number of sequences than `x` has."""
+        for leaf in jax.tree.leaves(state)[:1]:
+            if len(leaf) != len(x):
+                raise ValueError(
+                    f"x has shape {x.shape}, and the state is of {len(leaf)} sequences: give one of {len(x)}"
+                )
 
     def not_decoding(self) -> str | None:
         """Why this mixer cannot decode, or None."""

@@ -49,7 +49,7 @@ def bigbird(
       key: draws the random blocks, separately for every head and block of queries: one key per example `[batch]`, or a
         single key, folded per example; None (evaluation) means the same fixed key for every example.
       causal: a query sees no later token. Only then the numbers of queries and keys may differ: the last query is at
-        the last real key (decoding), and time and memory are queries × keys.
+        the last real key (decoding).
       block: tokens per block.
       window_blocks: number of local blocks: the query's own block and window_blocks // 2 on each side; causal: the own
         block and window_blocks − 1 before it.
@@ -74,19 +74,21 @@ def bigbird(
         )
     )(draws, real)
 
+    def sees(i, j):
+        listed = jnp.take_along_axis(blocks, i // block, axis=2)
+        met = [listed[..., n : n + 1] == j // block for n in range(listed.shape[-1])]
+        return reduce(jnp.logical_or, met, i < global_blocks * block)
+
+    def attend(q):
+        *arrays, front = side_by_side(mask, q, k, v)
+        out = block_attention(*arrays, blocks=blocks, block_size=block, mask=front, causal=causal)
+        if not causal:
+            out = with_global_rows(out, *arrays, front, causal, global_blocks * block)
+        return spread(out, mask)
+
     if q.shape[1] != keys:
-
-        def sees(i, j):
-            listed = jnp.take_along_axis(blocks, i // block, axis=2)
-            met = [listed[..., n : n + 1] == j // block for n in range(listed.shape[-1])]
-            return reduce(jnp.logical_or, met, i < global_blocks * block)
-
-        return last_queries("bigbird", q, k, v, mask, causal, sees)
-    *arrays, front = side_by_side(mask, q, k, v)
-    out = block_attention(*arrays, blocks=blocks, block_size=block, mask=front, causal=causal)
-    if not causal:
-        out = with_global_rows(out, *arrays, front, causal, global_blocks * block)
-    return spread(out, mask)
+        return last_queries("bigbird", q, k, v, mask, causal, sees, attend)
+    return attend(q)
 
 
 def bigbird_blocks(key, real, near: Window, heads, blocks, causal, first, random) -> jax.Array:

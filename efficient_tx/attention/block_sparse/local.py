@@ -37,7 +37,7 @@ def local(
         the queries too.
       key: unused, nothing is drawn.
       causal: a query sees no later token. Only then the numbers of queries and keys may differ: the last query is at
-        the last real key (decoding), and time and memory are queries × keys.
+        the last real key (decoding).
       window: size of the local window in tokens.
 
     Returns:
@@ -49,9 +49,13 @@ def local(
     check_shapes(q, k, v)
     near = Window.of(window, causal)
     mask = key_mask(mask, *k.shape[:2])
+
+    def attend(q):
+        return spread(near.attend(*side_by_side(mask, q, k, v), causal), mask)
+
     if q.shape[1] != k.shape[1]:
-        return last_queries("local", q, k, v, mask, causal, near)
-    return spread(near.attend(*side_by_side(mask, q, k, v), causal), mask)
+        return last_queries("local", q, k, v, mask, causal, near, attend)
+    return attend(q)
 
 
 class Local(BlockSparse):

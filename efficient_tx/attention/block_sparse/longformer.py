@@ -47,7 +47,7 @@ def longformer(
         the queries too.
       key: unused, nothing is drawn.
       causal: a query sees no later token. Only then the numbers of queries and keys may differ: the last query is at
-        the last real key (decoding), and time and memory are queries × keys.
+        the last real key (decoding).
       window: size of the local window in tokens.
       global_tokens: number of global tokens; 0 gives `local`.
 
@@ -64,13 +64,17 @@ def longformer(
     given = [x for x in (q_global, k_global, v_global) if x is not None]
     if len(given) not in (0, 3):
         raise ValueError(f"longformer got {len(given)} of q_global, k_global and v_global: pass all three or none")
+
+    def attend(q):
+        *arrays, front = side_by_side(mask, q, k, v, *given)
+        out = near.attend(*arrays[:3], front, causal)
+        if given or not causal:
+            out = with_global_rows(out, *arrays[-3:], front, causal, global_tokens)
+        return spread(out, mask)
+
     if q.shape[1] != k.shape[1]:
-        return last_queries("longformer", q, k, v, mask, causal and not given, near)
-    *arrays, front = side_by_side(mask, q, k, v, *given)
-    out = near.attend(*arrays[:3], front, causal)
-    if given or not causal:
-        out = with_global_rows(out, *arrays[-3:], front, causal, global_tokens)
-    return spread(out, mask)
+        return last_queries("longformer", q, k, v, mask, causal and not given, near, attend)
+    return attend(q)
 
 
 class Longformer(BlockSparse):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficient_tx.kernels import block_attention, flash_attention
-from efficient_tx.tokens.mask import compact, token_ranks
+from efficient_tx.tokens.mask import compact, place, query_positions, take, token_ranks
 
 # Part of the error message for different numbers of queries and keys without `causal`.
 OTHER_QUERIES = "other numbers need the plain causal form"
@@ -152,13 +152,21 @@ def side_by_side(mask: jax.Array | None, *arrays: jax.Array) -> tuple[jax.Array 
     return *(compact(x, mask) for x in arrays), None if mask is None else compact(mask, mask)
 
 
-def last_queries(name, q, k, v, mask, causal, sees) -> jax.Array:
-    """Causal attention with a dense mask; the last query is at the position of the last real key."""
+def last_queries(name, q, k, v, mask, causal, sees, attend) -> jax.Array:
+    """Causal attention of other numbers of queries than keys; the last query is at the position of the last real key.
+
+    Args:
+      sees: the pattern, `(i, j) -> bool`, for one query; so a decoder's step costs no more than its keys.
+      attend: `(q) -> output` with as many queries as keys: several queries are put there, so that memory is linear.
+    """
     (batch, queries), keys = q.shape[:2], k.shape[1]
     if not causal:
         raise ValueError(f"{name} got {queries} queries and {keys} keys: {OTHER_QUERIES}")
     real = jnp.ones((batch, keys), bool) if mask is None else mask
-    i = (real.sum(1, keepdims=True) - queries + jnp.arange(queries))[:, None, :, None]
+    if queries > 1:
+        at = query_positions(real, queries)
+        return take(attend(place(q, at, keys)), at)
+    i = (real.sum(1, keepdims=True) - 1)[:, None, :, None]
     j = token_ranks(mask, batch, keys)[:, None, None, :]
     k, v = (jnp.where(real[:, :, None, None], x, 0) for x in (k, v))
     return flash_attention(q, k, v, mask=sees(i, j) & (j <= i) & real[:, None, None, :])

@@ -51,7 +51,7 @@ def sparse(
         the queries too.
       key: unused, nothing is drawn.
       causal: a query sees no later token. Only then the numbers of queries and keys may differ: the last query is at
-        the last real key (decoding), and time and memory are queries × keys.
+        the last real key (decoding).
       pattern: sparsity pattern, "strided" or "fixed". "strided": `local` with a window of `stride`, and every token at
         a multiple of `stride`. "fixed": the query's own block of `stride` tokens, and the last `summary` tokens of
         every block.
@@ -67,9 +67,13 @@ def sparse(
     check_shapes(q, k, v)
     mask = key_mask(mask, *k.shape[:2])
     chosen = Strided(stride, Window.of(stride, causal)) if pattern == "strided" else Fixed(stride, summary)
+
+    def attend(q):
+        return spread(chosen.attend(*side_by_side(mask, q, k, v), causal), mask)
+
     if q.shape[1] != k.shape[1]:
-        return last_queries("sparse", q, k, v, mask, causal, chosen)
-    return spread(chosen.attend(*side_by_side(mask, q, k, v), causal), mask)
+        return last_queries("sparse", q, k, v, mask, causal, chosen, attend)
+    return attend(q)
 
 
 class Sparse(BlockSparse):

@@ -51,6 +51,10 @@ def custom(
     return flash_attention(q, k, v, score=score, mask=mask, causal=causal)
 
 
+# Queries whose weights on all keys a decoder holds at once.
+QUERIES = 128
+
+
 class Custom(MultiHead):
     """Multi-head attention with a score and a mask. The arrays of the score are the mixer's parameters, in float32.
 
@@ -81,8 +85,21 @@ class Custom(MultiHead):
         self, projected: dict[str, jax.Array], memory: dict[str, jax.Array], after: dict[str, jax.Array],
         mask: jax.Array | None, count: jax.Array,
     ) -> jax.Array:  # fmt: skip
-        positions = count[:, None] + jnp.arange(projected["q"].shape[1])
-        return at(positions, projected["q"], after["k"], after["v"], nnx.as_pure(self.score), self.mask)
+        q, score = projected["q"], nnx.as_pure(self.score)
+        length = q.shape[1]
+        positions = jnp.broadcast_to(count[:, None] + jnp.arange(length), q.shape[:2])
+        size = min(QUERIES, length)
+
+        def pieces(x):
+            """`[pieces, batch, size, ...]`"""
+            rest = [(0, 0), (0, -length % size), *((0, 0),) * (x.ndim - 2)]
+            return jnp.pad(x, rest).reshape(len(x), -1, size, *x.shape[2:]).swapaxes(0, 1)
+
+        def piece(of):
+            return at(*of, after["k"], after["v"], score, self.mask)
+
+        out = jax.lax.map(piece, (pieces(positions), pieces(q))).swapaxes(0, 1)
+        return out.reshape(len(q), -1, *out.shape[3:])[:, :length]
 
     def arguments(self, *, mask: jax.Array | None, key: jax.Array | None) -> dict[str, Any]:
         if self.mask is not None:

@@ -4,9 +4,10 @@
     HGRN:   h_t = f_t ⊙ h_{t−1} + (1 − f_t) ⊙ silu(W_v x_t),            y_t = W_o [RMSNorm(h_t) ⊙ silu(W_g x_t)]
     HGRN2:  S_t = diag(f_t) S_{t−1} + (1 − f_t)ᵀ W_v x_t,               y_t = W_o RMSNorm(silu(W_q x_t) S_t)
 
-HGRN carries one number a channel; HGRN2 spreads it over `states` numbers, as many as f has then for each head. Layouts
-and defaults are those of flash-linear-attention: no bias, no convolution. There the lower bounds l of all layers are
-learnt together and grow with the depth, from 0 in the first layer; here l is a constant of the layer.
+HGRN carries one number a channel, real as in flash-linear-attention; the paper's turns in the complex plane besides,
+by a learnt angle. HGRN2 spreads it over `states` numbers, as many as f has then for each head. Layouts and defaults are
+those of flash-linear-attention: no bias, no convolution. There the lower bounds l of all layers are learnt together and
+grow with the depth, from 0 in the first layer; here l is a constant of the layer.
 The method is causal; without `causal` it runs in both directions with the same projections, and the outputs are
 averaged.
 """

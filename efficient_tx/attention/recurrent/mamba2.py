@@ -5,8 +5,9 @@
 
 x, B and C pass a short convolution and a SiLU; all heads share B and C, as keys and queries. The default sizes and
 initial values are those of the authors' code: x twice as wide as the tokens, 128 states, a uniform in [1, 16],
-softplus(b) log-uniform in [0.001, 0.1], d = 1. The method is causal; without `causal` it runs in both directions with
-the same projections, and the outputs are averaged. The authors' heads are 64 wide: choose as many.
+softplus(b) log-uniform in [0.001, 0.1], d = 1; but the convolution, which has a bias there, is `ShortConv`. The method
+is causal; without `causal` it runs in both directions with the same projections, and the outputs are averaged. The
+authors' heads are 64 wide: choose as many.
 """
 
 from collections.abc import Callable

@@ -218,7 +218,9 @@ class Mega(MultiHead):
         """x' of the tokens `[batch, length, features]`, zeros where there are none, and the averages after `count`."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         share = jax.nn.sigmoid(self.damping[...])
-        log_decay = jnp.log1p(-share * jax.nn.sigmoid(self.decay[...]))
+        lost = share * jax.nn.sigmoid(self.decay[...])
+        # The logarithm of a share of nothing has no derivative.
+        log_decay = jnp.log1p(-jnp.minimum(lost, 1 - jnp.finfo(lost.dtype).eps))
         weight = share * self.entering[...] * self.leaving[...] * self.averages**-0.5
         y, state = convolve(wide, log_decay[0], weight[0], state=state, count=count)
         if not self.causal:
@@ -241,7 +243,7 @@ class Mega(MultiHead):
         return {"q": q[:, :, None], "k": k[:, :, None], "v": jax.nn.silu(v)[:, :, None]}
 
     def attend(
-        self, *projected: jax.Array, mask: jax.Array | None, key: jax.Array | None, **others: Any
+        self, *projected: jax.Array, mask: jax.Array | None, key: jax.Array | None
     ) -> jax.Array:  # fmt: skip
         alpha, beta = self.turning[...]
         return super().attend(*projected, mask=mask, key=key, alpha=alpha, beta=beta)

@@ -3,10 +3,13 @@
     f_t = σ(B_f x_t),    h_t = f_t ⊙ h_{t−1} + (1 − f_t) ⊙ silu(B_v x_t),    y_t = B_o [RMSNorm(h_t) ⊙ silu(B_g x_t)]
 
 HGRN (see there) whose projections are BitLinear layers: an RMSNorm, inputs of 8 bits, weights of −1, 0 and 1 times a
-scale. Apart from the norms nothing is multiplied by a matrix of numbers. As the formula of HGRN, and unlike the
-authors' code, the state is normed and the gate passes the SiLU, not the reverse.
+scale. Apart from the norms nothing is multiplied by a matrix of numbers. The output is that of `hgrn`: the state is
+normed and the gate passes a SiLU. The authors' code has the norm on the gate, and their paper's formula, g_t = σ(B_g
+x_t) and B_o [g_t ⊙ h_t], has none.
 """
 
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -41,7 +44,7 @@ class BitLinear(nnx.Module):
 
 
 class MLGRU(HGRN):
-    """The whole layer; arguments as in `HGRN`, but its projections are ternary whatever `linear` is."""
+    """The whole layer; arguments as in `HGRN`, but projections are ternary, with a warning where `linear` is not."""
 
     paper = "Zhu et al. 2024, arXiv 2406.02528"
     computes = "HGRN with ternary projections; both ways if not causal"
@@ -51,5 +54,8 @@ class MLGRU(HGRN):
     def within(budget: int) -> dict[str, int]:
         return {}
 
-    def __init__(self, features: int, **common: Any):
-        super().__init__(features, **common | {"linear": BitLinear})
+    def __init__(self, features: int, *, linear: Callable = nnx.Linear, **common: Any):
+        made = nnx.eval_shape(lambda: linear(features, features, use_bias=False, rngs=nnx.Rngs(0)))
+        if not isinstance(made, nnx.Linear):
+            warnings.warn(f"mlgru: its projections are ternary, and not of {type(made).__name__}", stacklevel=2)
+        super().__init__(features, linear=BitLinear, **common)

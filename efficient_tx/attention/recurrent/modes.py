@@ -35,7 +35,7 @@ def convolve(
     """
     batch, length, channels = x.shape
     size = min(CHUNK, length)
-    log_decay = log_decay.astype(jnp.result_type(log_decay, x))
+    log_decay = finite(log_decay.astype(jnp.result_type(log_decay, x)), size)
     shape = (batch, channels, log_decay.shape[1])
     state = jnp.zeros(shape, log_decay.dtype) if state is None else state.astype(log_decay.dtype)
     if length == 1 and count is None:
@@ -56,6 +56,14 @@ def convolve(
     y = (within + across).reshape(batch, -1, channels)[:, :length]
     count = jnp.full(batch, length) if count is None else count
     return y, state_after(count, states, chunks, log_decay, powers)
+
+
+def finite(log_decay: jax.Array, size: int) -> jax.Array:
+    """With finite multiples up to `size`, so that −inf (forget everything) does not give −inf · 0, NaN."""
+    least = jnp.finfo(log_decay.dtype).min / (2 * size)
+    if jnp.iscomplexobj(log_decay):
+        return jax.lax.complex(jnp.maximum(log_decay.real, least), log_decay.imag)
+    return jnp.maximum(log_decay, least)
 
 
 def halves(x: jax.Array, axis: int) -> jax.Array:

@@ -1,5 +1,7 @@
 """The whole layers of HGRN, HGRN2 and MLGRU, against loops over tokens in float64."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from flax import nnx
 
 from efficient_tx.attention import ATTENTION, hgrn
 from efficient_tx.attention.recurrent.mlgru import BitLinear
+from efficient_tx.linear import Dense, Monarch
 from tests.support.mixers import assert_same, tokens
 
 FEATURES, HEADS, LENGTH = 12, 2, 70
@@ -116,8 +119,14 @@ def test_the_ternary_projections_have_straight_through_gradients_and_at_most_thr
     assert_same(by_kernel, np.broadcast_to((scaled * peak).sum(0)[:, None], (6, 4)), 1e-5)
 
 
-def test_mlgru_is_ternary_whatever_the_factory_is():
-    mixer = ATTENTION["mlgru"](FEATURES, heads=HEADS, linear=nnx.Linear, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize("linear", [nnx.Linear, Dense, partial(Monarch, blocks=2)])
+def test_mlgru_is_ternary_whatever_the_factory_is_and_says_so(linear):
+    given = {"heads": HEADS, "linear": linear, "rngs": nnx.Rngs(0)}
+    if isinstance(linear, partial):
+        with pytest.warns(UserWarning, match="mlgru: its projections are ternary, and not of Monarch"):
+            mixer = ATTENTION["mlgru"](FEATURES, **given)
+    else:
+        mixer = ATTENTION["mlgru"](FEATURES, **given)
     names = ("forget", "v", "gate", "out")
     assert all(isinstance(getattr(mixer, name), BitLinear) for name in names)
     assert all(getattr(mixer, name).levels.bias is None for name in names[:3])

@@ -160,3 +160,16 @@ def test_other_numbers_of_queries_need_positions():
     q, k = jnp.ones((1, 2, 1, 4)), jnp.ones((1, 5, 1, 4))
     with pytest.raises(ValueError, match="mega has 2 queries and 5 keys: it needs positions, so use causal=True"):
         jax.eval_shape(mega, q, k, k)
+
+
+def test_averages_that_keep_nothing_or_all_have_gradients():
+    """Shares and decays of 0 and 1 in floating point, by logits of 100."""
+    mixer = make(Mega, causal=True)
+    mixer.damping[...] = jnp.where(jnp.arange(mixer.damping.shape[-1]) % 2, 100.0, -100.0) + 0 * mixer.damping[...]
+    mixer.decay[...] = 100 * jnp.sign(mixer.decay[...])
+    x = tokens(0, 2, 70, mixer.features)
+    y, gradients = nnx.value_and_grad(lambda mixer: mixer(x).sum())(mixer)
+    assert np.isfinite(y) and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+    first, state = mixer.prefill(x[:, :69])
+    last, _ = mixer.step(x[:, 69], state)
+    assert_same(np.concatenate([first, last[:, None]], axis=1), mixer(x))
