@@ -1,5 +1,7 @@
 """Decoding, over the table ATTENTION: prefill and steps are the rows of the causal forward pass."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,15 @@ from tests.support.mixers import BUDGET, FEATURES, LONG, assert_same, make, righ
 DECODING = [name for name, cls in ATTENTION.items() if cls.can_decode]
 # Tokens of three examples in a first prefill, in a second one, and one by one: four budgets in all.
 FIRST, SECOND, STEPS = (13, 7, 0), (5, 3, 5), 14
+
+
+def default(cls, option):
+    """The default of an option of the constructor, that of a class below it where the class leaves it to that."""
+    for base in cls.__mro__:
+        parameters = inspect.signature(base.__init__).parameters if "__init__" in vars(base) else {}
+        if option in parameters:
+            return parameters[option].default
+    return None
 
 
 def pieces(seed=0):
@@ -72,6 +83,16 @@ def test_prefill_and_steps_are_rows_of_the_causal_forward_pass(name):
 def test_so_they_are_with_convolutions_and_positions(name):
     turned = {"positions": "rope"} if ATTENTION[name].has_positions and name != "tensor" else {}
     check(make(ATTENTION[name], causal=True, conv=4, **turned))
+
+
+OWN_CONV = [name for name in DECODING if default(ATTENTION[name], "conv")]
+
+
+@pytest.mark.parametrize("name", OWN_CONV)
+@pytest.mark.first(1)
+def test_so_they_are_without_the_convolutions_of_the_class(name):
+    assert set(OWN_CONV) > {"mamba2", "delta"}
+    check(make(ATTENTION[name], causal=True, conv=0))
 
 
 @pytest.mark.slow

@@ -57,7 +57,7 @@ def log_decays(heads: int) -> jax.Array:
 
 
 class RetNet(Recurrent):
-    """The whole layer of retention; arguments as in `Recurrent`, but no SiLU follows a convolution."""
+    """The whole layer of retention; arguments as in `Recurrent`, but without a convolution there is no SiLU."""
 
     paper = "Sun et al. 2023, arXiv 2307.08621"
     computes = "a state that forgets at a fixed rate of each head; both ways if not causal"

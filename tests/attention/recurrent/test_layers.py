@@ -84,7 +84,10 @@ def recurrence(name, q, k, v, beta, decay):
 def mamba2(mixer, x, causal):
     """Dao and Gu's recurrence, of one sequence."""
     names = ("q", "k", "v")
-    q, k, v = (silu(convolved(x @ kernel(getattr(mixer, n)), mixer.short_conv[n])) for n in names)
+    q, k, v = (x @ kernel(getattr(mixer, n)) for n in names)
+    if mixer.short_conv:
+        q, k, v = (convolved(part, mixer.short_conv[n]) for n, part in zip(names, (q, k, v)))
+    q, k, v = silu(q), silu(k), silu(v)
     step = softplus(x @ kernel(mixer.time) + np.asarray(mixer.time_bias[...]))
     rate = np.exp(np.asarray(mixer.log_rate[...], np.float64))
     v = v.reshape(len(x), HEADS, -1)
@@ -126,14 +129,18 @@ def layer(name, mixer, x, causal):
 
 
 # What differs from the defaults.
-OPTIONS = {"retnet": {"conv": 3, "positions": "rope"}, "delta": {"negative": True}}
+ROWS = [
+    ("gated_delta", {}), ("mamba2", {}), ("retnet", {"conv": 3, "positions": "rope"}), ("delta", {"negative": True}),
+    ("kda", {}), ("delta", {"conv": 0, "expand_k": 0.5}), ("mamba2", {"conv": 0}), ("retnet", {"positions": "rope"}),
+    ("kda", {"conv": 0, "expand_k": 2.0}), ("gated_delta", {"conv": 0, "expand_v": 0.5}),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("name", ["gated_delta", "mamba2", "retnet", "delta", "kda"])
+@pytest.mark.parametrize(("name", "options"), ROWS, ids=lambda part: part if isinstance(part, str) else "")
 @pytest.mark.first(2)
-def test_equals_the_loop_of_its_paper(name, causal):
-    mixer = ATTENTION[name](FEATURES, heads=HEADS, causal=causal, rngs=nnx.Rngs(1), **OPTIONS.get(name, {}))
+def test_equals_the_loop_of_its_paper(name, options, causal):
+    mixer = ATTENTION[name](FEATURES, heads=HEADS, causal=causal, rngs=nnx.Rngs(1), **options)
     x = tokens(0, 2, LENGTH, FEATURES)
     out = nnx.jit(lambda mixer, x: mixer(x))(mixer, x)
     for got, one in zip(out, x):
