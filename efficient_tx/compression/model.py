@@ -105,7 +105,7 @@ def units(model: nnx.Module, layers: Sequence[Layer], *, heads: bool = True) -> 
     """The neurons, and heads, that can be cut from a model, of which all layers are among `layers`.
 
     Raises:
-      ValueError: a layer is no dense one, or a mixer has parameters of each head outside its projections; with the name
+      ValueError: a layer is no dense one, or a mixer has parameters outside its projections; with the name
         of the layer.
     """
     chosen = {one.path for one in layers}

@@ -245,7 +245,8 @@ def reason(error: RunError, budget: float, left: float) -> str:
     """The line of a cell without a result: of a budget as asked for, and what it leaves for the layers that change."""
     if getattr(error, "option", None) != "budget" or left == budget:
         return error.flag
-    return f"--budget={budget}, {left:.3f} of the layers that change: {str(error).partition(': ')[2]}"
+    line = f"{budget}, {left:.3f} of the layers that change: {str(error).partition(': ')[2]}"
+    return Impossible(line, option="budget").flag
 
 
 def score_of(run: Path) -> float:
