@@ -24,7 +24,9 @@ def show(workdir: Path, checkpoint: str, budget: float, where: str, unit: str, c
     except ValueError as error:
         raise Refused.of(error) from None
     console.print(table(found, unit))
-    console.print("error: ‖W − D U‖ / ‖W‖ as a sketch sees it; the true one is up to half as large again")
+    console.print(
+        "error: ‖W − D U‖ / ‖W‖ as a sketch sees it; the true one is up to 2 times as large, 3 near full rank"
+    )
 
 
 def table(found: Estimates, unit: str) -> Table:
@@ -33,5 +35,6 @@ def table(found: Estimates, unit: str) -> Table:
     for name in ("layer", "becomes", "error, at least about"):
         result.add_column(name, justify="right" if name.startswith("error") else "left")
     for layer in found.layers:
-        result.add_row(dotted(layer.path), f"low_rank(rank={layer.rank})", f"{layer.left:.2f}")
+        becomes = "dense" if layer.rank is None else f"low_rank(rank={layer.rank})"
+        result.add_row(dotted(layer.path), becomes, f"{layer.left:.2f}")
     return result

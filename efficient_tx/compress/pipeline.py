@@ -14,7 +14,7 @@ from efficient_tx import train
 from efficient_tx.compare.progress import counted
 from efficient_tx.compress.asked import Asked
 from efficient_tx.compress.distillation import begin
-from efficient_tx.compress.result import RECORD, Result, record, table
+from efficient_tx.compress.result import RECORD, Result, checksum, record, table
 from efficient_tx.compress.source import calibration, mean_loss
 from efficient_tx.compression import Compressed, compress
 from efficient_tx.compression.distillation import variances
@@ -112,7 +112,7 @@ def compressed(asked: Asked, result: Result, console: Console) -> None:
     """Swaps mixers and compresses; writes the result as the workdir of a run at step 0, or of its distillation."""
     config, task, model, step, new = opened(asked)
     lines: list[str | Table] = []
-    about: dict[str, Any] = {"asked": result.asked, "step": step}
+    about: dict[str, Any] = {"asked": result.asked, "step": step, "parameters": checksum(model)}
     if asked.mixers is not None:
         model, became = swapped(model, new, task)
         lines += [f"mixers {config.mixers} become {new.mixers}: {became}"]
@@ -194,7 +194,10 @@ def by_method(
     """Compresses a model in place, by `--method`, with a progress bar."""
     method = named_method(asked.method)
     with refusing(str(asked.workdir)):
-        batches = calibration(task, asked, batch_size) if method.needs else []
+        batches = calibration(task, asked, batch_size)
+    if (found := sum(len(batch["label"]) for batch in batches)) < asked.calibration:
+        there = f"calibration has all {found} training examples, {asked.calibration} were asked for"
+        console.print(there, soft_wrap=True)
     with refusing():
         steps = method.steps(len(batches), len(select(model, asked.where)))
     with counted(console) as bar:

@@ -1,8 +1,12 @@
 """The result of a compression: a workdir, what it records of the compression, and what is printed."""
 
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import numpy as np
+from flax import nnx
 from rich.table import Table
 
 from efficient_tx.compress.asked import Asked
@@ -60,6 +64,14 @@ def record(done: Compressed) -> dict[str, Any]:
     }
     costs = {"before": done.before, "after": done.after, "share": done.after / done.before}
     return {**costs, "layers": layers}
+
+
+def checksum(model: nnx.Module) -> int:
+    """CRC-32 of a model's parameters, by which a compression knows the model that it began with."""
+    found = 0
+    for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)):
+        found = zlib.crc32(np.asarray(leaf).tobytes(), found)
+    return found
 
 
 def become(before: float, after: float, unit: str) -> str:

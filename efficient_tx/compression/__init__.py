@@ -32,4 +32,7 @@ METHODS: dict[str, Callable[..., Method]] = {
 # Methods that follow another one, written after a plus: "monarch+eora".
 SECOND: dict[str, Callable[..., Method]] = {"eora": Eora}
 
-__all__ = ["METHODS", "SECOND", "Compressed", "Method", "compress"]
+# What is compared if nobody says what: not `low_rank`, which is `svd`, and second stages after a rounding and a cut.
+COMPARED = (*(name for name in METHODS if name != "low_rank"), "ternary+eora", "stat+eora")
+
+__all__ = ["COMPARED", "METHODS", "SECOND", "Compressed", "Method", "compress"]

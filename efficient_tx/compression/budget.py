@@ -1,14 +1,15 @@
 """Budget: the largest plan of a method whose layers cost at most a share of what they cost now."""
 
-from efficient_tx.checks import OptionError
-from efficient_tx.compression.method import Method, Plan
+from flax import nnx
 
-# Halvings of the interval of amounts: closer than one rank of 2**20.
-HALVINGS = 20
+from efficient_tx.checks import OptionError
+from efficient_tx.compression.cost import Costs
+from efficient_tx.compression.method import Method, Plan
+from efficient_tx.compression.model import select
 
 
 def within(method: Method, budget: float, unit: str) -> tuple[Plan, float, float]:
-    """The plan with the largest amount within the budget, and the costs of its layers before and after.
+    """The largest plan within the budget, and the costs of its layers before and after.
 
     Args:
       method: prepared.
@@ -18,29 +19,34 @@ def within(method: Method, budget: float, unit: str) -> tuple[Plan, float, float
     Raises:
       OptionError: the method cannot meet the budget.
     """
-    setting = method.setting
+    plan = method.largest(budget)
+    before, after = method.setting.total(plan)
+    if after > budget * before:
+        smallest = f"its smallest layers take {after / before:.3f} of the present {unit}"
+        raise OptionError("budget", budget, f"{method.name} cannot meet it: {smallest}")
+    return plan, before, after
 
-    def cost(amount: float) -> tuple[Plan, float, float]:
-        plan = method.plan(amount)
-        return plan, *setting.total(plan)
 
-    least = cost(0.0)
-    if least[2] > budget * least[1]:
-        smallest = f"its smallest layers take {least[2] / least[1]:.3f} of the present {unit}"
-        raise OptionError("budget", budget, f"{type(method).__name__} cannot meet it: {smallest}")
-    low, high = 0.0, 1.0
-    best = least
-    whole = cost(1.0)
-    if whole[2] <= budget * whole[1]:
-        return whole
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        tried = cost(middle)
-        if tried[2] <= budget * tried[1]:
-            low, best = middle, tried
-        else:
-            high = middle
-    return best
+def of_touched(method: Method, model: nnx.Module, budget: float, where: str, unit: str = "bytes") -> float:
+    """The budget of the layers that a method changes, from one of all selected layers: the others count as they are.
+
+    Args:
+      method: need not be prepared.
+      model, where, unit: as of `compress`.
+      budget: share of the present cost of all layers that `where` selects, in (0, 1].
+
+    Raises:
+      OptionError: the others alone cost as much as the budget, or more.
+      ValueError: as `compress`.
+    """
+    layers, costs = select(model, where), Costs(unit)
+    cost = {layer.path: costs.of(layer.module) for layer in layers}
+    whole, touched = sum(cost.values()), sum(cost[layer.path] for layer in method.chosen(model, layers))
+    left = budget * whole - (whole - touched)
+    if left <= 0:
+        others = f"the layers that it leaves as they are take {1 - touched / whole:.3f} of the present {unit}"
+        raise OptionError("budget", budget, f"{method.name} cannot meet it: {others}")
+    return budget if touched == whole else left / touched
 
 
 def check_budget(budget: float) -> None:

@@ -43,7 +43,7 @@ def compress(
       where: which layers: see `model.select`.
       unit: of the cost: bytes (as stored for inference), parameters, multiplications (for a token), or milliseconds
         (measured on this machine).
-      batches: of calibration, for methods that need them: see `statistics.gather`.
+      batches: of calibration, see `statistics.gather`: for methods that need them, and for the errors of outputs.
       loss: (model, batch) -> the mean loss over the rows of a batch, a scalar; for methods that need gradients.
       progress: gets a line on each step.
 
@@ -54,10 +54,10 @@ def compress(
     check_budget(budget)
     one_of(UNITS, unit=unit)
     if "gradients" in method.needs and loss is None:
-        raise ValueError(f"{type(method).__name__} needs gradients: give compress(..., loss=), the loss of the task")
+        raise ValueError(f"{method.name} needs gradients: give compress(..., loss=), the loss of the task")
     layers = method.chosen(model, select(model, where))
     inputs, gradients = {}, None
-    if "inputs" in method.needs:
+    if "inputs" in method.needs or batches:
         triangles = method.triangles(model, layers)
         inputs = gather(
             model, layers, batches, triangles=triangles, progress=lambda done: progress(f"calibration batch {done}")

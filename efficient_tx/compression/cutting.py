@@ -34,7 +34,7 @@ class Cutting(Method):
         found = units(model, layers, heads=self.heads)
         if not found:
             what = "neurons and heads" if self.heads else "neurons"
-            raise ValueError(f"{type(self).__name__} cuts {what}: the selected layers hold no whole MLP or mixer")
+            raise ValueError(f"{self.name} cuts {what}: the selected layers hold no whole MLP or mixer")
         return found
 
     def chosen(self, model: nnx.Module, layers: Sequence[Layer]) -> list[Layer]:

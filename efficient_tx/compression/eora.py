@@ -5,6 +5,7 @@ is the truncated singular value decomposition of Sᵀ ΔW, with S undone (Liu et
 """
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -41,7 +42,8 @@ class Eora(Method):
 
     Args:
       first: the method of the first stage.
-      share: of the budget, for the low-rank parts; a layer's gets what its first stage leaves as well.
+      share: of the budget, for the low-rank parts, which get what the first stage leaves as well. Each may cost the
+        same share of its layer's present cost.
     """
 
     paper = "Liu et al. 2024, arXiv 2410.21271"
@@ -61,14 +63,21 @@ class Eora(Method):
         return self.first.triangles(model, layers)
 
     def steps(self, batches: int, layers: int) -> int:
-        return self.first.steps(batches, layers) + len(self.needs - self.first.needs) * batches + layers
+        return self.first.steps(batches, layers) + layers
 
     def prepare(self, setting: Setting) -> None:
         super().prepare(setting)
         self.first.prepare(setting)
 
-    def plan(self, amount: float) -> Plan:
-        first = self.first.plan((1 - self.share) * amount)
+    def largest(self, share: float) -> Plan:
+        whole = self.first.plan(1.0)
+        if whole.exact and self.setting.fits(whole, share):
+            return replace(whole, first=whole)
+        first = self.first.largest((1 - self.share) * share)
+        return self.setting.largest(lambda amount: self.beside(first, amount), share)
+
+    def beside(self, first: Plan, amount: float) -> Plan:
+        """A plan of the first stage, and low-rank layers that each cost at most an amount of their layer's cost."""
         # A layer of which outputs were cut computes the others exactly.
         exact = {path for one in self.cut_units() for path in one.making}
         forms = {
@@ -82,15 +91,14 @@ class Eora(Method):
         return self.first.found.values() if isinstance(self.first, Cutting) else ()
 
     def form(self, base: LayerForm, most: float) -> LayerForm:
-        """The form with the largest low-rank part for which both cost at most so much; itself if there is none."""
+        """The form with the largest low-rank part that costs at most so much; itself if there is none."""
         if base.form.structure is Sum:
             raise ValueError(f"{base.form} is a sum already: eora follows a method whose layers are none")
-        limit = most - self.setting.then(base)
         low, high = 0, min(base.in_features, base.out_features)
         while low < high:
             middle = (low + high + 1) // 2
             part = base._replace(form=Form(LowRank, rank=middle), use_bias=False)
-            low, high = (middle, high) if self.setting.then(part) <= limit else (low, middle - 1)
+            low, high = (middle, high) if self.setting.then(part) <= most else (low, middle - 1)
         if not low:
             return base
         return base._replace(form=Form(Sum, first=base.form, second=Form(LowRank, rank=low)))

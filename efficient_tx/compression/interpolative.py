@@ -88,7 +88,8 @@ class Interpolative(Cutting):
     """Neurons of MLPs by interpolative decomposition, with sizes chosen greedily.
 
     Each step removes a twentieth of the neurons of the MLP whose next residual |R_kk / R_00| is smallest for the
-    multiplications that it saves.
+    multiplications that it saves. The bias of the layer that reads them stays: T is fitted to activations with their
+    means, and reproduces these as the rest.
     """
 
     paper = "Chee et al. 2021, arXiv 2108.00065"
@@ -112,8 +113,8 @@ class Interpolative(Cutting):
             if isinstance(one, Neurons):
                 r, pivots = pivoted(inputs.triangle)
                 self.factors[one.path] = r, pivots
-                sizes, errors = neuron_steps(r, one.count)
-                order = pivots
+                sizes, order = neuron_steps(one.count), pivots
+                errors = self.errors(r, sizes)
             else:
                 order, residuals = block_order(inputs.moment, one.size)
                 self.blocks[one.path] = order, residuals
@@ -131,6 +132,11 @@ class Interpolative(Cutting):
             removals.append((owner, indices))
         return removals
 
+    def errors(self, r: np.ndarray, sizes: Sequence[int]) -> list[float]:
+        """What choosing so many neurons leaves, from the R of the pivoted QR: |R_kk / R_00|."""
+        diagonal = np.abs(np.diag(r))
+        return [float(diagonal[size] / (diagonal[0] or 1.0)) if size < len(diagonal) else 0.0 for size in sizes]
+
     def correct(self, one: Units, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         layer = find(self.setting.model, one.reading)
         if isinstance(one, Neurons):
@@ -141,29 +147,31 @@ class Interpolative(Cutting):
 
     def theory(self, one: Units, kept: np.ndarray) -> tuple[str, float]:
         if isinstance(one, Neurons):
-            r, _ = self.factors[one.path]
-            return "‖R₂₂‖ / ‖R‖", ratio(float(np.sum(r[len(kept) :, len(kept) :] ** 2)), float(np.sum(r**2)))
+            return "‖R₂₂‖ / ‖R‖", residual(self.factors[one.path][0], len(kept))
         _, residuals = self.blocks[one.path]
         return "residual of the heads", ratio(residuals[len(kept)], residuals[0])
 
 
-def neuron_steps(r: np.ndarray, count: int) -> tuple[list[int], list[float]]:
-    """Sizes after each step, and the residuals |R_kk / R_00| there."""
-    diagonal = np.zeros(count)
-    diagonal[: min(r.shape)] = np.abs(np.diag(r))
+def residual(r: np.ndarray, k: int) -> float:
+    """‖Z − Z_J T‖ / ‖Z‖ for the first k pivots J of a pivoted QR decomposition, ‖R₂₂‖ / ‖R‖."""
+    return ratio(float(np.sum(r[k:, k:] ** 2)), float(np.sum(r**2)))
+
+
+def neuron_steps(count: int) -> list[int]:
+    """Sizes after each step."""
     sizes, size = [], count
     while size > 1:
         size = max(1, min(size - 1, int(STEP * size)))
         sizes.append(size)
-    first = diagonal[0] or 1.0
-    return sizes, [float(diagonal[size] / first) for size in sizes]
+    return sizes
 
 
 class Stat(Interpolative):
     """Neurons and heads by interpolative decomposition: STAT.
 
     Heads are taken greedily, the one with the largest residual norm first; the others' outputs are written as linear
-    combinations of theirs, which go into the output projection. The steps of all MLPs and mixers are one order.
+    combinations of theirs, which go into the output projection. The steps of all MLPs and mixers are one order, by the
+    error ‖Z − Z_J T‖ / ‖Z‖ that each leaves for the multiplications that it saves.
     """
 
     paper = "Flynn et al. 2024, arXiv 2406.00061"
@@ -171,3 +179,7 @@ class Stat(Interpolative):
 
     def __init__(self):
         Cutting.__init__(self, heads=True)
+
+    def errors(self, r: np.ndarray, sizes: Sequence[int]) -> list[float]:
+        """As of heads."""
+        return [residual(r, size) for size in sizes]

@@ -44,7 +44,7 @@ def tail(singular: np.ndarray, rank: int) -> float:
 class Truncated(ByLayer):
     """The truncated singular value decomposition of each layer, at its share of the budget.
 
-    The option `rank` fixes the rank instead.
+    A layer that may cost as much as a dense one is dense, and loses nothing. The option `rank` fixes the rank instead.
     """
 
     paper = "Eckart and Young 1936"
@@ -65,7 +65,10 @@ class Truncated(ByLayer):
         return u * s, s, v
 
     def form(self, layer: Layer, amount: float) -> LayerForm:
-        rank = self.rank or largest_rank(self.setting, layer, amount * self.setting.now(layer.path), self.of_rank)
+        limit, dense = amount * self.setting.now(layer.path), LayerForm.of(Dense, layer.module)
+        if self.rank is None and self.setting.then(dense) <= limit:
+            return dense
+        rank = self.rank or largest_rank(self.setting, layer, limit, self.of_rank)
         return self.of_rank(layer, min(rank, layer.module.in_features, layer.module.out_features))
 
     def of_rank(self, layer: Layer, rank: int) -> LayerForm:
@@ -83,10 +86,11 @@ class Truncated(ByLayer):
 class Whitened(Truncated):
     """The rank that is best for the layer's own inputs, min ‖X (W − D U)‖, from the decomposition of Sᵀ W.
 
-    S Sᵀ is the second moment of the inputs. The formula is that of `Eora`, applied to the weight itself.
+    S Sᵀ is the second moment of the inputs. Wang et al. whiten the weight itself, with a Cholesky factor as S; the S of
+    eigenvectors, which needs no inputs in all directions, is that of EoRA (Liu et al. 2024, arXiv 2410.21271).
     """
 
-    paper = "Liu et al. 2024, arXiv 2410.21271"
+    paper = "Wang et al. 2024, arXiv 2403.07378"
     computes = "min ‖X (W − D U)‖"
     tail = "tail of Sᵀ W"
     needs = frozenset({"inputs"})

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +13,11 @@ from efficient_tx.compression.gradients import Gradients
 from efficient_tx.compression.layer_form import LayerForm
 from efficient_tx.compression.model import Layer, bias_of, kernel_of, put
 from efficient_tx.compression.statistics import Inputs
-from efficient_tx.linear import LowRank
+from efficient_tx.linear import Dense, LowRank
 from efficient_tx.linear.replacement import Path
+
+# Halvings of the interval of amounts: closer than one rank of 2**20.
+HALVINGS = 20
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,11 @@ class Plan:
     kept: Mapping[Path, np.ndarray] = field(default_factory=dict)
     first: "Plan | None" = None
 
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is lost: all layers are dense, and whole."""
+        return not self.kept and all(form.form.structure is Dense for form in self.forms.values())
+
 
 class Change(NamedTuple):
     """A layer that was replaced.
@@ -39,7 +47,7 @@ class Change(NamedTuple):
       path: of the layer.
       form: its new form.
       error: ‖X W − X̂ Ŵ‖ / ‖X W‖ over the calibration inputs X of the layer, with X̂ what is left of them, and biases; or
-        ‖W − Ŵ‖ / ‖W‖ for a method without calibration.
+        ‖W − Ŵ‖ / ‖W‖ if there are no calibration examples.
       theory: the name of a relative error that the method's own theory gives, and its value; None if it gives none.
     """
 
@@ -55,7 +63,7 @@ class Setting(NamedTuple):
     Attributes:
       model: with the values before compression; `apply` changes it.
       layers: the layers that may be changed.
-      inputs: statistics of their inputs; empty for a method without calibration.
+      inputs: statistics of their inputs; empty without calibration examples.
       costs: of layers, in the unit of the budget.
       before: the cost of each of the layers as it is.
       gradients: of the loss for their weights; None for a method without gradients.
@@ -80,6 +88,33 @@ class Setting(NamedTuple):
         """The costs of the layers that a plan changes: as they are, and after."""
         return sum(map(self.now, plan.forms)), sum(map(self.then, plan.forms.values()))
 
+    def fits(self, plan: Plan, share: float) -> bool:
+        """Whether the layers that a plan changes cost at most a share of what they cost now."""
+        before, after = self.total(plan)
+        return after <= share * before
+
+    def largest(self, plan: Callable[[float], Plan], share: float) -> Plan:
+        """Of the plans of amounts in [0, 1] the largest one that fits a share of the cost; if none does, the smallest.
+
+        Args:
+          plan: amount -> a plan whose cost does not decrease with the amount.
+          share: see `fits`.
+        """
+        best, whole = plan(0.0), plan(1.0)
+        if not self.fits(best, share):
+            return best
+        if self.fits(whole, share):
+            return whole
+        low, high = 0.0, 1.0
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            tried = plan(middle)
+            if self.fits(tried, share):
+                low, best = middle, tried
+            else:
+                high = middle
+        return best
+
 
 class Method:
     """A way of compressing a model. Options are the keyword arguments of the class.
@@ -88,11 +123,17 @@ class Method:
       paper: authors, year and arXiv id; empty for what is older than papers.
       computes: what the method minimises or keeps.
       needs: what it works on beside the weights: "inputs", statistics of the inputs of layers; "gradients" of the loss.
+      name: what messages call it: as somebody typed it, else the name of its class.
     """
 
+    name: str = ""
     paper: ClassVar[str] = ""
     computes: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        cls.name = cls.__name__
 
     def chosen(self, model: nnx.Module, layers: Sequence[Layer]) -> list[Layer]:
         """Those of the selected layers that the method changes.
@@ -108,7 +149,7 @@ class Method:
 
     def steps(self, batches: int, layers: int) -> int:
         """About how often the progress of a compression is reported."""
-        return batches * len(self.needs) + layers
+        return batches * len(self.needs | {"inputs"}) + layers
 
     def prepare(self, setting: Setting) -> None:
         """Computes what all plans share.
@@ -124,6 +165,10 @@ class Method:
         A layer that a plan of some amount changes is changed, or at least named, in all plans.
         """
         raise NotImplementedError
+
+    def largest(self, share: float) -> Plan:
+        """The largest plan whose layers cost at most a share of what they cost now; if there is none, the smallest."""
+        return self.setting.largest(self.plan, share)
 
     def apply(self, plan: Plan, progress: Callable[[str], None] = lambda name: None) -> list[Change]:
         """Changes the model in place; `progress` gets the name of each layer first."""

@@ -15,7 +15,7 @@ from efficient_tx.checks import above_zero, at_least, one_of
 from efficient_tx.compression.layer_form import LayerForm
 from efficient_tx.compression.method import Change, Method, Plan, Setting, layer_error
 from efficient_tx.compression.model import Layer, put
-from efficient_tx.linear import Sparse
+from efficient_tx.linear import Dense, Sparse
 from efficient_tx.numerics.inverse_fisher import inverse_fisher
 
 # Bytes of gradients, in float64, of the blocks that are worked on at once.
@@ -27,7 +27,8 @@ class Mfac(Method):
 
     Weights go in steps that each keep the same share; each begins with new gradients. Several weights of a step are
     removed as if each were the only one, and then set to zero, as published. Of pattern "top" the layers' densities
-    follow from the scores of all layers together before the first step.
+    follow from the scores of all layers together before the first step; a layer whose density would save nothing stays
+    dense, and whole.
 
     Args:
       pattern: "top", any entries, or "2:4", two of each four along the input axis, in two steps.
@@ -53,7 +54,7 @@ class Mfac(Method):
         self.recomputations = recomputations if pattern == "top" else 2
 
     def steps(self, batches: int, layers: int) -> int:
-        return batches * (self.recomputations + (self.pattern == "top")) + layers
+        return batches * (1 + self.recomputations + (self.pattern == "top")) + layers
 
     def prepare(self, setting: Setting) -> None:
         super().prepare(setting)
@@ -75,7 +76,9 @@ class Mfac(Method):
         for layer in self.setting.layers:
             scores = self.sorted[layer.path]
             kept = max(1, len(scores) - int(np.searchsorted(scores, threshold)))
-            forms[layer.path] = LayerForm.of(Sparse, layer.module, density=kept / len(scores))
+            sparse = LayerForm.of(Sparse, layer.module, density=kept / len(scores))
+            dense = LayerForm.of(Dense, layer.module)
+            forms[layer.path] = sparse if self.setting.then(sparse) < self.setting.then(dense) else dense
         return Plan(forms)
 
     def apply(self, plan: Plan, progress: Callable[[str], None] = lambda name: None) -> list[Change]:
@@ -104,7 +107,7 @@ class Mfac(Method):
         """Which weights a step keeps, bool `[in, out]`; scores below 0 are those of weights that are gone."""
         if self.pattern == "2:4":
             return best_of_four(scores, 4 - step)
-        density = dict(form.form.options)["density"]
+        density = dict(form.form.options).get("density", 1.0)
         count = max(1, round(scores.size * density ** (step / self.recomputations)))
         kept = np.zeros(scores.size, bool)
         kept[np.argsort(-scores, axis=None, kind="stable")[:count]] = True
@@ -113,7 +116,8 @@ class Mfac(Method):
     def change(self, layer: Layer, form: LayerForm, kernel: jax.Array, progress: Callable[[str], None]) -> Change:
         progress(layer.name)
         new = form.blank()
-        new.sparse[...] = kernel.astype(new.param_dtype)
+        values = new.kernel if form.form.structure is Dense else new.sparse
+        values[...] = kernel.astype(new.param_dtype)
         new.bias = layer.module.bias
         put(self.setting.model, layer.path, new)
         return Change(layer.path, form, layer_error(layer.module, new, self.setting.inputs.get(layer.path)))

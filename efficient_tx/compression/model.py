@@ -11,11 +11,8 @@ from flax import nnx
 from efficient_tx.attention import Mixer, MultiHead
 from efficient_tx.compression.layer_form import LayerForm
 from efficient_tx.linear import Dense, Form
-from efficient_tx.linear.replacement import Path, dotted, find, is_linear
-from efficient_tx.linear.structured import Weight
+from efficient_tx.linear.replacement import Path, dense_weight, dotted, find, is_linear
 from efficient_tx.models.transformer import Mlp
-
-PLACES = ("mlp", "projections")
 
 
 class Layer(NamedTuple):
@@ -108,7 +105,7 @@ def units(model: nnx.Module, layers: Sequence[Layer], *, heads: bool = True) -> 
     """The neurons, and heads, that can be cut from a model, of which all layers are among `layers`.
 
     Raises:
-      ValueError: a layer is no dense one, or a mixer has parameters of each head outside its projections; with the name
+      ValueError: a layer is no dense one, or a mixer has parameters outside its projections; with the name
         of the layer.
     """
     chosen = {one.path for one in layers}
@@ -142,8 +139,9 @@ def check_cut(model: nnx.Module, one: Units) -> None:
         others = {path[0] for path, _ in nnx.to_flat_state(nnx.state(mixer))} - known
         widths = {find(model, path).out_features for path in one.making}
         if others or widths != {one.count * one.size}:
-            has = f"has {min(others)} of each head" if others else "has projections of several widths"
-            raise ValueError(f"{dotted(one.path)} ({type(mixer).__name__}) {has}: its heads cannot be cut")
+            has = f"{min(others)} beside its projections" if others else "projections of several widths"
+            rule = "its heads cannot be cut: where='mlp' selects no mixer"
+            raise ValueError(f"{dotted(one.path)} ({type(mixer).__name__}) has {has}: {rule}")
 
 
 def put(model: nnx.Module, path: Path, layer: nnx.Module) -> None:
@@ -166,8 +164,7 @@ def dense(kernel: np.ndarray, bias: np.ndarray | None, like: nnx.Module) -> Dens
 
 def kernel_of(layer: nnx.Module) -> np.ndarray:
     """The weight of a linear layer as one matrix `[in, out]`, float64."""
-    matrix = layer.to_dense() if isinstance(layer, Weight) else layer.kernel[...]
-    return np.asarray(matrix, np.float64)
+    return np.asarray(dense_weight(layer), np.float64)
 
 
 def bias_of(layer: nnx.Module) -> np.ndarray | None:

@@ -28,6 +28,7 @@ class Projection(ByLayer):
     def __init__(self, structure: type[Weight], **options):
         self.structure, self.options = structure, dict(Form(structure, **options).options)
         self.paper = structure.paper
+        self.name = str(Form(structure, **options))
 
     def form(self, layer: Layer, amount: float) -> LayerForm:
         module = layer.module

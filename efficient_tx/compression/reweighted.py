@@ -15,7 +15,7 @@ from efficient_tx.compression.layer_form import LayerForm
 from efficient_tx.compression.low_rank import Truncated, svd, tail
 from efficient_tx.compression.method import Setting, low_rank
 from efficient_tx.compression.model import Layer, kernel_of
-from efficient_tx.linear import HadamardQuotient
+from efficient_tx.linear import Dense, HadamardQuotient
 
 # Importances below this share of their mean are lifted to it: weights are divided by their roots.
 FLOOR = 1e-6
@@ -72,7 +72,7 @@ class Reweighted(Truncated):
         return LayerForm.of(HadamardQuotient, layer.module, rank=rank, terms=self.weights_rank)
 
     def fit(self, layer: Layer, form: LayerForm) -> tuple[nnx.Module, tuple[str, float] | None]:
-        if self.weights_rank == 1:
+        if self.weights_rank == 1 or form.form.structure is Dense:
             return super().fit(layer, form)
         new, rank = form.blank(), dict(form.form.options)["rank"]
         (down, s, up), (left, right) = self.decomposed[layer.path], self.roots[layer.path]

@@ -1,10 +1,13 @@
 """Methods of compression by name: "svd", "low_rank(rank=8)", "monarch+eora", "sum(first='ternary')"."""
 
+import inspect
+
 from efficient_tx.checks import OptionError, lookup, parse_call
 from efficient_tx.compression import METHODS, SECOND, Method
 from efficient_tx.config.errors import ConfigError
 from efficient_tx.config.objects import with_objects
 from efficient_tx.linear import LINEAR
+from efficient_tx.linear.form import check_options
 
 
 def named_method(text: str) -> Method:
@@ -17,7 +20,10 @@ def named_method(text: str) -> Method:
     """
     first, plus, second = text.partition("+")
     method = one(first, METHODS)
-    return one(second, SECOND, method) if plus else method
+    if plus:
+        method = one(second, SECOND, method)
+        method.name = text
+    return method
 
 
 def one(text: str, table: dict, *before: Method) -> Method:
@@ -26,7 +32,12 @@ def one(text: str, table: dict, *before: Method) -> Method:
     try:
         if name in LINEAR:
             options = with_objects(LINEAR[name], options, name)
-        return make(*before, **options)
+        else:
+            own = inspect.signature(make).parameters
+            check_options(name, {key: one for key, one in own.items() if one.kind is one.KEYWORD_ONLY}, options)
+        method = make(*before, **options)
+        method.name = text
+        return method
     except ConfigError as error:
         raise OptionError("method", text, f"{error.key} {error.fault}") from None
     except (TypeError, ValueError) as error:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from efficient_tx.checks import at_least, one_of
-from efficient_tx.linear.structured import Factor, Structured, in_chunks, pad
+from efficient_tx.linear.structured import Factor, Structured, growing, in_chunks, pad
 
 ORDERS = ("shufflenet", "inverse")
 
@@ -39,7 +39,7 @@ class BlockDiagonal(Structured):
 
     @staticmethod
     def sized_by(n: int, m: int) -> tuple[str, Sequence[int]]:
-        return "blocks", range(min(n, m), 0, -1)
+        return "blocks", growing(range(min(n, m), 0, -1), lambda blocks: blocks * -(-n // blocks) * -(-m // blocks))
 
     def __init__(
         self, in_features: int, out_features: int, *,

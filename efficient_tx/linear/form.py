@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from types import NoneType
@@ -38,13 +39,7 @@ class Form:
         object.__setattr__(self, "structure", structure)
         object.__setattr__(self, "options", tuple(sorted(options.items())))
         own = {name: p for name, p in inspect.signature(structure).parameters.items() if name not in COMMON}
-        for name, value in options.items():
-            if name not in own:
-                choices = f"choose one of {', '.join(own)} (nearest: {nearest(name, own)!r})" if own else "it has none"
-                raise ValueError(f"{self.name} has no option {name!r}: {choices}")
-            if not fits(value, own[name].annotation):
-                wanted = " or ".join(kind.__name__ for kind in kinds(own[name].annotation) if kind is not NoneType)
-                raise ValueError(f"{name} is {value!r}: it takes a value of type {wanted}")
+        check_options(self.name, own, options)
 
     @property
     def name(self) -> str:
@@ -67,6 +62,17 @@ class Form:
     def from_dense(self, kernel: jax.Array, bias: jax.Array | None = None, **common: Any) -> Weight:
         """The layer of this form that is nearest to a dense one; see `Weight.from_dense`."""
         return self.structure.from_dense(kernel, bias, **common, **dict(self.options))
+
+
+def check_options(owner: str, own: Mapping[str, inspect.Parameter], options: Mapping[str, Any]) -> None:
+    """Raises ValueError for an option that is not among the `own` ones of `owner`, or a value of another type."""
+    for name, value in options.items():
+        if name not in own:
+            choices = f"choose one of {', '.join(own)} (nearest: {nearest(name, own)!r})" if own else "it has none"
+            raise ValueError(f"{owner} has no option {name!r}: {choices}")
+        if not fits(value, own[name].annotation):
+            wanted = " or ".join(kind.__name__ for kind in kinds(own[name].annotation) if kind is not NoneType)
+            raise ValueError(f"{name} is {value!r}: it takes a value of type {wanted}")
 
 
 def kinds(annotation: Any) -> tuple[Any, ...]:

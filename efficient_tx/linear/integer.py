@@ -19,7 +19,7 @@ from efficient_tx.checks import OptionError, at_least
 from efficient_tx.linear.bit_planes import from_planes, to_planes
 from efficient_tx.linear.packed import Packed
 from efficient_tx.linear.straight_through import straight_through
-from efficient_tx.linear.structured import Factor, Whole, scale_array
+from efficient_tx.linear.structured import Factor, Whole, growing, scale_array
 
 START = 3.0  # the first clipping level, in standard deviations of the latent weight
 # The scales that a fit tries are those at which the largest weight is k levels, k = FIRST / 128 to LAST / 128 times
@@ -121,7 +121,8 @@ class Integer(Whole):
     `from_dense` keeps w and searches the scale of every group. That of absmax and 448 others are tried, by the level
     that the largest weight would have: from half of the largest one to four times as much, where larger weights are
     clipped. From the best one on, levels and their best scale s = ⟨w, Q⟩ / ⟨Q, Q⟩ alternate until nothing changes, or
-    100 times. So no error is larger than that of absmax, and a weight of this structure is found. The end is a local
+    100 times. A level that rounding to `param_dtype` makes worse than that of absmax gives way to it. So no error is
+    larger than that of absmax, and a weight of this structure is found. The end is a local
     optimum: for normal and heavy-tailed groups of 16 to 768 weights the squared error was at most 0.1 % above the least
     one with up to 4 bits, and 1 % in the mean with 8 bits.
 
@@ -141,7 +142,8 @@ class Integer(Whole):
 
     @staticmethod
     def sized_by(n: int, m: int) -> tuple[str, Sequence[int]]:
-        return "bits", range(2, 9)
+        # Whole bytes of 8 bits; planes of fewer, whose last byte may be padded.
+        return "bits", growing(range(2, 9), lambda bits: n if bits == 8 else bits * -(-n // 8))
 
     @staticmethod
     def timed_with(n: int) -> Sequence[Mapping[str, Any]]:
@@ -187,8 +189,19 @@ class Integer(Whole):
         scale_array(self.clip, factor)
 
     def fit(self, kernel: jax.Array) -> dict[str, jax.Array]:
-        scales = nearest_scales(grouped(kernel, self.group), self.bits)
-        return {"kernel": kernel, "clip": scales * (largest(self.bits) + 0.5)}
+        groups = grouped(kernel, self.group)
+        latent = grouped(kernel.astype(self.param_dtype).astype(kernel.dtype), self.group)
+
+        def rounded(clip):
+            """Clipping levels as they are stored, and the squared error that each leaves."""
+            clip = clip.astype(self.param_dtype)
+            scale = to_scale(clip, self.bits)
+            weight = (to_levels(latent, scale, largest(self.bits)) * scale).astype(self.param_dtype)
+            return clip, jnp.sum((groups - weight) ** 2, axis=1)
+
+        found, left = rounded(nearest_scales(groups, self.bits) * (largest(self.bits) + 0.5))
+        plain, most = rounded(jnp.max(jnp.abs(groups), axis=1))
+        return {"kernel": kernel, "clip": jnp.where(left <= most, found, plain)}
 
     def pack(self) -> "PackedInteger":
         """The layer for inference, with `bits` bits per weight."""

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from efficient_tx.checks import OptionError, at_least
 from efficient_tx.kernels.monarch import monarch
-from efficient_tx.linear.structured import Factor, Structured, pad
+from efficient_tx.linear.structured import Factor, Structured, growing, pad
 from efficient_tx.numerics.factorisations import svd
 
 
@@ -69,7 +69,11 @@ class Monarch(Structured):
 
     @staticmethod
     def sized_by(n: int, m: int) -> tuple[str, Sequence[int]]:
-        return "blocks", range(math.isqrt(min(n, m)), 0, -1)
+        def size(blocks):
+            p, s = -(-n // blocks), -(-m // blocks)
+            return blocks * blocks * -(-min(p, s) // blocks) * (p + s)
+
+        return "blocks", growing(range(math.isqrt(min(n, m)), 0, -1), size)
 
     @staticmethod
     def timed_with(n: int) -> Sequence[Mapping[str, Any]]:

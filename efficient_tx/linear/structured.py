@@ -1,7 +1,7 @@
 """Structured: the base class of structured weights: signature of `nnx.Linear`, bias, counts, to and from dense."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
@@ -34,6 +34,16 @@ def pad(x: jax.Array, size: int) -> jax.Array:
 def scale_array(array: nnx.Variable, factor: float) -> None:
     """Multiplies an array by a number, in place and in its dtype."""
     array[...] *= jnp.asarray(factor, array.dtype)
+
+
+def growing(values: Iterable[int], size: Callable[[int], int]) -> Sequence[int]:
+    """The values without those whose size is at least that of a later one, which can hold more: sizes increase."""
+    found: list[int] = []
+    for value in values:
+        while found and size(found[-1]) >= size(value):
+            found.pop()
+        found.append(value)
+    return found
 
 
 # Input numbers per chunk of tokens: together with the intermediate products about the size of a core's cache.
@@ -101,7 +111,7 @@ class Weight:
     def sized_by(n: int, m: int) -> tuple[str, Sequence[Any]] | None:
         """The option that sets the storage of an n × m weight, and its values in order of increasing storage.
 
-        Padding is ignored. None for a structure with a fixed size.
+        A value that padding makes at least as large as a later one is left out. None for a structure with a fixed size.
         """
         return None
 

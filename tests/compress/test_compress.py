@@ -10,6 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from efficient_tx.compress.asked import Asked
+from efficient_tx.compress.result import checksum
+from efficient_tx.compress.source import calibration
+from efficient_tx.compression.model import kernel_of, select
+from efficient_tx.compression.statistics import gather
+from efficient_tx.config.trained import trained_run
+from efficient_tx.linear.replacement import find
 from efficient_tx.training.checkpoint import Checkpoints
 from tests.support import toy
 from tests.support.command import (
@@ -95,7 +102,7 @@ def test_an_estimate_writes_nothing(tmp_path):
         ("--method=svd",): "--method is of a result, and --estimate makes none",
         ("--set", "steps=3"): "--set is of a result",
         ("--where=mpl",): "where='mpl' selects no linear layer",
-        ("--budget=0.01",): "--budget=0.01: Truncated cannot meet it",
+        ("--budget=0.01",): "--budget=0.01: svd cannot meet it",
         ("--budget=2",): "--budget=2.0: it must be above 0 and at most 1",
     }.items():
         status, said, error = compress_here(*arguments, *more)
@@ -120,6 +127,25 @@ def test_whole_numbers_are_tuned_and_rebuilt(tmp_path):
     layer = read(tmp_path / "config.json")["structure"]["encoder.blocks.0.mlp.up"]
     assert (layer["name"], layer["group"]) == ("integer", 8)
     assert evaluate_here(f"--workdir={tmp_path}")[0] == 0
+
+
+def test_errors_are_those_of_outputs_and_few_examples_are_a_line(tmp_path):
+    """Of a method without data as well; the training split has 300 examples."""
+    run = finished_run()[0]
+    status, said, error = compress(tmp_path, "--method=svd", "--budget=0.5", "--where=mlp", "--calibration=999")
+    assert (status, error) == (0, "")
+    assert "calibration has all 300 training examples, 999 were asked for\n" in said
+    _, task, before, step = trained_run(run, "best")
+    record, after = read(tmp_path / "compression.json"), trained_run(tmp_path, "best")[2]
+    assert (record["step"], record["parameters"]) == (step, checksum(before))
+    asked = Asked(run, tmp_path, calibration=300)
+    inputs = gather(before, select(before, "mlp"), calibration(task, asked, 8))
+    for layer in select(before, "mlp"):
+        entry, moment = record["layers"][layer.name], inputs[layer.path].moment
+        kernel = kernel_of(layer.module)
+        off = kernel - kernel_of(find(after, layer.path))
+        left = np.sqrt(np.trace(off.T @ moment @ off) / np.trace(kernel.T @ moment @ kernel))
+        assert entry["error"] == pytest.approx(left, rel=1e-3) and abs(left - entry["tail of W"]) > 0.01
 
 
 def test_a_budget_of_one_changes_no_score(tmp_path):
@@ -187,7 +213,7 @@ def test_what_cannot_be_is_one_line_and_writes_nothing(tmp_path):
         ("--method=svd", "--budget=2"): "--budget=2.0: it must be above 0 and at most 1",
         ("--method=svd", "--budget=half"): "argument --budget: invalid float value: 'half'",
         ("--method=svdd", "--budget=0.5"): "--method=svdd: choose one of svd",
-        ("--method=svd", "--budget=0.001"): "--budget=0.001: Truncated cannot meet it",
+        ("--method=svd", "--budget=0.001"): "--budget=0.001: svd cannot meet it",
         ("--method=svd", "--budget=0.5", "--where=mpl"): "where='mpl' selects no linear layer",
         ("--method=flap", "--budget=0.5", "--calibration=0"): "--calibration=0: must be at least 1",
         ("--method=svd", "--budget=0.5", "--set", "optimizer.lr=1"): "optimizer.lr",

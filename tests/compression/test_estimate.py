@@ -17,14 +17,14 @@ def matrix(spectrum, n=96, m=160):
     return np.float32((u * spectrum) @ v.T)
 
 
-@pytest.mark.parametrize("rank", [8, 30, 60])
+@pytest.mark.parametrize("rank", [8, 30, 48, 94])
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 2.0])
 def test_a_residual_is_near_that_of_the_singular_values_and_below_it(rank, power):
     spectrum = np.arange(1.0, 97) ** -power
     truth = np.linalg.norm(spectrum[rank:]) / np.linalg.norm(spectrum)
     found = residual(matrix(spectrum), rank)
-    # One draw; the flat spectrum is the worst one.
-    assert 0.5 * truth < found < truth
+    # One draw; the flat spectrum is the worst one, and beyond half of the side it is worse.
+    assert truth / (2 if rank <= 48 else 3) < found < truth
     assert found == residual(matrix(spectrum), rank)
 
 
@@ -35,7 +35,7 @@ def test_a_matrix_of_the_rank_leaves_nothing_and_one_of_zeros_neither():
     assert residual(np.zeros((5, 7), np.float32), 2) == 0
 
 
-@pytest.mark.parametrize("budget", [0.8, 0.4])
+@pytest.mark.parametrize("budget", [1, 0.8, 0.4])
 def test_ranks_and_costs_are_those_of_svd_and_the_model_stays(budget):
     made = model()
     state = jax.tree.map(np.asarray, nnx.state(made))
@@ -46,7 +46,10 @@ def test_ranks_and_costs_are_those_of_svd_and_the_model_stays(budget):
     assert (found.before, found.after) == (done.before, done.after)
     assert [layer.path for layer in found.layers] == [change.path for change in done.changes]
     for layer, change in zip(found.layers, done.changes):
-        assert layer.rank == dict(change.form.form.options)["rank"]
+        assert layer.rank == dict(change.form.form.options).get("rank")
+        if budget == 1:
+            assert (layer.rank, layer.left, change.error) == (None, 0, 0)
+            continue
         s = np.linalg.svd(kernel_of(find(made, layer.path)), compute_uv=False)
         truth = np.linalg.norm(s[layer.rank :]) / np.linalg.norm(s)
         assert 0.7 * truth < layer.left < 1.1 * truth  # one draw, of a sketch that is larger than the weight
@@ -57,7 +60,7 @@ def test_ranks_and_costs_are_those_of_svd_and_the_model_stays(budget):
     ("budget", "where", "line"),
     [
         (0.0, "mlp", "budget is 0.0: it must be above 0"),
-        (1e-4, "mlp", "budget is 0.0001: Truncated cannot meet it"),
+        (1e-4, "mlp", "budget is 0.0001: svd cannot meet it"),
         (0.5, "mpl", "where='mpl' selects no linear layer"),
     ],
 )

@@ -16,7 +16,7 @@ from efficient_tx.compression.mfac import best_of_four, surgeon
 from efficient_tx.compression.model import bias_of, dense, kernel_of, put, select
 from efficient_tx.compression.statistics import shared_out
 from efficient_tx.config.methods import named_method
-from efficient_tx.linear import Monarch, Sparse
+from efficient_tx.linear import Dense, Monarch, Sparse
 from efficient_tx.linear.replacement import find
 from tests.support.small import batches, loss, model, output
 
@@ -113,7 +113,7 @@ def test_what_cannot_be_is_one_line_and_changes_nothing():
         return loss(made, batch) * jnp.nan
 
     cases = [
-        ({"batches": batches()}, "Mfac needs gradients: give compress(..., loss=), the loss of the task"),
+        ({"batches": batches()}, "mfac needs gradients: give compress(..., loss=), the loss of the task"),
         ({"loss": loss}, "there are no calibration data"),
         ({"loss": broken, "batches": batches()}, "encoder.blocks.0.mlp.down has gradients that are not finite"),
     ]
@@ -215,10 +215,7 @@ def test_the_best_of_four():
 
 @pytest.mark.parametrize("name", ["mfac(recomputations=1)", "wlra", "wlra(weights_rank=2)"])
 def test_bfloat16_layers_stay_bfloat16(name):
-    made = model(dtype=jnp.bfloat16)
-    for layer in select(made, "mlp"):
-        layer.module.param_dtype = jnp.bfloat16
-        layer.module.kernel[...] = layer.module.kernel[...].astype(jnp.bfloat16)
+    made = model(linear=partial(Dense, param_dtype=jnp.bfloat16), dtype=jnp.bfloat16)
     done = compress(made, named_method(name), 0.6, where="mlp", batches=batches(), loss=loss)
     assert done.after <= 0.6 * done.before
     for change in done.changes:

@@ -8,7 +8,15 @@ import scipy.linalg
 
 from efficient_tx.compression.eora import compensation
 from efficient_tx.compression.flap import standardised
-from efficient_tx.compression.interpolative import block_order, interpolation, neuron_steps, pivoted, regression
+from efficient_tx.compression.interpolative import (
+    Interpolative,
+    Stat,
+    block_order,
+    interpolation,
+    neuron_steps,
+    pivoted,
+    regression,
+)
 from efficient_tx.compression.low_rank import svd, tail, welore_rank, whitening
 from efficient_tx.compression.statistics import tall_qr
 
@@ -61,7 +69,8 @@ def test_a_copied_neuron_goes_for_free():
     z = activations()
     z = np.concatenate([z, z[:, :1] * 0.5], axis=1)
     r, pivots = pivoted(tall_qr([np.zeros((0, 13)), z]))
-    sizes, errors = neuron_steps(r, 13)
+    sizes = neuron_steps(13)
+    errors = Interpolative().errors(r, sizes)
     assert sizes[0] == 12 and errors[0] < 1e-10
     t = interpolation(r, pivots, 12)
     np.testing.assert_allclose(z[:, np.sort(pivots[:12])] @ t, z, atol=1e-10)
@@ -167,3 +176,19 @@ def test_block_order_against_all_choices():
     }
     assert order[1] == max(norms, key=norms.get)
     assert all(a >= b for a, b in itertools.pairwise(residuals))
+
+
+@pytest.mark.quick
+def test_neurons_and_heads_of_one_channel_have_the_same_errors():
+    """So that STAT orders both by one measure, ‖Z − Z_J T‖ / ‖Z‖."""
+    z = activations(columns=12)
+    r, pivots = pivoted(tall_qr([np.zeros((0, 12)), z]))
+    order, residuals = block_order(z.T @ z, 1)
+    np.testing.assert_array_equal(order, pivots)
+    errors = Stat().errors(r, range(12))
+    np.testing.assert_allclose(errors, np.sqrt(residuals / residuals[0]), atol=1e-8)
+    for k in (1, 5, 11):
+        left = z - z[:, pivots[:k]] @ np.linalg.lstsq(z[:, pivots[:k]], z, rcond=None)[0]
+        assert errors[k] == pytest.approx(np.linalg.norm(left) / np.linalg.norm(z))
+    # The decomposition of neurons alone is ordered as published, by one residual.
+    assert Interpolative().errors(r, [0, 5]) == pytest.approx([1, abs(r[5, 5] / r[0, 0])])

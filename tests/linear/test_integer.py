@@ -152,3 +152,17 @@ def test_what_cannot_be_is_refused():
     ]:
         with pytest.raises(ValueError, match=line):
             Integer(4, 4, rngs=nnx.Rngs(0), **options)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("bits", [3, 8])
+def test_no_group_is_worse_than_absmax_after_rounding_to_fewer_bits(bits, dtype):
+    """The search is in float32; what is stored is not."""
+    for seed in range(3):
+        for kernel in (drawn(seed=seed), jnp.asarray(drawn(seed=seed), dtype)):
+            made, plain = (f(kernel, bits=bits, group=16, param_dtype=dtype) for f in (Integer.from_dense, absmax))
+            found, most = (
+                np.sum(np.square(np.asarray(grouped(jnp.asarray(kernel, jnp.float32) - layer.to_dense(), 16))), axis=1)
+                for layer in (made, plain)
+            )
+            assert (found <= most * (1 + 1e-5)).all()  # sums in float32

@@ -9,7 +9,7 @@ from efficient_tx.commands import parts, setting
 from efficient_tx.compare.flags import path, whole
 from efficient_tx.compare.progress import counted
 from efficient_tx.compare.timing import machine
-from efficient_tx.compression import METHODS
+from efficient_tx.compression import COMPARED
 from efficient_tx.compression.budget import check_budget
 from efficient_tx.config.methods import named_method
 from efficient_tx.files import write
@@ -32,8 +32,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--workdir", type=path, required=True, help="a finished run")
     add("--out", type=path, required=True, help="for compression.csv, .json and .png, and all runs")
-    add("--methods", type=parts, default=list(METHODS), metavar="A;B",
-        help="as of compress --method, split on ; where there is one, else on commas; default: all")  # fmt: skip
+    add("--methods", type=parts, default=list(COMPARED), metavar="A;B",
+        help="as of compress --method, split on ; where there is one, else on commas; default: all but"
+             " low_rank, which is svd; also ternary+eora and stat+eora")  # fmt: skip
     add("--budgets", type=budgets, default=(0.75, 0.5, 0.25), help="shares of the bytes; default 0.75,0.5,0.25")
     add("--distill", type=int, default=0, metavar="STEPS", help="steps of learning from the run after each compression")
     add("--tune", type=int, default=0, metavar="STEPS", help="steps of training after that")

@@ -22,16 +22,17 @@ from efficient_tx.compare.embeddings import agreement, embed
 from efficient_tx.compare.timing import compile_pass, in_turns
 from efficient_tx.compress.asked import Asked
 from efficient_tx.compress.pipeline import Impossible, opened, run
-from efficient_tx.compress.result import RECORD
+from efficient_tx.compress.result import RECORD, checksum
+from efficient_tx.compression.budget import of_touched
 from efficient_tx.compression.cost import multiplications, stored
-from efficient_tx.compression.model import linear_layers
+from efficient_tx.compression.model import linear_layers, select
 from efficient_tx.config.methods import named_method
 from efficient_tx.config.trained import trained_run
 from efficient_tx.data.batching import evaluation_batches
 from efficient_tx.task import Task, model_inputs
 from efficient_tx.training import summary
 from efficient_tx.training.disk import read_checked
-from efficient_tx.training.errors import NonFinite
+from efficient_tx.training.errors import NonFinite, Refused, RunError
 
 # Test texts whose embeddings are compared.
 EMBEDDED = 500
@@ -53,7 +54,8 @@ class Settings:
     Attributes:
       run: workdir of the model.
       methods: as of `compress --method`.
-      budgets: shares of the bytes of the touched layers, descending.
+      budgets: shares of the bytes of all layers that `where` selects, descending; those that a method leaves as they
+        are count as they are.
       distill: steps of learning from the model itself after each compression; 0: none.
       tune: steps of training after that; 0: none.
       draws: samples of calibration examples, for methods that need them.
@@ -101,10 +103,10 @@ class Row:
 
     Attributes:
       method: its name; DENSE for the model itself.
-      budget: share of the bytes of the touched layers that may stay.
+      budget: share of the bytes of all selected layers that may stay.
       refused: why there is no result, in one line; None if there is one.
       failed: name of a cell -> why there is no score of it, in one line, if there are others.
-      share: of these bytes that stayed.
+      share: of the selected layers' bytes that stayed.
       stored: bytes of all the model's linear layers, packed where they can be.
       multiplications: of all linear layers, for one token.
       scores: test metric of each draw.
@@ -112,7 +114,7 @@ class Row:
       agreement: Spearman's correlation of the similarities of all pairs of test texts with those in the model itself
         (`embeddings.agreement`), of the first draw; None for a model without sentence embeddings.
       tuned_agreement: the same after distilling and tuning.
-      error: largest relative error of a layer, of the first draw.
+      error: largest relative error of the outputs of a layer on the calibration examples, of the first draw.
       theory: name -> largest value over the layers of what the method's theory gives, of the first draw.
       milliseconds: median time of a forward pass; None if it was not timed.
       front: whether no other row has a better score with as few bytes.
@@ -170,30 +172,81 @@ def compare(
       progress: called with a line and the numbers of cells done and in all.
 
     Raises:
-      RunError: the model cannot be read, `where` or `settings` names nothing of it, or a cell was stopped or cannot be
-        written. What a method cannot do, and training that diverges, stand in the rows.
+      RunError: the model cannot be read, `where` or `settings` names nothing of it, a cell is of another checkpoint of
+        it, or was stopped or cannot be written. What a method cannot do, and training that diverges, stand in the rows.
     """
-    opened(asked(settings, out, settings.methods[0], 1.0, Part(0, settings.distill, settings.tune)))
+    trained = Part(0, settings.distill, settings.tune)
+    _, task, model, step, _ = opened(asked(settings, out, settings.methods[0], 1.0, trained))
     rows = [Row(DENSE, 1.0, scores=[score_of(settings.run)])]
     rows += [Row(method, budget) for method in settings.methods for budget in settings.budgets]
-    total, done = sum(len(parts_of(row.method, settings)) for row in rows), 0
-    for row in rows:
+    parts = [(row, part) for row in rows for part in parts_of(row.method, settings)]
+    paths = [out / cell(row.method, row.budget, part.draw, part.trained) for row, part in parts]
+    check_source(paths, settings.run, step, checksum(model))
+    left = [left_for(row, model, settings.where) for row in rows]
+    whole = sum(stored(layer.module) for layer in select(model, settings.where))
+    del model
+    if len(task.train) < settings.calibration:
+        progress(f"calibration has all {len(task.train)} training examples, {settings.calibration} are asked for", 0, 1)
+    total, done = len(parts), 0
+    for row, budget in zip(rows, left, strict=True):
         for part in parts_of(row.method, settings):
             name = cell(row.method, row.budget, part.draw, part.trained)
             progress(name, done, total)
             done += 1
             if row.refused is None:
                 try:
-                    compressed(asked(settings, out / name, row.method, row.budget, part))
+                    compressed(asked(settings, out / name, row.method, budget, part))
                 except (Impossible, NonFinite) as error:
-                    fail(row, name, error.flag)
+                    fail(row, name, reason(error, row.budget, budget))
                 else:
-                    fill(row, out / name, part)
+                    fill(row, out / name, part, whole)
         jax.clear_caches()
     examine(rows, settings, out, lambda what: progress(what, total, total))
     for row in front(rows, lambda row: row.stored, metric_of(settings.run)):
         row.front = True
     return rows
+
+
+def check_source(paths: Sequence[Path], run: Path, step: int, parameters: int) -> None:
+    """Raises Refused if a cell that is there came from other parameters than those of the run's best checkpoint.
+
+    Args:
+      paths: of cells, there or not.
+      run: that all cells begin with.
+      step, parameters: of its best checkpoint, and the `checksum` of its model.
+    """
+    for path in paths:
+        try:
+            record = read_checked(path / RECORD)
+        except (OSError, ValueError):
+            continue  # of what is damaged the cell itself says so
+        there = record.get("step"), record.get("parameters", parameters)  # absent in a record of an older version
+        if there != (step, parameters):
+            of = f"is of step {there[0]} of {run}, whose best is now step {step}" if there[0] != step else (
+                f"is of another run in {run}, with other parameters at step {step}")  # fmt: skip
+            raise Refused(f"{path} {of}: use a new folder, or delete {path.parent}", option="out")
+
+
+def left_for(row: Row, model: nnx.Module, where: str) -> float:
+    """What the budget of all selected layers leaves for those that the row's method changes: a share of their bytes.
+
+    A row that has no result for that is refused.
+    """
+    if row.method == DENSE:
+        return row.budget
+    try:
+        return of_touched(named_method(row.method), model, row.budget, where)
+    except ValueError as error:
+        row.refused = Impossible.of(error).flag
+        return row.budget
+
+
+def reason(error: RunError, budget: float, left: float) -> str:
+    """The line of a cell without a result: of a budget as asked for, and what it leaves for the layers that change."""
+    if getattr(error, "option", None) != "budget" or left == budget:
+        return error.flag
+    line = f"{budget}, {left:.3f} of the layers that change: {str(error).partition(': ')[2]}"
+    return Impossible(line, option="budget").flag
 
 
 def score_of(run: Path) -> float:
@@ -231,13 +284,13 @@ def fail(row: Row, name: str, why: str) -> None:
         row.refused = why
 
 
-def fill(row: Row, path: Path, part: Part) -> None:
-    """Reads the result of a cell."""
+def fill(row: Row, path: Path, part: Part, whole: float) -> None:
+    """Reads the result of a cell; `whole`: bytes of all selected layers of the model itself."""
     (row.tuned if part.trained else row.scores).append(score_of(path))
     if part.draw or part.trained:
         return
     record = read_checked(path / RECORD)
-    row.share = record["share"]
+    row.share = 1 - (record["before"] - record["after"]) / whole
     row.error = max(layer["error"] for layer in record["layers"].values())
     for layer in record["layers"].values():
         for name, value in layer.items():

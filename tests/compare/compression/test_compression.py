@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import signal
 import sys
@@ -16,6 +17,9 @@ from efficient_tx.compare.compression import measure
 from efficient_tx.compare.compression.measure import Metric, Row, Settings, cell, front
 from efficient_tx.compare.compression.report import spread, table
 from efficient_tx.compress.pipeline import Impossible
+from efficient_tx.compression.cost import stored
+from efficient_tx.compression.model import select
+from efficient_tx.config.trained import trained_run
 from efficient_tx.training import history
 from efficient_tx.training.disk import write_checked
 from efficient_tx.training.errors import Gone, Interrupted, InUse, NonFinite, Refused, RunError
@@ -108,7 +112,8 @@ def stopping(monkeypatch):
             raise errors[asked.out.name]
         asked.out.mkdir(parents=True)
         write_checked(asked.out / "summary.json", {"val_accuracy": 0.5, "test_accuracy": 0.25 + asked.draw / 4})
-        write_checked(asked.out / "compression.json", {"share": 0.5, "layers": {"up": {"error": 0.1, "tail": 0.2}}})
+        layers = {"up": {"error": 0.1, "tail": 0.2}}
+        write_checked(asked.out / "compression.json", {"before": 10, "after": 5, "layers": layers})
 
     monkeypatch.setattr(measure, "compressed", compressed)
     monkeypatch.setattr(measure, "examine", lambda *_: None)
@@ -118,13 +123,62 @@ def stopping(monkeypatch):
 def test_of_a_row_only_what_fails_is_lost(tmp_path, stopping):
     stopping |= {
         "flap-0.6-1-tuned4": NonFinite("the loss of step 2 is not finite"),
-        "svd-0.6-0": Impossible("0.6: Truncated cannot meet it", option="budget"),
+        "svd-0.6-0": Impossible("0.6: svd cannot meet it", option="budget"),
     }
     dense, svd, flap = measure.compare(Settings(finished_run()[0], ("svd", "flap"), (0.6,), tune=4), tmp_path / "runs")
-    assert svd.refused == "--budget=0.6: Truncated cannot meet it" and not svd.scores + svd.tuned
+    assert svd.refused == "--budget=0.6: svd cannot meet it" and not svd.scores + svd.tuned
     assert flap.refused is None and flap.failed == {"flap-0.6-1-tuned4": "the loss of step 2 is not finite"}
     assert (flap.scores, flap.tuned, flap.theory) == ([0.25, 0.5, 0.75], [0.25, 0.75], {"tail": 0.2})
     assert dense.tuned == [0.25] and not dense.failed
+
+
+@pytest.mark.slow
+def test_all_methods_keep_the_same_share_of_all_selected_layers(tmp_path, monkeypatch):
+    """Also one that touches only some of them: the bytes of the cells' own models are counted."""
+    run, budget = finished_run()[0], 0.7
+    monkeypatch.setattr(measure, "examine", lambda *_: None)
+    settings = Settings(run, ("svd", "id"), (budget, 0.5), draws=1, calibration=16)
+    _, *rows = measure.compare(settings, tmp_path)
+    before = sum(stored(layer.module) for layer in select(trained_run(run, "best")[2], settings.where))
+    for row in rows:
+        if row.refused is None:
+            made = trained_run(tmp_path / cell(row.method, row.budget, 0), "best")[2]
+            after = sum(stored(layer.module) for layer in select(made, settings.where))
+            assert row.budget - 0.06 < after / before <= row.budget
+            assert row.share == pytest.approx(after / before)
+    ((gone,),) = [[row.refused for row in rows if row.refused]]
+    others = r"id cannot meet it: the layers that it leaves as they are take 0\.\d{3} of the present bytes"
+    assert re.fullmatch(rf"--budget=0\.5: {others}", gone)
+
+
+@pytest.mark.quick
+def test_a_refusal_has_the_budget_that_was_asked_for():
+    error = Impossible("0.0512: id cannot meet it: its smallest layers take 0.1", option="budget")
+    of = "--budget=0.5, 0.051 of the layers that change"
+    assert measure.reason(error, 0.5, 0.0512) == f"{of}: id cannot meet it: its smallest layers take 0.1"
+    assert measure.reason(error, 0.0512, 0.0512) == error.flag
+    assert measure.reason(NonFinite("the loss is not finite"), 0.5, 0.1) == "the loss is not finite"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "value", "line"), [
+    ("step", 7, "is of step 7 of "), ("parameters", 1, "is of another run in "),
+])  # fmt: skip
+def test_cells_of_another_checkpoint_are_refused(tmp_path, name, value, line):
+    """As after the run was trained further, or anew."""
+    arguments = [f"--workdir={finished_run()[0]}", "--methods=svd", "--budgets=0.7", f"--out={tmp_path}", "--rounds=1"]
+    assert compare_here(*arguments)[0] == 0
+    record = tmp_path / "runs" / "svd-0.7-0" / "compression.json"
+    whole = json.loads(record.read_text())
+    write_checked(record, whole | {name: value})
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    status, _, error = compare_here(*arguments, "--budgets=0.7,0.8")
+    assert status == 2 and error.count("\n") == 1 and f"svd-0.7-0 {line}" in error
+    assert error.endswith(f": use a new folder, or delete {tmp_path / 'runs'}\n")
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    # What an older version wrote has no checksum.
+    write_checked(record, {key: entry for key, entry in whole.items() if key != "parameters"})
+    assert compare_here(*arguments)[0] == 0
 
 
 @pytest.mark.parametrize(
