@@ -1,5 +1,6 @@
 """Which blocks a kernel visits: for each block of rows the blocks of columns that its mask does not empty."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +40,11 @@ class Visits(NamedTuple):
             return False
         numbers = np.arange(self.order.shape[-1])
         return bool(((self.order == numbers) | (numbers >= self.some[..., None])).all())
+
+    @property
+    def listed(self) -> Any:
+        """`order`, of which nothing need be known where every row visits the first blocks."""
+        return np.zeros(1, np.int32) if self.in_order else self.order
 
 
 def same(counts: Any) -> int | None:
@@ -82,6 +88,17 @@ def visits(mask: Mask | None, sizes: Sizes) -> tuple[Visits, Visits]:
     some, full = (xp.broadcast_to(x, (x.shape[0] if xp.ndim(x) == 3 else 1, *shape)) for x in (some, full))
     possible = np.broadcast_to(possible.any, shape)
     return _listed(some, full, possible, xp), _listed(some.mT, full.mT, possible.T, xp)
+
+
+def listed(mask: Mask | None, sizes: Sizes, enough: int) -> int:
+    """How many numbers the longer of the two lists has, or `enough` if it cannot have more."""
+    arrays = jax.tree.leaves(mask)
+    pairs = -(-sizes.queries // sizes.query_block) * -(-sizes.keys // sizes.key_block)
+    if mask is None or max([1, *map(len, arrays)]) * pairs <= enough:
+        return 0 if mask is None else enough
+    # Of a mask that depends on arrays the shapes are known, and nothing else.
+    both = jax.eval_shape(partial(visits, sizes=sizes), mask) if arrays else visits(mask, sizes)
+    return max(seen.listed.size for seen in both)
 
 
 def _positions(length: int, block: int) -> Bounds:

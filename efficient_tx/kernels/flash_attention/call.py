@@ -17,13 +17,18 @@ from efficient_tx.kernels.flash_attention.blocks import Sizes
 from efficient_tx.kernels.flash_attention.mask import Mask
 from efficient_tx.kernels.flash_attention.options import Options
 from efficient_tx.kernels.flash_attention.score import Score
+from efficient_tx.kernels.precision import missing
 
 MATRICES = ("q", "k", "v", "d_out", "out")
 LEAST = jnp.finfo(jnp.float32).min / 2  # finite, so that a block without keys adds exp(−inf − LEAST) = 0
 
 
-def unsupported(platform: str, q, k, v, score: Score, mask: Mask | None, pairs) -> str | None:
+def unsupported(platform: str, options: Options, q, k, v, score: Score, mask: Mask | None, pairs) -> str | None:
     """The reason why the kernels for a platform do not support the request, or None."""
+    if platform == "tpu" and (reason := missing(options.precision, "TPU")):
+        return reason
+    if not isinstance(options.precision, jax.lax.Precision):
+        return f"precision is {options.precision}: GPU kernels have jax.lax.Precision"
     if pairs is not None:
         return "it takes key masks [batch, keys] and Masks: one of all pairs is quadratic in the length"
     if q.dtype not in (jnp.float32, jnp.bfloat16):

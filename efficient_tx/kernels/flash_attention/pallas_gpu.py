@@ -46,9 +46,7 @@ class BlockSizes:
 
 def unsupported(options: Options, *arrays: Any) -> str | None:
     """The reason why this implementation does not support the request, or None."""
-    if not isinstance(options.precision, jax.lax.Precision):
-        return f"precision is {options.precision}: GPU kernels have jax.lax.Precision"
-    return reason_against("cuda", *arrays)
+    return reason_against("cuda", options, *arrays)
 
 
 def sizes(options: Options, q: jax.Array, k: jax.Array, v: jax.Array, *others) -> BlockSizes:

@@ -12,18 +12,16 @@ forms x y and x yᵀ, which need no transposition. So the kernel for keys has bl
 
 import dataclasses
 import math
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from efficient_tx.kernels.flash_attention import block
 from efficient_tx.kernels.flash_attention.block import Block
-from efficient_tx.kernels.flash_attention.blocks import Sizes, Visits, same, visits
+from efficient_tx.kernels.flash_attention.blocks import Sizes, Visits, listed, same, visits
 from efficient_tx.kernels.flash_attention.call import LEAST, MATRICES, Call
 from efficient_tx.kernels.flash_attention.call import unsupported as reason_against
 from efficient_tx.kernels.flash_attention.mask import Mask
@@ -31,7 +29,6 @@ from efficient_tx.kernels.flash_attention.options import Options
 from efficient_tx.kernels.flash_attention.score import Score
 from efficient_tx.kernels.flash_attention.tpu_layout import LANES, across, as_row, by_head, by_token
 from efficient_tx.kernels.op import vary_alike
-from efficient_tx.kernels.precision import missing
 from efficient_tx.kernels.shapes import MOST_SCALARS, result
 
 
@@ -47,30 +44,15 @@ class BlockSizes:
 
 def unsupported(options: Options, *arrays: Any) -> str | None:
     """The reason why this implementation does not support the request, or None."""
-    return reason_against("tpu", *arrays) or missing(options.precision, "TPU") or too_many(options, *arrays)
-
-
-def too_many(options: Options, q: jax.Array, k: jax.Array, v: jax.Array, score: Score, mask: Mask | None, *_: Any):
-    """The reason why the lists of the blocks that a mask leaves do not fit in scalar memory, or None."""
-    if mask is None:
-        return None
-    size, segments = sizes(options, q, k), jax.tree.leaves(mask)
+    if reason := reason_against("tpu", options, *arrays):
+        return reason
+    q, k, _, _, mask, _ = arrays
+    size = sizes(options, q, k)
     for blocks in ((size.queries, size.keys), (size.backward_queries, size.backward_keys)):
-        of = Sizes(q.shape[1], k.shape[1], *blocks)
-        pairs = math.ceil(of.queries / of.query_block) * math.ceil(of.keys / of.key_block)
-        if max([1, *map(len, segments)]) * pairs <= MOST_SCALARS:
-            continue
-        # Of masks that depend on arrays the sizes alone.
-        seen = jax.eval_shape(partial(visits, sizes=of), mask) if segments else visits(mask, of)
-        numbers = [order_of(one).size for one in seen]
-        if max(numbers) > MOST_SCALARS:
-            return f"its lists of blocks have {max(numbers)} numbers: scalar memory holds {MOST_SCALARS}"
+        numbers = listed(mask, Sizes(q.shape[1], k.shape[1], *blocks), enough=MOST_SCALARS)
+        if numbers > MOST_SCALARS:
+            return f"its lists of blocks have {numbers} numbers: scalar memory holds {MOST_SCALARS}"
     return None
-
-
-def order_of(seen: Visits) -> jax.Array | np.ndarray:
-    """The prefetched numbers of the blocks, none where each row visits the first ones."""
-    return np.zeros(1, np.int32) if seen.in_order else seen.order
 
 
 def sizes(options: Options, q: jax.Array, k: jax.Array, *others) -> BlockSizes:
@@ -383,7 +365,7 @@ class TPUCall(Call):
         results, tree = jax.tree.flatten(out)
         out_specs = [spec(x, "k" if keys_first else "q") for x in results]
         leaves = [result(x.shape, x.dtype, (query_side, key_side)) for x in results]
-        lists = [jnp.asarray(x).reshape(-1) for x in (order_of(seen), seen.full, seen.some)]
+        lists = [jnp.asarray(x).reshape(-1) for x in (seen.listed, seen.full, seen.some)]
         lists, *_ = vary_alike((lists, query_side, key_side))
         numbers = jax.tree.leaves(self.score)
         inputs = [*lists, *numbers]
