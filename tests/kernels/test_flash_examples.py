@@ -17,6 +17,7 @@ import pytest
 
 from efficient_tx.kernels import flash_attention
 from efficient_tx.kernels.flash_attention import SCORES, Mask, Score, causal, documents, padding, prefix, window
+from efficient_tx.kernels.flash_attention.options import Options
 
 SIDE, HEADS, DIM = 6, 2, 4
 LENGTH = SIDE**2  # tokens of a text, or of a square image
@@ -295,8 +296,9 @@ def test_in_a_kernel(kernel, name):
 def test_every_example_without_a_table_has_kernels(kernel):
     x = jax.ShapeDtypeStruct((2, LENGTH, HEADS, DIM), jnp.float32)
     module = importlib.import_module(f"efficient_tx.kernels.flash_attention.{kernel}")
+    options = Options(scale=1.0, bias=0.0, precision=jax.lax.Precision.HIGHEST)
     reasons = {
-        name: module.unsupported(None, x, x, x, jax.tree.map(jnp.asarray, example.score), example.mask, None)
+        name: module.unsupported(options, x, x, x, jax.tree.map(jnp.asarray, example.score), example.mask, None)
         for name, example in EXAMPLES.items()
     }
     refused = {name for name, reason in reasons.items() if reason}

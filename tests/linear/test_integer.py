@@ -22,8 +22,8 @@ def drawn(n=N, m=M, seed=0, heavy=False):
 def absmax(kernel, **options):
     """The layer whose clipping levels are the largest weights of their groups."""
     made = Integer(*kernel.shape, use_bias=False, rngs=nnx.Rngs(0), **options)
-    made.kernel[...] = kernel
-    made.clip[...] = jnp.abs(grouped(jnp.asarray(kernel), made.group)).max(1)
+    kernel = jnp.asarray(kernel, made.param_dtype)
+    made.kernel[...], made.clip[...] = kernel, jnp.abs(grouped(kernel, made.group)).max(1)
     return made
 
 

@@ -107,7 +107,7 @@ def flash_attention(
         precision=full(precision),
     )
     if 0 in (*q.shape[:2], k.shape[1]):
-        nothing = jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype)
+        nothing = jnp.zeros((*q.shape[:3], v.shape[3]), jnp.result_type(q))
         return (nothing, jnp.full(q.shape[:3], -jnp.inf, dtype)) if return_lse else nothing
     out, lse = OP(implementation, options, *operands, score, mask, pairs, interpret=interpret, sizes=block_sizes)
     out = out.astype(q.dtype)
