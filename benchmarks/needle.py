@@ -59,15 +59,13 @@ def read(model: TokenClassifier, texts: np.ndarray) -> tuple[np.ndarray, list, f
 
     @partial(jax.jit, donate_argnums=2)
     def piece(params, ids, state):
-        model = nnx.merge(graphdef, params)
-        return model.encoder.prefill(model.embedding(ids), state=state)[1]
+        return nnx.merge(graphdef, params).prefill(ids, state=state)[1]
 
     @jax.jit
     def last(params, ids, state):
-        model = nnx.merge(graphdef, params)
-        return model.head(model.encoder.step(model.embedding(ids[:, None])[:, 0], state)[0])
+        return nnx.merge(graphdef, params).step(ids, state)[0]
 
-    state = jax.jit(lambda params: nnx.merge(graphdef, params).encoder.init_state(len(texts)))(params)
+    state = jax.jit(lambda params: nnx.merge(graphdef, params).init_state(len(texts)))(params)
     for at in range(0, texts.shape[1] - 1, PIECE):
         state = piece(params, texts[:, at : min(at + PIECE, texts.shape[1] - 1)], state)
     logits = jax.block_until_ready(last(params, texts[:, -1], state))

@@ -15,7 +15,7 @@ from efficient_tx.compare.progress import counted
 from efficient_tx.compress.asked import Asked
 from efficient_tx.compress.distillation import begin
 from efficient_tx.compress.result import RECORD, Result, checksum, record, table
-from efficient_tx.compress.source import calibration, mean_loss
+from efficient_tx.compress.source import calibration, mean_loss, too_few
 from efficient_tx.compression import Compressed, compress
 from efficient_tx.compression.distillation import variances
 from efficient_tx.compression.model import select
@@ -195,9 +195,8 @@ def by_method(
     method = named_method(asked.method)
     with refusing(str(asked.workdir)):
         batches = calibration(task, asked, batch_size)
-    if (found := sum(len(batch["label"]) for batch in batches)) < asked.calibration:
-        there = f"calibration has all {found} training examples, {asked.calibration} were asked for"
-        console.print(there, soft_wrap=True)
+    if line := too_few(task, asked.calibration):
+        console.print(line, soft_wrap=True)
     with refusing():
         steps = method.steps(len(batches), len(select(model, asked.where)))
     with counted(console) as bar:

@@ -25,6 +25,14 @@ def calibration(task: Task, asked: Asked, batch_size: int) -> Sequence[Batch]:
     return [{name: rows[i : i + batch_size] for name, rows in whole.items()} for i in range(0, count, batch_size)]
 
 
+def too_few(task: Task, calibration: int) -> str | None:
+    """The line for who asks for more examples of calibration than there are; None for who does not."""
+    there = len(task.train)
+    return (
+        f"calibration has all {there} training examples, {calibration} were asked for" if there < calibration else None
+    )
+
+
 def mean_loss(objective: Objective, model: nnx.Module, batch: Batch) -> jax.Array:
     """The loss that training minimises, of a batch without dropout."""
     total, weight = score(model, batch, None, objective, NOTHING)["loss"]

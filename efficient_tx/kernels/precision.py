@@ -13,8 +13,9 @@ def full(precision: jax.lax.PrecisionLike) -> jax.lax.PrecisionLike:
         return precision
 
 
-def missing(precision: jax.lax.PrecisionLike, kernels: str) -> str | None:
-    """Why kernels ("TPU", "GPU") that have HIGHEST and DEFAULT do not support a precision, or None."""
-    if precision in (jax.lax.Precision.HIGHEST, jax.lax.Precision.DEFAULT):
+def missing(precision: jax.lax.PrecisionLike, kernels: str, *, high: bool = False) -> str | None:
+    """Why kernels ("TPU", "GPU") that have HIGHEST and DEFAULT, or HIGH as well, do not support it, or None."""
+    have = [jax.lax.Precision.HIGHEST, *([jax.lax.Precision.HIGH] if high else []), jax.lax.Precision.DEFAULT]
+    if precision in have:
         return None
-    return f"precision is {precision}: {kernels} kernels have HIGHEST and DEFAULT"
+    return f"precision is {precision}: {kernels} kernels have {', '.join(p.name for p in have[:-1])} and DEFAULT"

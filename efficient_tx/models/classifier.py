@@ -152,22 +152,22 @@ class TokenEncoder(nnx.Module):
         mask = None if mask is None else jnp.pad(mask, ((0, 0), (len(self.prefix), 0)), constant_values=True)
         return jnp.concatenate([prefix, x], axis=1), mask
 
-    def init_state(self, batch: int, *, max_len: int | None = None, dtype: jnp.dtype | None = None) -> "Read":
+    def init_state(self, batch: int, *, max_len: int | None = None, dtype: jnp.dtype | None = None) -> "TextState":
         """What a decoder knows before the first token of `batch` sequences; see `Mixer.init_state`."""
         blocks = self.encoder.init_state(batch, max_len=self.room(max_len), dtype=dtype)
         if self.prefix is not None:
             nothing = jnp.zeros((batch, 0), jnp.int32)
             _, blocks = self.encoder.prefill(self.after_prefix(self.embedding(nothing), None)[0], state=blocks)
-        return Read(jnp.zeros(batch, jnp.int32), blocks)
+        return TextState(jnp.zeros(batch, jnp.int32), blocks)
 
     def room(self, max_len: int | None) -> int | None:
         """With the learnt tokens."""
         return max_len if max_len is None or self.prefix is None else max_len + len(self.prefix)
 
     def prefill(
-        self, inputs: jax.Array, *, mask: jax.Array | None = None, state: "Read | None" = None,
+        self, inputs: jax.Array, *, mask: jax.Array | None = None, state: "TextState | None" = None,
         max_len: int | None = None,
-    ) -> tuple[jax.Array, "Read"]:  # fmt: skip
+    ) -> tuple[jax.Array, "TextState"]:  # fmt: skip
         """Several tokens of each sequence at once, at evaluation: what the model says of them in a longer text.
 
         Args:
@@ -194,19 +194,19 @@ class TokenEncoder(nnx.Module):
             x, real = self.after_prefix(x, mask)
         x, blocks = self.encoder.prefill(x, mask=real, state=blocks, max_len=self.room(max_len))
         new = inputs.shape[1] if mask is None else mask.sum(1, dtype=jnp.int32)
-        return self.read(x[:, x.shape[1] - inputs.shape[1] :]), Read(count + new, blocks)
+        return self.output(x[:, x.shape[1] - inputs.shape[1] :]), TextState(count + new, blocks)
 
-    def step(self, inputs: jax.Array, state: "Read") -> tuple[jax.Array, "Read"]:
+    def step(self, inputs: jax.Array, state: "TextState") -> tuple[jax.Array, "TextState"]:
         """The next token of each sequence, int `[batch]`: its row, as of `prefill`, and the next state."""
         out, state = self.prefill(inputs[:, None], state=state)
         return out[:, 0], state
 
-    def read(self, x: jax.Array) -> jax.Array:
+    def output(self, x: jax.Array) -> jax.Array:
         """What `prefill` returns for the encoder's `x`, `[batch, length, features]`. By default x."""
         return x
 
 
-class Read(NamedTuple):
+class TextState(NamedTuple):
     """The state of a model of tokens that decodes.
 
     Attributes:
@@ -287,8 +287,8 @@ class TokenClassifier(TokenEncoder):
     ) -> jax.Array:
         """Logits, float32 `[batch, length, num_classes]`; arguments as in `Classifier`."""
         x, _ = self.encode(inputs, mask, key, positions)
-        return self.read(x[:, x.shape[1] - inputs.shape[1] :])
+        return self.output(x[:, x.shape[1] - inputs.shape[1] :])
 
-    def read(self, x: jax.Array) -> jax.Array:
+    def output(self, x: jax.Array) -> jax.Array:
         """Logits, float32 `[batch, length, num_classes]`, of the encoder's `x`, `[batch, length, features]`."""
         return self.head(x.astype(jnp.promote_types(x.dtype, jnp.float32)))

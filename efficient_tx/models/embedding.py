@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from efficient_tx.checks import OptionError, at_least
-from efficient_tx.models.transformer import token_wise
+from efficient_tx.tokens.flat import token_wise
 from efficient_tx.tokens.mask import bool_mask, token_ranks
 
 POSITIONS = ("learned", "sinusoidal", "rope", "rope2d", "none")

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_tx.checks import OptionError, at_least
-from efficient_tx.models.transformer import Block, make_norm, run_blocks, token_wise
+from efficient_tx.models.transformer import Block, make_norm, run_blocks
 from efficient_tx.numerics.random import check_rate, dropout, example_keys, fold
+from efficient_tx.tokens.flat import token_wise
 
 # The published sizes by stage. For "small" the authors' code has 20 blocks in the third stage, which gives 38.9 M
 # parameters; with 7 blocks it has the published 24 M and 3.3 G.

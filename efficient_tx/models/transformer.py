@@ -9,6 +9,7 @@ from flax import nnx
 
 from efficient_tx.checks import OptionError, at_least
 from efficient_tx.numerics.random import check_rate, dropout, example_keys, fold
+from efficient_tx.tokens.flat import token_wise
 
 NORMS: dict[str, Callable] = {"layer": nnx.LayerNorm, "rms": nnx.RMSNorm}
 MLPS = ("gelu", "gelu_erf", "swiglu")
@@ -34,15 +35,6 @@ def drop_path(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
     if rate == 0.0 or keys is None:
         return x
     return x * dropout(jnp.ones((x.shape[0], 1, 1), x.dtype), rate, keys)
-
-
-def token_wise(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """Applies `function` to the tokens of `x` `[batch, length, features]`, as `[batch · length, features]`.
-
-    XLA's CPU backend splits the leading axis over its threads and is three times slower with a leading axis of 1.
-    """
-    out = function(x.reshape(-1, x.shape[-1]))
-    return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
 class Mlp(nnx.Module):

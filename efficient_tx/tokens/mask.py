@@ -1,5 +1,7 @@
 """Masks, grouped heads and query positions of the pure attention functions: checks and derived arrays."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,6 +136,18 @@ def query_positions(real: jax.Array, queries: int) -> tuple[jax.Array, jax.Array
     rank = real.sum(axis=1, keepdims=True) - queries + jnp.arange(queries)
     order = compact(jnp.broadcast_to(jnp.arange(real.shape[1]), real.shape), real)
     return jnp.take_along_axis(order, jnp.maximum(rank, 0), axis=1), rank >= 0
+
+
+def as_last(attend: Callable[[jax.Array], jax.Array], q: jax.Array, real: jax.Array) -> jax.Array:
+    """Attends with queries `[batch, queries, ...]` that stand as `query_positions` says.
+
+    Args:
+      attend: the attention of as many queries as keys, `[batch, keys, ...]` -> the same.
+      q: the queries.
+      real: bool `[batch, keys]`.
+    """
+    at = query_positions(real, q.shape[1])
+    return take(attend(place(q, at, real.shape[1])), at)
 
 
 def place(x: jax.Array, at: tuple[jax.Array, jax.Array], keys: int) -> jax.Array:

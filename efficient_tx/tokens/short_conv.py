@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_tx.tokens.channels import scaled
+from efficient_tx.tokens.flat import scaled
 from efficient_tx.tokens.mask import bool_mask
 
 

@@ -300,7 +300,8 @@ class Mixer(nnx.Module):
             # As wide as the computation; no narrower than float32 unless the mixer is.
             dtype = getattr(self, "dtype", None) or jnp.promote_types(x.dtype, jnp.float32)
             state = self.init_state(len(x), max_len=max_len, dtype=dtype)
-        self._check_batch(x, state)
+        else:
+            self._check_batch(x, state)
         if not x.size:
             return x, state
         tokens = compact(x, mask)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficient_tx.kernels import block_attention, flash_attention
-from efficient_tx.tokens.mask import compact, place, query_positions, take, token_ranks
+from efficient_tx.tokens.mask import as_last, compact, token_ranks
 
 # Part of the error message for different numbers of queries and keys without `causal`.
 OTHER_QUERIES = "other numbers need the plain causal form"
@@ -164,8 +164,7 @@ def last_queries(name, q, k, v, mask, causal, sees, attend) -> jax.Array:
         raise ValueError(f"{name} got {queries} queries and {keys} keys: {OTHER_QUERIES}")
     real = jnp.ones((batch, keys), bool) if mask is None else mask
     if queries > 1:
-        at = query_positions(real, queries)
-        return take(attend(place(q, at, keys)), at)
+        return as_last(attend, q, real)
     i = (real.sum(1, keepdims=True) - 1)[:, None, :, None]
     j = token_ranks(mask, batch, keys)[:, None, None, :]
     k, v = (jnp.where(real[:, :, None, None], x, 0) for x in (k, v))

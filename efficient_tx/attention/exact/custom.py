@@ -86,20 +86,13 @@ class Custom(MultiHead):
         mask: jax.Array | None, count: jax.Array,
     ) -> jax.Array:  # fmt: skip
         q, score = projected["q"], nnx.as_pure(self.score)
-        length = q.shape[1]
-        positions = jnp.broadcast_to(count[:, None] + jnp.arange(length), q.shape[:2])
-        size = min(QUERIES, length)
 
-        def pieces(x):
-            """`[pieces, batch, size, ...]`"""
-            rest = [(0, 0), (0, -length % size), *((0, 0),) * (x.ndim - 2)]
-            return jnp.pad(x, rest).reshape(len(x), -1, size, *x.shape[2:]).swapaxes(0, 1)
+        def one(of):
+            """One query of each example, by its number and itself."""
+            n, q = of
+            return at((count + n)[:, None], q[:, None], after["k"], after["v"], score, self.mask)[:, 0]
 
-        def piece(of):
-            return at(*of, after["k"], after["v"], score, self.mask)
-
-        out = jax.lax.map(piece, (pieces(positions), pieces(q))).swapaxes(0, 1)
-        return out.reshape(len(q), -1, *out.shape[3:])[:, :length]
+        return jax.lax.map(one, (jnp.arange(q.shape[1]), q.swapaxes(0, 1)), batch_size=QUERIES).swapaxes(0, 1)
 
     def arguments(self, *, mask: jax.Array | None, key: jax.Array | None) -> dict[str, Any]:
         if self.mask is not None:

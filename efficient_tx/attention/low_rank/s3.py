@@ -27,6 +27,7 @@ from efficient_tx.checks import at_least
 from efficient_tx.kernels import flash_attention
 from efficient_tx.kernels.shapes import check_shapes
 from efficient_tx.numerics.random import evaluation_keys, sample_tokens, take_tokens
+from efficient_tx.tokens.flat import token_wise
 from efficient_tx.tokens.mask import key_mask, repeat_heads
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -194,4 +195,4 @@ class Stem(nnx.Module):
         before, here, after = jnp.split((both @ taps).reshape(batch, length, -1), 3, axis=-1)
         ends = (0, 0)
         out = here + jnp.pad(before, (ends, (1, 0), ends))[:, :-1] + jnp.pad(after, (ends, (0, 1), ends))[:, 1:]
-        return jax.nn.relu(self.norm(out.reshape(batch * length, -1))).reshape(x.shape).astype(x.dtype)
+        return jax.nn.relu(token_wise(self.norm, out)).astype(x.dtype)

@@ -10,7 +10,7 @@ from flax import nnx
 
 from efficient_tx.attention.base.multihead import MultiHead, width_of_head
 from efficient_tx.checks import OptionError
-from efficient_tx.tokens.mask import key_mask, place, query_positions, take
+from efficient_tx.tokens.mask import as_last, key_mask
 
 
 class Run(Protocol):
@@ -60,8 +60,7 @@ def at_last(
     (batch, keys), queries = k.shape[:2], q.shape[1]
     if not causal:
         raise ValueError(f"{name} has {queries} queries and {keys} keys: it needs positions, so use causal=True")
-    at = query_positions(jnp.ones((batch, keys), bool) if mask is None else mask, queries)
-    return take(attend(place(q, at, keys)), at)
+    return as_last(attend, q, jnp.ones((batch, keys), bool) if mask is None else mask)
 
 
 def unit(x: jax.Array) -> jax.Array:

@@ -24,7 +24,7 @@ from efficient_tx.attention.recurrent.base import both_ways, log_time_steps
 from efficient_tx.checks import OptionError, at_least
 from efficient_tx.kernels import gated_linear_attention
 from efficient_tx.kernels.shapes import check_shapes
-from efficient_tx.tokens.channels import scaled
+from efficient_tx.tokens.flat import scaled
 
 
 def mamba2(

@@ -34,7 +34,7 @@ from efficient_tx.checks import OptionError, at_least
 from efficient_tx.kernels import flash_attention
 from efficient_tx.kernels.flash_attention import Mask, Score, documents, padding
 from efficient_tx.kernels.shapes import check_shapes
-from efficient_tx.tokens.channels import scaled
+from efficient_tx.tokens.flat import scaled, token_wise
 from efficient_tx.tokens.mask import compact, key_mask, repeat_heads, spread
 from efficient_tx.tokens.rotary import rotate
 
@@ -237,8 +237,7 @@ class Mega(MultiHead):
 
     def heads_of(self, x: jax.Array, z: jax.Array) -> dict[str, jax.Array]:
         """q, k and v of the one head."""
-        tokens = z.reshape(-1, self.key_dim)
-        q, k = ((tokens * a + b).reshape(z.shape) for a, b in zip(self.affine[...], self.shift[...]))
+        q, k = (token_wise(lambda x, a=a, b=b: x * a + b, z) for a, b in zip(self.affine[...], self.shift[...]))
         v = self.v(x.reshape(-1, self.features)).reshape(*x.shape[:2], -1)
         return {"q": q[:, :, None], "k": k[:, :, None], "v": jax.nn.silu(v)[:, :, None]}
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from efficient_tx.kernels import linear_scan
+from efficient_tx.kernels.decay import finite
 
 CHUNK = 64
 EXACT = jax.lax.Precision.HIGHEST  # float32 sums on accelerators too
@@ -56,14 +57,6 @@ def convolve(
     y = (within + across).reshape(batch, -1, channels)[:, :length]
     count = jnp.full(batch, length) if count is None else count
     return y, state_after(count, states, chunks, log_decay, powers)
-
-
-def finite(log_decay: jax.Array, size: int) -> jax.Array:
-    """With finite multiples up to `size`, so that −inf (forget everything) does not give −inf · 0, NaN."""
-    least = jnp.finfo(log_decay.dtype).min / (2 * size)
-    if jnp.iscomplexobj(log_decay):
-        return jax.lax.complex(jnp.maximum(log_decay.real, least), log_decay.imag)
-    return jnp.maximum(log_decay, least)
 
 
 def halves(x: jax.Array, axis: int) -> jax.Array:

@@ -23,7 +23,7 @@ from efficient_tx.attention.recurrent.base import log_uniform_steps
 from efficient_tx.attention.recurrent.modes import convolve
 from efficient_tx.checks import OptionError
 from efficient_tx.kernels.shapes import check_rank
-from efficient_tx.tokens.channels import scaled
+from efficient_tx.tokens.flat import scaled
 from efficient_tx.tokens.mask import compact, key_mask, spread
 
 

@@ -25,7 +25,7 @@ from efficient_tx.attention.sampled.lev_weights import attend_to, check_options,
 from efficient_tx.kernels.shapes import check_shapes
 from efficient_tx.numerics.leverage import leverage_scores
 from efficient_tx.numerics.lewis import lewis_weights
-from efficient_tx.tokens.mask import key_mask, place, query_positions, take
+from efficient_tx.tokens.mask import as_last, key_mask
 
 QUERY_TILE = 256  # queries whose polynomial weights are computed at a time
 
@@ -79,8 +79,8 @@ def lev(
         options = {"budget": budget, "recent": recent, "ridge": ridge, "rescore": rescore, "attention": attention}
         if queries == keys:
             return lev_causal(*arrays, mask, **options).astype(q.dtype)
-        at = query_positions(jnp.ones((batch, keys), bool) if mask is None else mask, queries)
-        return take(lev_causal(place(arrays[0], at, keys), *arrays[1:], mask, **options), at).astype(q.dtype)
+        real = jnp.ones((batch, keys), bool) if mask is None else mask
+        return as_last(lambda q: lev_causal(q, *arrays[1:], mask, **options), arrays[0], real).astype(q.dtype)
 
     queries_, keys_, values_ = arrays
     position = universal_set(keys_, mask, budget, p)

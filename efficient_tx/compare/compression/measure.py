@@ -23,6 +23,7 @@ from efficient_tx.compare.timing import compile_pass, in_turns
 from efficient_tx.compress.asked import Asked
 from efficient_tx.compress.pipeline import Impossible, opened, run
 from efficient_tx.compress.result import RECORD, checksum
+from efficient_tx.compress.source import too_few
 from efficient_tx.compression.budget import of_touched
 from efficient_tx.compression.cost import multiplications, stored
 from efficient_tx.compression.model import linear_layers, select
@@ -185,8 +186,8 @@ def compare(
     left = [left_for(row, model, settings.where) for row in rows]
     whole = sum(stored(layer.module) for layer in select(model, settings.where))
     del model
-    if len(task.train) < settings.calibration:
-        progress(f"calibration has all {len(task.train)} training examples, {settings.calibration} are asked for", 0, 1)
+    if line := too_few(task, settings.calibration):
+        progress(line, 0, 1)
     total, done = len(parts), 0
     for row, budget in zip(rows, left, strict=True):
         for part in parts_of(row.method, settings):

@@ -90,12 +90,14 @@ def visits(mask: Mask | None, sizes: Sizes) -> tuple[Visits, Visits]:
     return _listed(some, full, possible, xp), _listed(some.mT, full.mT, possible.T, xp)
 
 
-def listed(mask: Mask | None, sizes: Sizes, enough: int) -> int:
+def most_listed(mask: Mask | None, sizes: Sizes, enough: int) -> int:
     """How many numbers the longer of the two lists has, or `enough` if it cannot have more."""
     arrays = jax.tree.leaves(mask)
     pairs = -(-sizes.queries // sizes.query_block) * -(-sizes.keys // sizes.key_block)
-    if mask is None or max([1, *map(len, arrays)]) * pairs <= enough:
-        return 0 if mask is None else enough
+    if mask is None:
+        return 0
+    if max([1, *map(len, arrays)]) * pairs <= enough:
+        return enough
     # Of a mask that depends on arrays the shapes are known, and nothing else.
     both = jax.eval_shape(partial(visits, sizes=sizes), mask) if arrays else visits(mask, sizes)
     return max(seen.listed.size for seen in both)

@@ -25,10 +25,8 @@ LEAST = jnp.finfo(jnp.float32).min / 2  # finite, so that a block without keys a
 
 def unsupported(platform: str, options: Options, q, k, v, score: Score, mask: Mask | None, pairs) -> str | None:
     """The reason why the kernels for a platform do not support the request, or None."""
-    if platform == "tpu" and (reason := missing(options.precision, "TPU")):
+    if reason := missing(options.precision, {"tpu": "TPU", "cuda": "GPU"}[platform], high=platform == "cuda"):
         return reason
-    if not isinstance(options.precision, jax.lax.Precision):
-        return f"precision is {options.precision}: GPU kernels have jax.lax.Precision"
     if pairs is not None:
         return "it takes key masks [batch, keys] and Masks: one of all pairs is quadratic in the length"
     if q.dtype not in (jnp.float32, jnp.bfloat16):

@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from efficient_tx.kernels.flash_attention import block
 from efficient_tx.kernels.flash_attention.block import Block
-from efficient_tx.kernels.flash_attention.blocks import Sizes, Visits, listed, same, visits
+from efficient_tx.kernels.flash_attention.blocks import Sizes, Visits, most_listed, same, visits
 from efficient_tx.kernels.flash_attention.call import LEAST, MATRICES, Call
 from efficient_tx.kernels.flash_attention.call import unsupported as reason_against
 from efficient_tx.kernels.flash_attention.mask import Mask
@@ -49,7 +49,7 @@ def unsupported(options: Options, *arrays: Any) -> str | None:
     q, k, _, _, mask, _ = arrays
     size = sizes(options, q, k)
     for blocks in ((size.queries, size.keys), (size.backward_queries, size.backward_keys)):
-        numbers = listed(mask, Sizes(q.shape[1], k.shape[1], *blocks), enough=MOST_SCALARS)
+        numbers = most_listed(mask, Sizes(q.shape[1], k.shape[1], *blocks), enough=MOST_SCALARS)
         if numbers > MOST_SCALARS:
             return f"its lists of blocks have {numbers} numbers: scalar memory holds {MOST_SCALARS}"
     return None

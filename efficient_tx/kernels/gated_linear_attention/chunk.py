@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from efficient_tx.kernels.decay import finite
+
 
 class Products(NamedTuple):
     """Matrix products with float32 results; factors are rounded to `dtype`: bfloat16 or float32."""
@@ -104,7 +106,7 @@ class HeadDecay(NoDecay):
     def __init__(self, dot: Products, log_decay: jax.Array):
         super().__init__(dot, log_decay.shape[0])
         row, column = self.row, self.column
-        log_decay = finite(log_decay)
+        log_decay = bounded(log_decay)
         # Also above the diagonal no exponent is positive.
         self.between = jnp.exp(sums(row >= column, jnp.where(row > column, log_decay, 0)))
         log_decay = self.to_row(log_decay)
@@ -143,7 +145,7 @@ class ChannelDecay(NoDecay):
 
     def __init__(self, dot: Products, log_decay: jax.Array):
         super().__init__(dot, log_decay.shape[0])
-        self.log_decay = finite(log_decay)
+        self.log_decay = bounded(log_decay)
         self.whole = jnp.exp(self.log_decay.sum(0, keepdims=True))
 
     # These two when they are asked for, as registers are few.
@@ -195,6 +197,6 @@ class ChannelDecay(NoDecay):
         return sums(self.column >= self.row, pairs + starts) + sums(self.column < self.row, ends) + through
 
 
-def finite(log_decay: jax.Array) -> jax.Array:
-    """In float32, with finite sums over a chunk, so that −inf (forget everything) does not give NaN."""
-    return jnp.maximum(log_decay.astype(jnp.float32), jnp.finfo(jnp.float32).min / (2 * log_decay.shape[0]))
+def bounded(log_decay: jax.Array) -> jax.Array:
+    """In float32, with finite sums over a chunk."""
+    return finite(log_decay.astype(jnp.float32), log_decay.shape[0])

@@ -21,7 +21,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from efficient_tx.kernels.gated_linear_attention.chunk import ChannelDecay, HeadDecay, NoDecay, Products, finite, levels
+from efficient_tx.kernels.gated_linear_attention.chunk import (
+    ChannelDecay,
+    HeadDecay,
+    NoDecay,
+    Products,
+    bounded,
+    levels,
+)
 from efficient_tx.kernels.gated_linear_attention.options import Options
 from efficient_tx.kernels.shapes import result
 
@@ -161,10 +168,10 @@ class Call:
                 if log_decay is None:
                     return carry + self.dot(y_n, x_n, "00")
                 gates = keys if log_decay.shape[3] > 1 else jnp.arange(1)
-                decay = finite(own.read(log_decay, at, gates))
+                decay = bounded(own.read(log_decay, at, gates))
                 whole = jnp.exp(decay.sum(0, keepdims=True))
                 if not backwards:
-                    decay = finite(jnp.where(row[:, None] < size - 1, own.read(log_decay, at + 1, gates), 0))
+                    decay = bounded(jnp.where(row[:, None] < size - 1, own.read(log_decay, at + 1, gates), 0))
                 return whole * carry + self.dot(y_n, x_n * jnp.exp(jnp.cumsum(decay, 0)), "00")
 
             first = own.read_state(state, 0, values, keys)

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from efficient_tx.kernels.decay import finite
 from efficient_tx.kernels.gated_linear_attention.options import Options
 
 # Tokens per chunk, with a decay per head and per channel: the fastest powers of two on two AVX-512 cores.
@@ -206,7 +207,7 @@ class Chunks(NamedTuple):
         """The decay factors of one chunk, from `log_decay` `[rows, tokens, head_dim or 1]`."""
         if log_decay is None:
             return Decays()
-        log_decay = self.finite(log_decay)
+        log_decay = finite(log_decay, self.size)
         spans = self.spans(log_decay.dtype)
         if log_decay.shape[-1] == 1:
             spans = spans[: 2 * self.size]
@@ -220,13 +221,9 @@ class Chunks(NamedTuple):
         """`to_end` and `whole` of the decay factors of one chunk."""
         if log_decay is None:
             return 1.0, 1.0
-        log_decay = self.finite(log_decay)
+        log_decay = finite(log_decay, self.size)
         to_end = self.dot(np.triu(self.ones(log_decay.dtype), 1), log_decay)
         return jnp.exp(to_end), jnp.exp(log_decay.sum(-2))[..., None]
-
-    def finite(self, log_decay: jax.Array) -> jax.Array:
-        """With finite sums over a chunk, so that −inf (forget everything) does not give NaN."""
-        return jnp.maximum(log_decay, jnp.finfo(log_decay.dtype).min / (2 * self.size))
 
     def weights(self, q: jax.Array, k: jax.Array, decays: Decays) -> jax.Array:
         """Σ_c q_ic k_jc exp(D_ijc), `[rows, tokens, tokens]`; zero for j > i."""

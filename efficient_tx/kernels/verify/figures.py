@@ -20,19 +20,23 @@ GROWTH = 1.1
 
 
 def versions() -> dict[str, str]:
-    found = {"Python": platform.python_version()}
-    for package in sorted(set().union(*COMPILERS.values()) - {"ptxas"}):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "none"
-    return found | {"ptxas": ptxas_version()}
+    names = dict.fromkeys(name for of in COMPILERS.values() for name in of)
+    return {"Python": platform.python_version()} | {name: version_of(name) for name in names}
+
+
+def version_of(name: str) -> str:
+    """The version of a package or of ptxas, "none" of what is not there."""
+    if name == "ptxas":
+        return ptxas_version()
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"
 
 
 def comparable(stored: Mapping[str, Any], platform: str) -> bool:
     """Whether what is stored for a platform is of the compilers that are here: others may choose otherwise."""
-    now = versions()
-    return all(stored["versions"].get(name) == now[name] for name in COMPILERS[platform])
+    return all(stored["versions"].get(name) == version_of(name) for name in COMPILERS[platform])
 
 
 def of_program(program: Program) -> dict[str, Any]:
@@ -70,10 +74,9 @@ def largest(program: Mapping[str, Any], name: str, figure: str) -> float | None:
 def read(path: Path) -> dict[str, Any]:
     """The figures of programs by name that can be compared with those of now; empty where there are none."""
     stored = json.loads(path.read_text()) if path.exists() else {"programs": {}}
-    if not stored["programs"]:
-        return {}
-    same = {platform: comparable(stored, platform) for platform in COMPILERS}
-    return {name: program for name, program in stored["programs"].items() if same[platform_of(name)]}
+    platforms = {platform_of(name) for name in stored["programs"]}
+    same = {platform for platform in platforms if comparable(stored, platform)}
+    return {name: program for name, program in stored["programs"].items() if platform_of(name) in same}
 
 
 def platform_of(name: str) -> str:

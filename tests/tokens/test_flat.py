@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from efficient_tx.tokens.channels import scaled
+from efficient_tx.tokens.flat import scaled
 
 
 @pytest.mark.parametrize("shape", [(5,), (3, 1), (1, 7, 3, 1), (1, 7, 3, 5)])
