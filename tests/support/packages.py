@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 
 
-def installed(name: str, *, extra: str = "pretrained") -> ModuleType:
+def installed(name: str, *, extra: str = "peers") -> ModuleType:
     """The module, which the extra of this package installs."""
     try:
         return importlib.import_module(name)
