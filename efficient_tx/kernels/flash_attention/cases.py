@@ -1,6 +1,7 @@
 """The sizes, scores and masks of flash_attention that are verified."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import numpy as np
@@ -75,4 +76,21 @@ def case(length: int, keys: str, heads: str, dim: int, dtype: str, score: str, m
         arrays.append(shape("bool" if draw is real else "int32", batch, of_keys))
         draws[len(arrays) - 1] = draw
     without = ("pallas_tpu", "pallas_gpu") if isinstance(object_, Relative) else ()
-    return Case(attend, tuple(arrays), draws, without)
+    pairs = batch * heads * length * of_keys
+    traffic = partial(least_traffic, pairs, dim, arrays[0].dtype.itemsize) if mask == "none" else None
+    return Case(attend, tuple(arrays), draws, without, traffic)
+
+
+def least_traffic(pairs: int, dim: int, size: int, on_chip: int) -> float:
+    """Bytes between main and on-chip memory that exact attention of so many pairs of tokens needs: N² d² / M numbers.
+
+    Up to a constant no program needs fewer if M ≥ d² numbers fit on chip (Dao et al. 2022, arXiv 2205.14135; Saha and
+    Ye 2024, arXiv 2402.07443).
+
+    Args:
+      pairs: of queries and keys, of all heads and examples.
+      dim: of a head.
+      size: bytes of a number.
+      on_chip: bytes.
+    """
+    return pairs * dim**2 / (on_chip / size) * size

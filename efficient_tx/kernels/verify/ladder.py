@@ -77,6 +77,7 @@ def accounts(
       a row for each kernel of a case: the bytes, the lower bound, and their ratio.
     """
     for operation, implementation in itertools.product(operations, implementations):
+        on_chip = min(target.on_chip for target in TARGETS.values() if target.implementation == implementation)
         fitting = []
         for values in production(operation):
             case = cases_of(operation).case(**values)
@@ -86,7 +87,7 @@ def accounts(
             case = cases_of(operation).case(**values)
             progress(f"{label(operation, values)}: bytes moved by {implementation}")
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (case.arrays, case.outputs()))
-            least = case.traffic(min(target.on_chip for target in TARGETS.values())) if case.traffic else 0.0
+            least = case.traffic(on_chip) if case.traffic else 0.0
             call = case.gradient(implementation=implementation, interpret=True)
             for found in traffic(call, *zeros, of=ACCOUNTS[implementation]):
                 row = {"operation": operation, "implementation": implementation, "case": label(operation, values)}

@@ -27,10 +27,10 @@ def markdown(
         "Each row has the largest figure of all cases of an operation. Error: the largest of an entry beside the plain "
         "formula in float64, as a share of the largest entry, in an interpreter (float32; bfloat16). On chip: MiB of "
         "VMEM, or of shared memory of a block. I/O: bytes that a kernel moves from and to main memory, as a multiple "
-        "of the lower bound: on a TPU by its grid and block specs, on a GPU by its loads and stores, of which the "
-        "caches answer some. Temporaries: of main memory, as a share of arguments and outputs. Registers are of a "
-        "thread; spills are bytes (GPU) or instructions (TPU); instructions are of PTX, or "
-        "bundles.", "",
+        "of the lower bound (every array once; for exact attention N² d² / M, M of the platform's smallest chip, where "
+        "that is more): on a TPU by its grid and block specs, on a GPU by its loads and stores, of which the caches "
+        "answer some. Temporaries: of main memory, as a share of arguments and outputs. Registers are of a thread; "
+        "spills are bytes (GPU) or instructions (TPU); instructions are of PTX, or bundles.", "",
         *table(HEAD, rows(interpreted, moved, compiled)), "",
         *faulty(interpreted, compiled), "",
         *sections,

@@ -7,6 +7,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
 
+from efficient_tx.kernels.case import cases_of
 from efficient_tx.kernels.verify import loads
 from efficient_tx.kernels.verify.traffic import Traffic, account, traffic
 
@@ -116,3 +117,11 @@ def test_a_gpu_kernel_whose_loop_depends_on_numbers_has_no_account():
     )  # fmt: skip
     with pytest.raises(ValueError, match="a loop turns as often as numbers say"):
         traffic(call, jnp.zeros(8), of=loads.account)
+
+
+def test_exact_attention_is_compared_with_what_on_chip_memory_forces():
+    """8 examples and 2 heads; 1,000 numbers of two bytes on chip."""
+    common = {"keys": "all", "heads": "2", "dim": 64, "dtype": "bfloat16", "score": "softmax"}
+    case = cases_of("flash_attention").case
+    assert case(length=4096, mask="none", **common).traffic(2000) == 8 * 2 * 4096**2 * 64**2 / 1000 * 2
+    assert case(length=4096, mask="causal", **common).traffic is None
