@@ -45,7 +45,7 @@ AXES = {
     "length": (1024, 4096, 65536),
     "keys": ("all", "128"),
     "heads": ("2", "8", "32/8"),
-    "dim": (64, 128),
+    "dim": (64, 80, 128, 256),
     "dtype": ("bfloat16", "float32"),
     "score": tuple(SCORES),
     "mask": tuple(MASKS),
