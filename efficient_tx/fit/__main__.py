@@ -125,7 +125,7 @@ def row(recipe: Recipe, chip: Chip, memory: int, say: Callable[[str], None]) -> 
     start = config.batch_size // config.grad_accum
     most = largest(lambda micro: step(micro).memory, memory, start)
     own = step(start)
-    bound = None if own.moved is None else chip.bound(own.flops, own.moved, config.dtype)
+    bound = None if None in (own.moved, own.flops) else chip.bound(own.flops, own.moved, config.dtype)
     products = bound is not None and bound * chip.bandwidth > own.moved
     return {
         "target": chip.name,

@@ -48,9 +48,9 @@ class Chip:
             return {"xla_backend_optimization_level": 0}
         return QUICKLY if TARGETS[self.name].platform == "tpu" else {}
 
-    def bound(self, flops: float | None, moved: int, dtype: str) -> float:
+    def bound(self, flops: float, moved: int, dtype: str) -> float:
         """Seconds of the roofline (Williams, Waterman and Patterson 2009): the slower of products and main memory."""
-        return max((flops or 0.0) / self.peak[dtype], moved / self.bandwidth)
+        return max(flops / self.peak[dtype], moved / self.bandwidth)
 
 
 def chip(name: str, float32: float, bfloat16: float, bandwidth: float, memory: float) -> Chip:

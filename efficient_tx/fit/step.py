@@ -15,7 +15,7 @@ from efficient_tx.config.build import build_model, build_stages
 from efficient_tx.config.check import empty_inputs
 from efficient_tx.config.names import task_without_data
 from efficient_tx.fit.chips import Chip
-from efficient_tx.training.flops import of_program
+from efficient_tx.numerics.flops import of_program
 from efficient_tx.training.memory import needed
 from efficient_tx.training.stages import Stage
 from efficient_tx.training.step import AXIS, make_train_step
@@ -62,7 +62,7 @@ class Recipe:
             devices=devices,
         )  # fmt: skip
         arguments: tuple[Any, ...] = (state, self.batch(size))
-        flops = of_program(step.trace(*arguments))
+        flops = of_program(lambda: step.trace(*arguments))
         try:
             done = step.lower(*arguments).compile(compiler_options=chip.compiler_options)
         except (MemoryError, jax.errors.JaxRuntimeError) as error:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from efficient_tx.kernels.forward_mode import reverse_only
 from efficient_tx.kernels.platform import by_platform
+from efficient_tx.numerics.flops import counting
 
 # The platform, by jax's name, that an implementation of an accelerator is compiled for.
 PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}
@@ -51,10 +52,13 @@ class Op:
     Attributes:
       name: the folder's name, also in errors.
       implementations: the names of its modules, best first.
+      open_loops: whether its XLA form has loops whose number of turns only a run tells: the plain formula is counted
+        in place of it.
     """
 
     name: str
     implementations: tuple[str, ...]
+    open_loops: bool = False
 
     def __call__(
         self,
@@ -79,7 +83,7 @@ class Op:
             Pallas implementation in a program for another platform.
         """
         chosen = self.choose(implementation, options, arrays, interpret)
-        if "reference" in chosen.values():
+        if "reference" in chosen.values() or (implementation is None and self.open_loops and counting.value):
             return self.module("reference").forward(options, *arrays)
         if sizes is not None and implementation is None:
             raise ValueError(f"{self.name}: block sizes are those of one implementation, name it")

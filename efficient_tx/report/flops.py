@@ -11,7 +11,7 @@ from efficient_tx.config.build import build_model
 from efficient_tx.config.check import empty_inputs
 from efficient_tx.config.names import task_without_data
 from efficient_tx.config.stored import restore
-from efficient_tx.training.flops import of_program
+from efficient_tx.numerics.flops import of_program
 
 
 def of_step(stored: Mapping[str, Any]) -> float | None:
@@ -27,7 +27,7 @@ def of_step(stored: Mapping[str, Any]) -> float | None:
     def total(params):
         return jnp.sum(nnx.merge(graphdef, params)(**full(empty_inputs(task)), key=jax.random.key(0)))
 
-    count = of_program(jax.make_jaxpr(jax.grad(total))(params))
+    count = of_program(lambda: jax.make_jaxpr(jax.grad(total))(params))
     return None if count is None else count * config.batch_size
 
 

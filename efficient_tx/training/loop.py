@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from efficient_tx.numerics.flops import of_program
 from efficient_tx.task import Batch
 from efficient_tx.training import metrics
 from efficient_tx.training.checkpoint import Checkpoints
 from efficient_tx.training.errors import Interrupted, NonFinite
 from efficient_tx.training.evaluation import Scores, make_evaluate, prefetch
-from efficient_tx.training.flops import of_program
 from efficient_tx.training.history import History
 from efficient_tx.training.memory import needed
 from efficient_tx.training.optimizer import evaluation_params
@@ -249,9 +249,9 @@ class Loop:
         """A line on a step that ran: its program is at hand, and nothing is compiled."""
         compiled = self._train_step.lower(state, batch).compile()
         memory = f"{needed(compiled) / 2**20:,.1f} MiB" if compiled.memory_analysis() else "an unknown amount"
-        count = of_program(self._train_step.trace(state, batch))
+        count = of_program(lambda: self._train_step.trace(state, batch))
         products = "not counted" if count is None else f"{count:.3g} FLOP"
-        return f"  on each device {memory} of memory, as compiled; matrix products: {products} a step"
+        return f"  on each device {memory} of memory, as compiled; matrix products and solves: {products} a step"
 
     def _log(self, state: State, step: int) -> State:
         """Writes the train line; returns the state with an empty window."""

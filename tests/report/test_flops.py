@@ -1,11 +1,14 @@
 """Operations of a training step, against counts by hand."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import pytest
 
+from efficient_tx.attention import ATTENTION
+from efficient_tx.numerics.flops import Uncounted, products
 from efficient_tx.report.flops import of_step
-from efficient_tx.training.flops import Uncounted, products
 from tests.support.workdirs import config_of
 
 
@@ -31,4 +34,32 @@ def test_a_model_of_dense_layers_has_the_operations_of_its_weights():
     expected = 3 * 2 * batch * (length * for_each_token + head)
     assert of_step(config_of("vmean")) == expected
     assert of_step(config_of("vmean", batch_size=32)) == expected / 2
-    assert of_step(config_of("softmax")) > expected + 3 * 2 * batch * 2 * length**2 * features
+
+
+@pytest.mark.parametrize("length", [16, 1100])
+def test_exact_attention_has_all_pairs_whatever_its_blocks(length):
+    """1,100 tokens are three blocks of keys, which are passed over where they are padding."""
+    features, mlp, batch = 8, 16, 64
+    weights = 4 * features**2 + 2 * features * mlp
+    head = features * mlp + mlp * 10
+    expected = 3 * 2 * batch * (length * weights + 2 * length**2 * features + head)
+    assert of_step(config_of("softmax", **{"task.max_len": length})) == expected
+
+
+@pytest.mark.quick
+def test_solves_and_fourier_transforms_are_counted():
+    """n³/3 operations of Cholesky, n² m of a triangle, 4 n² (m − n/3) of Q and R, 9 n³ of eigenvectors."""
+    assert 2 * count(jnp.linalg.cholesky, (5, 9, 9)) == pytest.approx(5 * 9**3 / 3)
+    solve = partial(jax.scipy.linalg.solve_triangular, lower=True)
+    assert 2 * count(solve, (9, 9), (9, 4)) == pytest.approx(9 * 9 * 4)
+    assert 2 * count(jnp.linalg.qr, (12, 9)) == pytest.approx(4 * 81 * (12 - 3))
+    assert 2 * count(jnp.linalg.eigh, (9, 9)) == pytest.approx(9 * 9**3)
+    assert 2 * count(lambda x: jnp.fft.fft(x.astype(complex)), (3, 16)) == pytest.approx(3 * 5 * 16 * 4)
+    assert 2 * count(jnp.fft.rfft, (3, 16)) == pytest.approx(3 * 5 * 16 * 4 / 2)
+    with pytest.raises(Uncounted):
+        count(jnp.linalg.svd, (3, 3))
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_every_mixer_is_counted_at_a_length_of_several_blocks(name):
+    assert of_step(config_of(name, **{"task.max_len": 1100, "batch_size": 1})) > 0

@@ -43,7 +43,7 @@ def test_a_run_says_the_operations_of_its_step():
     _, out = finished_run()
     settings = {"task.max_len": 24, "model.features": 16, "model.mlp_features": 32, "model.dropout": 0.1}
     each = of_step(config_of("softmax", batch_size=8, **settings)) / len(jax.local_devices())
-    assert f"matrix products: {each:.3g} FLOP a step" in out
+    assert f"matrix products and solves: {each:.3g} FLOP a step" in out
     assert "  embedding " in out and "encoder.blocks.mlp " in out
 
 

@@ -23,7 +23,7 @@ from efficient_tx.kernels.precision import full
 from efficient_tx.kernels.shapes import check_shapes
 from efficient_tx.tokens.mask import bool_mask
 
-OP = Op("flash_attention", ("pallas_tpu", "pallas_gpu", "xla", "reference"))
+OP = Op("flash_attention", ("pallas_tpu", "pallas_gpu", "xla", "reference"), open_loops=True)
 
 
 def flash_attention(

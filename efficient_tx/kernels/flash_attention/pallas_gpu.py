@@ -52,16 +52,12 @@ def unsupported(options: Options, *arrays: Any) -> str | None:
 def sizes(options: Options, q: jax.Array, k: jax.Array, v: jax.Array, *others) -> BlockSizes:
     """Blocks whose sums stay in registers on an A100 and an H100, also with a score and a mask of some length."""
     bytes_of_row = max(padded(q.shape[3]), padded(v.shape[3])) * q.dtype.itemsize
-    if q.dtype == jnp.bfloat16 and bytes_of_row <= 128:
-        most = BlockSizes()
-    elif q.dtype == jnp.bfloat16 and bytes_of_row <= 256:
-        most = BlockSizes(64, visits=32)
+    if q.dtype == jnp.bfloat16 and bytes_of_row <= 256:
+        most = BlockSizes() if bytes_of_row <= 128 else BlockSizes(64, visits=32)
     elif bytes_of_row <= 256:
         most = BlockSizes(64, 32, 32, 32)
-    elif bytes_of_row <= 512:
-        most = BlockSizes(32, 16, 32, 16)
     else:
-        most = BlockSizes(32, 32, 32, 16)
+        most = BlockSizes(32, 16 if bytes_of_row <= 512 else 32, 32, 16)
     queries, keys = padded(q.shape[1]), padded(k.shape[1])
     return dataclasses.replace(
         most,

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from efficient_tx.kernels.pair_attention.options import Options, Pair
 from efficient_tx.kernels.platform import by_platform
+from efficient_tx.numerics.flops import counting
 
 AREA = 1 << 18  # scores per tile: 1 MB of float32
 SECOND_TOKENS = 16  # per tile
@@ -107,7 +108,7 @@ class Tile:
 
         steps = -(-tiling.windows[1] // tiling.second)
         # No query sees tokens before the first one.
-        first = 0 if tiling.together else jnp.clip(-self.start2[-1, 0] // tiling.second, 0, steps)
+        first = 0 if tiling.together or counting.value else jnp.clip(-self.start2[-1, 0] // tiling.second, 0, steps)
         return jax.lax.fori_loop(first, steps, step, carry)
 
 

@@ -18,6 +18,7 @@ from efficient_tx.kernels.block_attention import xla as batched
 from efficient_tx.kernels.platform import by_platform
 from efficient_tx.kernels.sampled_block_attention import regrouped
 from efficient_tx.kernels.sampled_block_attention.options import Choice, Sizes, rows_of
+from efficient_tx.numerics.flops import counting
 
 
 def unsupported(options: Sizes, *operands: jax.Array) -> None:
@@ -66,7 +67,7 @@ def serial_forward(sizes: Sizes, q: jax.Array, k: jax.Array, v: jax.Array, choic
             # Finite, so that a row without keys so far adds exp(−inf − peak) = 0, not exp(−inf + inf).
             nothing = jnp.zeros((sizes.tile, v.shape[1]), q.dtype), column, column + jnp.finfo(q.dtype).min / 2
             carry = see(nothing, sampled.logits(q, own), sampled.v)
-            out, total, peak = jax.lax.fori_loop(*span(own), see_block, carry)
+            out, total, peak = jax.lax.fori_loop(*span(own, sizes), see_block, carry)
             seen = total > 0
             total = jnp.where(seen, total, 1)
             return out / total, jnp.where(seen, jnp.log(total) + peak, -jnp.inf)[:, 0]
@@ -109,7 +110,7 @@ def serial_backward(sizes: Sizes, operands: tuple, outputs: tuple, cotangents: t
 
             d_k, d_v, d_k_sampled, d_v_sampled = carry
             d_q, more_k, more_v = pull_back(sampled.logits(q, own), sampled.k, sampled.v)
-            d_q, d_k, d_v = jax.lax.fori_loop(*span(own), see_block, (d_q, d_k, d_v))
+            d_q, d_k, d_v = jax.lax.fori_loop(*span(own, sizes), see_block, (d_q, d_k, d_v))
             return (d_k, d_v, d_k_sampled.at[group].add(more_k), d_v_sampled.at[group].add(more_v)), d_q
 
         carry = tuple(jnp.zeros_like(x.mT) for x in (k, v, samples.k, samples.v))
@@ -149,8 +150,10 @@ def block_logits(q, k, real, own, j):
     return jnp.where(real & (own[:, None] == j), dot(q, k.T), -jnp.inf)
 
 
-def span(own: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The range of blocks that are seen: the first one, and the last one plus 1; empty if there is none."""
+def span(own: jax.Array, sizes: Sizes) -> tuple[jax.Array | int, jax.Array | int]:
+    """The range of blocks that a tile sees: the first one, and the last one plus 1; empty if there is none."""
+    if counting.value:  # as many as have its rows
+        return 0, max(1, sizes.tile // sizes.block)
     return jnp.min(jnp.where(own < 0, jnp.iinfo(own.dtype).max, own)), own.max() + 1
 
 
