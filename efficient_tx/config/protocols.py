@@ -284,6 +284,11 @@ def key(task: Mapping[str, Any]) -> str:
     return f"{task['name']} {task['resolution']}" if "resolution" in task else task["name"]
 
 
+def published(protocol: str, task: str) -> dict[str, Any]:
+    """As `settings`; none of a protocol without any for this task."""
+    return dict(PROTOCOLS.get(protocol, {}).get(task, {}))
+
+
 def settings(protocol: str, task: str) -> dict[str, Any]:
     """Key -> value of a protocol for the task with this `key`.
 

@@ -196,7 +196,7 @@ def fit(options: argparse.Namespace, constants: Sequence[str]) -> int:
     for chip in chips:
         memory = options.memory * GIB if options.memory else chip.memory
         peak = ", ".join(f"{dtype} {rate / TERA:.3g}" for dtype, rate in chip.peak.items())
-        source = "measured just now" if chip.name == "cpu" else "data sheet"
+        source = "measured just now, under the load of the moment" if chip.name == "cpu" else "data sheet"
         rates = f"TFLOP/s in matrix products: {peak}; memory: {chip.bandwidth / GIGA:,.0f} GB/s ({source})"
         console.print(f"{chip.name}: {size(memory)} for the step; {rates}", soft_wrap=True)
     if options.out:

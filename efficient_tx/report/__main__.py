@@ -39,19 +39,29 @@ from efficient_tx.report.page import page
 from efficient_tx.report.runs import Problem, find, problems
 from efficient_tx.tables import FORMATS, Table
 
+ENDINGS = ("html", *FORMATS)
+
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The flags; a mistake ends in one line and exit status 2."""
     parser = commands.Parser.of("report", __doc__)
     add = parser.add_argument
     add("folders", nargs="+", type=path, metavar="DIR", help="a folder of runs, as of a sweep, or a run")
-    add("--format", choices=("html", *FORMATS), help="default: as the ending of --out, else html")
+    add("--format", choices=ENDINGS, help="default: as the ending of --out, else html")
     add("--baseline", metavar="NAME", help="the method that others are compared with; default: softmax, else the first")
     add("--out", type=path, help="default: DIR/report.html, with report.csv beside it; other formats are printed")
     add("--trust", action="append", default=[], metavar="MODULE", help=TRUST)
     options = parser.parse_args(argv)
-    ending = options.out.suffix.removeprefix(".") if options.out else "html"
-    options.format = options.format or (ending if ending in ("html", *FORMATS) else "html")
+    if options.out is not None:
+        ending = options.out.suffix.removeprefix(".")
+        if ending not in ENDINGS:
+            parser.error(f"--out={options.out}: end it in {', '.join('.' + ending for ending in ENDINGS)}")
+        if options.format not in (None, ending):
+            parser.error(f"--out={options.out} and --format={options.format}: leave out one of the two")
+        if options.out.is_dir():
+            parser.error(f"--out={options.out} is a folder: name a file in it")
+        options.format = ending
+    options.format = options.format or "html"
     if options.out is None and options.format == "html":
         options.out = options.folders[0] / "report.html"
     return options
@@ -66,10 +76,11 @@ def flops_of(found: Sequence[Problem], console: Console) -> list[dict[str, float
             for method in problem.methods:
                 status.update(f"counting operations of {method.label}")
                 try:
-                    every[-1][method.label] = of_step(method.config)
+                    every[-1][method.label], why = of_step(method.config), "its program has loops of unknown length"
                 except ValueError as error:  # a mixer or a task of another place
-                    print(f"{method.label}: operations are not counted: {error}", file=sys.stderr)
-                    every[-1][method.label] = None
+                    every[-1][method.label], why = None, str(error)
+                if every[-1][method.label] is None:
+                    print(f"{method.label}: operations are not counted: {why}", file=sys.stderr)
     return every
 
 
@@ -114,8 +125,9 @@ def report(options: argparse.Namespace) -> int:
             return 0
         write(options.out, made)
     else:
-        title = f"Comparison of {sum(len(problem.methods) for problem in found)} methods"
-        drawn = [plots.pictures(problem, f"p{i}") for i, problem in enumerate(found)]
+        labels = list(dict.fromkeys(method.label for problem in found for method in problem.methods))
+        title = f"Comparison of {len(labels)} methods"
+        drawn = [plots.pictures(problem, f"p{i}", labels) for i, problem in enumerate(found)]
         write(options.out, page(title, tables[0], sections, drawn))
         beside = options.out.with_suffix(".csv")
         write(beside, text("csv", tables, sections))

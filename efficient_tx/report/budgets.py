@@ -18,10 +18,16 @@ def validation(run: Run, metric: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def seconds_at(run: Run, steps: np.ndarray) -> np.ndarray:
-    """Training time until each step, evaluation, saving and compilation aside, between train lines by interpolation."""
+    """Training time until each step, evaluation, saving and compilation aside, between train lines by interpolation.
+
+    A line's steps all took what its own speed says: its seconds leave out what was trained before a run was resumed.
+    """
     lines = [line for line in run.lines if line["split"] == "train"]
     at = np.array([0, *(line["step"] for line in lines)], float)
-    return np.interp(steps, at, np.cumsum([0, *(line["seconds"] or 0.0 for line in lines)]))
+    examples = np.diff(at) * run.config["batch_size"]
+    rates = [line.get("examples_per_second") for line in lines]
+    seconds = [count / rate if rate else line["seconds"] or 0.0 for count, rate, line in zip(examples, rates, lines)]
+    return np.interp(steps, at, np.cumsum([0, *seconds]))
 
 
 def amounts(run: Run, what: str, metric: str, flops: Mapping[str, float | None], label: str) -> np.ndarray | None:

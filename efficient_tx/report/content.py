@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from efficient_tx.config import protocols
 from efficient_tx.config.protocols import HOUSEKEEPING
 from efficient_tx.report.budgets import at_equal
 from efficient_tx.report.published import Published, published
@@ -15,7 +16,11 @@ from efficient_tx.tables import Table
 from efficient_tx.training import summary
 
 NONE = "—"
-UNITS = {"steps": "steps", "seconds": "seconds of training", "flops": "training FLOPs"}
+UNITS = {
+    "steps": "steps",
+    "seconds": "seconds of training",
+    "flops": "FLOPs of products and solves",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +57,8 @@ def interval(problem: Problem, scores: Sequence[float]) -> str:
     if len(scores) < 2:
         return NONE
     of = spread(scores)
-    return f"{score(problem, of.low)} to {score(problem, of.high)}"
+    low, high = (max(0.0, of.low), min(1.0, of.high)) if problem.metric == "accuracy" else (of.low, of.high)
+    return f"{score(problem, low)} to {score(problem, high)}"
 
 
 def unit(problem: Problem) -> str:
@@ -106,11 +112,15 @@ def results(problem: Problem) -> Table:
             ]
         )
         if figures:
-            value = figures.ours.get(base(method.config))
-            rows[-1].append(NONE if value is None else f"{value:.2f} (published)")
+            rows[-1].append(published_cell(figures, method))
     for name, value in problem.baselines.items():
         rows.append([f"{name} (to beat)", score(problem, value), *[NONE] * (len(columns) - 2)])
     return Table(f"Results: {problem.title}", columns, rows)
+
+
+def published_cell(figures: Published, method: Method) -> str:
+    value = figures.ours.get(base(method.config))
+    return NONE if value is None else f"{value:.2f} (published)"
 
 
 def gigabytes(run: Run) -> float | None:
@@ -125,8 +135,9 @@ def middle(values: Any) -> str:
 
 
 def equal(problem: Problem, flops: Mapping[str, float | None]) -> list[Table]:
-    """Validation scores at equal steps, training time and floating-point operations."""
-    made = []
+    """Validation scores at equal steps, training time and operations; at equal steps what else is known of the task."""
+    made, figures = [], figures_of(problem)
+    labels = {method.label: method for method in problem.methods}
     for what, words in UNITS.items():
         marks, found = at_equal(problem.methods, what, problem.metric, flops)
         # An amount before the first evaluation of every method says nothing.
@@ -137,9 +148,21 @@ def equal(problem: Problem, flops: Mapping[str, float | None]) -> list[Table]:
                 for label, cells in found.items()
             ]
             heads = [f"{amount(marks[i], what)} {words}" for i in known]
+            if what == "steps":
+                if figures:
+                    heads.append(f"published, test, after {protocol_steps(problem)}")
+                    rows = [[*row, published_cell(figures, labels[row[0]])] for row in rows]
+                beaten = [(f"{name} (to beat, test)", score(problem, x)) for name, x in problem.baselines.items()]
+                rows += [[name, value, *[NONE] * (len(heads) - 1)] for name, value in beaten]
             title = f"Validation {unit(problem)} (seeds) after equal {words}: {problem.title}"
             made.append(Table(title, ["method|", *heads], rows))
     return made
+
+
+def protocol_steps(problem: Problem) -> str:
+    """ "50,000 steps", of the published runs."""
+    steps = protocols.published(problem.config["protocol"], problem.task).get("steps")
+    return f"{steps:,} steps" if steps else "its own steps"
 
 
 def amount(value: float, what: str) -> str:
@@ -179,7 +202,7 @@ def differences(problem: Problem, baseline: str | None) -> tuple[Table | None, l
         return None, notes
     pairs = [[(one[problem.metric], one[f"{problem.metric}_count"]) for one in answers[m.label]] for m in compared]
     against = [(one[problem.metric], one[f"{problem.metric}_count"]) for one in mine]
-    found = [paired(pair, against) for pair in pairs]
+    found = paired(pairs, against)
     adjusted = holm([difference.p for difference in found])
     rows = []
     for method, pair, difference, p in zip(compared, pairs, found, adjusted):
@@ -274,21 +297,22 @@ def said_of(problem: Problem, words: Any) -> list[str]:
 
 
 def departed(problem: Problem) -> str:
-    """The keys in which runs depart from a published protocol."""
-    keys = {key for run in problem.finished for key in run.figure("protocol_departures") or ()}
-    return ", ".join(sorted(keys)) if problem.config["protocol"] != "default" else ""
+    """The keys in which runs depart from their protocol."""
+    return ", ".join(sorted({key for method in problem.methods for run in method.runs for key in run.departures}))
 
 
 def facts(problem: Problem) -> dict[str, str]:
     """What the numbers depend on besides the methods."""
     done = problem.finished
-    if not done:
-        return {"runs": f"{sum(len(method.runs) for method in problem.methods)}, none of them finished"}
-    return {
-        "runs": f"{sum(len(method.runs) for method in problem.methods)}, {len(done)} of them finished",
-        "data": "; ".join(said_of(problem, lambda result: str(result.get("source", "unknown")))),
+    known = {
+        "runs": f"{sum(len(method.runs) for method in problem.methods)}, {len(done) or 'none'} of them finished",
         "protocol": problem.config["protocol"],
         "departures from it": departed(problem) or NONE,
+    }
+    if not done:
+        return known
+    return known | {
+        "data": "; ".join(said_of(problem, lambda result: str(result.get("source", "unknown")))),
         "device": device_list(problem),
         "memory of": "; ".join(said_of(problem, lambda result: str(result.get("peak_memory_of", NONE)))),
         "versions": "; ".join(

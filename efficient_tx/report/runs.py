@@ -58,6 +58,15 @@ class Run:
         return (self.summary or {}).get(name)
 
     @property
+    def departures(self) -> frozenset[str]:
+        """The keys in which it departs from its protocol; before it is finished those that the protocol itself sets."""
+        told = self.figure("protocol_departures")
+        if told is None:
+            wanted = protocols.published(self.config["protocol"], protocols.key(of_task(self.config)))
+            return frozenset(k for k, x in wanted.items() if k in self.config and frozen(self.config[k]) != frozen(x))
+        return frozenset(told)
+
+    @property
     def evaluated(self) -> dict[str, Any]:
         """What eval.py wrote of the best checkpoint on the test split, of a run that need not be finished; else {}."""
         try:
@@ -121,8 +130,7 @@ class Problem:
     @property
     def task(self) -> str:
         """The key of PROTOCOLS."""
-        options = {key.removeprefix("task."): x for key, x in self.config.items() if key.startswith("task.")}
-        return protocols.key(options)
+        return protocols.key(of_task(self.config))
 
     @property
     def finished(self) -> list[Run]:
@@ -167,13 +175,21 @@ def find(folders: Iterable[Path], warn: Callable[[str], None]) -> list[Run]:
 
 
 def tuning_in(folder: Path) -> tuple[frozenset[str], frozenset[str]]:
-    """The names of the runs that a sweep made only to choose settings, and the keys that it chose values of."""
+    """The names of the runs that a sweep made only to choose settings, and the keys that it chose values of.
+
+    Raises:
+      ValueError: the sweep's record is damaged, so that runs which only chose settings would count as results.
+    """
+    path = folder / "sweep.json"
     try:
-        sweep = json.loads((folder / "sweep.json").read_text())
+        sweep = json.loads(path.read_text())
         names = {name for name, run in sweep["runs"].items() if run["purpose"] == "tune"}
         return frozenset(names), frozenset(key for cell in sweep["chosen"].values() for key in cell["settings"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except FileNotFoundError:
         return frozenset(), frozenset()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        unknown = "which of its runs only chose settings is not known"
+        raise ValueError(f"{path} is damaged, and {unknown}: restore it, or delete it to count them all") from None
 
 
 def load(
@@ -281,7 +297,9 @@ def labelled(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     for config in configs:
         alike = [other for other in configs if base(other) == base(config)]
         apart = differing(alike, lambda key: key not in HOUSEKEEPING)
-        labels.append(", ".join([base(config), *(f"{k.rpartition('.')[2]}={config.get(k)}" for k in apart)]))
+        last = [key.rpartition(".")[2] for key in apart]
+        short = [name if last.count(name) == 1 else key for key, name in zip(apart, last)]
+        labels.append(", ".join([base(config), *(f"{name}={config.get(k)}" for k, name in zip(apart, short))]))
     return labels
 
 
@@ -291,5 +309,10 @@ def differing(configs: Sequence[Mapping[str, Any]], counts: Callable[[str], bool
     return [key for key in keys if len({frozen({key: config.get(key)}) for config in configs}) > 1]
 
 
-def frozen(values: Mapping[str, Any]) -> str:
+def of_task(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the task."""
+    return {key.removeprefix("task."): x for key, x in config.items() if key.startswith("task.")}
+
+
+def frozen(values: Any) -> str:
     return json.dumps(values, sort_keys=True)

@@ -54,37 +54,42 @@ class Difference(NamedTuple):
     p: float
 
 
-def paired(
-    one: Sequence[tuple[np.ndarray, np.ndarray]],
-    other: Sequence[tuple[np.ndarray, np.ndarray]],
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Difference:
-    """The difference of two methods: a paired bootstrap over items, and Student's t over the seeds of each.
+Runs = Sequence[tuple[np.ndarray, np.ndarray]]
 
-    The same items are drawn for both methods, whose runs stay: that is the variance of other test items. To it comes
+
+def paired(methods: Sequence[Runs], other: Runs, *, resamples: int = RESAMPLES, seed: int = 0) -> list[Difference]:
+    """The differences of methods to another one: a paired bootstrap over items, and Student's t over the seeds of each.
+
+    The same items are drawn for all methods, whose runs stay: that is the variance of other test items. To it comes
     the variance of each mean over seeds, s² / n: a bootstrap over a few seeds would understate it. The degrees of
     freedom are those of Welch and Satterthwaite, without end for the items. A method with one seed adds nothing: then
     the interval says nothing of other seeds. What items and seeds share counts in both, to the safe side.
 
     Args:
-      one, other: for each run of a method the sums and the divisors of all items, `[items]`, in one order; a run's
+      methods, other: for each run of a method the sums and the divisors of all items, `[items]`, in one order; a run's
         score is Σ sums / Σ divisors.
     """
+    *drawn, against = resampled([*methods, other], resamples, seed)
+    return [difference(runs, other, float((scores - against).var()), resamples) for runs, scores in zip(methods, drawn)]
+
+
+def resampled(methods: Sequence[Runs], resamples: int, seed: int) -> np.ndarray:
+    """The mean score of each method's runs on the same drawn items, `[methods, resamples]`."""
     generator = np.random.default_rng(seed)
-    items = len(one[0][0])
-    differences = []
+    items = len(methods[0][0][0])
+    found = []
     for start in range(0, resamples, CHUNK):
-        size = min(CHUNK, resamples - start)
-        weights = generator.multinomial(items, np.full(items, 1 / items), size=size)
-        drawn = [np.mean([(weights @ sums) / (weights @ counts) for sums, counts in runs], axis=0)
-                 for runs in (one, other)]  # fmt: skip
-        differences.append(drawn[0] - drawn[1])
+        weights = generator.multinomial(items, np.full(items, 1 / items), size=min(CHUNK, resamples - start))
+        found.append([np.mean([(weights @ sums) / (weights @ counts) for sums, counts in runs], 0) for runs in methods])
+    return np.concatenate(found, axis=1)
+
+
+def difference(one: Runs, other: Runs, of_items: float, resamples: int) -> Difference:
+    """Of two methods; `of_items` is the variance of their difference over so many resamples of the items."""
     scores = [np.array([sums.sum() / counts.sum() for sums, counts in runs]) for runs in (one, other)]
     mean = float(scores[0].mean() - scores[1].mean())
     of_seeds = [(of.var(ddof=1) / len(of), len(of) - 1) for of in scores if len(of) > 1]
-    variance = float(np.concatenate(differences).var() + sum(v for v, _ in of_seeds))
+    variance = float(of_items + sum(v for v, _ in of_seeds))
     if variance == 0:  # never a probability of 0: so many resamples show no more
         return Difference(mean, mean, mean, 1.0 if mean == 0 else 1 / (1 + resamples))
     doubt = sum(v**2 / freedom for v, freedom in of_seeds)

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from efficient_tx.report.budgets import at_equal
+from efficient_tx.report.budgets import at_equal, seconds_at
 from efficient_tx.report.runs import Method, Run
 
 pytestmark = pytest.mark.quick
@@ -16,7 +17,7 @@ def run(points, seconds_per_step=0.1, finished=True):
         lines.append({"step": step, "split": "train", "seconds": (step - before) * seconds_per_step, "accuracy": 0.0})
         lines.append({"step": step, "split": "validation", "accuracy": accuracy})
         before = step
-    return Run(Path("run"), {}, lines, {} if finished else None, tuning=False)
+    return Run(Path("run"), {"batch_size": 8}, lines, {} if finished else None, tuning=False)
 
 
 FAST = Method("fast", [run([(10, 0.1), (100, 1.0)]), run([(10, 0.2), (100, 0.2)])], 0)
@@ -36,6 +37,14 @@ def test_equal_time():
     marks, found = at_equal([FAST, SLOW], "seconds", "accuracy", {})
     assert marks == pytest.approx([2.5, 5.0, 10.0])
     assert found["fast"][1] == pytest.approx([0.5, 0.2]) and found["slow"] == [[], [], []]
+
+
+def test_a_resumed_run_has_the_time_of_all_its_steps():
+    """The second line has timed half of its steps."""
+    rate = {"split": "train", "examples_per_second": 16.0}
+    lines = [{"step": 10, "seconds": 5.0, **rate}, {"step": 30, "seconds": 5.0, **rate}]
+    resumed = Run(Path("run"), {"batch_size": 8}, lines, None, tuning=False)
+    assert seconds_at(resumed, np.array([5.0, 30.0])).tolist() == [2.5, 15.0]
 
 
 def test_equal_operations():

@@ -57,13 +57,13 @@ def test_the_tables(folder):
     assert results["gla"]["test accuracy, %"] == "90.00" and results["gla"]["95 % interval"] == "—"
     assert results["vmean"]["seeds"] == "0 of 1" and results["vmean"]["steps"] == "10 of 1,500"
     assert results["constant (to beat)"]["test accuracy, %"] == "12.50" and "published" not in results["gla"]
-    # Half of the seeds' t interval: 12.706 · 7.071 / √2.
-    assert results["softmax"]["95 % interval"] == "−8.53 to 118.53"
+    # Half of the seeds' t interval is 12.706 · 7.071 / √2: more than there is.
+    assert results["softmax"]["95 % interval"] == "0.00 to 100.00"
     steps = rows(out, "Validation accuracy, % (seeds) after equal steps")
     assert steps["softmax"]["10 steps"] == "25.00 ± 7.07 (2)" and steps["gla"]["10 steps"] == "25.00 (1)"
     times = rows(out, "Validation accuracy, % (seeds) after equal seconds")
     assert times["gla"]["0.25 seconds of training"] == "25.00 (1)"
-    assert rows(out, "Validation accuracy, % (seeds) after equal training FLOPs").keys() >= {"gla", "softmax"}
+    assert rows(out, "Validation accuracy, % (seeds) after equal FLOPs").keys() >= {"gla", "softmax"}
     (difference,) = rows(out, "Test accuracy, % minus that of softmax, on the same 200 items").values()
     saved = [np.load(folder / name / "predictions_test_best.npz")["accuracy"].mean() for name in
              ("gla_seed0", "softmax_seed0", "softmax_seed1")]  # fmt: skip
@@ -93,7 +93,37 @@ def test_published_figures_stand_beside_runs_of_their_protocol_alone(folder):
     assert "published" not in default.lower() and "38.69 (published)" in other
     assert "Published figures: Chen et al. 2021, arXiv 2111.00035, table 1" in other
     assert "| root operator (to beat) | 35.80 |" in other and "root operator" not in default
-    assert "runs here depart from the protocol in steps." in other and "Informer 32.53" in other
+    assert re.search(r"runs here depart from the protocol in .*model\.features.*, steps", other)
+    assert "Informer 32.53" in other
+
+
+def test_unfinished_runs_stand_beside_published_figures_too(tmp_path):
+    """With what they depart in, and what must be beaten, at equal steps."""
+    config = config_of("skyformer", **{"task.max_len": 512}) | {"protocol": "skyformer"}
+    path = write_run(tmp_path / "one", config, test=None, validation=[(10, 0.2), (20, 0.3)])
+    (path / "eval_test_best.json").write_text(json.dumps({"baselines": {"root operator": 0.358}}))
+    status, out, error = report(tmp_path, "--format=csv")
+    assert (status, error) == (0, "")
+    steps = rows(out, "Validation accuracy, % (seeds) after equal steps")
+    assert steps["skyformer"]["20 steps"] == "30.00 (1)"
+    assert steps["skyformer"]["published, test, after 50,000 steps"] == "38.69 (published)"
+    assert steps["root operator (to beat, test)"]["10 steps"] == "35.80"
+    _, words, _ = report(tmp_path, "--format=md")
+    assert "- departures from it: " in words and ", steps, task.drop_brackets" in words
+    assert "- runs: 1, none of them finished" in words
+
+
+def test_departures_from_the_configs_own_settings_are_told(folder):
+    write_run(folder / "other", config_of("pool"), protocol_departures=["steps", "batch_size"])
+    _, out, _ = report(folder, "--format=md")
+    assert "departures from it: batch_size, steps" in out and "depart from the protocol" not in out
+
+
+def test_a_method_whose_operations_are_unknown_is_named(folder, monkeypatch):
+    monkeypatch.setattr("efficient_tx.report.__main__.of_step", lambda config: None)
+    status, out, error = report(folder, "--format=md")
+    assert status == 0 and "after equal FLOPs" not in out
+    assert "gla: operations are not counted: its program has loops of unknown length" in error
 
 
 def test_predictions_on_other_items_are_not_compared(folder):
@@ -189,11 +219,16 @@ def test_tex(folder):
         ),
         (["FOLDER", "--format=pdf"], "argument --format: invalid choice: 'pdf'"),
         (["FOLDER", "--base=x"], "--base=x is no flag: the nearest is --baseline"),
+        (["FOLDER", "--out=FOLDER/page.pdf"], "--out=FOLDER/page.pdf: end it in .html, .md, .csv, .tex"),
+        (["FOLDER", "--out=FOLDER/x.csv", "--format=html"], "--out=FOLDER/x.csv and --format=html: leave out one of"),
+        (["FOLDER/damaged"], "FOLDER/damaged/sweep.json is damaged, and which of its runs only chose settings is not"),
         (["FOLDER", "--out=FOLDER/none/page.html"], "--out=FOLDER/none/page.html: there is no folder FOLDER/none"),
     ],
 )
 def test_mistakes_are_one_line(folder, arguments, line):
     (folder / "empty").mkdir()
+    write_run(folder / "damaged" / "tuned", config_of("softmax"))
+    (folder / "damaged" / "sweep.json").write_text("broken")
     status, out, error = report(*(argument.replace("FOLDER", str(folder)) for argument in arguments))
     assert (status, out, error.count("\n")) == (2, "", 1) and line.replace("FOLDER", str(folder)) in error
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from efficient_tx.report.statistics import holm, paired, spread
+from efficient_tx.report.statistics import holm, spread
+from efficient_tx.report.statistics import paired as paired_with
 
 pytestmark = pytest.mark.quick
 
@@ -23,6 +24,11 @@ def test_the_interval_is_students():
 
 def test_one_seed_has_no_deviation():
     assert spread([0.4]) == (1, 0.4, None, None, None)
+
+
+def paired(one, other, **options):
+    (found,) = paired_with([one], other, **options)
+    return found
 
 
 def answers(*runs):
@@ -90,6 +96,12 @@ def test_items_with_divisors_are_weighed():
     """A run's score is the sum of sums over the sum of divisors: items of many labels count more."""
     found = paired([(np.array([1.0, 30.0]), np.array([1.0, 99.0]))], [(np.array([0.0, 0.0]), np.array([1.0, 99.0]))])
     assert found.mean == pytest.approx(0.31)
+
+
+def test_several_methods_have_the_differences_that_each_has_alone():
+    generator = np.random.default_rng(0)
+    runs = [answers(*(generator.random((seeds, 80)) < 0.5)) for seeds in (1, 2, 3)]
+    assert paired_with(runs[:2], runs[2], resamples=600) == [paired(one, runs[2], resamples=600) for one in runs[:2]]
 
 
 def test_holms_example():
