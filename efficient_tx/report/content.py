@@ -153,7 +153,7 @@ def equal(problem: Problem, flops: Mapping[str, float | None]) -> list[Table]:
                     heads.append(f"published, test, after {protocol_steps(problem)}")
                     rows = [[*row, published_cell(figures, labels[row[0]])] for row in rows]
                 beaten = [(f"{name} (to beat, test)", score(problem, x)) for name, x in problem.baselines.items()]
-                rows += [[name, value, *[NONE] * (len(heads) - 1)] for name, value in beaten]
+                rows += [[name, *[value] * len(known), *[NONE] * (len(heads) - len(known))] for name, value in beaten]
             title = f"Validation {unit(problem)} (seeds) after equal {words}: {problem.title}"
             made.append(Table(title, ["method|", *heads], rows))
     return made
