@@ -5,9 +5,9 @@
 The task: one key and its word somewhere among random words, the key again at the end: which word was it? The model has
 2 layers, 64 wide, no positions, short convolutions of size 4; `lev` keeps 32 keys of each head. Every run is `train.py
 --config=configs/recall.py:MIXER` in its own workdir below DIR: first with texts of 64 tokens, then on from there with
-512, 4,096 and 32,768 tokens, where it learns not to forget. A second start only reads finished runs. Then the model reads new
-texts of each length in pieces of 1,024 tokens, and the last token by itself: what it keeps of the tokens before is the
-decoder's state, whose arrays' bytes are printed.
+512, 4,096 and 32,768 tokens, where it learns not to forget. A second start only reads finished runs. Then the model
+reads new texts of each length in pieces of 1,024 tokens, and the last token by itself: what it keeps of the tokens
+before is the decoder's state, whose arrays' bytes are printed.
 """
 
 import argparse
