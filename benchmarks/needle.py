@@ -5,7 +5,7 @@
 The task: one key and its word somewhere among random words, the key again at the end: which word was it? The model has
 2 layers, 64 wide, no positions, short convolutions of size 4; `lev` keeps 32 keys of each head. Every run is `train.py
 --config=configs/recall.py:MIXER` in its own workdir below DIR: first with texts of 64 tokens, then on from there with
-512, 4,096 and 32,768 tokens, where it learns not to forget. A second start only reads finished runs. Then the model
+512, 4,096 and 8,192 tokens, where it learns not to forget. A second start only reads finished runs. Then the model
 reads new texts of each length in pieces of 1,024 tokens, and the last token by itself: what it keeps of the tokens
 before is the decoder's state, whose arrays' bytes are printed.
 """
@@ -32,8 +32,12 @@ from efficient_tx.files import local_path
 from efficient_tx.models.classifier import TokenClassifier
 
 PIECE, BUDGET = 1024, 32
-# Tokens of a text, texts of a batch, steps, texts of an evaluation.
-STAGES = ((64, 128, 1000, 256), (512, 32, 300, 256), (4096, 4, 150, 256), (32768, 1, 100, 32))
+# Tokens of a text, texts of a batch, steps, texts of an evaluation, and the optimiser's settings after the first stage:
+# in the last one a decay that is nearly 1 must come eight times closer to it.
+SLOW, FAST = (
+    {"optimizer.learning_rate": rate, "optimizer.warmup": warmup} for rate, warmup in ((1e-3, 10), (3e-3, 20))
+)
+STAGES = ((64, 128, 1000, 256, {}), (512, 32, 300, 256, SLOW), (4096, 4, 150, 256, SLOW), (8192, 2, 400, 64, FAST))
 DECODING = [name for name, cls in ATTENTION.items() if cls.can_decode]
 
 
@@ -43,11 +47,12 @@ def trained(out: Path, mixer: str, seed: int) -> TokenClassifier:
     options |= {f"attention.{mixer}.conv": 4} if issubclass(ATTENTION[mixer], MultiHead) else {}
     options |= {"task.kind": "needle", "model.positions": "none"}
     before = {}
-    for length, batch, steps, held in STAGES:
+    for length, batch, steps, held, optimizer in STAGES:
         workdir = out / f"{mixer}-{seed}-{length}"
         settings = {"task.max_len": length, "task.val_size": held, "task.test_size": held, "batch_size": batch}
+        settings |= optimizer
         train(workdir, mixer, config="recall", seed=seed, steps=steps, eval_every=50, **settings, **options, **before)
-        before = {"init_from": workdir.absolute(), "optimizer.learning_rate": 1e-3, "optimizer.warmup": 10}
+        before = {"init_from": workdir.absolute()}
         print(f"{mixer}, seed {seed}: {summary(workdir)['test_accuracy']:.1%} of texts of {length} tokens", flush=True)
     _, _, model, _ = trained_run(workdir, "best")
     return model
