@@ -32,11 +32,10 @@ from efficient_tx.files import local_path
 from efficient_tx.models.classifier import TokenClassifier
 
 PIECE, BUDGET = 1024, 32
-# Tokens of a text, texts of a batch, steps, texts of an evaluation, and the optimiser's settings after the first stage:
-# in the last one a decay that is nearly 1 must come eight times closer to it.
-SLOW, FAST = (
-    {"optimizer.learning_rate": rate, "optimizer.warmup": warmup} for rate, warmup in ((1e-3, 10), (3e-3, 20))
-)
+# Tokens of a text, texts of a batch, steps, texts of an evaluation, and settings that differ from those of the config: in
+# the last stage a decay that is nearly 1 must come eight times closer to it.
+SLOW = {"optimizer.learning_rate": 1e-3, "optimizer.warmup": 10}
+FAST = {"optimizer.learning_rate": 3e-3, "optimizer.warmup": 20, "eval_every": 100}
 STAGES = ((64, 128, 1000, 256, {}), (512, 32, 300, 256, SLOW), (4096, 4, 150, 256, SLOW), (8192, 2, 400, 64, FAST))
 DECODING = [name for name, cls in ATTENTION.items() if cls.can_decode]
 
@@ -47,11 +46,11 @@ def trained(out: Path, mixer: str, seed: int) -> TokenClassifier:
     options |= {f"attention.{mixer}.conv": 4} if issubclass(ATTENTION[mixer], MultiHead) else {}
     options |= {"task.kind": "needle", "model.positions": "none"}
     before = {}
-    for length, batch, steps, held, optimizer in STAGES:
+    for length, batch, steps, held, own in STAGES:
         workdir = out / f"{mixer}-{seed}-{length}"
         settings = {"task.max_len": length, "task.val_size": held, "task.test_size": held, "batch_size": batch}
-        settings |= optimizer
-        train(workdir, mixer, config="recall", seed=seed, steps=steps, eval_every=50, **settings, **options, **before)
+        settings = {"eval_every": 50} | settings | own
+        train(workdir, mixer, config="recall", seed=seed, steps=steps, **settings, **options, **before)
         before = {"init_from": workdir.absolute()}
         print(f"{mixer}, seed {seed}: {summary(workdir)['test_accuracy']:.1%} of texts of {length} tokens", flush=True)
     _, _, model, _ = trained_run(workdir, "best")
