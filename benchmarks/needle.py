@@ -32,8 +32,8 @@ from efficient_tx.files import local_path
 from efficient_tx.models.classifier import TokenClassifier
 
 PIECE, BUDGET = 1024, 32
-# Tokens of a text, texts of a batch, steps, texts of an evaluation, and settings that differ from those of the config: in
-# the last stage a decay that is nearly 1 must come eight times closer to it.
+# Tokens of a text, texts of a batch, steps, texts of an evaluation, and settings that are not the config's: in the last
+# stage a decay that is nearly 1 must come eight times closer to it.
 SLOW = {"optimizer.learning_rate": 1e-3, "optimizer.warmup": 10}
 FAST = {"optimizer.learning_rate": 3e-3, "optimizer.warmup": 20, "eval_every": 100}
 STAGES = ((64, 128, 1000, 256, {}), (512, 32, 300, 256, SLOW), (4096, 4, 150, 256, SLOW), (8192, 2, 400, 64, FAST))

@@ -110,6 +110,9 @@ def measure(out: Path, point: Point, rates: Sequence[float], seeds: int, again: 
     return Result(best, [run["test_accuracy"] for run in runs[best]])
 
 
+MARKS = "os^Dv<>P*Xhp"
+
+
 def draw(path: Path, results: Mapping[Point, Result], baselines: Mapping[int, Mapping[str, float]]) -> None:
     """Accuracy against bytes, a panel for each number of pairs; dashed without a convolution."""
     panels = sorted({point.pairs for point in results})
@@ -123,7 +126,9 @@ def draw(path: Path, results: Mapping[Point, Result], baselines: Mapping[int, Ma
                 if (point.mixer, point.conv, point.pairs) == (mixer, conv, pairs)
             )
             if points:
-                look = {"color": f"C{index}", "linestyle": "-" if conv else "--", "marker": "o" if conv else "x"}
+                # Open marks of their own: two mixers that recall all with as many bytes are both seen.
+                look = {"color": f"C{index}", "linestyle": "-" if conv else "--", "markerfacecolor": "none"}
+                look |= {"marker": MARKS[index % len(MARKS)], "markersize": 8}
                 label = f"{mixer}, conv={conv}" if pairs == panels[0] else None
                 axes.plot([x for x, _ in points], [np.mean(y) for _, y in points], label=label, **look)
         for name, accuracy in baselines[pairs].items():
