@@ -58,6 +58,11 @@ class Kronecker(Structured):
 
     @property
     def multiplies(self) -> int:
+        return min(self.multiplies_by_terms, self.in_features * self.out_features)
+
+    @property
+    def multiplies_by_terms(self) -> int:
+        """As `multiplies`, where W is not formed, which pays for many vectors and many terms."""
         first, second = (self.d, self.a) if self.right_first else (self.c, self.b)
         return self.rank * (self.in_features * first + self.out_features * second)
 
@@ -70,6 +75,10 @@ class Kronecker(Structured):
         }
 
     def multiply(self, x: jax.Array, *, left: jax.Array, right: jax.Array) -> jax.Array:
+        dense, tokens = self.in_features * self.out_features, math.prod(x.shape[:-1])
+        if tokens * self.multiplies_by_terms > (tokens + self.rank) * dense:
+            return x @ jnp.einsum("tac,tbd->abcd", left, right).reshape(self.in_features, self.out_features)
+
         def product(x, left, right):
             grid = x.reshape(*x.shape[:-1], self.a, self.b)
             if self.right_first:

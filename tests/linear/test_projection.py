@@ -92,6 +92,18 @@ def test_kronecker_is_numpys():
         np.testing.assert_allclose(made.to_dense(), sum(map(np.kron, left, right)), atol=1e-14)
 
 
+@pytest.mark.quick
+def test_kronecker_of_many_terms_multiplies_their_sum():
+    """As its W does, also where few vectors are multiplied term by term."""
+    with jax.enable_x64(True):
+        made = Kronecker(36, 36, rank=20, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+        assert made.multiplies == 36 * 36 < made.multiplies_by_terms
+        weight = sum(map(np.kron, np.asarray(made.left[...]), np.asarray(made.right[...])))
+        x = np.random.default_rng(0).normal(size=(100, 36))
+        for rows in (x[:1], x):
+            np.testing.assert_allclose(made(rows), rows @ weight, rtol=1e-12, atol=1e-12)
+
+
 def test_kronecker_without_divisors_is_dense():
     kernel = jnp.asarray(np.random.default_rng(0).normal(size=(13, 7)), jnp.float32)
     np.testing.assert_allclose(Kronecker.from_dense(kernel).to_dense(), kernel, rtol=1e-6)
