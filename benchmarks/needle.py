@@ -1,11 +1,12 @@
 """A needle in a haystack, decoded with constant memory: trained on short texts, asked at the end of long ones.
 
-    python benchmarks/needle.py --out=DIR [--mixers=gated_delta,lev] [--lengths=64,1024,8192,65536] [--seeds=1]
+    python benchmarks/needle.py --out=DIR --mixers=gated_delta --stages=4
+    python benchmarks/needle.py --out=DIR [--mixers=lev] [--lengths=64,1024,8192,65536] [--seeds=1]
 
 The task: one key and its word somewhere among random words, the key again at the end: which word was it? The model has
 2 layers, 64 wide, no positions, short convolutions of size 4; `lev` keeps 32 keys of each head. Every run is `train.py
 --config=configs/recall.py:MIXER` in its own workdir below DIR: first with texts of 64 tokens, then on from there with
-512, 4,096 and 8,192 tokens, where it learns not to forget. A second start only reads finished runs. Then the model
+512 and 4,096 tokens, where it learns not to forget, and with 8,192 if it still forgets (`--stages=4`). A second start only reads finished runs. Then the model
 reads new texts of each length in pieces of 1,024 tokens, and the last token by itself: what it keeps of the tokens
 before is the decoder's state, whose arrays' bytes are printed.
 """
@@ -32,21 +33,21 @@ from efficient_tx.files import local_path
 from efficient_tx.models.classifier import TokenClassifier
 
 PIECE, BUDGET = 1024, 32
-# Tokens of a text, texts of a batch, steps, texts of an evaluation, and settings that are not the config's: in the last
-# stage a decay that is nearly 1 must come eight times closer to it.
+# Tokens of a text, texts of a batch, steps, texts of an evaluation, and settings that are not the config's. The last one
+# is for a decay that is nearly 1 and must come eight times closer to it; who has none is thrown off by its rate.
 SLOW = {"optimizer.learning_rate": 1e-3, "optimizer.warmup": 10}
 FAST = {"optimizer.learning_rate": 3e-3, "optimizer.warmup": 20, "eval_every": 100}
 STAGES = ((64, 128, 1000, 256, {}), (512, 32, 300, 256, SLOW), (4096, 4, 150, 256, SLOW), (8192, 2, 400, 64, FAST))
 DECODING = [name for name, cls in ATTENTION.items() if cls.can_decode]
 
 
-def trained(out: Path, mixer: str, seed: int) -> TokenClassifier:
-    """The model after all stages; those that are not there are run."""
+def trained(out: Path, mixer: str, seed: int, stages: int) -> TokenClassifier:
+    """The model after so many stages; those that are not there are run."""
     options = {f"attention.{mixer}.{name}": value for name, value in ATTENTION[mixer].within(BUDGET).items()}
     options |= {f"attention.{mixer}.conv": 4} if issubclass(ATTENTION[mixer], MultiHead) else {}
     options |= {"task.kind": "needle", "model.positions": "none"}
     before = {}
-    for length, batch, steps, held, own in STAGES:
+    for length, batch, steps, held, own in STAGES[:stages]:
         workdir = out / f"{mixer}-{seed}-{length}"
         settings = {"task.max_len": length, "task.val_size": held, "task.test_size": held, "batch_size": batch}
         settings = {"eval_every": 50} | settings | own
@@ -92,12 +93,15 @@ def main() -> None:
                         metavar="A,B", help="default: gated_delta,lev")  # fmt: skip
     parser.add_argument("--lengths", type=wholes, default=(64, 1024, 8192, 65536), help="tokens of the texts")
     parser.add_argument("--examples", type=whole, default=64, help="texts of each length")
+    parser.add_argument(
+        "--stages", type=int, choices=range(1, len(STAGES) + 1), default=3, help="of training; default 3"
+    )
     parser.add_argument("--seeds", type=whole, default=1, help="runs of each mixer")
     args = parser.parse_args()
     print(machine())
     rows = []
     for mixer, seed in itertools.product(args.mixers, range(args.seeds)):
-        model = trained(args.out, mixer, seed)
+        model = trained(args.out, mixer, seed, args.stages)
         for length in args.lengths:
             texts, answers = needles(length, args.examples)
             logits, state, seconds = read(model, texts)
