@@ -6,9 +6,9 @@
 The task: one key and its word somewhere among random words, the key again at the end: which word was it? The model has
 2 layers, 64 wide, no positions, short convolutions of size 4; `lev` keeps 32 keys of each head. Every run is `train.py
 --config=configs/recall.py:MIXER` in its own workdir below DIR: first with texts of 64 tokens, then on from there with
-512 and 4,096 tokens, where it learns not to forget, and with 8,192 if it still forgets (`--stages=4`). A second start only reads finished runs. Then the model
-reads new texts of each length in pieces of 1,024 tokens, and the last token by itself: what it keeps of the tokens
-before is the decoder's state, whose arrays' bytes are printed.
+512 and 4,096 tokens, where it learns not to forget, and with 8,192 if it still forgets (`--stages=4`). A second start
+only reads finished runs. Then the model reads new texts of each length in pieces of 1,024 tokens, and the last token by
+itself: what it keeps of the tokens before is the decoder's state, whose arrays' bytes are printed.
 """
 
 import argparse
@@ -33,8 +33,8 @@ from efficient_tx.files import local_path
 from efficient_tx.models.classifier import TokenClassifier
 
 PIECE, BUDGET = 1024, 32
-# Tokens of a text, texts of a batch, steps, texts of an evaluation, and settings that are not the config's. The last one
-# is for a decay that is nearly 1 and must come eight times closer to it; who has none is thrown off by its rate.
+# Tokens of a text, texts of a batch, steps, texts of an evaluation, and settings that are not the config's. The last is
+# for a decay that is nearly 1 and must come eight times closer to it; who has none is thrown off by its rate.
 SLOW = {"optimizer.learning_rate": 1e-3, "optimizer.warmup": 10}
 FAST = {"optimizer.learning_rate": 3e-3, "optimizer.warmup": 20, "eval_every": 100}
 STAGES = ((64, 128, 1000, 256, {}), (512, 32, 300, 256, SLOW), (4096, 4, 150, 256, SLOW), (8192, 2, 400, 64, FAST))
