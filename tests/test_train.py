@@ -129,7 +129,8 @@ def test_a_run_that_has_ended_can_be_extended(tmp_path):
     path = shutil.copytree(finished_run()[0], tmp_path / "run")
     before = toy.lines(path)
     status, _, error = train_here(path, "--config.steps=50")
-    assert status == 2 and "steps is 40 there and 50 here. " in error and "or extend it to 50 steps" in error
+    assert status == 2 and "steps is 40 there and 50 here. " in error
+    assert "or extend it to 50 steps: python -m efficient_tx.train --extend\n" in error
     status, out, error = train_here(path, "--config.steps=50", "--extend", "--config.batch_size=4")
     assert status == 2 and "batch_size is 8 there and 4 here" in error
     status, out, error = train_here(path, "--config.steps=30", "--extend")

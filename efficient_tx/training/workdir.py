@@ -148,8 +148,11 @@ class Workdir:
     def extended(self) -> list[int]:
         """The numbers of steps at which the run was to end, before it was extended."""
         try:
-            steps = read_checked(self.path / EXTENDED)["from"]
-        except (OSError, ValueError, KeyError):
+            steps = read_checked(file).get("from", [])
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError) as error:
+            self._say(f"{file} {error}: where the run was to end before it was extended is not known")
             return []
         return [step for step in steps if step < self.config["steps"]]
 
@@ -215,7 +218,9 @@ class Workdir:
         if differing:
             said = [f"{key} is {old!r} there and {new!r} here" for key, (old, new) in differing.items()]
             more = f"; and {len(said) - 8} more keys" if len(said) > 8 else ""
-            longer = f", or extend it to {self.config['steps']} steps" if _only_longer(differing) else ""
+            longer = ""
+            if _only_longer(differing):
+                longer = f", or extend it to {self.config['steps']} steps: python -m efficient_tx.train --extend"
             raise Refused(
                 f"{self.path} belongs to a run with another config: {'; '.join(said[:8])}{more}. "
                 f"Use a new folder, or that run's values{longer}",
