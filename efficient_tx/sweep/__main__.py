@@ -24,7 +24,6 @@ from efficient_tx.extras import require
 require("train", "grain", "matplotlib", "ml_collections", "orbax", "rich")
 
 import argparse
-import json
 import shlex
 import signal
 import sys
@@ -39,14 +38,12 @@ from efficient_tx.compare.flags import path, whole
 from efficient_tx.config import trust
 from efficient_tx.config.flags import OVERRIDE, TRUST, refuse
 from efficient_tx.files import write
-from efficient_tx.sweep import slurm
+from efficient_tx.sweep import record, slurm
 from efficient_tx.sweep.display import Display
 from efficient_tx.sweep.plan import Cell, Grid, Run, check_runs, methods_of, shown
 from efficient_tx.sweep.runner import Runner, result_of
 from efficient_tx.sweep.tuning import choose, final_runs, tuning_runs
 from efficient_tx.training.errors import InUse, RunError
-
-NAME = "sweep.json"
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -69,7 +66,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--tune", **key_values, metavar="KEY=V1,V2", dest="tuned",
         help="validation chooses a value for each combination; --seeds fresh seeds then run with it")  # fmt: skip
     add("--tune_seeds", type=whole, default=1, help="runs of each value of --tune, with seeds from 0; default 1")
-    add("--out", type=path, required=True, help=f"the folder of the runs, of {NAME} and of logs/")
+    add("--out", type=path, required=True, help=f"the folder of the runs, of {record.NAME} and of logs/")
     add("--jobs", type=whole, help="runs at once; default 1, of --slurm: as many as there is room for")
     add("--until", type=whole, metavar="STEP",
         help="pause each run after its evaluation at this step, so that all get there before any goes on")  # fmt: skip
@@ -107,6 +104,7 @@ class Sweep:
         self.tuning = tuning_runs(self._grid, self.cells, options.tune_seeds)
         check_runs([*self.tuning, *(run for cell in self.cells for run in self._final(cell, cell.points[0]))])
         self.chosen: dict[Cell, tuple[Mapping[str, str], float | None]] = {
+        record.read(options.out)  # a damaged one is refused before anything starts
             cell: (cell.points[0], None) for cell in self.cells if len(cell.points) == 1
         }
 
@@ -139,21 +137,13 @@ class Sweep:
         return final_runs(self._grid, cell, point, self.options.seeds, first)
 
     def save(self) -> None:
-        """Writes sweep.json, with what earlier sweeps of the folder had in it."""
-        file = self.options.out / NAME
-        try:
-            before = json.loads(file.read_text())
-            runs, chosen = dict(before["runs"]), dict(before["chosen"])
-        except (OSError, ValueError, KeyError, TypeError):
-            runs, chosen = {}, {}
-        runs |= {run.name: run.record() for run in self.runs}
-        chosen |= {
+        """Adds its runs and choices to sweep.json."""
+        chosen = {
             str(cell): {"settings": dict(point), "validation": score, "of": [dict(other) for other in cell.points]}
             for cell, (point, score) in self.chosen.items()
             if len(cell.points) > 1
         }
-        self.options.out.mkdir(parents=True, exist_ok=True)
-        write(file, json.dumps({"config": self._grid.config, "chosen": chosen, "runs": runs}, indent=1) + "\n")
+        record.add(self.options.out, self._grid.config, {run.name: run.record() for run in self.runs}, chosen)
 
 
 def finished_before(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
@@ -187,9 +177,8 @@ def write_slurm(sweep: Sweep, done: Mapping[str, Any]) -> None:
         print(f"all {len(sweep.runs)} runs are finished")
         return
     logs, file = out / "logs", out / "sweep.slurm"
-    logs.mkdir(parents=True, exist_ok=True)
     commands = [command_of(run, sys.executable) for run in runs]
-    write(file, slurm.script(commands, file, logs, Path.cwd(), sweep.options.jobs))
+    text = slurm.script(commands, file, logs, Path.cwd(), sweep.options.jobs)
     sweep.save()
     print(f"wrote {file}, an array of {len(runs)} runs: sbatch {shlex.quote(str(file))}")
     if sweep.later:
@@ -210,6 +199,8 @@ def carry_out(sweep: Sweep, environment: Mapping[str, str], argv: Sequence[str])
             sweep.choose(runner.results | diverged)
             sweep.save()
             for cell, (point, score) in sweep.chosen.items():
+    logs.mkdir(parents=True, exist_ok=True)
+    write(file, text)
                 if score is not None:
                     display.say(f"chosen on validation ({score:.4f}): {shown(cell, point)}")
             display.runs, display.later = sweep.runs, {}
