@@ -43,7 +43,7 @@ from efficient_tx.sweep.display import Display
 from efficient_tx.sweep.plan import Cell, Grid, Run, check_runs, methods_of, shown
 from efficient_tx.sweep.runner import Runner, result_of
 from efficient_tx.sweep.tuning import choose, final_runs, tuning_runs
-from efficient_tx.training.errors import InUse, RunError
+from efficient_tx.training.errors import InUse, NonFinite, RunError
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -95,24 +95,32 @@ def grid_of(options: argparse.Namespace, constants: Sequence[str]) -> Grid:
 
 
 class Sweep:
-    """The runs of a grid: those of the tuning, and the final ones as far as their settings are chosen."""
+    """The runs of a grid: those of the tuning, and the final ones as far as their settings are chosen.
+
+    Attributes:
+      chosen: cell -> its setting and the score that chose it, None where there was no choice.
+      lost: the cells whose runs of the tuning have all ended, and which have no setting without a divergence.
+    """
 
     def __init__(self, options: argparse.Namespace, constants: Sequence[str]):
         self.options = options
+        record.read(options.out)  # a damaged one is refused before anything starts
         self._grid = grid_of(options, constants)
         self.cells = self._grid.cells()
         self.tuning = tuning_runs(self._grid, self.cells, options.tune_seeds)
         check_runs([*self.tuning, *(run for cell in self.cells for run in self._final(cell, cell.points[0]))])
         self.chosen: dict[Cell, tuple[Mapping[str, str], float | None]] = {
-        record.read(options.out)  # a damaged one is refused before anything starts
             cell: (cell.points[0], None) for cell in self.cells if len(cell.points) == 1
         }
+        self.lost: list[Cell] = []
 
     def choose(self, results: Mapping[str, Mapping[str, Any] | None]) -> None:
-        """Chooses settings, where all that is needed for it is in the results."""
+        """Chooses settings, where all that is needed for it is in the results; None is a run that diverged."""
+        open_cells = {run.cell for run in self.tuning if run.name not in results}
         for cell in self.cells:
             if cell not in self.chosen and (best := choose(cell, self.tuning, results)):
                 self.chosen[cell] = best
+        self.lost = [cell for cell in self.cells if cell not in self.chosen and cell not in open_cells]
 
     @property
     def without(self) -> dict[str, list[str]]:
@@ -130,7 +138,7 @@ class Sweep:
     @property
     def later(self) -> dict[Cell, int]:
         """How many runs of a cell follow when its setting is chosen."""
-        return {cell: self.options.seeds for cell in self.cells if cell not in self.chosen}
+        return {cell: self.options.seeds for cell in self.cells if cell not in self.chosen and cell not in self.lost}
 
     def _final(self, cell: Cell, point: Mapping[str, str]) -> list[Run]:
         first = self.options.tune_seeds if self.tuning else 0
@@ -146,13 +154,19 @@ class Sweep:
         record.add(self.options.out, self._grid.config, {run.name: run.record() for run in self.runs}, chosen)
 
 
-def finished_before(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
-    """The results of runs that are finished. Raises Refused for a workdir with a run of another config."""
-    results = {}
+def ended_before(runs: Sequence[Run]) -> dict[str, dict[str, Any] | None]:
+    """The results of runs that are finished, and None for those that diverged.
+
+    Raises:
+      Refused: a workdir has a run of another config.
+    """
+    results: dict[str, dict[str, Any] | None] = {}
     for run in runs:
         try:
             if (result := result_of(run)) is not None:
                 results[run.name] = result
+        except NonFinite:
+            results[run.name] = None
         except InUse:
             continue
     return results
@@ -168,21 +182,34 @@ def dry_run(sweep: Sweep) -> None:
         print(shlex.join(command_of(run)))
     for cell, count in sweep.later.items():
         print(f"# {cell}: then {count} with the best of {len(cell.points)} settings on validation")
+    say_lost(sweep.lost)
 
 
-def write_slurm(sweep: Sweep, done: Mapping[str, Any]) -> None:
-    """Writes the script for the runs that are not finished."""
-    out, runs = sweep.options.out, [run for run in sweep.runs if run.name not in done]
+def write_slurm(sweep: Sweep, ended: Mapping[str, Mapping[str, Any] | None]) -> int:
+    """Writes the script for the runs that have not ended. Returns the exit status."""
+    out, runs = sweep.options.out, [run for run in sweep.runs if run.name not in ended]
+    diverged = [run for run in sweep.runs if run.name in ended and ended[run.name] is None]
+    for run in diverged:
+        print(f"not finite: {run.name}; it is not run again unless {run.workdir} is deleted", file=sys.stderr)
+    say_lost(sweep.lost)
     if not runs:
-        print(f"all {len(sweep.runs)} runs are finished")
-        return
+        print(f"{len(sweep.runs) - len(diverged)} of {len(sweep.runs)} runs are finished in {out}, and none is left")
+        return 1 if sweep.lost or any(run.purpose == "run" for run in diverged) else 0
     logs, file = out / "logs", out / "sweep.slurm"
     commands = [command_of(run, sys.executable) for run in runs]
     text = slurm.script(commands, file, logs, Path.cwd(), sweep.options.jobs)
     sweep.save()
+    logs.mkdir(parents=True, exist_ok=True)
+    write(file, text)
     print(f"wrote {file}, an array of {len(runs)} runs: sbatch {shlex.quote(str(file))}")
     if sweep.later:
         print(f"{sum(sweep.later.values())} more runs follow when these are finished: the same command writes them")
+    return 0
+
+
+def say_lost(cells: Sequence[Cell]) -> None:
+    for cell in cells:
+        print(f"nothing was chosen for {cell}, as its tuning failed: it is not run", file=sys.stderr)
 
 
 def carry_out(sweep: Sweep, environment: Mapping[str, str], argv: Sequence[str]) -> int:
@@ -199,8 +226,6 @@ def carry_out(sweep: Sweep, environment: Mapping[str, str], argv: Sequence[str])
             sweep.choose(runner.results | diverged)
             sweep.save()
             for cell, (point, score) in sweep.chosen.items():
-    logs.mkdir(parents=True, exist_ok=True)
-    write(file, text)
                 if score is not None:
                     display.say(f"chosen on validation ({score:.4f}): {shown(cell, point)}")
             display.runs, display.later = sweep.runs, {}
@@ -218,15 +243,16 @@ def report(sweep: Sweep, runner: Runner) -> int:
     faults = [run for run in runner.failures.values() if not (run.diverged and run.run.purpose == "tune")]
     for failure in runner.failures.values():
         what = "failed" if failure in faults else "out of the tuning"
-        print(f"{what}: {failure.run.name} ({failure.reason}); all it said is in {failure.log}", file=sys.stderr)
+        log = f"; all it said is in {failure.log}" if failure.log.exists() else ""
+        print(f"{what}: {failure.run.name} ({failure.reason}){log}", file=sys.stderr)
         for line in failure.lines if failure in faults else ():
             print(f"    {line}", file=sys.stderr)
-    for cell in sweep.later:
-        print(f"nothing was chosen for {cell}, as its tuning failed: it was not run", file=sys.stderr)
-    total = len(sweep.runs) + sum(sweep.later.values())
+    without = [cell for cell in sweep.cells if cell not in sweep.chosen]
+    say_lost(without)
+    total = len(sweep.runs) + sweep.options.seeds * len(without)
     paused = f", {len(runner.paused)} have come to step {sweep.options.until}" if runner.paused else ""
     print(f"{len(runner.results)} of {total} runs are finished in {sweep.options.out}{paused}")
-    return 1 if faults or sweep.later else 0
+    return 1 if faults or without else 0
 
 
 def main(argv: Sequence[str]) -> int:
@@ -236,14 +262,15 @@ def main(argv: Sequence[str]) -> int:
     trust.allow(*options.trust, remedy="--trust={} allows it")
     try:
         sweep = Sweep(options, constants)
-        done = finished_before(sweep.runs)
-        sweep.choose(done)
+        ended = ended_before(sweep.runs)
+        sweep.choose(ended)
+        ended |= ended_before([run for run in sweep.runs if run.name not in ended])  # those that were just chosen
         for key, cells in sweep.without.items():
             print(f"{key} is set where it is a key: not in {', '.join(cells)}", file=sys.stderr)
         if options.dry_run:
             dry_run(sweep)
         elif options.slurm:
-            write_slurm(sweep, done)
+            return write_slurm(sweep, ended)
         else:
             return carry_out(sweep, environment, argv)
     except RunError as error:

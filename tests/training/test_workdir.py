@@ -177,6 +177,21 @@ def test_a_kill_between_checksum_and_file_leaves_the_old_file(tmp_path, monkeypa
         read_checked(file)
 
 
+def test_a_run_that_diverged_says_so_until_it_begins_again(tmp_path):
+    run = open_run(tmp_path / "run")
+    assert run.diverged() is None
+    run.diverge("the loss of step 3 is not finite")
+    run.release()
+    run.diverge("without the lock")
+    assert run.diverged() == Workdir(tmp_path / "run", CONFIG).diverged() == "the loss of step 3 is not finite"
+    again = open_run(tmp_path / "run")
+    assert again.diverged() is None
+    shutil.rmtree(tmp_path / "run")
+    again.diverge("of a folder that is gone")  # the divergence is what ends the run, and is said
+    assert not (tmp_path / "run").exists()
+    again.release()
+
+
 def test_files_without_checksums_are_read_with_a_note(tmp_path):
     """As those of an older version; from then on they have some. A summary of another form is none."""
     open_run(tmp_path / "run").release()
