@@ -177,12 +177,20 @@ def evaluate(path: str, options: argparse.Namespace) -> dict[str, Any]:
         "device": summary.device(),
         **trained_with(path),
     }
+    if options.save_predictions:  # of the first draw, however many there are
+        predictions.write(Path(path) / file_name(row, "predictions", "npz"), step=step)
     if draws:
         means = [each.means for each in (scores, *draws)]
         row["draws"] = {name: [each[name] for each in means] for name in scores.means}
-    if options.save_predictions:
-        predictions.write(Path(path) / file_name(row, "predictions", "npz"), step=step)
     return row
+
+
+def save(path: str, row: Mapping[str, Any]) -> None:
+    """Writes the results into the workdir; with draws also into a file that no evaluation without them replaces."""
+    plain = {key: value for key, value in row.items() if key != "draws"}
+    write_json(Path(path) / file_name(plain), plain)
+    if "draws" in row:
+        write_json(Path(path) / file_name(row), row)
 
 
 def trained_with(path: str) -> dict[str, Any]:
@@ -200,8 +208,9 @@ def settings_of(row: Mapping[str, Any]) -> str:
 
 
 def file_name(row: Mapping[str, Any], what: str = "eval", ending: str = "json") -> str:
-    """eval_<split>_<checkpoint>[_<set>].json"""
-    parts = [what, row["split"], row["checkpoint"], *filter(None, [settings_of(row)])]
+    """eval_<split>_<checkpoint>[_<set>][_draws=<N>].json"""
+    draws = [f"draws={len(row['draws']['loss'])}"] if "draws" in row else []
+    parts = [what, row["split"], row["checkpoint"], *filter(None, [settings_of(row)]), *draws]
     return re.sub(r"[^\w.=,*+()&|~-]", "-", "_".join(parts)) + f".{ending}"
 
 
@@ -239,7 +248,7 @@ def score_of(row: Mapping[str, Any], name: str) -> str:
 
 def notes(rows: list[tuple[str, Mapping[str, Any]]]) -> list[str]:
     """What the tables do not say by themselves: the answers to beat, and what ± and the draws are."""
-    lines = ["±: standard error over the items of the split; between seeds and draws scores differ more"]
+    lines = ["±: standard error over the items of the split alone; what other seeds or draws change is not in it"]
     for _, row in rows:
         if row["baselines"]:
             scores = ", ".join(f"{name} {score:.4f}" for name, score in row["baselines"].items())
@@ -255,8 +264,8 @@ def notes(rows: list[tuple[str, Mapping[str, Any]]]) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def on_terminal(table: Table, width: int) -> RichTable:
-    """The table, without its last columns as far as they do not fit: the files have them all."""
+def on_terminal(table: Table, width: int) -> tuple[RichTable, list[str]]:
+    """The table, without its last columns as far as they do not fit, and the heads of these; the files have them."""
     needed = [
         max(len(head), *(len(row[i]) for row in table.rows)) if not left else NARROWEST
         for i, (head, left) in enumerate(zip(table.heads, table.left))
@@ -270,7 +279,7 @@ def on_terminal(table: Table, width: int) -> RichTable:
         result.add_column(name, **(words if left else {"justify": "right", "no_wrap": True}))
     for row in table.rows:
         result.add_row(*row[:shown])
-    return result
+    return result, table.heads[shown:]
 
 
 def main(arguments: list[str]) -> int:
@@ -287,7 +296,7 @@ def main(arguments: list[str]) -> int:
         try:
             row = evaluate(path, options)
             rows.append((path, row))
-            write_json(Path(path) / file_name(row), row)
+            save(path, row)
         except RunError as error:
             warn(error.flag)
             status = max(status, error.status)
@@ -295,9 +304,13 @@ def main(arguments: list[str]) -> int:
     console = Console(width=None if sys.stdout.isatty() else 300, highlight=False, markup=False, emoji=False)
     for protocol in dict.fromkeys(row["protocol"] for _, row in rows):
         made = table(protocol, [(path, row) for path, row in rows if row["protocol"] == protocol])
-        console.print(
-            on_terminal(made, console.width) if options.format == "table" else FORMATS[options.format](made), end=""
-        )
+        if options.format != "table":
+            console.print(FORMATS[options.format](made), end="")
+            continue
+        shown, left_out = on_terminal(made, console.width)
+        console.print(shown, end="")
+        if left_out:
+            console.print(f"left out for want of width: {', '.join(left_out)}; --format=md has all", soft_wrap=True)
     if rows and options.format in ("table", "md"):
         console.print("\n".join(["", *notes(rows)]), soft_wrap=True)
     return status

@@ -51,7 +51,7 @@ from efficient_tx.task import Task, data_directory
 from efficient_tx.training import processes, summary
 from efficient_tx.training.checkpoint import Checkpoints
 from efficient_tx.training.compilation import keep_programs
-from efficient_tx.training.errors import NonFinite, Refused, RunError, place_of_nan, refusing
+from efficient_tx.training.errors import NonFinite, Refused, RunError, not_finite, refusing
 from efficient_tx.training.evaluation import make_evaluate, trained_parameters
 from efficient_tx.training.history import History
 from efficient_tx.training.identity import identity
@@ -310,7 +310,11 @@ def proceed(asked: command_line.Run, workdir: Workdir, profile: str | None = Non
     workdir.claim()
     result = workdir.summary()
     if result is None:
-        train(asked, workdir, profile)
+        try:
+            train(asked, workdir, profile)
+        except (NonFinite, FloatingPointError) as error:
+            workdir.diverge(not_finite(error))
+            raise
     elif workdir.writer:
         print(f"{workdir.path} is finished: {config.steps} steps are done")
         print("\n".join(sentences(result, workdir.path)))
@@ -346,7 +350,7 @@ def concluded(work: Callable[[], None], command: str) -> int:
         return processes.last_words(f"{processes.Lost.of(error)}; {again}", processes.Lost.status)
     except FloatingPointError as error:
         # What jax raises under debug_nans.
-        return processes.last_words(f"not finite: a NaN came up in {place_of_nan(error)}", NonFinite.status)
+        return processes.last_words(not_finite(error), NonFinite.status)
     except (KeyboardInterrupt, SystemExit) as stop:
         # Outside the loop there is nothing to save: data, checkpoints and lines are written whole or not at all.
         status = 130 if isinstance(stop, KeyboardInterrupt) else stop.code

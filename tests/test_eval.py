@@ -7,6 +7,7 @@ import signal
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from efficient_tx.config.build import build_task
 from efficient_tx.config.stored import restore
@@ -59,6 +60,21 @@ def test_best_and_last_score_what_the_run_said(run):
             assert f"{name} {score:.4f}" in out
 
 
+def test_a_narrow_terminal_says_what_it_leaves_out(run, monkeypatch):
+    """And no number means more than it does: ± knows of the items alone."""
+    monkeypatch.setattr("efficient_tx.eval.Console", lambda **options: Console(**{**options, "width": 80}))
+    status, out, error = evaluate_here(f"--workdir={run}")
+    assert (status, error) == (0, "") and max(map(len, out.splitlines()[:8])) <= 80
+    (heads,) = [line for line in out.splitlines() if line.startswith("┃")]
+    shown = [head.strip() for head in heads.strip("┃").split("┃")]
+    (left_out,) = [line for line in out.splitlines() if line.startswith("left out for want of width: ")]
+    assert left_out.endswith("; --format=md has all")
+    missing = left_out.removesuffix("; --format=md has all").partition(": ")[2].split(", ")
+    wanted = "task run seed step accuracy loss count parameters examples/s steps/s memory"
+    assert shown + missing == wanted.split()
+    assert "over the items of the split alone; what other seeds or draws change is not in it" in out
+
+
 def test_batch_size_and_devices_change_nothing(run):
     """Validation at a step, against the line that the run wrote there; every item counts once."""
     options = [f"--workdir={run}", "--split=validation", "--checkpoint=40", "--batch_size=7"]
@@ -97,12 +113,16 @@ def test_draws_are_other_draws_of_the_same_weights(run):
     options = [f"--workdir={run}", "--checkpoint=40", "--draws=3"]
     status, out, error = evaluate_here(*options, "--set", "mixers=skyformer", "attention.skyformer.landmarks=4")
     assert (status, error) == (0, "")
-    result = read(run / "eval_test_40_mixers=skyformer,attention.skyformer.landmarks=4.json")
+    result = read(run / "eval_test_40_mixers=skyformer,attention.skyformer.landmarks=4_draws=3.json")
+    plain = read(run / "eval_test_40_mixers=skyformer,attention.skyformer.landmarks=4.json")
+    assert plain == {key: value for key, value in result.items() if key != "draws"}
     losses = result["draws"]["loss"]
     assert losses[0] == result["loss"] and len(set(losses)) == 3
     assert f"accuracy over 3 draws: mean {sum(result['draws']['accuracy']) / 3:.4f}" in out
     status, out, error = evaluate_here(*options)
     assert (status, error) == (0, "") and "the draws are equal, as its mixers draw nothing" in out
+    scored = (run / "eval_test_40_draws=3.json").read_bytes()
+    assert evaluate_here(*options[:2])[0] == 0 and (run / "eval_test_40_draws=3.json").read_bytes() == scored
 
 
 def test_predictions_are_those_that_were_scored(run):

@@ -124,12 +124,22 @@ def test_what_cannot_be_is_refused_in_one_line_and_nothing_is_written(tmp_path):
     assert [entry.name for entry in tmp_path.rglob("*") if "compilation" not in entry.parts] in ([], ["data"])
 
 
+def test_a_run_that_diverges_leaves_a_note(tmp_path):
+    """For whoever carries out many: it would diverge again."""
+    wild = ["--config.optimizer.learning_rate=1e30", "--config.optimizer.warmup=0", "--config.optimizer.clip=0"]
+    status, _, error = train_here(tmp_path / "run", *wild)
+    assert status == 3 and error.count("\n") == 1 and " is not finite. " in error
+    assert read(tmp_path / "run" / "diverged.json") == {"reason": error.strip()}
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
 def test_a_run_that_has_ended_can_be_extended(tmp_path):
     """Its lines so far stay, the learning rate goes on as that of the longer run, and the summary says so."""
     path = shutil.copytree(finished_run()[0], tmp_path / "run")
     before = toy.lines(path)
     status, _, error = train_here(path, "--config.steps=50")
-    assert status == 2 and "steps is 40 there and 50 here. " in error and "or extend it to 50 steps" in error
+    assert status == 2 and "steps is 40 there and 50 here. " in error
+    assert "or extend it to 50 steps: python -m efficient_tx.train --extend\n" in error
     status, out, error = train_here(path, "--config.steps=50", "--extend", "--config.batch_size=4")
     assert status == 2 and "batch_size is 8 there and 4 here" in error
     status, out, error = train_here(path, "--config.steps=30", "--extend")

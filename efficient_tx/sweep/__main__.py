@@ -24,7 +24,6 @@ from efficient_tx.extras import require
 require("train", "grain", "matplotlib", "ml_collections", "orbax", "rich")
 
 import argparse
-import json
 import shlex
 import signal
 import sys
@@ -39,14 +38,12 @@ from efficient_tx.compare.flags import path, whole
 from efficient_tx.config import trust
 from efficient_tx.config.flags import OVERRIDE, TRUST, refuse
 from efficient_tx.files import write
-from efficient_tx.sweep import slurm
+from efficient_tx.sweep import record, slurm
 from efficient_tx.sweep.display import Display
 from efficient_tx.sweep.plan import Cell, Grid, Run, check_runs, methods_of, shown
 from efficient_tx.sweep.runner import Runner, result_of
 from efficient_tx.sweep.tuning import choose, final_runs, tuning_runs
-from efficient_tx.training.errors import InUse, RunError
-
-NAME = "sweep.json"
+from efficient_tx.training.errors import InUse, NonFinite, RunError
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -69,7 +66,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--tune", **key_values, metavar="KEY=V1,V2", dest="tuned",
         help="validation chooses a value for each combination; --seeds fresh seeds then run with it")  # fmt: skip
     add("--tune_seeds", type=whole, default=1, help="runs of each value of --tune, with seeds from 0; default 1")
-    add("--out", type=path, required=True, help=f"the folder of the runs, of {NAME} and of logs/")
+    add("--out", type=path, required=True, help=f"the folder of the runs, of {record.NAME} and of logs/")
     add("--jobs", type=whole, help="runs at once; default 1, of --slurm: as many as there is room for")
     add("--until", type=whole, metavar="STEP",
         help="pause each run after its evaluation at this step, so that all get there before any goes on")  # fmt: skip
@@ -98,10 +95,16 @@ def grid_of(options: argparse.Namespace, constants: Sequence[str]) -> Grid:
 
 
 class Sweep:
-    """The runs of a grid: those of the tuning, and the final ones as far as their settings are chosen."""
+    """The runs of a grid: those of the tuning, and the final ones as far as their settings are chosen.
+
+    Attributes:
+      chosen: cell -> its setting and the score that chose it, None where there was no choice.
+      lost: the cells whose runs of the tuning have all ended, and which have no setting without a divergence.
+    """
 
     def __init__(self, options: argparse.Namespace, constants: Sequence[str]):
         self.options = options
+        record.read(options.out)  # a damaged one is refused before anything starts
         self._grid = grid_of(options, constants)
         self.cells = self._grid.cells()
         self.tuning = tuning_runs(self._grid, self.cells, options.tune_seeds)
@@ -109,12 +112,15 @@ class Sweep:
         self.chosen: dict[Cell, tuple[Mapping[str, str], float | None]] = {
             cell: (cell.points[0], None) for cell in self.cells if len(cell.points) == 1
         }
+        self.lost: list[Cell] = []
 
     def choose(self, results: Mapping[str, Mapping[str, Any] | None]) -> None:
-        """Chooses settings, where all that is needed for it is in the results."""
+        """Chooses settings, where all that is needed for it is in the results; None is a run that diverged."""
+        open_cells = {run.cell for run in self.tuning if run.name not in results}
         for cell in self.cells:
             if cell not in self.chosen and (best := choose(cell, self.tuning, results)):
                 self.chosen[cell] = best
+        self.lost = [cell for cell in self.cells if cell not in self.chosen and cell not in open_cells]
 
     @property
     def without(self) -> dict[str, list[str]]:
@@ -132,37 +138,35 @@ class Sweep:
     @property
     def later(self) -> dict[Cell, int]:
         """How many runs of a cell follow when its setting is chosen."""
-        return {cell: self.options.seeds for cell in self.cells if cell not in self.chosen}
+        return {cell: self.options.seeds for cell in self.cells if cell not in self.chosen and cell not in self.lost}
 
     def _final(self, cell: Cell, point: Mapping[str, str]) -> list[Run]:
         first = self.options.tune_seeds if self.tuning else 0
         return final_runs(self._grid, cell, point, self.options.seeds, first)
 
     def save(self) -> None:
-        """Writes sweep.json, with what earlier sweeps of the folder had in it."""
-        file = self.options.out / NAME
-        try:
-            before = json.loads(file.read_text())
-            runs, chosen = dict(before["runs"]), dict(before["chosen"])
-        except (OSError, ValueError, KeyError, TypeError):
-            runs, chosen = {}, {}
-        runs |= {run.name: run.record() for run in self.runs}
-        chosen |= {
+        """Adds its runs and choices to sweep.json."""
+        chosen = {
             str(cell): {"settings": dict(point), "validation": score, "of": [dict(other) for other in cell.points]}
             for cell, (point, score) in self.chosen.items()
             if len(cell.points) > 1
         }
-        self.options.out.mkdir(parents=True, exist_ok=True)
-        write(file, json.dumps({"config": self._grid.config, "chosen": chosen, "runs": runs}, indent=1) + "\n")
+        record.add(self.options.out, self._grid.config, {run.name: run.record() for run in self.runs}, chosen)
 
 
-def finished_before(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
-    """The results of runs that are finished. Raises Refused for a workdir with a run of another config."""
-    results = {}
+def ended_before(runs: Sequence[Run]) -> dict[str, dict[str, Any] | None]:
+    """The results of runs that are finished, and None for those that diverged.
+
+    Raises:
+      Refused: a workdir has a run of another config.
+    """
+    results: dict[str, dict[str, Any] | None] = {}
     for run in runs:
         try:
             if (result := result_of(run)) is not None:
                 results[run.name] = result
+        except NonFinite:
+            results[run.name] = None
         except InUse:
             continue
     return results
@@ -178,22 +182,34 @@ def dry_run(sweep: Sweep) -> None:
         print(shlex.join(command_of(run)))
     for cell, count in sweep.later.items():
         print(f"# {cell}: then {count} with the best of {len(cell.points)} settings on validation")
+    say_lost(sweep.lost)
 
 
-def write_slurm(sweep: Sweep, done: Mapping[str, Any]) -> None:
-    """Writes the script for the runs that are not finished."""
-    out, runs = sweep.options.out, [run for run in sweep.runs if run.name not in done]
+def write_slurm(sweep: Sweep, ended: Mapping[str, Mapping[str, Any] | None]) -> int:
+    """Writes the script for the runs that have not ended. Returns the exit status."""
+    out, runs = sweep.options.out, [run for run in sweep.runs if run.name not in ended]
+    diverged = [run for run in sweep.runs if run.name in ended and ended[run.name] is None]
+    for run in diverged:
+        print(f"not finite: {run.name}; it is not run again unless {run.workdir} is deleted", file=sys.stderr)
+    say_lost(sweep.lost)
     if not runs:
-        print(f"all {len(sweep.runs)} runs are finished")
-        return
+        print(f"{len(sweep.runs) - len(diverged)} of {len(sweep.runs)} runs are finished in {out}, and none is left")
+        return 1 if sweep.lost or any(run.purpose == "run" for run in diverged) else 0
     logs, file = out / "logs", out / "sweep.slurm"
-    logs.mkdir(parents=True, exist_ok=True)
     commands = [command_of(run, sys.executable) for run in runs]
-    write(file, slurm.script(commands, file, logs, Path.cwd(), sweep.options.jobs))
+    text = slurm.script(commands, file, logs, Path.cwd(), sweep.options.jobs)
     sweep.save()
+    logs.mkdir(parents=True, exist_ok=True)
+    write(file, text)
     print(f"wrote {file}, an array of {len(runs)} runs: sbatch {shlex.quote(str(file))}")
     if sweep.later:
         print(f"{sum(sweep.later.values())} more runs follow when these are finished: the same command writes them")
+    return 0
+
+
+def say_lost(cells: Sequence[Cell]) -> None:
+    for cell in cells:
+        print(f"nothing was chosen for {cell}, as its tuning failed: it is not run", file=sys.stderr)
 
 
 def carry_out(sweep: Sweep, environment: Mapping[str, str], argv: Sequence[str]) -> int:
@@ -227,15 +243,16 @@ def report(sweep: Sweep, runner: Runner) -> int:
     faults = [run for run in runner.failures.values() if not (run.diverged and run.run.purpose == "tune")]
     for failure in runner.failures.values():
         what = "failed" if failure in faults else "out of the tuning"
-        print(f"{what}: {failure.run.name} ({failure.reason}); all it said is in {failure.log}", file=sys.stderr)
+        log = f"; all it said is in {failure.log}" if failure.log.exists() else ""
+        print(f"{what}: {failure.run.name} ({failure.reason}){log}", file=sys.stderr)
         for line in failure.lines if failure in faults else ():
             print(f"    {line}", file=sys.stderr)
-    for cell in sweep.later:
-        print(f"nothing was chosen for {cell}, as its tuning failed: it was not run", file=sys.stderr)
-    total = len(sweep.runs) + sum(sweep.later.values())
+    without = [cell for cell in sweep.cells if cell not in sweep.chosen]
+    say_lost(without)
+    total = len(sweep.runs) + sweep.options.seeds * len(without)
     paused = f", {len(runner.paused)} have come to step {sweep.options.until}" if runner.paused else ""
     print(f"{len(runner.results)} of {total} runs are finished in {sweep.options.out}{paused}")
-    return 1 if faults or sweep.later else 0
+    return 1 if faults or without else 0
 
 
 def main(argv: Sequence[str]) -> int:
@@ -245,14 +262,15 @@ def main(argv: Sequence[str]) -> int:
     trust.allow(*options.trust, remedy="--trust={} allows it")
     try:
         sweep = Sweep(options, constants)
-        done = finished_before(sweep.runs)
-        sweep.choose(done)
+        ended = ended_before(sweep.runs)
+        sweep.choose(ended)
+        ended |= ended_before([run for run in sweep.runs if run.name not in ended])  # those that were just chosen
         for key, cells in sweep.without.items():
             print(f"{key} is set where it is a key: not in {', '.join(cells)}", file=sys.stderr)
         if options.dry_run:
             dry_run(sweep)
         elif options.slurm:
-            write_slurm(sweep, done)
+            return write_slurm(sweep, ended)
         else:
             return carry_out(sweep, environment, argv)
     except RunError as error:

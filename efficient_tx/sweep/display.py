@@ -97,13 +97,26 @@ class Display:
         self._told = set(ended)
 
     def _left(self, runner: Runner, steps: Mapping[str, Mapping[str, Any]]) -> float | None:
-        """Seconds until everything is done."""
-        parts = [self._clock.left(cell, count * steps_of(self.runs, cell)) for cell, count in self.later.items()]
+        """Seconds until everything is done: first the tuning, then what it chooses for."""
+        parts: dict[str, list[float | None]] = {"tune": [], "run": []}
+        for cell, count in self.later.items():
+            parts["run"] += [self._clock.left(cell, steps_of(self.runs, cell))] * count
         for run in self.runs:
             if not {run.name} & (runner.results.keys() | runner.failures.keys() | runner.paused):
-                left = min(run.config.steps, self._until or run.config.steps) - done(steps.get(run.name, {}))
-                parts.append(self._clock.left(run.cell, max(0, left)))
-        return None if None in parts else sum(parts) / self._jobs
+                left = self._end(run) - done(steps.get(run.name, {}))
+                parts[run.purpose].append(self._clock.left(run.cell, max(0, left)))
+        total = 0.0
+        for seconds in parts.values():
+            known = [one for one in seconds if one is not None]
+            if len(known) < len(seconds):
+                return None
+            # Several jobs do not make the longest run shorter.
+            total += max(sum(known) / self._jobs, *known, 0.0)
+        return total
+
+    def _end(self, run: Run) -> int:
+        """The step at which a run ends or pauses."""
+        return min(run.config.steps, self._until or run.config.steps)
 
     def _caption(self, runner: Runner, steps: Mapping[str, Mapping[str, Any]]) -> str:
         total = len(self.runs) + sum(self.later.values())
@@ -143,7 +156,7 @@ class Display:
             elif run.name in live:
                 state = ProgressBar(total, step, width=20)
                 score = seen.get("score", "")
-                left = clock(self._clock.left(run.cell, total - step))
+                left = clock(self._clock.left(run.cell, max(0, self._end(run) - step)))
             elif run.name in runner.paused:
                 step, state = done(latest(run.workdir)), Text("paused")
             elif run.name in runner.busy:

@@ -13,15 +13,23 @@ from ml_collections import ConfigDict
 
 from efficient_tx.checks import OptionError
 from efficient_tx.config.check import check
-from efficient_tx.config.errors import ConfigError
+from efficient_tx.config.errors import ConfigError, at
 from efficient_tx.config.flags import typed_keys, typed_values
 from efficient_tx.config.keys import flatten, section_of
 from efficient_tx.config.load import ConfigFile
-from efficient_tx.config.resolve import NAMES
+from efficient_tx.config.names import DEEPEST, parse_mixers, section_name
+from efficient_tx.models.pyramid import stage_sizes
 from efficient_tx.training.workdir import FREE_KEYS
 
 # Sections whose keys belong to a mixer or to a structure: a method without it is run without the setting.
 OF_METHODS = ("attention.", "linear.")
+# Keys of which each run has a value of its own, and what says which.
+OWN = {
+    "seed": "seeds of a sweep, and 0 elsewhere",
+    "mixers": "mixers",
+    "linear.mlp.name": "linears",
+    "linear.projections.name": "linears",
+}
 LONGEST_NAME = 150
 
 
@@ -143,9 +151,13 @@ class Grid:
         """The cells, method by method.
 
         Raises:
-          ConfigError: a key of --set or --tune that no method has, or that something else sets.
+          ConfigError: a key of --set or --tune that no method has, or that something else sets; or a constant that
+            each run has its own of.
         """
         cells, used = [], set()
+        for key in (*self.settings, *self.tuned, *typed_keys(self.constants)):
+            if key in OWN:
+                raise ConfigError(key, f"is set by --{OWN[key]}: leave it out")
         for key in (*self.settings, *self.tuned):
             self._check_free(key)
         for method in self.methods:
@@ -162,16 +174,13 @@ class Grid:
 
     def _plain(self, method: Method) -> ConfigDict:
         """The config of a method without settings."""
-        given = typed_keys(self.constants)
-        return ConfigFile(f"{self.config}:{method.argument}").config({key: given[key] for key in NAMES if key in given})
+        return ConfigFile(f"{self.config}:{method.argument}").config()
 
     def _check_free(self, key: str) -> None:
         if key in self.settings and key in self.tuned:
             raise ConfigError(key, "is set by both --set and --tune: use one of them")
         if key in typed_keys(self.constants):
             raise ConfigError(key, "is given one value for all runs, and others here: leave out one of the two")
-        if flag := {"seed": "seeds", "mixers": "mixers"}.get(key):
-            raise ConfigError(key, f"is set by --{flag}")
 
     def run(self, cell: Cell, point: Mapping[str, str], seed: int, purpose: str) -> Run:
         """The run of a cell with a point of its grid.
@@ -235,8 +244,32 @@ def run_name(method: Method, settings: Mapping[str, str], seed: int, purpose: st
 
 
 def identity(run: Run) -> tuple[tuple[str, str], ...]:
-    """Equal for two runs that would compute the same."""
-    return tuple(sorted((key, repr(x)) for key, x in flatten(run.config).items() if key not in FREE_KEYS))
+    """Equal for two runs that would compute the same. The mixers count as the layers have them, not as they are typed.
+
+    Raises:
+      ConfigError: the model's stages do not fit together.
+    """
+    layers = mixers_of(run.config)
+    values = {**flatten(run.config), "mixers": layers}
+    unused = {section for section in run.config.attention if section not in map(section_name, layers)}
+    return tuple(
+        (key, repr(x))
+        for key, x in sorted(values.items())
+        if key not in FREE_KEYS and not (key.startswith("attention.") and key.split(".")[1] in unused)
+    )
+
+
+def mixers_of(config: ConfigDict) -> list[str]:
+    """The mixer of every layer, or of every stage of a model with stages: "gla" and "gla*2" on two layers are one."""
+    pattern, model = parse_mixers(config.mixers), config.model
+    if "layers" in model:
+        depth = model.layers
+    else:
+        with at("model"):
+            sizes = stage_sizes(model.size, features=model.features, depths=model.depths, heads=model.heads)
+        depth = len(sizes[0])
+    # A depth that cannot be is refused by `check`.
+    return [pattern[i % len(pattern)] for i in range(min(max(depth, 1), DEEPEST))]
 
 
 def check_runs(runs: Iterable[Run]) -> None:

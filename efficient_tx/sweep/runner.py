@@ -66,12 +66,16 @@ def result_of(run: Run) -> dict[str, Any] | None:
 
     Raises:
       InUse: a live process has the workdir.
+      NonFinite: the run diverged, as it would again.
       Refused: it has a run of another config.
     """
     workdir = workdir_of(run.workdir, run.config, typed=run.typed)
     try:
         workdir.claim()
-        return workdir.summary()
+        result = workdir.summary()
+        if result is None and (reason := workdir.diverged()):
+            raise NonFinite(f"{reason}. That was before: it is not run again unless {run.workdir} is deleted")
+        return result
     finally:
         workdir.release()
 

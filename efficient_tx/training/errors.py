@@ -91,6 +91,11 @@ def innermost(error: BaseException) -> traceback.FrameSummary:
     return (near or frames)[-1]
 
 
+def not_finite(error: NonFinite | FloatingPointError) -> str:
+    """The line on numbers that are not finite: a run's own, or what jax raises under debug_nans."""
+    return str(error) if isinstance(error, NonFinite) else f"not finite: a NaN came up in {place_of_nan(error)}"
+
+
 def place_of_nan(error: FloatingPointError) -> str:
     """Where the NaN of an error of `jax.debug_nans` came up: "FILE:LINE (function)", of the model's code.
 

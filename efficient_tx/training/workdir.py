@@ -12,14 +12,14 @@ from typing import Any
 
 from efficient_tx.files import clear, local_path
 from efficient_tx.training.disk import CHECKSUMS, decode, read_checked, still_there, write_checked, writing
-from efficient_tx.training.errors import InUse, Refused
+from efficient_tx.training.errors import InUse, Refused, RunError
 
 # Folder of the data, interval of train lines, number of checkpoints, loggers: none changes a result.
 FREE_KEYS = ("task.data_dir", "log_every", "keep", "loggers")
 
 
-# A file of runs that were extended.
-EXTENDED = "extended.json"
+# Files of runs that were extended, and of runs whose numbers were not finite.
+EXTENDED, DIVERGED = "extended.json", "diverged.json"
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -109,12 +109,14 @@ class Workdir:
                 "config.json",
                 "summary.json",
                 EXTENDED,
+                DIVERGED,
                 CHECKSUMS,
                 "metrics.jsonl",
                 "metrics.crc32",
                 "wandb.json",
                 "curve.png",
             )
+            (self.path / DIVERGED).unlink(missing_ok=True)
         file = self.path / "config.json"
         old = file.exists() and not (self.path / CHECKSUMS).exists()
         if old:
@@ -141,17 +143,39 @@ class Workdir:
         self._take_lock()
         write_checked(self.path / EXTENDED, {"from": sorted({*self.extended(), before})})
         with writing(self.path):
-            (self.path / "summary.json").unlink(missing_ok=True)
+            for name in ("summary.json", DIVERGED):
+                (self.path / name).unlink(missing_ok=True)
         write_checked(self.path / "config.json", self.config)
         return before
 
     def extended(self) -> list[int]:
         """The numbers of steps at which the run was to end, before it was extended."""
+        file = self.path / EXTENDED
         try:
-            steps = read_checked(self.path / EXTENDED)["from"]
-        except (OSError, ValueError, KeyError):
+            steps = read_checked(file).get("from", [])
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError) as error:
+            self._say(f"{file} {error}: where the run was to end before it was extended is not known")
             return []
         return [step for step in steps if step < self.config["steps"]]
+
+    def diverge(self, reason: str) -> None:
+        """Writes why the run cannot come to its end; `begin` takes it back. Without the lock, nothing is written.
+
+        What goes wrong here is not said: the error that is the reason ends the run.
+        """
+        if self._lock is not None:
+            with contextlib.suppress(RunError):
+                self.verify()
+                write_checked(self.path / DIVERGED, {"reason": reason})
+
+    def diverged(self) -> str | None:
+        """Why the last start of the run ended in numbers that are not finite; None if it did not."""
+        try:
+            return str(read_checked(self.path / DIVERGED)["reason"])
+        except (OSError, ValueError, KeyError):
+            return None
 
     def verify(self) -> None:
         """Asks whether the folder is the one that was locked.
@@ -215,7 +239,9 @@ class Workdir:
         if differing:
             said = [f"{key} is {old!r} there and {new!r} here" for key, (old, new) in differing.items()]
             more = f"; and {len(said) - 8} more keys" if len(said) > 8 else ""
-            longer = f", or extend it to {self.config['steps']} steps" if _only_longer(differing) else ""
+            longer = ""
+            if _only_longer(differing):
+                longer = f", or extend it to {self.config['steps']} steps: python -m efficient_tx.train --extend"
             raise Refused(
                 f"{self.path} belongs to a run with another config: {'; '.join(said[:8])}{more}. "
                 f"Use a new folder, or that run's values{longer}",

@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from efficient_tx.sweep.__main__ import command
+from efficient_tx.config.stored import workdir_of
+from efficient_tx.sweep.__main__ import Sweep, command, parse
 from tests.support import toy
 from tests.support.command import TINY, finish, here, start, train
 
@@ -48,6 +49,59 @@ def test_the_script_for_slurm(tmp_path):
     assert set(json.loads((tmp_path / "sweep.json").read_text())["runs"]) == {"softmax_seed0", "vmean_seed0"}
 
 
+def leave(run, score):
+    """Puts into a run's workdir what it leaves when it has ended; None is the score of one that diverged."""
+    workdir = workdir_of(run.workdir, run.config, typed=run.typed)
+    workdir.begin()
+    if score is None:
+        workdir.diverge("the loss or the gradient of step 2 is not finite")
+    else:
+        workdir.finish({"best_step": 40, "val_accuracy": score, "test_accuracy": score, "baselines": {}})
+    workdir.release()
+
+
+def test_a_run_that_diverged_is_out_of_the_scripts_for_slurm(tmp_path):
+    """Tuning, then what it chose, then nothing: each is written once."""
+    arguments = [TWO[0], "--mixers=vmean", *RUN, "--tune", "optimizer.learning_rate=1e30,1e-2", f"--out={tmp_path}"]
+    wild, tame = Sweep(*parse(arguments)).tuning
+    _, printed, _ = sweep_here(*arguments, "--slurm")
+    assert "an array of 2 runs" in printed and "1 more runs follow" in printed
+    leave(wild, None)
+    leave(tame, 0.5)
+    status, printed, error = sweep_here(*arguments, "--slurm")
+    assert status == 0 and "an array of 1 runs" in printed and "follow" not in printed
+    assert error == f"not finite: {wild.name}; it is not run again unless {wild.workdir} is deleted\n"
+    assert f"--workdir={tmp_path}/vmean_learning_rate=1e-2_seed1 " in (tmp_path / "sweep.slurm").read_text()
+    sweep = Sweep(*parse(arguments))
+    sweep.choose({wild.name: None, tame.name: {"val_accuracy": 0.5}})
+    leave(sweep.runs[-1], 0.5)
+    script = (tmp_path / "sweep.slurm").stat().st_mtime_ns
+    status, printed, _ = sweep_here(*arguments, "--slurm")
+    assert (status, printed) == (0, f"2 of 3 runs are finished in {tmp_path}, and none is left\n")
+    assert (tmp_path / "sweep.slurm").stat().st_mtime_ns == script
+
+
+def test_a_tuning_in_which_all_diverged_chooses_nothing(tmp_path):
+    """Neither a script for SLURM nor a sweep runs anything again: both say so at once."""
+    arguments = [TWO[0], "--mixers=vmean", *RUN, "--tune", "optimizer.learning_rate=1e30,1e35", f"--out={tmp_path}"]
+    for run in Sweep(*parse(arguments)).tuning:
+        leave(run, None)
+    for more in (["--slurm"], []):
+        status, printed, error = sweep_here(*arguments, *more)
+        assert status == 1 and "0 of " in printed and "started" not in printed
+        assert "nothing was chosen for vmean, as its tuning failed: it is not run\n" in error
+    assert error.count("out of the tuning: ") == 2 and "all it said" not in error  # there is no log
+
+
+def test_a_damaged_record_is_refused_and_stays(tmp_path):
+    (tmp_path / "sweep.json").write_text("{")
+    for more in ([], ["--slurm"]):
+        status, printed, error = sweep_here(*TWO, f"--out={tmp_path}", *more)
+        assert (status, printed, error.count("\n")) == (2, "", 1) and "sweep.json is damaged" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep.json"]
+    assert (tmp_path / "sweep.json").read_text() == "{"
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -56,6 +110,8 @@ def test_the_script_for_slurm(tmp_path):
         (["--mixers=softmax", "--set", "steps=1", "steps=2"], "--set steps is given twice"),
         (["--mixers=softmax", "--set", "step=1"], "step=1: config.step is no key: the nearest is steps"),
         (["--mixers=softmax", "--config.step=1"], "config.step is no key: the nearest is steps"),
+        (["--mixers=softmax", "--config.mixers=vmean"], "config.mixers is set by --mixers: leave it out"),
+        (["--config.seed=7", "--seeds=2"], "config.seed is set by --seeds of a sweep"),
         (["--mixers=softmx"], "config.mixers is 'softmx'"),
         (["--mixers=,"], "argument --mixers: it is empty"),
         (["--mixer=softmax"], "--mixer=softmax is no flag: the nearest is --mixers"),
@@ -172,3 +228,4 @@ def test_tuning_chooses_and_fresh_seeds_run(tmp_path):
     shutil.rmtree(tmp_path / "vmean_learning_rate=1e-2_seed2")
     status, out, error = finish(start(SWEEP, *arguments))
     assert status == 0 and "started vmean_learning_rate=1e-2_seed2" in out and "3 of 4 runs are finished" in out
+    assert "started vmean_learning_rate=1e30" not in out and error.count("out of the tuning: ") == 1

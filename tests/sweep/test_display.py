@@ -17,8 +17,9 @@ pytestmark = pytest.mark.quick
 ONE, TWO = (Cell(Method(name, "dense"), {}, [{}]) for name in ("softmax", "gla"))
 
 
-def run(cell, name, folder, steps=100):
-    return SimpleNamespace(cell=cell, name=name, workdir=folder / name, config=SimpleNamespace(steps=steps))
+def run(cell, name, folder, steps=100, purpose="run"):
+    config = SimpleNamespace(steps=steps)
+    return SimpleNamespace(cell=cell, name=name, workdir=folder / name, config=config, purpose=purpose)
 
 
 def test_the_time_left_is_that_of_the_cells_own_steps(tmp_path):
@@ -31,6 +32,26 @@ def test_the_time_left_is_that_of_the_cells_own_steps(tmp_path):
     assert predicted.left(TWO, 10) == pytest.approx(5.0)  # nothing is known of it
     predicted.ended(run(TWO, "b", tmp_path), {"steps_per_second": 10.0})
     assert predicted.left(TWO, 10) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("count", "purpose", "later", "jobs", "left"),
+    [
+        (1, "run", {}, 4, "1:00:00"),  # one run takes its time, however many might run beside it
+        (5, "run", {}, 4, "1:15:00"),
+        (5, "run", {}, 1, "5:00:00"),
+        (1, "tune", {ONE: 3}, 4, "2:00:00"),  # what is chosen runs after what chooses
+    ],
+)
+def test_the_time_left_is_at_least_that_of_the_longest_run(tmp_path, count, purpose, later, jobs, left):
+    runs = [run(ONE, f"one{i}", tmp_path, steps=3600, purpose=purpose) for i in range(count)]
+    before = run(ONE, "before", tmp_path, steps=3600)
+    runner = SimpleNamespace(
+        live=[], results={"before": {"steps_per_second": 1.0}}, failures={}, busy=set(), paused=set()
+    )
+    out = io.StringIO()
+    Display(Console(file=out, width=120), [before, *runs], later, jobs).show(runner)
+    assert f"; {left} left" in out.getvalue()
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(None, "-:--:--"), (0.4, "0:00:00"), (3723, "1:02:03")])

@@ -104,6 +104,25 @@ def test_tuning_has_the_same_runs_for_every_method_and_seeds_of_its_own():
     assert {run.config.optimizer.learning_rate for run in final} == {1e-3}
 
 
+def test_patterns_are_compared_by_the_layers_that_they_make():
+    """On two layers, what a longer pattern says of a third one counts no more than the options of its mixer."""
+    small = (*SMALL[1:], "--config.model.layers=2")
+    for pattern in ("gla*2", "gla,gla", "gla, gla", "gla*2,softmax"):
+        with pytest.raises(ValueError, match="have equal configs"):
+            check_runs(runs_of(grid("gla", pattern, constants=small)))
+    different = ("gla", "gla,softmax", "softmax,gla", "gla*2,softmax", "gla*2,vmean")
+    check_runs(runs_of(grid(*different, constants=(*SMALL[1:], "--config.model.layers=3"))))
+
+
+def test_patterns_of_a_model_with_stages_are_compared_by_stage():
+    def made(*patterns):
+        return runs_of(Grid("soft_fashion", [Method(one, "dense") for one in patterns], {}, {}, (), Path("out")))
+
+    with pytest.raises(ValueError, match="have equal configs"):
+        check_runs(made("softmax,vmean", "softmax,vmean,softmax"))
+    check_runs(made("softmax,vmean", "softmax,vmean,vmean"))
+
+
 @pytest.mark.parametrize(
     ("made", "line"),
     [
@@ -117,6 +136,14 @@ def test_tuning_has_the_same_runs_for_every_method_and_seeds_of_its_own():
         (grid("softmax", settings={"model.heads": ["3"]}), "model.heads=3: config.model.heads is 3"),
         (grid("softmax", settings={"seed": ["3"]}), "config.seed is set by --seeds"),
         (grid("softmax", settings={"mixers": ["gla"]}), "config.mixers is set by --mixers"),
+        (grid("softmax", tuned={"linear.mlp.name": ["monarch"]}), "config.linear.mlp.name is set by --linears"),
+        (grid("softmax", constants=(*SMALL, "--config.seed=7")), "config.seed is set by --seeds"),
+        (grid("softmax", constants=(*SMALL, "--config.mixers=vmean")), "config.mixers is set by --mixers"),
+        (
+            grid("softmax", constants=(*SMALL, "--config.linear.projections.name=monarch")),
+            "config.linear.projections.name is set by --linears",
+        ),
+        (grid("softmax", "gla", constants=(*SMALL[1:], "--config.model.layers=0")), "config.model.layers is 0"),
         (grid("softmax", settings={"steps": ["3"]}, tuned={"steps": ["3"]}), "config.steps is set by both --set and"),
         (grid("softmax", settings={"task.max_len": ["64"]}), "config.task.max_len is given one value for all runs"),
         (grid("softmx"), "choose one of"),

@@ -1,11 +1,13 @@
 """The script for SLURM, run by bash with stand-ins for SLURM's commands."""
 
 import os
+import re
 import shlex
 import subprocess
 
 import pytest
 
+from efficient_tx.checks import OptionError
 from efficient_tx.sweep import slurm
 
 SRUN = """#!/bin/bash
@@ -47,6 +49,20 @@ def test_several_tasks_are_the_processes_of_one_run(submit):
     _, run = submit
     together = ["--coordinator_address=first:21000", "--num_processes=2"]
     assert run(1, 2) == ["--seed=1", *together, "--process_id=0", "--seed=1", *together, "--process_id=1"]
+
+
+@pytest.mark.parametrize("name", ["sweep1", "my sweep", '100% "sure", it\'s #1', "größer"])
+def test_a_folder_may_have_any_name_but_one_with_a_backslash(tmp_path, name):
+    """SLURM groups words as a shell does (`get_argument` in its sbatch/opt.c), then fills in what follows a %."""
+    folder = tmp_path / name
+    text = slurm.script(COMMANDS, folder / "sweep.slurm", folder / "logs", tmp_path, None)
+    lines = [shlex.split(line.removeprefix("#SBATCH ")) for line in text.splitlines() if line.startswith("#SBATCH ")]
+    assert {len(line) for line in lines} == {1}
+    given = dict(line[0].removeprefix("--").partition("=")[::2] for line in lines)
+    assert re.sub("%(.)", lambda found: {"%": "%", "a": "7"}[found[1]], given["output"]) == f"{folder}/logs/7.txt"
+    assert re.fullmatch(r"[\w.+=-]+", given["job-name"], re.ASCII)
+    with pytest.raises(OptionError, match="SLURM names no output file below a folder with a backslash"):
+        slurm.script(COMMANDS, tmp_path / "a\\b" / "sweep.slurm", tmp_path / "a\\b" / "logs", tmp_path, None)
 
 
 def test_the_script_is_quoted(tmp_path):

@@ -40,7 +40,7 @@ def test_claiming_a_new_folder_writes_nothing(tmp_path):
 def test_config_is_stored_and_another_is_refused_by_key(tmp_path):
     open_run(tmp_path / "run").release()
     assert read_config(tmp_path / "run") == json.loads(json.dumps(CONFIG))
-    with pytest.raises(Refused, match=r"another config: steps is 10 there and 20 here\. Use"):
+    with pytest.raises(Refused, match=r"steps is 10 there and 20 here\. Use .*, or extend it to 20 steps: .*--ext"):
         open_run(tmp_path / "run", steps=20)
     with pytest.raises(Refused, match=r"extra is 'absent' there and 1 here; task\.name is 'toy' there and 'x' here"):
         open_run(tmp_path / "run", task={"name": "x", "data_dir": None}, extra=1)
@@ -175,6 +175,21 @@ def test_a_kill_between_checksum_and_file_leaves_the_old_file(tmp_path, monkeypa
     file.write_text('{"number": 7}')
     with pytest.raises(ValueError, match=r"is damaged \(its CRC-32 differs from that in crc32\.json\)"):
         read_checked(file)
+
+
+def test_a_run_that_diverged_says_so_until_it_begins_again(tmp_path):
+    run = open_run(tmp_path / "run")
+    assert run.diverged() is None
+    run.diverge("the loss of step 3 is not finite")
+    run.release()
+    run.diverge("without the lock")
+    assert run.diverged() == Workdir(tmp_path / "run", CONFIG).diverged() == "the loss of step 3 is not finite"
+    again = open_run(tmp_path / "run")
+    assert again.diverged() is None
+    shutil.rmtree(tmp_path / "run")
+    again.diverge("of a folder that is gone")  # the divergence is what ends the run, and is said
+    assert not (tmp_path / "run").exists()
+    again.release()
 
 
 def test_files_without_checksums_are_read_with_a_note(tmp_path):
@@ -352,3 +367,15 @@ def test_a_kill_while_a_run_is_extended_leaves_the_old_run_or_the_new_one(tmp_pa
     assert again.extend() in (10, None)
     assert read_config(path) == {"steps": 20} and again.summary() is None and again.extended() == [10]
     again.release()
+
+
+def test_a_damaged_note_of_an_extension_is_named(tmp_path):
+    said = []
+    run = Workdir(tmp_path / "run", CONFIG, warn=said.append)
+    run.begin()
+    assert run.extended() == [] and said == []
+    write_checked(run.path / "extended.json", {"from": [5]})
+    (run.path / "extended.json").write_text('{"from": [4]}')
+    assert run.extended() == run.extended() == [] and len(said) == 1
+    assert "extended.json is damaged (" in said[0]
+    run.release()
