@@ -146,8 +146,10 @@ class Task:
             if not isinstance(score, int | float | np.number) or not np.isfinite(score):
                 raise ValueError(f"the baseline {name!r} is {score!r}: it must be a finite number")
         if self.symbols is not None:
-            if isinstance(self.symbols, str) or not all(isinstance(symbol, str) for symbol in self.symbols):
-                raise ValueError(f"symbols is a {type(self.symbols).__name__}: it must be a list of texts, one for each id")
+            if isinstance(self.symbols, str) or not isinstance(self.symbols, Sequence):
+                raise ValueError(f"symbols is {self.symbols!r}: it must be a list of texts, one for each token id")
+            if wrong := [symbol for symbol in self.symbols if not isinstance(symbol, str)]:
+                raise ValueError(f"the symbol {wrong[0]!r} is no text")
             if len(self.symbols) != self.vocab_size:
                 raise ValueError(f"there are {len(self.symbols)} symbols: vocab_size is {self.vocab_size}")
 

@@ -133,9 +133,8 @@ def write(axes: Axes, word: str, x: np.ndarray, y: np.ndarray, colours: np.ndarr
 
 def on_line(axes: Axes, names: Sequence[str], one: Layer, head: int) -> None:
     """What is read above the words, by all queries and by a few, and below it what is chosen."""
-    told = one.attention
-    strips = {"all": np.array(told["received"][head])}
-    for place, rows in zip(told["queries"], told["rows"]):
+    strips = {"all": np.array(one.attention["received"][head])}
+    for place, rows in zip(one.attention["queries"], one.attention["rows"]):
         strips[f"query {place}: {plain(names[place])}"] = np.array(rows[head])
     chosen = chosen_of(one, head)
     blank = np.full((len(chosen), len(names)), np.nan)
@@ -145,7 +144,8 @@ def on_line(axes: Axes, names: Sequence[str], one: Layer, head: int) -> None:
         line = len(strips) + number
         mark(axes, name, groups, len(names), 12, "black", line)
         borders(axes, groups, len(names), 1, "black", line, across=False)
-    axes.set_yticks(range(len(page)), [*strips, *(f"chosen of {name}" for name in chosen)], fontsize=7, parse_math=False)
+    told = [*strips, *(f"chosen of {name}" for name in chosen)]
+    axes.set_yticks(range(len(page)), told, fontsize=7, parse_math=False)
     turned = 90 if max(map(len, names), default=0) > 2 else 0
     axes.set_xticks(range(len(names)), list(map(plain, names)), rotation=turned, fontsize=6, parse_math=False)
     axes.tick_params(axis="x", length=1)
@@ -166,8 +166,9 @@ def mark(
 ) -> None:
     """A mark on each token that is a landmark or key itself; `line` is the first one of the page."""
     places = np.array([group[0] for group in groups if len(group) == 1], int)
-    axes.scatter(places % columns, line + places // columns, s=size, marker=MARKS.get(name, OTHER), facecolors="none",
-                 edgecolors=colour, linewidths=0.8, path_effects=outlined(colour), label=f"chosen of {name}")  # fmt: skip
+    look = {"facecolors": "none", "edgecolors": colour, "linewidths": 0.8, "path_effects": outlined(colour)}
+    axes.scatter(places % columns, line + places // columns, s=size, marker=MARKS.get(name, OTHER), **look,
+                 label=f"chosen of {name}")  # fmt: skip
 
 
 def borders(

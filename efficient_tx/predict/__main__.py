@@ -236,11 +236,10 @@ def trusted(tasks: Sequence[Known], budget: float) -> list[str]:
 
 def repeated(rows: Sequence[records.Row]) -> list[str]:
     """A line on each function that several methods of a task are."""
-    by_task = {task: [row for row in rows if row["task"] == task] for task in dict.fromkeys(row["task"] for row in rows)}
     return [
         f"{', '.join(row['method'] for row in alike)} are one function on {task}, and count once"
-        for task, mine in by_task.items()
-        for alike in records.functions(mine)
+        for task in dict.fromkeys(row["task"] for row in rows)
+        for alike in records.functions(row for row in rows if row["task"] == task)
         if len(alike) > 1
     ]
 

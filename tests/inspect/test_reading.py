@@ -83,8 +83,8 @@ def marks(axes):
 
 def lines(axes):
     """Where the ends of the border lines are."""
-    found = [path.vertices.tolist() for c in axes.collections if isinstance(c, LineCollection) for path in c.get_paths()]
-    return sorted((*start, *end) for start, end in found)
+    drawn = [path for c in axes.collections if isinstance(c, LineCollection) for path in c.get_paths()]
+    return sorted((*start, *end) for start, end in (path.vertices.tolist() for path in drawn))
 
 
 def words(axes):

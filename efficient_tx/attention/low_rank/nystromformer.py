@@ -67,7 +67,7 @@ def nystromformer(
     """
     check_shapes(q, k, v)
     del key
-    batch, queries, heads, head_dim = q.shape
+    batch, queries, _, head_dim = q.shape
     keys = k.shape[1]
     if conv is not None and queries != keys:
         raise ValueError(f"there are {queries} queries and {keys} keys: conv needs a value for each query")
