@@ -237,7 +237,7 @@ def trusted(tasks: Sequence[Known], budget: float) -> list[str]:
 def repeated(rows: Sequence[records.Row]) -> list[str]:
     """A line on each function that several methods of a task are."""
     return [
-        f"{', '.join(row['method'] for row in alike)} are one function on {task}, and count once"
+        f"{', '.join(row['method'] for row in alike)} are one function on {task}"
         for task in dict.fromkeys(row["task"] for row in rows)
         for alike in records.functions(row for row in rows if row["task"] == task)
         if len(alike) > 1
@@ -263,12 +263,14 @@ def predict(options: argparse.Namespace, constants: Sequence[str]) -> None:
         tasks = records.known(rows, options.budget)
         console.print(scores(tasks))
         for line in repeated(rows):
-            console.print(line, soft_wrap=True)
+            console.print(f"{line}, and count once", soft_wrap=True)
         for task in tasks:
             guess = (len(task.methods) - 1) ** -0.5
             console.print(f"{task.task}: a guess has 0 ± {guess:.2f}", soft_wrap=True)
     else:
         console.print(order(rows, tasks))
+        for line in repeated(rows):
+            console.print(line, soft_wrap=True)
         for line in trusted(tasks, options.budget):
             console.print(line, soft_wrap=True)
     if options.out:

@@ -30,7 +30,7 @@ def test_methods_that_are_one_function_count_once():
     assert {*once.methods} == {*all_of_them.methods} == {"softmax", "kernelized", "linear", "gla", "coarse"}
     for name, (found,) in scored([once]).items():
         assert scored([all_of_them])[name] == [found if found is None else pytest.approx(found)]
-    assert repeated([*again, *others, softmax]) == ["softmax, lev, local are one function on a, and count once"]
+    assert repeated([*again, *others, softmax]) == ["softmax, lev, local are one function on a"]
     assert repeated(others) == []
 
 
