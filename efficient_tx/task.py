@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
@@ -98,6 +98,7 @@ class Task:
       objective: loss and metrics; None means classification with cross-entropy, ranked by accuracy.
       baselines: scores of trivial answers that a model has to beat, by name, in `objective.best` (accuracy) on this
         test split.
+      symbols: what each token id stands for, `vocab_size` texts by id, to show tokens to people. None shows ids.
       augment: random augmentation of the training examples, drawn anew each time; its only source of randomness is the
         given generator. None means no augmentation. Evaluation, also on `train`, uses the examples unchanged.
 
@@ -119,6 +120,7 @@ class Task:
     bucket: bool = False
     objective: Objective | None = None
     baselines: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    symbols: Sequence[str] | None = None
     augment: Callable[[Example, np.random.Generator], Example] | None = None
 
     def __post_init__(self):
@@ -143,6 +145,13 @@ class Task:
         for name, score in self.baselines.items():
             if not isinstance(score, int | float | np.number) or not np.isfinite(score):
                 raise ValueError(f"the baseline {name!r} is {score!r}: it must be a finite number")
+        if self.symbols is not None:
+            if isinstance(self.symbols, str) or not isinstance(self.symbols, Sequence):
+                raise ValueError(f"symbols is {self.symbols!r}: it must be a list of texts, one for each token id")
+            if wrong := [symbol for symbol in self.symbols if not isinstance(symbol, str)]:
+                raise ValueError(f"the symbol {wrong[0]!r} is no text")
+            if len(self.symbols) != self.vocab_size:
+                raise ValueError(f"there are {len(self.symbols)} symbols: vocab_size is {self.vocab_size}")
 
 
 def check_sizes(kind: str, sizes: Any) -> None:

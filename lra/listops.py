@@ -111,6 +111,7 @@ def get_task(
         source=described,
         bucket=bucket,
         baselines=baselines,
+        symbols=VOCABULARY,
     )
 
 

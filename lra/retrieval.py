@@ -19,6 +19,7 @@ from efficient_tx.data import fetched, order
 from efficient_tx.files import local_path
 from efficient_tx.task import Task, data_directory
 from lra import ngrams, store
+from lra.text import SYMBOLS
 
 KIND = "token_pairs"
 FILES = {"train": "new_aan_pairs.train.tsv", "val": "new_aan_pairs.eval.tsv", "test": "new_aan_pairs.test.tsv"}
@@ -102,6 +103,7 @@ def get_task(
         source=f"{described}, {'/'.join(f'{len(pairs):,}' for pairs in splits)} pairs",
         bucket=bucket,
         baselines=_baselines(splits[0], splits[2], data_directory(data_dir) / "retrieval"),
+        symbols=SYMBOLS,
     )
 
 

@@ -20,6 +20,7 @@ from efficient_tx.task import Task, data_directory
 from lra import ngrams, store
 
 KIND = "tokens"
+SYMBOLS = ("<pad>", *(repr(bytes([byte]))[2:-1] for byte in range(256)))  # of the ids byte + 1
 REVIEWS = 25000  # of IMDb, in the training split and in the test split
 
 _CLASSES = ("neg", "pos")
@@ -110,6 +111,7 @@ def get_task(
         source=f"{described}, {counts} texts, seed {seed}" + ", validated on test texts" * (validation == "test"),
         bucket=bucket,
         baselines=_baselines(splits[0], splits[2], data_directory(data_dir) / "text"),
+        symbols=SYMBOLS,
     )
 
 

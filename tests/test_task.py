@@ -33,6 +33,10 @@ OBJECTIVE = Objective(None, metrics=(), best="loss", higher_is_better=False)
         ({"baselines": [0.5]}, "baselines is [0.5]: it must be a dict of scores by name"),
         ({"baselines": {"constant": "0.5"}}, "the baseline 'constant' is '0.5': it must be a finite number"),
         ({"baselines": {"constant": np.nan}}, "the baseline 'constant' is nan: it must be a finite number"),
+        ({"symbols": "ab"}, "symbols is 'ab': it must be a list of texts, one for each token id"),
+        ({"symbols": 5}, "symbols is 5: it must be a list of texts, one for each token id"),
+        ({"symbols": ["a", 1]}, "the symbol 1 is no text"),
+        ({"vocab_size": 3, "symbols": ["a", "b"]}, "there are 2 symbols: vocab_size is 3"),
     ],
 )
 def test_a_wrong_attribute_is_one_line(changes, says):
@@ -49,6 +53,7 @@ def test_labels_of_an_objective_are_numbers(dtype):
 
 def test_what_is_right_is_not_refused():
     integers = {"num_classes": np.int64(3), "vocab_size": np.uint8(5), "max_len": 2**20}
+    dataclasses.replace(GOOD, **integers, symbols=list("abcde"))
     dataclasses.replace(GOOD, **integers, image_shape=(2, 3, 1), baselines={"one": np.float32(0.5), "two": 1})
     for dtype in ("int32", "uint8", "float32", np.float64):
         dataclasses.replace(GOOD, objective=dataclasses.replace(OBJECTIVE, label_dtype=dtype))

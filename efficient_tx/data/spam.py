@@ -74,6 +74,7 @@ def get_task(
         name="spam",
         source=f"spam in {folder}, {'/'.join(f'{len(split):,}' for split in splits)} e-mails, seed {seed}",
         baselines={"constant": float(np.mean(labels == constant))},
+        symbols=wordpiece.symbols,
     )
 
 

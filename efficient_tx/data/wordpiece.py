@@ -24,6 +24,7 @@ class WordPiece:
 
     Attributes:
       vocab_size: ids are in [0, vocab_size).
+      symbols: the token of each id; that of an id without one is the number.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -44,6 +45,7 @@ class WordPiece:
             raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from None
         self._tokenizer.enable_truncation(max_len)
         self.vocab_size = self._tokenizer.get_vocab_size()
+        self.symbols = [self._tokenizer.id_to_token(i) or str(i) for i in range(self.vocab_size)]
 
     def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, int32 `[length]`, of any length from 2 to `max_len`."""

@@ -24,11 +24,9 @@ from efficient_tx.extras import require
 require("train", "grain", "matplotlib", "ml_collections", "orbax", "rich")
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 
-import numpy as np
 from rich.console import Console
 
 from efficient_tx.attention import ATTENTION
@@ -40,15 +38,12 @@ from efficient_tx.config.flags import TRUST, answered
 from efficient_tx.config.names import mixer_class, parse_mixers
 from efficient_tx.config.trained import trained_run
 from efficient_tx.data.batching import first_examples
-from efficient_tx.inspect import plots, report
+from efficient_tx.inspect import plots, reading, report
 from efficient_tx.inspect.captured import capture
+from efficient_tx.inspect.example import longest_example
 from efficient_tx.inspect.look import advice, look
-from efficient_tx.task import Batch, Task
 from efficient_tx.training.disk import write_bytes, writing
 from efficient_tx.training.errors import Refused, refusing
-
-# Token ids of a task whose tokens are the pixels of a grey image.
-PIXELS = 256
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -68,20 +63,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def picture_of(task: Task, batch: Batch) -> np.ndarray | None:
-    """The first example as greys `[height, width]`, if the tokens of the task are an image; else None.
-
-    They are if it has images, or all tokens are the 256 greys of the pixels of a square.
-    """
-    first = np.asarray(batch["inputs"][0], np.float32)
-    if task.kind == "image":
-        return first.mean(-1)
-    full = "mask" not in batch or bool(batch["mask"].all())
-    side = math.isqrt(len(first))
-    pixels = task.kind == "tokens" and task.vocab_size == PIXELS and full and side * side == len(first)
-    return first.reshape(side, side) if pixels else None
-
-
 def inspect(options: argparse.Namespace, console: Console) -> None:
     """Measures, prints and writes.
 
@@ -97,10 +78,10 @@ def inspect(options: argparse.Namespace, console: Console) -> None:
         count = len(batch["label"])
     with progress(console) as say:
         say("one pass through the model")
-        inside = capture(model, batch)
+        inside, example = capture(model, batch), longest_example(task, batch)
         try:
             found = look(
-                model, inside, {mixer_class(name): name for name in pattern},
+                model, inside, capture(model, example.batch), {mixer_class(name): name for name in pattern},
                 against=options.against, sizes=options.sizes or None,
                 budget=options.budget, progress=say,
             )  # fmt: skip
@@ -119,15 +100,15 @@ def inspect(options: argparse.Namespace, console: Console) -> None:
         for line in report.lines(advised):
             console.print(line, soft_wrap=True)
     about = {"workdir": str(options.workdir), "step": step, "task": task.name, "source": task.source,
-             "examples": count, "ranks": "estimates from a sketch"}  # fmt: skip
-    title = f"{options.workdir}, step {step}: {count} test examples of {task.name}"
+             "examples": count, "mean_tokens": found.length, "ranks": "estimates from a sketch",
+             "drawn": {"example": example.number, "texts": example.texts}}  # fmt: skip
+    title = f"{options.workdir}, step {step}\n{count} test examples of {task.name}, {report.lengths(found)}"
+    longest = f"how much each token of example {example.number} is read; none of the others is longer"
     with writing(options.out):
         options.out.mkdir(parents=True, exist_ok=True)
     pictures = {
         "inspect.png": plots.overview(found, title),
-        "attention.png": plots.attention(
-            found, picture_of(task, batch), f"{title}\nhow much each token of the first is read"
-        ),
+        "attention.png": reading.attention(found, example, f"{title}\n{longest}"),
     }
     write_bytes(options.out / "inspect.json", report.to_json(found, advised, about).encode())
     written = ["inspect.json"]

@@ -42,7 +42,7 @@ class Layer:
       ranks: target -> the rank that any low-rank attention needs.
       logits: singular values of q·kᵀ, the sum of their squares 1.
       leverage: share of the scores that the keys of the highest scores have.
-      attention: rows of the first example.
+      attention: rows of the longest example, and what is chosen in it.
     """
 
     name: str
@@ -59,21 +59,33 @@ class Layer:
 
 @dataclass
 class Look:
-    """What is inside a run: its mixers; singular values of its weights; Matrix Nuclear-Norm after each block."""
+    """What is inside a run: its mixers; singular values of its weights; Matrix Nuclear-Norm after each block.
+
+    Attributes:
+      tokens, sequences: how many were looked at, and in how many sequences; padding is none.
+    """
 
     layers: list[Layer]
     weights: dict[str, list[float]]
     states: dict[str, float]
     tokens: int
+    sequences: int
+
+    @property
+    def length(self) -> float:
+        """Real tokens of a sequence, in the mean."""
+        return self.tokens / max(self.sequences, 1)
 
 
 def look(
-    model: nnx.Module, inside: Inside, names: Mapping[type[Mixer], str], *,
+    model: nnx.Module, inside: Inside, drawn: Inside, names: Mapping[type[Mixer], str], *,
     against: Sequence[str] | None, sizes: Sequence[int] | None, budget: bool, progress: Callable[[str], None],
 ) -> Look:  # fmt: skip
     """Measures what passed through a model.
 
     Args:
+      inside: what is measured.
+      drawn: of the same mixers, on the example whose rows are told.
       names: of the classes of its mixers in the config.
       against: variants to measure; None: with sizes or a budget, all that approximate a layer, else none.
       sizes: of their budgets; None: powers of two up to the length.
@@ -90,11 +102,13 @@ def look(
             has = f"choose of {', '.join(known)}" if known else "none does: they have no exact counterpart"
             raise OptionError("against", name, f"it does not approximate what a layer of this run computes; {has}")
     layers = []
-    for call, variants in zip(inside.calls, chosen):
-        layers.append(layer(call, names.get(call.variant, call.variant.__name__), variants, sizes, budget, progress))
+    for call, one, variants in zip(inside.calls, drawn.calls, chosen):
+        made = layer(call, names.get(call.variant, call.variant.__name__), variants, sizes, budget, progress)
+        made.attention = attention_rows(one)
+        layers.append(made)
     progress("singular values of the weights")
-    tokens = int(np.sum(inside.calls[0].real)) if inside.calls else 0
-    return Look(layers, weight_profiles(model), nuclear_norms(inside.states), tokens)
+    real = np.asarray(inside.calls[0].real) if inside.calls else np.zeros((0, 0))
+    return Look(layers, weight_profiles(model), nuclear_norms(inside.states), int(real.sum()), len(real))
 
 
 def candidates(call: Call, against: Sequence[str] | None, swept: bool) -> list[str]:
@@ -114,7 +128,7 @@ def layer(
     progress(call.name)
     names = {variant.function: name for name, variant in ATTENTION.items()}
     made = Layer(call.name, mixer, None if exact is None else names.get(exact, exact.__name__))
-    made.logits, made.leverage, made.attention = logits_profile(call), leverage_profile(call), attention_rows(call)
+    made.logits, made.leverage = logits_profile(call), leverage_profile(call)
     if expected is None:
         return made
     own = errors(call, expected, call.variant)

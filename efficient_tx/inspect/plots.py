@@ -1,6 +1,5 @@
-"""Pictures of what is inside a run: profiles and errors by layer, and what the first example's tokens read."""
+"""The picture of what is inside a run: profiles and errors by layer."""
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -91,47 +90,3 @@ def bars(axes: Axes, title: str, groups: Mapping[str, Sequence[float]]) -> None:
 
 def absent(axes: Axes) -> None:
     axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes, color="#666")
-
-
-def side_of(tokens: int) -> int | None:
-    """The side of the square image that so many tokens are, with or without a class token in front; None: none."""
-    sides = [math.isqrt(count) for count in (tokens, tokens - 1) if math.isqrt(count) ** 2 == count]
-    return sides[0] if sides else None
-
-
-def attention(found: Look, picture: np.ndarray | None, title: str) -> bytes | None:
-    """PNG: how much each token of the first example is read, head by head; None if no mixer has rows.
-
-    Args:
-      picture: greys `[height, width]` of the image that the tokens are, drawn below; None: a text, whose tokens are a
-        strip, with the rows of a few queries below the mean over all.
-    """
-    layers = [one for one in found.layers if one.attention]
-    if not layers:
-        return None
-    count = max(len(one.attention["received"]) for one in layers)
-    size = (2.6 * count, 2.8 * len(layers)) if picture is not None else (7 * count, 1.9 * len(layers))
-    figure = Figure(figsize=(max(size[0], 6), size[1] + 1), layout="constrained")
-    figure.suptitle(title, fontsize=9, parse_math=False)
-    panels = figure.subplots(len(layers), count, squeeze=False)
-    for row, one in zip(panels, layers):
-        for head, axes in enumerate(row):
-            if head >= len(one.attention["received"]):
-                axes.axis("off")
-                continue
-            received = np.array(one.attention["received"][head])
-            axes.set_title(f"{short(one.name)}, {one.mixer}, head {head}", fontsize=8)
-            side = None if picture is None else side_of(len(received))
-            if side:
-                place = {"extent": (0, 1, 0, 1), "interpolation": "nearest"}
-                axes.imshow(picture, cmap="gray", **place)
-                axes.imshow(received[-side * side :].reshape(side, side), cmap="viridis", alpha=0.6, **place)
-                axes.axis("off")
-                continue
-            strips = np.stack([received, *(np.array(rows[head]) for rows in one.attention["rows"])])
-            peaks = np.abs(strips).max(1, keepdims=True)
-            axes.imshow(strips / np.where(peaks > 0, peaks, 1), aspect="auto", cmap="viridis", interpolation="nearest")
-            names = ["all", *(f"query {place}" for place in one.attention["queries"])]
-            axes.set_yticks(range(len(names)), names, fontsize=7)
-            axes.tick_params(axis="x", labelsize=7)
-    return png(figure)

@@ -38,7 +38,7 @@ def rounded(value: Any) -> Any:
 
 def mixers(found: Look) -> Table:
     """A row for each mixer; cells with several numbers are by head."""
-    table = Table(title=f"Mixers, on {found.tokens:,} tokens; numbers by head")
+    table = Table(title=f"Mixers, on {found.tokens:,} tokens: {lengths(found)}; numbers by head")
     for name in (
         "layer",
         "mixer",
@@ -57,6 +57,11 @@ def mixers(found: Look) -> Table:
             ABSENT if one.leverage is None else " ".join(map(str, halves(one.leverage))),
         )
     return table
+
+
+def lengths(found: Look) -> str:
+    """How long the sequences are: an error within a budget says little where they are shorter than that."""
+    return f"{found.length:.1f} real tokens in the mean of {found.sequences} sequences"
 
 
 def halves(leverage: dict[str, Any]) -> list[int]:
@@ -80,7 +85,7 @@ def states(found: Look) -> Table:
 def errors(found: Look) -> Table:
     """A row for each layer and variant, and a column for each size."""
     sizes = sorted({size for one in found.layers for by_size in one.errors.values() for size in by_size})
-    table = Table(title="Relative error within a budget, by head")
+    table = Table(title=f"Relative error within a budget, by head; {lengths(found)}")
     table.add_column("variant")
     table.add_column("layer", overflow="fold")
     for size in sizes:
@@ -93,7 +98,7 @@ def errors(found: Look) -> Table:
 
 def budgets(found: Look) -> Table:
     """The smallest budgets for each target, and the rank below which no low-rank attention gets."""
-    table = Table(title="Smallest budget for an error, by head")
+    table = Table(title=f"Smallest budget for an error, by head; {lengths(found)}")
     table.add_column("variant")
     table.add_column("layer", overflow="fold")
     for target in TARGETS:

@@ -155,7 +155,8 @@ def measured(
     tasks: dict[str, Any] = {}
     for candidate in candidates:
         key = records.identity(candidate.config, options.budget)
-        about = {"id": key, "task": candidate.task, "method": candidate.method, "final": candidate.final}
+        about = {"id": key, "budget": options.budget, "task": candidate.task, "method": candidate.method,
+                 "final": candidate.final}  # fmt: skip
         found = before.get(key)
         if found is None:
             config = candidate.config
@@ -168,7 +169,7 @@ def measured(
         rows.append({**found, **about})
         if options.out:
             before[key] = rows[-1]
-            records.save(options.out, [*before.values()], options.budget)
+            records.save(options.out, [*before.values()])
     return rows
 
 
@@ -210,8 +211,8 @@ def scores(tasks: Sequence[Known]) -> Table:
     return made
 
 
-def trusted(tasks: Sequence[Known]) -> list[str]:
-    """What the predictor was learnt from, and how it did on what it was not."""
+def trusted(tasks: Sequence[Known], budget: float) -> list[str]:
+    """What the predictor was learnt from, and how it did on what it was not; `budget` is that of the methods here."""
     if not tasks:
         return ["nothing is known of finished runs: all measures count alike"]
     count = sum(len(task.methods) for task in tasks)
@@ -222,9 +223,25 @@ def trusted(tasks: Sequence[Known]) -> list[str]:
         said = f"{statistics.fmean(found['all']):.2f} ({min(found['all']):.2f} to {max(found['all']):.2f})"
         lines.append(
             f"on a task left out of the learning, Spearman's correlation with the final order was {said}; "
-            f"{', '.join(by)}; a guess has 0 ± {(count / len(tasks) - 1) ** -0.5:.2f}"
+            f"{', '.join(by)}; on one task a guess has 0 ± {(count / len(tasks) - 1) ** -0.5:.2f}"
+        )
+    shares = sorted({row["budget"] for task in tasks for row in task.measures})
+    if shares != [budget]:
+        lines.append(
+            f"these were measured after {' and '.join(f'{share:.4g}' for share in shares)} of the steps, the methods "
+            f"here after {budget:.4g}: how much each measure counts, and that correlation, are of the former"
         )
     return lines
+
+
+def repeated(rows: Sequence[records.Row]) -> list[str]:
+    """A line on each function that several methods of a task are."""
+    return [
+        f"{', '.join(row['method'] for row in alike)} are one function on {task}"
+        for task in dict.fromkeys(row["task"] for row in rows)
+        for alike in records.functions(row for row in rows if row["task"] == task)
+        if len(alike) > 1
+    ]
 
 
 def predict(options: argparse.Namespace, constants: Sequence[str]) -> None:
@@ -233,7 +250,8 @@ def predict(options: argparse.Namespace, constants: Sequence[str]) -> None:
         what = "--score: there are no finished runs to learn from" if options.score else "--mixers: name two or more"
         raise ValueError(f"{what}: there is no order to tell")
     files = options.known or [records.SHIPPED]
-    tasks = [] if options.score else records.known(row for file in files for row in records.read(file, "known"))
+    found = [] if options.score else [row for file in files for row in records.read(file, "known")]
+    tasks = records.known(found, options.budget)
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False, emoji=False)
     keep_programs(data_directory() / "compilation")
     with progress(console) as say:
@@ -242,14 +260,18 @@ def predict(options: argparse.Namespace, constants: Sequence[str]) -> None:
         if row.get("fault"):
             console.print(f"{row['method']}: {row['fault']}", soft_wrap=True)
     if options.score:
-        tasks = records.known(rows)
+        tasks = records.known(rows, options.budget)
         console.print(scores(tasks))
+        for line in repeated(rows):
+            console.print(f"{line}, and count once", soft_wrap=True)
         for task in tasks:
             guess = (len(task.methods) - 1) ** -0.5
             console.print(f"{task.task}: a guess has 0 ± {guess:.2f}", soft_wrap=True)
     else:
         console.print(order(rows, tasks))
-        for line in trusted(tasks):
+        for line in repeated(rows):
+            console.print(line, soft_wrap=True)
+        for line in trusted(tasks, options.budget):
             console.print(line, soft_wrap=True)
     if options.out:
         console.print(f"wrote {options.out}", soft_wrap=True)

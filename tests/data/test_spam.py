@@ -38,6 +38,7 @@ def test_every_email_is_in_one_split_with_its_label(root):
     everything = [(tuple(example["inputs"].tolist()), example["label"]) for example in examples]
     assert sorted(everything) == sorted([(tuple(pieces(t)), 0) for t in HAM] + [(tuple(pieces(t)), 1) for t in SPAM])
     assert made.source == f"spam in {root}/spam, 15/1/4 e-mails, seed 0"
+    assert [made.symbols[i] for i in (everything[0][0][0], everything[0][0][-1])] == ["[CLS]", "[SEP]"]
     test = [label for _, label in everything[-4:]]
     assert made.baselines == {"constant": pytest.approx(test.count(0) / 4)}  # most e-mails are no spam
     with pytest.raises(IndexError, match="e-mail 4 of 4"):

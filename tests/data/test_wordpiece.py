@@ -24,7 +24,7 @@ def folder(tmp_path):
 def test_ids_are_the_greedy_pieces_between_cls_and_sep(folder):
     wordpiece = WordPiece(folder, max_len=32)
     assert [ids.tolist() for ids in wordpiece(TEXTS)] == [pieces(text) for text in TEXTS]
-    assert wordpiece.vocab_size == len(TOKENS)
+    assert wordpiece.vocab_size == len(TOKENS) and wordpiece.symbols == list(TOKENS)
     assert [TOKENS[i] for i in wordpiece(TEXTS)[0]] == ["[CLS]", "the", "un", "##aff", "##able", "!", "[SEP]"]
 
 

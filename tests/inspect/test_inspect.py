@@ -10,11 +10,13 @@ import pytest
 from flax import nnx
 
 from efficient_tx.attention import ATTENTION
+from efficient_tx.config.trained import trained_run
 from efficient_tx.inspect import errors, profiles, rows
 from efficient_tx.inspect.captured import Call, capture
 from efficient_tx.inspect.look import Layer, Look, advice
 from efficient_tx.inspect.report import lines
 from efficient_tx.models import Classifier
+from lra.expressions import VOCABULARY
 from tests.support.command import evaluate_here, finished_run, inspect_here
 
 HEADS, DIM, KEPT = 2, 4, 5
@@ -173,6 +175,21 @@ def test_attention_rows_are_the_weights(mixer):
             np.testing.assert_allclose(row[head], whole[query], **CLOSE)
         np.testing.assert_allclose(found["received"][head], whole.mean(0), **CLOSE)
         assert found["top"][head][0] == np.argmax(whole.mean(0))
+        assert found["chosen"] == {} or {*map(tuple, found["chosen"]["k"][head])} == {(place,) for place in kept}
+    assert found["chosen"].keys() == ({"k"} if mixer == "lev" else set())
+
+
+def test_rows_are_those_of_the_longest_sequence_without_its_padding():
+    """Whatever other arrays there are: as many weights of a convolution as examples, for one."""
+    model = model_of("nystromformer", landmarks=4, value_conv=3)
+    alone = rows.attention_rows(capture(model, {name: x[1:2] for name, x in batch().items()}).calls[0])
+    order = [2, 1, 2]
+    found = rows.attention_rows(capture(model, {name: x[order] for name, x in batch().items()}).calls[0])
+    assert found["sequence"] == 1 and found["queries"] == [0, 2, 5, 8]
+    for name in ("rows", "received"):
+        assert np.shape(found[name])[-1] == LENGTHS[1]
+        np.testing.assert_allclose(found[name], alone[name], **CLOSE)
+    assert found["chosen"] == alone["chosen"] and len(found["chosen"]["k"][0]) == 4
 
 
 def test_the_smallest_size_is_one_from_which_on_all_are_within():
@@ -187,7 +204,7 @@ def test_advice_is_the_largest_budget_over_layers_and_heads():
         return Layer("blocks.0", mixer, "softmax", budgets={variant: dict.fromkeys(errors.TARGETS, sizes)})
 
     def of(*layers, pattern):
-        return advice(Look(list(layers), {}, {}, 1), pattern)[-1]
+        return advice(Look(list(layers), {}, {}, 1, 1), pattern)[-1]
 
     found = of(layer("softmax", "lev", [8, 16]), layer("softmax", "lev", [4, 32]), pattern=["gla", "softmax"])
     assert (found.size, found.settings) == (32, {"mixers": "gla,lev", "attention.lev.budget": "32"})
@@ -212,7 +229,7 @@ def test_every_approximation_that_is_advised_fits_the_parameters_of_the_run():
     assert names
     for name in names:
         layer = Layer("mixer", "softmax", "softmax", budgets={name: {t: [16] for t in errors.TARGETS}})
-        settings = dict(advice(Look([layer], {}, {}, 1), ["softmax"])[0].settings)
+        settings = dict(advice(Look([layer], {}, {}, 1, 1), ["softmax"])[0].settings)
         assert settings.pop("mixers") == name
         options = {key.removeprefix(f"attention.{name}."): int(value) for key, value in settings.items()}
         assert shapes(name, **options) == shapes("softmax"), name
@@ -225,13 +242,25 @@ def test_the_command_writes_what_it_says_and_its_flags_work(tmp_path):
     status, said, error = inspect_here(
         f"--workdir={run}", f"--out={out}", "--budget", "--against=lev", "--sizes=8,24", "--examples=3"
     )
-    assert (status, error) == (0, "")
+    assert status == 0, error  # which has a line of progress where this takes more than ten seconds
     assert sorted(path.name for path in out.iterdir()) == ["attention.png", "inspect.json", "inspect.png"]
     record = json.loads((out / "inspect.json").read_text())
     (layer,) = record["layers"]
     assert (layer["mixer"], layer["exact"], layer["error"]) == ("softmax", "softmax", [0, 0])
     small, whole = (layer["errors"]["lev"][size] for size in ("8", "24"))
     assert min(small) > 0.01 and max(whole) < 1e-4  # no example has more tokens than 24
+    # What is drawn is the longest example, in words.
+    examples = [trained_run(run, "best")[1].test[i]["inputs"] for i in range(3)]
+    lengths = [len(example) for example in examples]
+    number = lengths.index(max(lengths))
+    assert record["drawn"]["example"] == number
+    assert record["drawn"]["texts"] == [[VOCABULARY[i] for i in examples[number]]]
+    assert np.shape(layer["attention"]["received"]) == (2, max(lengths)) and layer["attention"]["chosen"] == {}
+    assert record["mean_tokens"] == pytest.approx(np.mean(lengths), rel=1e-4)
+    told = f"{np.mean(lengths):.1f} real tokens in the mean of 3 sequences"
+    title = " ".join(said.split())  # which is in lines as wide as the table
+    assert f"Mixers, on {sum(lengths)} tokens: {told}" in title
+    assert f"Relative error within a budget, by head; {told}" in title
     assert layer["budgets"]["lev"]["0.01"] == [24, 24]
     flags = re.search(r"^lev, 1%: (.*)$", said, re.MULTILINE)[1].split()
     assert flags == ["--set", "mixers=lev", "attention.lev.budget=24"]

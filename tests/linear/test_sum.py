@@ -179,7 +179,8 @@ def test_a_form_is_an_object_and_a_text():
     assert str(Form(type("Own", (Monarch,), {"__module__": "mine"}), blocks=2)) == "mine:Own(blocks=2)"
     assert type(form(8, 4, rngs=nnx.Rngs(0))) is form.structure
     assert Form(Sparse, density=1).options == (("density", 1),)  # a whole number is a number
-    assert Form(Sparse, density=np.float32(0.5)) and Form(Monarch, blocks=np.int64(2))
+    assert Form(Sparse, density=np.float32(0.5)).options == (("density", 0.5),)
+    assert Form(Monarch, blocks=np.int64(2)).options == (("blocks", 2),)
 
 
 @quick

@@ -243,6 +243,7 @@ def test_drop_brackets_is_the_older_tokenizer(tmp_path, short):
     # That one split the text form at everything that is not alphanumeric.
     dropped = listops.get_task(data_dir=str(tmp_path), drop_brackets=True, **SHORT)
     assert dropped.name != short.name
+    assert [short.symbols[i] for i in short.test[0]["inputs"]] == words(short.test[0]["inputs"])
     assert dropped.baselines == short.baselines
     for (tokens, label), (shorter, same) in zip(contents(short), contents(dropped), strict=True):
         assert [word.lstrip("[") for word in words(shorter)] == re.findall(r"\w+", text(parse(iter(words(tokens)))))

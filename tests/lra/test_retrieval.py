@@ -43,6 +43,7 @@ def test_files_are_read_by_line(files):
     assert task.name == "retrieval-tsv_data" and str(files) in task.source  # never the arena's own column
     assert (task.kind, task.num_classes, task.vocab_size, task.max_len) == ("token_pairs", 2, 257, 20000)
     assert task.baselines["constant"] == pytest.approx(2 / 3)
+    assert "".join(task.symbols[i] for i in second["inputs2"]) == '"quoted"'
     short = retrieval.get_task(source=str(files), data_dir=str(files), max_len=7)
     assert bytes_of(short.test[0]["inputs"]) == "one é".encode() + b" "
     with pytest.raises(IndexError):

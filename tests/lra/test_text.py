@@ -86,6 +86,9 @@ def test_bytes_are_ids_and_masks_go_by_length(tmp_path):
         assert batch["inputs"][row].tolist() == ids + [0] * (20 - len(ids))
         assert batch["mask"][row].tolist() == [True] * len(ids) + [False] * (20 - len(ids))
         assert batch["label"][row] == label
+        if content[:20].isascii():
+            assert "".join(task.symbols[i] for i in ids) == content[:20].decode()
+    assert (task.symbols[1], task.symbols[256], task.symbols[ord("\n") + 1]) == ("\\x00", "\\xff", "\\n")
     assert 1 in batch["inputs"]  # a zero byte, which is no padding
     assert 256 in batch["inputs"]
     with pytest.raises(IndexError, match="40 of 40"):

@@ -47,6 +47,9 @@ class Mixer(nnx.Module):
       projections: the arguments of `function` that are linear projections of the tokens, one layer each; empty if the
         function takes the tokens themselves.
       exact: the function, with the same arguments, that `function` approximates; None if it approximates nothing.
+      chosen: the function, with arguments of `function`, of what stands for all queries or keys at evaluation: some of
+        them or means of some, `[batch, count, heads, head_dim]`, zero where there are fewer. Its derivative by the
+        projections tells which tokens are in them. None: nothing is chosen, or another choice for each query.
       near_on: families of inputs (`compare.attention.inputs.FAMILIES`) on which the relative error against `exact` is
         below 0.2 with a budget of a quarter of the keys.
       refuses: uses that `function` does not support -> a part of the error message. Keys: "cross" (queries from other
@@ -72,6 +75,7 @@ class Mixer(nnx.Module):
     function: ClassVar[Callable[..., jax.Array] | None] = None
     projections: ClassVar[tuple[str, ...]] = ()
     exact: ClassVar[Callable[..., jax.Array] | None] = None
+    chosen: ClassVar[Callable[..., jax.Array] | None] = None
     near_on: ClassVar[tuple[str, ...]] = ()
     refuses: ClassVar[Mapping[str, str]] = {}
     windowed: ClassVar[bool] = False

@@ -67,20 +67,14 @@ def nystromformer(
     """
     check_shapes(q, k, v)
     del key
-    batch, queries, heads, head_dim = q.shape
+    batch, queries, _, head_dim = q.shape
     keys = k.shape[1]
     if conv is not None and queries != keys:
         raise ValueError(f"there are {queries} queries and {keys} keys: conv needs a value for each query")
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     mask = key_mask(mask, batch, keys)
 
-    if queries == keys:
-        means, q_real = segment_means(jnp.concatenate([q, k], axis=2), mask, min(landmarks, keys))
-        q_means, k_means, k_real = means[:, :, :heads], means[:, :, heads:], q_real
-    else:
-        q_means, q_real = segment_means(q, None, min(landmarks, queries))
-        k_means, k_real = segment_means(k, mask, min(landmarks, keys))
-    k_means = repeat_heads(k_means, heads, "k")
+    (q_means, q_real), (k_means, k_real) = means_of(q, k, mask, landmarks)
     sums = flash_attention(q_means, k.astype(dtype), v.astype(dtype), mask=mask)
 
     logits = jnp.einsum("bihd,bjhd->bhij", q_means, k_means, precision=jax.lax.Precision.HIGHEST) * head_dim**-0.5
@@ -92,6 +86,25 @@ def nystromformer(
     weights = jnp.einsum("bhij,bjhd->bihd", inverse, sums, precision=jax.lax.Precision.HIGHEST)
     out = flash_attention(q, k_means, weights, mask=k_real)
     return out if conv is None else out + depthwise(v, conv, mask).astype(out.dtype)
+
+
+def means_of(q: jax.Array, k: jax.Array, mask: jax.Array | None, landmarks: int) -> list[tuple[jax.Array, jax.Array]]:
+    """The segment means of queries and of keys, `[batch, ≤ landmarks, heads, head_dim]`, each with its mask."""
+    heads, queries, keys = q.shape[2], q.shape[1], k.shape[1]
+    if queries == keys:
+        means, real = segment_means(jnp.concatenate([q, k], axis=2), mask, min(landmarks, keys))
+        parts = [(means[:, :, :heads], real), (means[:, :, heads:], real)]
+    else:
+        parts = [segment_means(q, None, min(landmarks, queries)), segment_means(k, mask, min(landmarks, keys))]
+    return [(repeat_heads(means, heads, "k"), real) for means, real in parts]
+
+
+def landmark_tokens(
+    q: jax.Array, k: jax.Array, *, mask: jax.Array | None = None, landmarks: int = 128
+) -> jax.Array:  # fmt: skip
+    """The segment means of the queries, then of the keys, see `Mixer.chosen`; arguments as in `nystromformer`."""
+    parts = means_of(q, k, key_mask(mask, *k.shape[:2]), landmarks)
+    return jnp.concatenate([means for means, _ in parts], axis=1)
 
 
 class Nystromformer(MultiHead):
@@ -111,6 +124,7 @@ class Nystromformer(MultiHead):
     cost = "n·m + m³"
     function = staticmethod(nystromformer)
     exact = staticmethod(softmax)
+    chosen = staticmethod(landmark_tokens)
     near_on = ("imbalanced",)
 
     @staticmethod

@@ -84,10 +84,21 @@ def s3(
 
 def column_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, columns: int) -> jax.Array:
     """Softmax attention to at most `columns` real tokens; shapes as in `s3`, with as many key heads as query heads."""
+    position, valid = columns_of(k, mask, columns)
+    return flash_attention(q, take_tokens(k, position), take_tokens(v, position), mask=valid)
+
+
+def columns_of(k: jax.Array, mask: jax.Array | None, columns: int) -> tuple[jax.Array, jax.Array]:
+    """Positions of at most `columns` real tokens, int32 `[batch, ≤ columns]`, and which of them exist."""
     batch, length = k.shape[:2]
     real = jnp.ones((batch, length), bool) if mask is None else mask
-    position, valid = sample_tokens(evaluation_keys(batch), real, columns)
-    return flash_attention(q, take_tokens(k, position), take_tokens(v, position), mask=valid)
+    return sample_tokens(evaluation_keys(batch), real, columns)
+
+
+def column_tokens(k: jax.Array, *, mask: jax.Array | None = None, columns: int = 8) -> jax.Array:
+    """The keys of column attention, see `Mixer.chosen`; arguments as in `s3`."""
+    position, valid = columns_of(k, key_mask(mask, *k.shape[:2]), columns)
+    return jnp.where(valid[..., None, None], take_tokens(k, position), 0)
 
 
 def row_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, rows: int) -> jax.Array:
@@ -122,6 +133,7 @@ class S3(MultiHead):
     computes = "m tokens and m channels of a sequence smoothed in Fourier space"
     cost = "n·m + n log n"
     function = staticmethod(s3)
+    chosen = staticmethod(column_tokens)
     refuses: ClassVar = {"cross": "rows need equal lengths", "decode": "rows need equal lengths"}
     needs_max_len = True
     side_by_side = True  # the smoothing and the convolution over neighbours count real tokens

@@ -88,15 +88,12 @@ def skyformer(
       ValueError: an option out of its range, or shapes that do not fit.
     """
     check_shapes(q, k, v)
-    batch, queries, heads, _ = q.shape
-    keys = k.shape[1]
+    batch, keys = k.shape[:2]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     mask = key_mask(mask, batch, keys)
-    shared = repeat_heads(k, heads, "k")
-
     draws = evaluation_keys(batch) if key is None else example_keys(key, batch)
     real = jnp.ones((batch, keys), bool) if mask is None else mask
-    parts = (q, shared) if queries == keys else (shared,)
+    parts = parts_of(q, k)
     if accumulate > 1:
         z, valid, signs = draw_sketch(*stacked(parts, real), draws, landmarks, accumulate)
     else:
@@ -115,6 +112,26 @@ def skyformer(
     if accumulate > 1:
         weights = (signs[:, None, :, :, None] * weights[:, :, None]).reshape(*z_heads.shape[:3], -1)
     return flash_attention(q, z, weights.swapaxes(1, 2), score="gaussian")
+
+
+def landmark_tokens(
+    q: jax.Array, k: jax.Array, *,
+    mask: jax.Array | None = None, landmarks: int = 128, ridge: float = 0.1, choice: str = "uniform",
+    accumulate: int = 1,
+) -> jax.Array:  # fmt: skip
+    """The landmarks at evaluation, see `Mixer.chosen`; arguments as in `skyformer`."""
+    real, draws, parts = key_mask(mask, *k.shape[:2]), evaluation_keys(len(k)), parts_of(q, k)
+    real = jnp.ones(k.shape[:2], bool) if real is None else real
+    if accumulate > 1:
+        z, _, signs = draw_sketch(*stacked(parts, real), draws, landmarks, accumulate)
+        return merge(z.swapaxes(1, 2), signs).swapaxes(1, 2)
+    return choose(parts, real, draws, landmarks, choice, ridge)[0]
+
+
+def parts_of(q: jax.Array, k: jax.Array) -> tuple[jax.Array, ...]:
+    """What landmarks are drawn from, queries and keys, or only keys, each `[batch, length, heads, dim]`."""
+    shared = repeat_heads(k, q.shape[2], "k")
+    return (q, shared) if q.shape[1] == k.shape[1] else (shared,)
 
 
 def choose(
@@ -210,6 +227,7 @@ class Skyformer(MultiHead):
     cost = "n·m + m³"
     function = staticmethod(skyformer)
     exact = staticmethod(kernelized)
+    chosen = staticmethod(landmark_tokens)
     near_on = ("clustered", "imbalanced")
     draws = True
 

@@ -130,6 +130,14 @@ def pool(q: jax.Array, mask: jax.Array | None, landmarks: int, grid: bool) -> tu
     return segment_means(q, mask, min(landmarks, q.shape[1]))
 
 
+def bottleneck_tokens(
+    q: jax.Array, *, mask: jax.Array | None = None, z: jax.Array | None = None, landmarks: int = 128, grid: bool = False
+) -> jax.Array:
+    """The means that are bottleneck tokens, see `Mixer.chosen`; arguments as in `soft`, of which `z` is no mean."""
+    mask = key_mask(mask, *q.shape[:2])
+    return pool(q, mask, landmarks, grid)[0] if z is None else z[:, :0]
+
+
 class Soft(MultiHead):
     """Multi-head SOFT attention; options as in `soft`, other arguments as in `MultiHead`.
 
@@ -153,6 +161,7 @@ class Soft(MultiHead):
     cost = "n·m + m³"
     function = staticmethod(soft)
     exact = staticmethod(gaussian_self_attention)
+    chosen = staticmethod(bottleneck_tokens)
     near_on = ("imbalanced",)
     projections = ("q", "v")
     rotated = ("q",)

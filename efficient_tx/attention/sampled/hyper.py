@@ -288,6 +288,25 @@ def sample_rows(keys: jax.Array, count: jax.Array, samples: int) -> tuple[jax.Ar
     return tuple(x.reshape(*keys.shape, samples) for x in found)
 
 
+def sampled_keys(
+    q: jax.Array, k: jax.Array, *, mask: jax.Array | None = None, causal: bool = False,
+    block: int = 256, samples: int = 256, bits: int = 7,
+) -> jax.Array:  # fmt: skip
+    """The sample of all queries, see `Mixer.chosen`; arguments as in `hyper`. Blocks are chosen by each query."""
+    k = repeat_heads(k, q.shape[2], "k")
+    batch, keys, heads, dim = k.shape
+    if causal or keys <= block:
+        return k[:, :0]
+    mask = key_mask(mask, batch, keys)
+    real = jnp.ones((batch, keys), bool) if mask is None else mask
+    draws = numbered(evaluation_keys(batch), np.arange(heads + 1))
+    bucket = hamming_buckets(k.swapaxes(1, 2), hash_directions(draws[:, 0], dim, bits))
+    order = sort_by_bucket(bucket, jnp.broadcast_to(real[:, None], bucket.shape), 2**bits)
+    sample, size = sample_rows(draws[:, 1:], real.sum(1, keepdims=True), samples)
+    position = jnp.take_along_axis(order, sample, axis=2).swapaxes(1, 2)[..., None]
+    return jnp.where(size.swapaxes(1, 2)[..., None] >= 0, jnp.take_along_axis(k, position, axis=1), 0)
+
+
 def numbered(keys: jax.Array, numbers: np.ndarray) -> jax.Array:
     """New keys `[n, numbers]`: each of `keys` `[n]` folded with each number."""
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys, numbers.astype(np.uint32))
@@ -333,6 +352,7 @@ class Hyper(MultiHead):
     cost = "n·(b + m), causal n·(b + m)·log n"
     function = staticmethod(hyper)
     exact = staticmethod(softmax)
+    chosen = staticmethod(sampled_keys)
     near_on = ("clustered", "imbalanced")
     refuses: ClassVar = {"rows": "a single query sees all keys exactly, not a sample"}
     windowed = True

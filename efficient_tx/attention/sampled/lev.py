@@ -98,6 +98,18 @@ def lev(
     return jnp.moveaxis(out, 0, 1).reshape(batch, -1, *out.shape[3:])[:, :queries].astype(q.dtype)
 
 
+def kept_keys(
+    k: jax.Array, *, mask: jax.Array | None = None, causal: bool = False, budget: int = 128, p: float = 2.0
+) -> jax.Array:
+    """The universal set, see `Mixer.chosen`; arguments as in `lev`, where each query of the causal form has its own."""
+    if causal:
+        return k[:, :0]
+    mask = key_mask(mask, *k.shape[:2])
+    keys = k.astype(jnp.promote_types(k.dtype, jnp.float32))
+    keys = keys if mask is None else jnp.where(mask[..., None, None], keys, 0)
+    return jnp.take_along_axis(keys, universal_set(keys, mask, budget, p)[..., None], axis=1)
+
+
 def universal_set(k: jax.Array, mask: jax.Array | None, budget: int, p: float) -> jax.Array:
     """Positions of the `budget` keys with the highest scores, int32 `[batch, min(budget, keys), groups]`, best first.
 
@@ -124,6 +136,7 @@ class Lev(MultiHead):
     cost = "n·m + n·d"
     function = staticmethod(lev)
     exact = staticmethod(softmax)
+    chosen = staticmethod(kept_keys)
     near_on = ("clustered", "imbalanced")
     windowed = True
 

@@ -14,6 +14,8 @@ Unlike the published code: pilots are drawn without replacement, each example ha
 padding may be at any place.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -63,8 +65,8 @@ def skeinformer(
       ValueError: an option out of its range, or shapes that do not fit.
     """
     check_shapes(q, k, v)
-    batch, queries, heads, head_dim = q.shape
-    keys = k.shape[1]
+    batch, keys = k.shape[:2]
+    heads, head_dim = q.shape[2:]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     mask = key_mask(mask, batch, keys)
     real = jnp.ones((batch, keys), bool) if mask is None else mask
@@ -73,18 +75,11 @@ def skeinformer(
     v = v if mask is None else jnp.where(mask[..., None, None], v, 0)
     draws = evaluation_keys(batch) if key is None else example_keys(key, batch)
 
-    real_queries = real if queries == keys else jnp.ones((batch, queries), bool)
-    pilot, drawn = sample_tokens(fold(draws, 0), real_queries, pilots)
-    pilot_q = jnp.where(drawn[..., None, None], take_tokens(q, pilot), 0)
-    pilot_out, pilot_lse = flash_attention(pilot_q, k, v, mask=mask, return_lse=True)
+    drawn = draw(q, k, v, mask, draws, columns, pilots)
+    valid = drawn.valid
+    k_chosen, v_chosen = (jnp.where(valid[..., None, None], tokens_at(x, drawn.column), 0) for x in (k, v))
 
-    log_p = column_log_probabilities(pilot_q, jnp.where(drawn[..., None], pilot_lse, jnp.inf), k, v)
-    chosen = draw_by_weight(fold(draws, 1), log_p, mask, columns)
-    count = real.sum(1)
-    valid = jnp.arange(chosen.shape[1]) < count[:, None]
-    k_chosen, v_chosen = (jnp.where(valid[..., None, None], tokens_at(x, chosen), 0) for x in (k, v))
-
-    rest = count - valid.sum(1)
+    rest = real.sum(1) - valid.sum(1)
     near, lse = flash_attention(q, k_chosen, v_chosen, mask=valid, return_lse=True)
     far = repeat_heads(v.sum(1, keepdims=True), heads, "v")[:, 0] - v_chosen.sum(1)
     far = far / jnp.maximum(rest, 1)[:, None, None]
@@ -94,9 +89,56 @@ def skeinformer(
     some = (rest > 0)[:, None, None]  # else lse may be −inf
     weight = jnp.where(some, jax.nn.sigmoid(jnp.where(some, logit - lse, 0)), 0)[..., None]
     out = near + weight * (far[:, None] - near)
-    pilot_out = jnp.where(drawn[..., None, None], pilot_out, 0)
-    out = jax.vmap(lambda out, i, rows: out.at[i].set(rows, unique_indices=True))(out, pilot, pilot_out)
+    pilot_out = jnp.where(drawn.exists[..., None, None], drawn.pilot_out, 0)
+    out = jax.vmap(lambda out, i, rows: out.at[i].set(rows, unique_indices=True))(out, drawn.pilot, pilot_out)
     return out.astype(result_dtype)
+
+
+class Drawn(NamedTuple):
+    """What was drawn of each example.
+
+    Attributes:
+      pilot, exists: positions of the pilot queries, int32 `[batch, ≤ pilots]`, and which of them there are.
+      pilot_q, pilot_out: the pilots and their exact rows, `[batch, ≤ pilots, heads, dim]`.
+      column, valid: positions of the keys, int32 `[batch, ≤ columns, heads]`, and which of them there are, bool
+        `[batch, ≤ columns]`.
+    """
+
+    pilot: jax.Array
+    exists: jax.Array
+    pilot_q: jax.Array
+    pilot_out: jax.Array
+    column: jax.Array
+    valid: jax.Array
+
+
+def draw(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, draws: jax.Array, columns: int, pilots: int
+) -> Drawn:
+    """Draws pilots, and by what they see the columns; q, k and v are float32 at least, and v is zero at padding."""
+    (batch, queries), keys = q.shape[:2], k.shape[1]
+    real = jnp.ones((batch, keys), bool) if mask is None else mask
+    real_queries = real if queries == keys else jnp.ones((batch, queries), bool)
+    pilot, exists = sample_tokens(fold(draws, 0), real_queries, pilots)
+    pilot_q = jnp.where(exists[..., None, None], take_tokens(q, pilot), 0)
+    pilot_out, pilot_lse = flash_attention(pilot_q, k, v, mask=mask, return_lse=True)
+
+    log_p = column_log_probabilities(pilot_q, jnp.where(exists[..., None], pilot_lse, jnp.inf), k, v)
+    column = draw_by_weight(fold(draws, 1), log_p, mask, columns)
+    return Drawn(pilot, exists, pilot_q, pilot_out, column, jnp.arange(column.shape[1]) < real.sum(1)[:, None])
+
+
+def drawn_tokens(
+    q: jax.Array, k: jax.Array, v: jax.Array, *,
+    mask: jax.Array | None = None, columns: int = 128, pilots: int = 128,
+) -> jax.Array:  # fmt: skip
+    """The pilots, then the drawn keys, see `Mixer.chosen`; arguments as in `skeinformer`."""
+    mask = key_mask(mask, *k.shape[:2])
+    q, k, v = (x.astype(jnp.promote_types(q.dtype, jnp.float32)) for x in (q, k, v))
+    v = v if mask is None else jnp.where(mask[..., None, None], v, 0)
+    drawn = draw(q, k, v, mask, evaluation_keys(len(k)), columns, pilots)
+    keys = jnp.where(drawn.valid[..., None, None], tokens_at(k, drawn.column), 0)
+    return jnp.concatenate([drawn.pilot_q, keys], axis=1)
 
 
 def column_log_probabilities(pilot_q: jax.Array, pilot_lse: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -135,6 +177,7 @@ class Skeinformer(MultiHead):
     cost = "n·m"
     function = staticmethod(skeinformer)
     exact = staticmethod(softmax)
+    chosen = staticmethod(drawn_tokens)
     near_on = ("clustered", "imbalanced")
     draws = True
 
