@@ -105,8 +105,8 @@ def units(model: nnx.Module, layers: Sequence[Layer], *, heads: bool = True) -> 
     """The neurons, and heads, that can be cut from a model, of which all layers are among `layers`.
 
     Raises:
-      ValueError: a layer is no dense one, or a mixer has parameters outside its projections; with the name
-        of the layer.
+      ValueError: a layer is no dense one, or the heads of a mixer are not alike or have parameters outside its
+        projections; with the name of the layer.
     """
     chosen = {one.path for one in layers}
     found: list[Units] = []
@@ -138,10 +138,12 @@ def check_cut(model: nnx.Module, one: Units) -> None:
         known = {path[len(one.path)] for path in (*one.making, one.reading)}
         others = {path[0] for path, _ in nnx.to_flat_state(nnx.state(mixer))} - known
         widths = {find(model, path).out_features for path in one.making}
-        if others or widths != {one.count * one.size}:
-            has = f"{min(others)} beside its projections" if others else "projections of several widths"
+        has = [f"{name} beside its projections" for name in sorted(others)]
+        has += ["projections of several widths"] * (widths != {one.count * one.size})
+        has += ["heads that are not alike"] * (not mixer.heads_alike)
+        if has:
             rule = "its heads cannot be cut: where='mlp' selects no mixer"
-            raise ValueError(f"{dotted(one.path)} ({type(mixer).__name__}) has {has}: {rule}")
+            raise ValueError(f"{dotted(one.path)} ({type(mixer).__name__}) has {has[0]}: {rule}")
 
 
 def put(model: nnx.Module, path: Path, layer: nnx.Module) -> None:

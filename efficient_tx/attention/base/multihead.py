@@ -33,11 +33,14 @@ class MultiHead(Mixer):
         order.
       rotated: names of the projections that are rotated by their positions with `positions="rope"`.
       asking: names of the projections that no later token needs: a decoder does not store them.
+      heads_alike: whether a head computes the same whatever its index and the number of heads, but for what it draws;
+        False in a mixer with constants for each head, whose heads no compression cuts.
     """
 
     projections: ClassVar[tuple[str, ...]] = ("q", "k", "v")
     rotated: ClassVar[tuple[str, ...]] = ("q", "k")
     asking: ClassVar[tuple[str, ...]] = ("q",)
+    heads_alike: bool = True
 
     def __init__(
         self,
