@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -59,7 +60,8 @@ def select(model: nnx.Module, where: str) -> list[Layer]:
         "mlp|projections" or "blocks.[0-3].mlp".
 
     Raises:
-      ValueError: it is no regular expression, it selects nothing, or a layer shares its weights with another one.
+      ValueError: it is no regular expression, it selects nothing, or a layer shares its weights with another one or
+        has some that are not finite.
     """
     try:
         pattern = re.compile(where)
@@ -75,6 +77,8 @@ def select(model: nnx.Module, where: str) -> list[Layer]:
         # The layer itself, a parameter in it, or a module around it.
         if any(all(a == b for a, b in zip(path, one.path)) for path in shared):
             raise ValueError(f"{one.name} shares its weights with another layer: select others")
+        if not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(nnx.state(one.module))):
+            raise ValueError(f"{one.name} has weights that are not finite: the model is damaged")
     return chosen
 
 

@@ -124,3 +124,26 @@ def test_a_dense_matrix_is_in_full_precision():
 
     kernel_of(Spy(4, 3, rank=2, rngs=nnx.Rngs(0)))
     assert asked == ["highest"]
+
+
+@pytest.mark.parametrize("name", ["svd", "flap+eora"])
+def test_an_error_in_the_middle_leaves_the_model_as_it_was(name):
+    """After the first layers were fitted, or neurons and heads cut."""
+    made, method = model(features=32), named_method(name)
+    graphdef, state = nnx.split(made)
+    within, later = ("compensate", 1) if name.endswith("eora") else ("fit", 2)
+    work, done = getattr(method, within), []
+
+    def fails(*given):
+        done.append(given)
+        if len(done) > later:
+            raise MemoryError
+        return work(*given)
+
+    setattr(method, within, fails)
+    with pytest.raises(MemoryError):
+        compress(made, method, 0.7, batches=batches())
+    after = nnx.split(made)
+    assert after[0] == graphdef
+    for one, two in zip(jax.tree.leaves(state), jax.tree.leaves(after[1]), strict=True):
+        np.testing.assert_array_equal(one, two)

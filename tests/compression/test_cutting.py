@@ -1,4 +1,4 @@
-"""Cut heads: what nobody read goes without a change, whatever the mixer."""
+"""Cut heads: what nobody reads goes without a change, whatever the mixer."""
 
 from functools import partial
 

@@ -372,9 +372,12 @@ def test_what_cannot_be_is_one_line_and_changes_nothing():
             compress(model(mixer=mixer), named_method("flap"), 0.5, batches=batches())
         compress(model(mixer=mixer), named_method("flap"), 0.7, where="mlp", batches=batches())
     damaged = model()
-    damaged.encoder.blocks[0].mlp.up.bias[...] = jnp.full(48, jnp.nan)
+    damaged.encoder.blocks[0].mixer.out.bias[...] = jnp.full(16, jnp.nan)
     with pytest.raises(ValueError, match=r"blocks\.0\.mlp\.down has inputs that are not finite"):
         compress(damaged, named_method("whitened"), 0.5, where="mlp", batches=batches())
+    for name in ("svd", "monarch+eora"):
+        with pytest.raises(ValueError, match=r"^encoder\.blocks\.0\.mixer\.out has weights that are not finite: "):
+            compress(damaged, named_method(name), 0.5, batches=batches())
     for one, two in zip(jax.tree.leaves(state), jax.tree.leaves(nnx.state(made)), strict=True):
         np.testing.assert_array_equal(one, two)
 
