@@ -135,7 +135,7 @@ def query_positions(real: jax.Array, queries: int) -> tuple[jax.Array, jax.Array
     """
     rank = real.sum(axis=1, keepdims=True) - queries + jnp.arange(queries)
     order = compact(jnp.broadcast_to(jnp.arange(real.shape[1]), real.shape), real)
-    return jnp.take_along_axis(order, jnp.maximum(rank, 0), axis=1), rank >= 0
+    return jnp.take_along_axis(at_least_one(order), jnp.maximum(rank, 0), axis=1), rank >= 0
 
 
 def as_last(attend: Callable[[jax.Array], jax.Array], q: jax.Array, real: jax.Array) -> jax.Array:
@@ -160,4 +160,10 @@ def place(x: jax.Array, at: tuple[jax.Array, jax.Array], keys: int) -> jax.Array
 def take(x: jax.Array, at: tuple[jax.Array, jax.Array]) -> jax.Array:
     """The rows of `x` `[batch, keys, ...]` at the positions of `query_positions`; zero for a query that sees no key."""
     position, seen = at
+    x = at_least_one(x)
     return jnp.where(over(seen, x), x[jnp.arange(len(x))[:, None], position], 0)
+
+
+def at_least_one(x: jax.Array) -> jax.Array:
+    """`x` `[batch, keys, ...]`, or zeros of one key if there is none: nothing can be taken of an axis of length 0."""
+    return x if x.shape[1] else jnp.zeros((len(x), 1, *x.shape[2:]), x.dtype)

@@ -73,6 +73,8 @@ def nystromformer(
         raise ValueError(f"there are {queries} queries and {keys} keys: conv needs a value for each query")
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     mask = key_mask(mask, batch, keys)
+    if 0 in (batch, queries, keys):
+        return jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype)
 
     if queries == keys:
         means, q_real = segment_means(jnp.concatenate([q, k], axis=2), mask, min(landmarks, keys))

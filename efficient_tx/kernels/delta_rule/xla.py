@@ -32,13 +32,15 @@ import jax.numpy as jnp
 
 from efficient_tx.kernels.gated_linear_attention.options import Options
 from efficient_tx.kernels.gated_linear_attention.xla import Chunks, Decays
+from efficient_tx.kernels.shapes import nothing
 
 # Tokens per chunk, with a decay per head and per channel.
 CHUNK, CHANNEL_CHUNK = 64, 32
 
 
-def unsupported(options: Options, *arrays: jax.Array | None) -> None:
-    """It supports everything."""
+def unsupported(options: Options, q: jax.Array, k: jax.Array, v: jax.Array, *_: Any) -> str | None:
+    """The reason why it does not support the arguments, or None."""
+    return nothing(q, v)
 
 
 def sizes(options: Options, q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, log_decay: Any, *_: Any) -> int:

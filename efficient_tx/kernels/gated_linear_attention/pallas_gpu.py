@@ -30,7 +30,7 @@ from efficient_tx.kernels.gated_linear_attention.chunk import (
     levels,
 )
 from efficient_tx.kernels.gated_linear_attention.options import Options
-from efficient_tx.kernels.shapes import result
+from efficient_tx.kernels.shapes import nothing, result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +61,7 @@ def unsupported(
             return f"dtype {x.dtype}: it has float32, bfloat16 and float16"
     if not isinstance(options.precision, jax.lax.Precision):
         return f"precision {options.precision}: it has jax.lax.Precision"
-    if 0 in (*q.shape, *v.shape):
-        return f"q has shape {q.shape}, v {v.shape}: there is nothing to compute"
-    return None
+    return nothing(q, v)
 
 
 def sizes(
