@@ -38,6 +38,16 @@ def zeros_and_ones(mask: jax.Array) -> bool:
     return isinstance(mask, jax.core.Tracer) or bool(((mask == 0) | (mask == 1)).all())
 
 
+def joined(mask: jax.Array | None, mask2: jax.Array | None, shape: tuple[int, int]) -> jax.Array | None:
+    """The masks of the two texts of a pair, each of this shape or None, as one of both, the first ones first.
+
+    None means that all tokens are real.
+    """
+    if mask is None and mask2 is None:
+        return None
+    return jnp.concatenate([jnp.ones(shape, bool) if one is None else bool_mask(one) for one in (mask, mask2)])
+
+
 def key_mask(mask: jax.Array | None, batch: int, length: int) -> jax.Array | None:
     """The key mask as bool `[batch, length]`, from `[batch, length]` or `[batch, 1, 1, length]`; None stays None.
 

@@ -277,6 +277,17 @@ def test_the_head_of_a_pair_is_its_formula(pair_head, widths):
 
 
 @pytest.mark.slow
+def test_a_text_without_a_mask_is_all_real_whatever_the_other_has():
+    model = classifier(DualEncoder, layers=1)
+    inputs, mask, inputs2, mask2 = pair()
+    every = np.ones_like(mask)
+    for one, two in ((mask, None), (None, mask2), (None, None)):
+        given = [every if each is None else each for each in (one, two)]
+        expected = run_pair(model, inputs, given[0], inputs2, given[1])
+        np.testing.assert_allclose(run_pair(model, inputs, one, inputs2, two), expected, atol=1e-6)  # float32
+
+
+@pytest.mark.slow
 def test_the_two_sequences_of_a_pair_draw_differently():
     """Else dropout would leave out the same parts of both, and a pair of equal documents would look equal."""
     model = classifier(DualEncoder, dropout=0.5, layers=1, pair_head="interaction")
