@@ -64,12 +64,14 @@ def unsupported(
     return nothing(q, v)
 
 
+def fitting(size: int, largest: int) -> int:
+    """The side of a tile for so many tokens or channels."""
+    return min(largest, max(16, pl.next_power_of_2(size)))
+
+
 def sizes(
     options: Options, q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array | None, state: jax.Array
 ) -> BlockSizes:
-    def fitting(size, largest):
-        return min(largest, max(16, pl.next_power_of_2(size)))
-
     # What the registers of A100 and H100 hold.
     wide = Products.of(options.precision, q, k, v).dtype == jnp.float32
     largest = BlockSizes() if log_decay is None else BlockSizes(keys=16, values=16 if wide else 32)
