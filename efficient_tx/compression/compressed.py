@@ -10,7 +10,7 @@ from efficient_tx.compression.budget import check_budget, within
 from efficient_tx.compression.cost import UNITS, Costs
 from efficient_tx.compression.gradients import Batch, Gradients, Loss
 from efficient_tx.compression.method import Change, Method, Setting
-from efficient_tx.compression.model import select
+from efficient_tx.compression.model import put, select
 from efficient_tx.compression.statistics import gather
 from efficient_tx.linear.replacement import Path, find
 
@@ -49,27 +49,33 @@ def compress(
 
     Raises:
       ValueError: a budget that is out of range or that the method cannot meet, a pattern that selects nothing, a layer
-        that cannot be changed, no calibration data, or inputs that are not finite. The model is then as before.
+        that cannot be changed, no calibration data, or weights or inputs that are not finite. After this and any other
+        error the model is as before.
     """
     check_budget(budget)
     one_of(UNITS, unit=unit)
     if "gradients" in method.needs and loss is None:
         raise ValueError(f"{method.name} needs gradients: give compress(..., loss=), the loss of the task")
-    layers = method.chosen(model, select(model, where))
+    made = nnx.clone(model)  # with the same arrays
+    layers = method.chosen(made, select(made, where))
     inputs, gradients = {}, None
     if "inputs" in method.needs or batches:
-        triangles = method.triangles(model, layers)
+        triangles = method.triangles(made, layers)
         inputs = gather(
-            model, layers, batches, triangles=triangles, progress=lambda done: progress(f"calibration batch {done}")
+            made, layers, batches, triangles=triangles, progress=lambda done: progress(f"calibration batch {done}")
         )
     if "gradients" in method.needs:
-        gradients = Gradients(model, layers, loss, batches, lambda done: progress(f"gradients of batch {done}"))
+        gradients = Gradients(made, layers, loss, batches, lambda done: progress(f"gradients of batch {done}"))
     progress("preparing")
     costs = Costs(unit)
     method.prepare(
-        Setting(model, layers, inputs, costs, {layer.path: costs.of(layer.module) for layer in layers}, gradients)
+        Setting(made, layers, inputs, costs, {layer.path: costs.of(layer.module) for layer in layers}, gradients)
     )
     plan, before, after = within(method, budget, unit)
     changes = method.apply(plan, progress)
-    heads = {path: find(model, path).heads for path in plan.kept if hasattr(find(model, path), "heads")}
+    heads = {path: find(made, path).heads for path in plan.kept if hasattr(find(made, path), "heads")}
+    for change in changes:
+        put(model, change.path, find(made, change.path))
+    for path, count in heads.items():
+        find(model, path).heads = count
     return Compressed(changes, heads, before, after)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_tx.compression.layer_form import LayerForm
-from efficient_tx.linear import Sum
+from efficient_tx.linear import Sum, replacement
 from efficient_tx.linear.structured import Weight
 
 # Tokens of a timed call: 32 sequences of 128.
@@ -52,24 +52,40 @@ class Costs:
 
     Args:
       unit: one of UNITS. Milliseconds are those of the layer's forward pass for `TOKENS` tokens on this machine: the
-        median of several calls.
+        median of several calls. Layers of one form share them: two measurements of one program differ.
     """
 
     def __init__(self, unit: str):
         self.unit = unit
-        self._measured: dict[LayerForm, float] = {}
+        self._measured: dict[str, float] = {}
 
     def of(self, layer: nnx.Module) -> float:
         """The cost of a layer."""
-        return milliseconds(layer) if self.unit == "milliseconds" else COUNTED[self.unit](layer)
+        if self.unit != "milliseconds":
+            return COUNTED[self.unit](layer)
+        return self._timed(program(layer), lambda: layer)
 
     def __call__(self, form: LayerForm) -> float:
         """The cost of a layer of this form."""
         if self.unit != "milliseconds":
             return counted(form, self.unit)
-        if form not in self._measured:
-            self._measured[form] = milliseconds(form.make())
-        return self._measured[form]
+        return self._timed(program_of(form), form.make)
+
+    def _timed(self, key: str, make: Callable[[], nnx.Module]) -> float:
+        if key not in self._measured:
+            self._measured[key] = milliseconds(make())
+        return self._measured[key]
+
+
+def program(layer: nnx.Module) -> str:
+    """What the time of an abstract or concrete layer depends on: its form and dtypes."""
+    return repr((replacement.form(layer), layer.dtype, layer.param_dtype))
+
+
+@functools.cache
+def program_of(form: LayerForm) -> str:
+    """The `program` of a layer of this form."""
+    return program(nnx.eval_shape(form.make))
 
 
 @functools.cache

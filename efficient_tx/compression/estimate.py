@@ -77,4 +77,4 @@ def residual(matrix: jax.Array, rank: int) -> float:
     """The estimate of ‖A − A_rank‖ / ‖A‖; 0 for a matrix of zeros."""
     norm = float(jnp.linalg.norm(matrix))
     errors = residual_errors(lambda x: matrix @ x, matrix.shape, max(LEAST, SIZE * rank), key=jax.random.key(0))
-    return float(errors[rank]) / norm if norm > 0 else 0.0
+    return 0.0 if norm == 0 else float(errors[rank]) / norm

@@ -229,8 +229,8 @@ def energy(matrix: np.ndarray, moment: np.ndarray) -> float:
 
 
 def ratio(error: float, norm: float) -> float:
-    """√(error / norm), 0 for 0 / 0; rounding below zero counts as zero."""
-    return float(np.sqrt(max(error, 0) / norm)) if norm > 0 else 0.0
+    """√(error / norm), 0 for 0 / 0; rounding below zero counts as zero, and what is not a number stays so."""
+    return 0.0 if norm <= 0 else float(np.sqrt(max(error, 0) / norm))
 
 
 def low_rank(down: np.ndarray, up: np.ndarray, layer: nnx.Module) -> LowRank:

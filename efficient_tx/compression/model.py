@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -59,7 +60,8 @@ def select(model: nnx.Module, where: str) -> list[Layer]:
         "mlp|projections" or "blocks.[0-3].mlp".
 
     Raises:
-      ValueError: it is no regular expression, it selects nothing, or a layer shares its weights with another one.
+      ValueError: it is no regular expression, it selects nothing, or a layer shares its weights with another one or
+        has some that are not finite.
     """
     try:
         pattern = re.compile(where)
@@ -75,6 +77,8 @@ def select(model: nnx.Module, where: str) -> list[Layer]:
         # The layer itself, a parameter in it, or a module around it.
         if any(all(a == b for a, b in zip(path, one.path)) for path in shared):
             raise ValueError(f"{one.name} shares its weights with another layer: select others")
+        if not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(nnx.state(one.module))):
+            raise ValueError(f"{one.name} has weights that are not finite: the model is damaged")
     return chosen
 
 
@@ -105,8 +109,8 @@ def units(model: nnx.Module, layers: Sequence[Layer], *, heads: bool = True) -> 
     """The neurons, and heads, that can be cut from a model, of which all layers are among `layers`.
 
     Raises:
-      ValueError: a layer is no dense one, or a mixer has parameters outside its projections; with the name
-        of the layer.
+      ValueError: a layer is no dense one, or the heads of a mixer are not alike or have parameters outside its
+        projections; with the name of the layer.
     """
     chosen = {one.path for one in layers}
     found: list[Units] = []
@@ -138,10 +142,12 @@ def check_cut(model: nnx.Module, one: Units) -> None:
         known = {path[len(one.path)] for path in (*one.making, one.reading)}
         others = {path[0] for path, _ in nnx.to_flat_state(nnx.state(mixer))} - known
         widths = {find(model, path).out_features for path in one.making}
-        if others or widths != {one.count * one.size}:
-            has = f"{min(others)} beside its projections" if others else "projections of several widths"
+        has = [f"{name} beside its projections" for name in sorted(others)]
+        has += ["projections of several widths"] * (widths != {one.count * one.size})
+        has += ["heads that are not alike"] * (not mixer.heads_alike)
+        if has:
             rule = "its heads cannot be cut: where='mlp' selects no mixer"
-            raise ValueError(f"{dotted(one.path)} ({type(mixer).__name__}) has {has}: {rule}")
+            raise ValueError(f"{dotted(one.path)} ({type(mixer).__name__}) has {has[0]}: {rule}")
 
 
 def put(model: nnx.Module, path: Path, layer: nnx.Module) -> None:

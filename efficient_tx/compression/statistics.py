@@ -15,7 +15,7 @@ from efficient_tx.compression.model import Layer
 from efficient_tx.compression.watch import watch
 from efficient_tx.linear.replacement import Path, find
 from efficient_tx.task import model_inputs
-from efficient_tx.tokens.mask import compact
+from efficient_tx.tokens.mask import compact, joined
 
 
 class Inputs(NamedTuple):
@@ -149,8 +149,8 @@ def real(rows: int, batch: Mapping[str, Any], gathered: bool) -> jax.Array:
     """
     weight, mask = jnp.asarray(batch["weight"]), batch.get("mask")
     counted = weight.reshape(len(weight), -1).any(1)
-    if "mask2" in batch and rows >= 2 * mask.size:
-        counted, mask = jnp.tile(counted, 2), jnp.concatenate([mask, batch["mask2"]])
+    if "inputs2" in batch and rows >= 2 * batch["inputs"].size:
+        counted, mask = jnp.tile(counted, 2), joined(mask, batch.get("mask2"), batch["inputs"].shape)
     each = rows // len(counted)
     tokens = jnp.broadcast_to(counted[:, None], (len(counted), each))
     if mask is not None and each >= mask.shape[1]:

@@ -74,12 +74,13 @@ def build_linear(section: ConfigDict, where: str) -> Callable[..., nnx.Module]:
 
 
 def build_mixer(name: str, section: ConfigDict, linear: Callable[..., nnx.Module]) -> Callable[..., nnx.Module]:
-    """A factory of one token mixer; errors of its constructor name the mixer's config section."""
+    """A factory of one token mixer; errors of its constructor name the mixer's config section, or that of its sizes."""
 
     where = f"attention.{section_name(name)}"
 
     def make(features, **sizes):
-        with at(where):
+        # These are keys of the model, but for the length, which is the task's.
+        with at(where, others=sizes.keys() - {"max_len"}):
             cls = mixer_class(name)
             try:
                 return cls(features, linear=linear, **sizes, **with_objects(cls, section, where))

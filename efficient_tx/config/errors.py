@@ -2,7 +2,7 @@
 
 import contextlib
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from efficient_tx.checks import OptionError
@@ -25,13 +25,18 @@ class ConfigError(ValueError):
 
 
 @contextlib.contextmanager
-def at(section: str = "") -> Iterator[None]:
-    """Turns an OptionError into the ConfigError of its key in `section`, other ValueErrors into that of the section."""
+def at(section: str = "", *, others: Collection[str] = ()) -> Iterator[None]:
+    """Turns an OptionError into the ConfigError of its key in `section`, other ValueErrors into that of the section.
+
+    OptionErrors of the `others` stay: they are of an outer section.
+    """
     try:
         yield
     except ConfigError:
         raise
     except OptionError as error:
+        if error.option in others:
+            raise
         key = f"{section}.{error.option}" if section else error.option
         raise ConfigError(key, f"is {error.value!r}: {error.rule}") from None
     except ValueError as error:

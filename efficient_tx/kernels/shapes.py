@@ -26,6 +26,13 @@ def check_shapes(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
         raise ValueError(f"v has shape {v.shape}, k {k.shape}: batch, length and heads must agree")
 
 
+def nothing(q: jax.Array, v: jax.Array) -> str | None:
+    """The reason against a kernel whose arrays have no entries, so that it would have no blocks; else None."""
+    if 0 in (*q.shape, *v.shape):
+        return f"q has shape {q.shape}, v {v.shape}: there is nothing to compute"
+    return None
+
+
 def result(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, operands: Any) -> jax.ShapeDtypeStruct:
     """A result of a Pallas call; in a `shard_map` it varies over the devices as the operands, a pytree, do."""
     kinds = [jax.typeof(x).manual_axis_type for x in jax.tree.leaves(operands)]

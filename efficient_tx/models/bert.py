@@ -25,8 +25,8 @@ class Bert(TokenEncoder):
       layers: number of blocks.
       heads: number of heads of each mixer.
       mlp_features: width inside the MLPs.
-      pool: pooling of a sequence to one vector: "mean" over the real tokens, "cls" (the first token, [CLS]) or "last"
-        (the last real token).
+      pool: pooling of a sequence to one vector: "mean" over the real tokens, "cls" (the first of them, [CLS]) or "last"
+        (the last of them).
       norm_epsilon: number added to the variance in the norms.
       mlp: kind of MLP: "gelu", "gelu_erf" or "swiglu".
       segments: number of segments, see `TokenEmbedding`.

@@ -20,17 +20,17 @@ POOLS = ("mean", "cls", "last")
 def pool_tokens(x: jax.Array, mask: jax.Array | None, pool: str) -> jax.Array:
     """One vector per sequence, `[batch, length, features]` -> `[batch, features]`, in float32 at least.
 
-    "mean" averages the real tokens (zero without any), "cls" takes the first token, "last" the last real token.
+    "mean" averages the real tokens, "cls" takes the first of them, "last" the last; zero without any.
     """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    if pool == "cls":
-        return x[:, 0]
     if mask is None:
-        return x.mean(axis=1) if pool == "mean" else x[:, -1]
+        return x.mean(axis=1) if pool == "mean" else x[:, 0 if pool == "cls" else -1]
     if pool == "mean":
         return jnp.where(mask[..., None], x, 0).sum(axis=1) / jnp.maximum(mask.sum(axis=1), 1)[:, None]
     last = jnp.max(jnp.where(mask, jnp.arange(mask.shape[1]), 0), axis=1)
-    return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+    at = jnp.argmax(mask, axis=1) if pool == "cls" else last
+    pooled = jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0]
+    return jnp.where(mask.any(axis=1)[:, None], pooled, 0)
 
 
 def check_pool(pool: str, causal: bool) -> None:

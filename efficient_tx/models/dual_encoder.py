@@ -10,7 +10,7 @@ from flax import nnx
 from efficient_tx.checks import OptionError
 from efficient_tx.models.classifier import TokenEncoder, check_pool, pool_tokens
 from efficient_tx.numerics.random import example_keys, fold
-from efficient_tx.tokens.mask import bool_mask
+from efficient_tx.tokens.mask import joined
 
 PAIR_HEADS = ("interaction", "concatenation")
 
@@ -56,7 +56,7 @@ class DualEncoder(TokenEncoder):
 
         Args:
           inputs, inputs2: token ids, both int `[batch, length]`.
-          mask, mask2: bool `[batch, length]`, True for real tokens; both None means all are.
+          mask, mask2: bool `[batch, length]`, True for real tokens; None means that all of its input are.
           key: None at evaluation; in training one key per example `[batch]`, or a single key, folded per example.
 
         Raises:
@@ -69,7 +69,7 @@ class DualEncoder(TokenEncoder):
         keys = example_keys(key, inputs.shape[0])
         keys = None if keys is None else jnp.concatenate([fold(keys, 0), fold(keys, 1)])
         both = jnp.concatenate([inputs, inputs2])
-        real = None if mask is None else jnp.concatenate([bool_mask(mask), bool_mask(mask2)])
+        real = joined(mask, mask2, inputs.shape)
         x1, x2 = jnp.split(pool_tokens(*self.encode(both, real, keys), self.pool), 2)
         parts = [x1, x2, x1 * x2, x1 - x2] if self.pair_head == "interaction" else [x1, x2]
         return self.head(jnp.concatenate(parts, axis=-1))

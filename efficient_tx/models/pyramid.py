@@ -11,7 +11,6 @@ from flax import nnx
 from efficient_tx.checks import OptionError, at_least
 from efficient_tx.models.transformer import Block, make_norm, run_blocks
 from efficient_tx.numerics.random import check_rate, dropout, example_keys, fold
-from efficient_tx.tokens.flat import token_wise
 
 # The published sizes by stage. For "small" the authors' code has 20 blocks in the third stage, which gives 38.9 M
 # parameters; with 7 blocks it has the published 24 M and 3.3 G.
@@ -23,17 +22,6 @@ SIZES: dict[str, dict[str, tuple[int, ...]]] = {
     "huge": {"features": (64, 128, 352, 512), "depths": (1, 5, 49, 5), "heads": (2, 4, 11, 16)},
 }
 STEM = 32  # channels of the first two convolutions
-
-
-class PostNormBlock(Block):
-    """A post-norm residual block: norm(x + mixer(x)), then norm(x + mlp(x)); arguments as in `Block`."""
-
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None, key: jax.Array | None = None) -> jax.Array:
-        """`x` `[batch, length, features]`, `mask` bool `[batch, length]`, `key` `[batch]` or None -> the shape of x."""
-        mixed = self.mixer(x, mask=mask, key=fold(key, 0))
-        x = token_wise(self.mixer_norm, x + self._branch(mixed, self.mixer_scale, fold(key, 2)))
-        hidden = dropout(token_wise(self.mlp, x), self.dropout, fold(key, 1))
-        return token_wise(self.mlp_norm, x + self._branch(hidden, self.mlp_scale, fold(key, 3)))
 
 
 class Convolution(nnx.Module):
@@ -184,12 +172,13 @@ class Pyramid(nnx.Module):
         for i, depth in enumerate(depths):
             mixer = partial(mixers[i % len(mixers)], heads=heads[i], max_len=side * side + (i == last))
             block = partial(
-                Block if i == last else PostNormBlock,
+                Block,
                 mixer=mixer,
                 mlp_features=mlp_ratio * features[i],
                 linear=linear,
                 mlp=mlp,
                 dropout=dropout,
+                post_norm=i != last,
                 dtype=dtype,
             )
             blocks = [partial(block, drop_path=rate) for rate in itertools.islice(rates, depth)]

@@ -6,6 +6,7 @@ enough, or one on each of two CPU devices. A single matrix is not spread. On two
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +34,7 @@ def one_at_a_time(factorise: Callable[..., Any]) -> Callable[..., Any]:
 
     def in_turn(*matrices):
         lead = matrices[0].shape[:-2]
-        flat = tuple(matrix.reshape(-1, *matrix.shape[-2:]) for matrix in matrices)
+        flat = tuple(matrix.reshape(math.prod(lead), *matrix.shape[-2:]) for matrix in matrices)
         out = lax.map(lambda each: factorise(*each), flat)
         return jax.tree.map(lambda array: array.reshape(*lead, *array.shape[1:]), out)
 

@@ -38,6 +38,16 @@ def zeros_and_ones(mask: jax.Array) -> bool:
     return isinstance(mask, jax.core.Tracer) or bool(((mask == 0) | (mask == 1)).all())
 
 
+def joined(mask: jax.Array | None, mask2: jax.Array | None, shape: tuple[int, int]) -> jax.Array | None:
+    """The masks of the two texts of a pair, each of this shape or None, as one of both, the first ones first.
+
+    None means that all tokens are real.
+    """
+    if mask is None and mask2 is None:
+        return None
+    return jnp.concatenate([jnp.ones(shape, bool) if one is None else bool_mask(one) for one in (mask, mask2)])
+
+
 def key_mask(mask: jax.Array | None, batch: int, length: int) -> jax.Array | None:
     """The key mask as bool `[batch, length]`, from `[batch, length]` or `[batch, 1, 1, length]`; None stays None.
 
@@ -135,7 +145,7 @@ def query_positions(real: jax.Array, queries: int) -> tuple[jax.Array, jax.Array
     """
     rank = real.sum(axis=1, keepdims=True) - queries + jnp.arange(queries)
     order = compact(jnp.broadcast_to(jnp.arange(real.shape[1]), real.shape), real)
-    return jnp.take_along_axis(order, jnp.maximum(rank, 0), axis=1), rank >= 0
+    return jnp.take_along_axis(at_least_one(order), jnp.maximum(rank, 0), axis=1), rank >= 0
 
 
 def as_last(attend: Callable[[jax.Array], jax.Array], q: jax.Array, real: jax.Array) -> jax.Array:
@@ -160,4 +170,10 @@ def place(x: jax.Array, at: tuple[jax.Array, jax.Array], keys: int) -> jax.Array
 def take(x: jax.Array, at: tuple[jax.Array, jax.Array]) -> jax.Array:
     """The rows of `x` `[batch, keys, ...]` at the positions of `query_positions`; zero for a query that sees no key."""
     position, seen = at
+    x = at_least_one(x)
     return jnp.where(over(seen, x), x[jnp.arange(len(x))[:, None], position], 0)
+
+
+def at_least_one(x: jax.Array) -> jax.Array:
+    """`x` `[batch, keys, ...]`, or zeros of one key if there is none: nothing can be taken of an axis of length 0."""
+    return x if x.shape[1] else jnp.zeros((len(x), 1, *x.shape[2:]), x.dtype)

@@ -9,6 +9,17 @@ from efficient_tx.checks import OptionError
 from efficient_tx.tokens.mask import bool_mask, token_ranks
 from efficient_tx.tokens.segments import grid_sides
 
+# Numbers that say where a token is, by layout.
+COORDINATES = {"rope": 1, "rope2d": 2}
+
+
+def check_width(width: int, layout: str, option: str, value: float) -> None:
+    """Raises OptionError for the option that sets the width of a head, unless this can be rotated."""
+    pairs = 2 * COORDINATES[layout]
+    if width % pairs:
+        made = "" if width == value else f"what turns is {width} wide, and "
+        raise OptionError(option, value, f"{made}{layout} needs a multiple of {pairs}")
+
 
 def rotate(
     x: jax.Array, mask: jax.Array | None, *,
@@ -35,9 +46,7 @@ def rotate(
         mask).
     """
     batch, length, _, dim = x.shape
-    ways = {"rope": 1, "rope2d": 2}[layout]
-    if dim % (2 * ways):
-        raise OptionError("head_dim", dim, f"{layout} needs a multiple of {2 * ways}")
+    check_width(dim, layout, "head_dim", dim)
     mask = bool_mask(mask)
     positions = token_ranks(mask, batch, length)
     if before is not None:
@@ -50,7 +59,7 @@ def rotate(
     else:
         coordinates = [positions]
     dtype = jnp.promote_types(x.dtype, jnp.float32)
-    pairs = dim // (2 * ways)
+    pairs = dim // (2 * COORDINATES[layout])
     frequency = base ** (-jnp.arange(pairs, dtype=dtype) / pairs)
     angle = jnp.concatenate([c[..., None].astype(dtype) * frequency for c in coordinates], axis=-1)[:, :, None, :]
     cos, sin = jnp.cos(angle), jnp.sin(angle)

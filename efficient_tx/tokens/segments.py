@@ -36,7 +36,7 @@ def segment_means(x: jax.Array, mask: jax.Array | None, count: int) -> tuple[jax
         size = jnp.diff(starts)
         return sums / jnp.maximum(size, 1)[:, None], size > 0
 
-    means, valid = jax.vmap(one)(x.reshape(batch, length, -1), mask)
+    means, valid = jax.vmap(one)(x.reshape(batch, length, math.prod(x.shape[2:])), mask)
     return means.reshape(batch, count, *x.shape[2:]), valid
 
 

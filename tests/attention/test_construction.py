@@ -13,6 +13,7 @@ from flax import nnx
 import efficient_tx.attention
 from efficient_tx.attention import ATTENTION, Mixer
 from efficient_tx.attention.base.options import options
+from efficient_tx.checks import OptionError
 from efficient_tx.kernels.flash_attention import Mask
 from tests.support.mixers import BUDGET, FEATURES, HEADS, SHORT, make
 
@@ -82,6 +83,23 @@ def test_what_is_tied_to_the_length_says_so(name):
 def test_what_has_nothing_to_turn_refuses_positions(name):
     with pytest.raises(ValueError, match="'rope'"):
         abstract(name, positions="rope")
+
+
+@pytest.mark.parametrize("name", [name for name in ATTENTION if ATTENTION[name].has_positions])
+def test_a_width_that_cannot_turn_is_refused_at_construction_by_an_option_of_the_class(name):
+    """What turns is split into pairs of channels, on a grid into two halves of them."""
+    for positions, multiple in (("rope", 2), ("rope2d", 4)):
+        refused = []
+        for head_dim in (12, 13, 14):
+            try:
+                mixer = abstract(name, head_dim=head_dim, positions=positions, max_len=4)
+            except OptionError as error:
+                refused.append(head_dim)
+                assert error.option in inspect.signature(ATTENTION[name]).parameters
+                assert str(error).endswith(f"{positions} needs a multiple of {multiple}")
+            else:
+                assert output(mixer, 1, 4).shape == (1, 4, FEATURES)
+        assert refused
 
 
 @every

@@ -33,12 +33,15 @@ def needs(name):
     return positional, dict.fromkeys(positional + further, SHAPES[kind])
 
 
-def call(name, shapes, **arguments):
-    """Traces the function on abstract arrays of these shapes."""
+def call(name, shapes, empty=None, **arguments):
+    """Traces the function on abstract arrays of these shapes; further ones of all tokens have no `empty` axis."""
     cls = ATTENTION[name]
     known = inspect.signature(cls.function).parameters
     fixed = cls.measured_with(shaped(*SHAPES["heads"]), BUDGET, np.random.default_rng(0)) | cls.within(BUDGET)
     fixed = {key: value for key, value in fixed.items() if key in known}
+    if empty is not None:
+        whole = [key for key, value in fixed.items() if np.shape(value)[:2] == SHAPES["tokens"][:2]]
+        fixed |= {key: jnp.take(fixed[key], jnp.arange(0), empty) for key in whole}
     given = {key: value for key, value in arguments.items() if isinstance(value, jax.ShapeDtypeStruct)}
     fixed |= {key: value for key, value in arguments.items() if key not in given}
 
@@ -60,6 +63,25 @@ def refused(match, run, *args, **kwargs):
 def test_one_call_fits(name):
     """Else every refusal below would be one of this file's own mistakes."""
     assert call(name, needs(name)[1], mask=shaped(2, SHORT, dtype=bool)).shape[:2] == (2, SHORT)
+
+
+@every
+def test_nothing_comes_of_nothing(name):
+    """Of no examples or no tokens; queries without keys have zeros, where the method takes as many as one likes."""
+    (first, *_), shapes = needs(name)
+    no_examples, no_tokens = (
+        {key: (*shape[:axis], 0, *shape[axis + 1 :]) for key, shape in shapes.items()} for axis in (0, 1)
+    )
+    for options in [{}, {"causal": True}][: 1 + ATTENTION[name].can_be_causal]:
+        for axis, none in enumerate((no_examples, no_tokens)):
+            mask = shaped(*none[first][:2], dtype=bool)
+            assert call(name, none, empty=axis, mask=mask, **options).shape[:2] == mask.shape
+        if len(shapes) > 1:
+            try:
+                out = call(name, no_tokens | {first: shapes[first]}, empty=1, **options)
+            except ValueError:
+                continue  # it needs as many queries as keys
+            assert out.shape[:2] == (2, SHORT)
 
 
 @every

@@ -1,19 +1,21 @@
 """What a budget leaves: sizes in order of their cost, the shares of two stages, layers that stay, nothing lost at 1."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 from efficient_tx.checks import OptionError
-from efficient_tx.compression import COMPARED, METHODS, compress
+from efficient_tx.compression import COMPARED, METHODS, compress, cost
 from efficient_tx.compression.budget import of_touched
 from efficient_tx.compression.cost import counted, stored
 from efficient_tx.compression.layer_form import LayerForm
 from efficient_tx.compression.model import kernel_of, select
 from efficient_tx.config.methods import named_method
-from efficient_tx.linear import LINEAR, Dense, Form, LowRank
-from efficient_tx.linear.replacement import find
+from efficient_tx.linear import LINEAR, Dense, Form, LowRank, Monarch
+from efficient_tx.linear.replacement import find, form
 from tests.support.small import batches, compressed, loss, model, output
 
 # Methods with a class of their own, which are no projections onto a structure.
@@ -82,6 +84,20 @@ def test_a_budget_of_one_loses_nothing(name):
     assert max(change.error for change in done.changes) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("structure", "method"), [(Dense, "svd"), (nnx.Linear, "svd"), (Form(Monarch, blocks=2), "monarch")]
+)
+def test_a_budget_of_one_loses_nothing_on_a_clock_that_jitters(monkeypatch, structure, method):
+    """Every call of it is slower than the one before; so layers of the model and forms must share their times."""
+    calls = itertools.count(100)
+    monkeypatch.setattr(cost, "milliseconds", lambda layer: next(calls) * cost.multiplications(layer))
+    made, before = (model(features=32, layers=1, linear=structure) for _ in range(2))
+    done = compress(made, named_method(method), 1, where="mlp", unit="milliseconds")
+    assert done.after == done.before
+    for layer in select(before, "mlp"):
+        assert form(layer.module) == form(find(made, layer.path))
+
+
 def test_layers_that_a_method_leaves_count_in_a_budget_of_all():
     made = model()
     layers = [layer.path for layer in select(made, "mlp|projections")]
@@ -124,3 +140,26 @@ def test_a_dense_matrix_is_in_full_precision():
 
     kernel_of(Spy(4, 3, rank=2, rngs=nnx.Rngs(0)))
     assert asked == ["highest"]
+
+
+@pytest.mark.parametrize("name", ["svd", "flap+eora"])
+def test_an_error_in_the_middle_leaves_the_model_as_it_was(name):
+    """After the first layers were fitted, or neurons and heads cut."""
+    made, method = model(features=32), named_method(name)
+    graphdef, state = nnx.split(made)
+    within, later = ("compensate", 1) if name.endswith("eora") else ("fit", 2)
+    work, done = getattr(method, within), []
+
+    def fails(*given):
+        done.append(given)
+        if len(done) > later:
+            raise MemoryError
+        return work(*given)
+
+    setattr(method, within, fails)
+    with pytest.raises(MemoryError):
+        compress(made, method, 0.7, batches=batches())
+    after = nnx.split(made)
+    assert after[0] == graphdef
+    for one, two in zip(jax.tree.leaves(state), jax.tree.leaves(after[1]), strict=True):
+        np.testing.assert_array_equal(one, two)

@@ -56,6 +56,15 @@ def test_ranks_and_costs_are_those_of_svd_and_the_model_stays(budget):
 
 
 @pytest.mark.quick
+def test_weights_that_are_no_numbers_have_no_estimate():
+    made = model()
+    made.encoder.blocks[1].mlp.up.kernel[...] *= np.nan
+    with pytest.raises(ValueError, match=r"^encoder\.blocks\.1\.mlp\.up has weights that are not finite"):
+        estimate(made, 0.5)
+    assert np.isnan(residual(np.full((5, 7), np.nan, np.float32), 2))
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("budget", "where", "line"),
     [

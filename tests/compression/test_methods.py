@@ -1,7 +1,7 @@
 """Every method on a small transformer: budget, values, errors, what is refused; and each against its own identities."""
 
-import functools
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from efficient_tx.attention import GLA, Linformer, RetNet
+from efficient_tx.attention import GLA, Custom, Linformer, RetNet
 from efficient_tx.compression import METHODS, compress, cost
 from efficient_tx.compression.cost import multiplications, stored
 from efficient_tx.compression.cutting import Cutting, expand
@@ -20,6 +20,7 @@ from efficient_tx.compression.statistics import Inputs, gather
 from efficient_tx.config.methods import named_method
 from efficient_tx.linear import Dense, Form, LowRank, Monarch, Sparse, Sum
 from efficient_tx.linear.replacement import dotted, find
+from tests.kernels.test_flash_examples import FirstHeadOnly
 from tests.support.small import SIZES, batches, compressed, layer_inputs, loss, model, output
 
 
@@ -165,7 +166,7 @@ def test_flap_keeps_the_mean_of_the_outputs():
 
 def test_something_of_every_mlp_and_mixer_stays_and_a_bias_is_added_where_it_is_needed():
     """The reference code has no guard against a layer without heads, and assumes a bias."""
-    made = model(linear=functools.partial(Dense, use_bias=False))
+    made = model(linear=partial(Dense, use_bias=False))
     assert made.encoder.blocks[0].mlp.down.bias is None
     with pytest.raises(ValueError, match=r"flap cannot meet it: its smallest layers take 0\.\d+"):
         compress(made, named_method("flap"), 0.01, batches=batches())
@@ -192,7 +193,7 @@ def test_layers_with_shared_weights_are_refused():
 @pytest.mark.parametrize("name", ["stat", "flap", "id", "block_diagonal", "sparse(density=0.25)"])
 def test_eora_lowers_the_error_of_what_it_follows_to_what_its_theory_says(name, bias):
     """The error of the first stage is that of the same plan, so with the same units kept."""
-    method, before = named_method(f"{name}+eora(share=0.3)"), model(linear=functools.partial(Dense, use_bias=bias))
+    method, before = named_method(f"{name}+eora(share=0.3)"), model(linear=partial(Dense, use_bias=bias))
     made, first = nnx.merge(*nnx.split(before)), {}
     apply = method.first.apply
 
@@ -297,7 +298,7 @@ def test_a_layer_takes_time():
 
 
 def test_layers_of_other_structures_are_compressed_again():
-    made = model(linear=functools.partial(Monarch, blocks=2), features=32)
+    made = model(linear=partial(Monarch, blocks=2), features=32)
     before = sum(stored(layer.module) for layer in select(made, "mlp"))
     done = compress(made, named_method("svd"), 0.5, where="mlp", batches=batches())
     assert done.before == before and done.after <= before / 2
@@ -305,7 +306,7 @@ def test_layers_of_other_structures_are_compressed_again():
 
 
 def in_bfloat16():
-    made = model(linear=functools.partial(Dense, param_dtype=jnp.bfloat16), dtype=jnp.bfloat16)
+    made = model(linear=partial(Dense, param_dtype=jnp.bfloat16), dtype=jnp.bfloat16)
     assert {leaf.dtype for layer in select(made, "mlp") for leaf in jax.tree.leaves(nnx.state(layer.module))} == {
         jnp.dtype(jnp.bfloat16)
     }
@@ -361,15 +362,22 @@ def test_what_cannot_be_is_one_line_and_changes_nothing():
         compress(made, named_method("flap"), 0.5)
     with pytest.raises(ValueError, match=r"blocks\.0\.mlp\.up is a Monarch: neurons are cut from dense layers only"):
         compress(model(linear=Monarch, features=32), named_method("id"), 0.5, where="mlp", batches=batches())
-    for mixer, has in ((RetNet, "gate"), (GLA, "decay_down"), (Linformer, "e")):
-        line = f"({mixer.__name__}) has {has} beside its projections: its heads cannot be cut: where='mlp' selects"
+    beside = "beside its projections"
+    for mixer, has in (
+        (RetNet, f"gate {beside}"), (GLA, f"decay_down {beside}"), (Linformer, f"e {beside}"),
+        (partial(Custom, score=FirstHeadOnly(2.0)), "heads that are not alike"),
+    ):  # fmt: skip
+        line = f"({getattr(mixer, 'func', mixer).__name__}) has {has}: its heads cannot be cut: where='mlp' selects"
         with pytest.raises(ValueError, match=re.escape(line)):
             compress(model(mixer=mixer), named_method("flap"), 0.5, batches=batches())
         compress(model(mixer=mixer), named_method("flap"), 0.7, where="mlp", batches=batches())
     damaged = model()
-    damaged.encoder.blocks[0].mlp.up.bias[...] = jnp.full(48, jnp.nan)
+    damaged.encoder.blocks[0].mixer.out.bias[...] = jnp.full(16, jnp.nan)
     with pytest.raises(ValueError, match=r"blocks\.0\.mlp\.down has inputs that are not finite"):
         compress(damaged, named_method("whitened"), 0.5, where="mlp", batches=batches())
+    for name in ("svd", "monarch+eora"):
+        with pytest.raises(ValueError, match=r"^encoder\.blocks\.0\.mixer\.out has weights that are not finite: "):
+            compress(damaged, named_method(name), 0.5, batches=batches())
     for one, two in zip(jax.tree.leaves(state), jax.tree.leaves(nnx.state(made)), strict=True):
         np.testing.assert_array_equal(one, two)
 

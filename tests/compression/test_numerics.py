@@ -18,6 +18,7 @@ from efficient_tx.compression.interpolative import (
     regression,
 )
 from efficient_tx.compression.low_rank import svd, tail, welore_rank, whitening
+from efficient_tx.compression.method import ratio
 from efficient_tx.compression.statistics import tall_qr
 
 rng = np.random.default_rng(0)
@@ -143,6 +144,12 @@ def test_the_tail_is_the_error_of_truncation():
     for rank in range(7):
         near = (u[:, :rank] * s[:rank]) @ v[:rank]
         assert tail(s, rank) == pytest.approx(np.linalg.norm(matrix - near) / np.linalg.norm(matrix), abs=1e-12)
+
+
+@pytest.mark.quick
+def test_an_error_that_is_no_number_is_not_zero():
+    assert ratio(0.0, 0.0) == ratio(-1e-20, 1.0) == 0 and ratio(1.0, 4.0) == 0.5
+    assert np.isnan([ratio(np.nan, 1.0), ratio(1.0, np.nan), ratio(np.nan, np.nan)]).all()
 
 
 @pytest.mark.quick

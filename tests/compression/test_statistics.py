@@ -3,10 +3,13 @@
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
+from efficient_tx.attention import Softmax
 from efficient_tx.compression.model import select
 from efficient_tx.compression.statistics import gather, recorder
-from tests.support.small import batches, layer_inputs, model
+from efficient_tx.models import DualEncoder
+from tests.support.small import LENGTH, SIZES, batches, layer_inputs, model
 
 
 @pytest.mark.parametrize("path", ["encoder.blocks.1.mlp.down", "encoder.blocks.1.mixer.out"])
@@ -34,6 +37,25 @@ def test_examples_without_weight_and_padding_count_for_nothing():
         other = gather(made, layers, [noisy])[path]
         assert one.count == other.count
         np.testing.assert_allclose(one.moment, other.moment, atol=1e-6)
+
+
+@pytest.mark.parametrize("names", [(), ("mask",), ("mask2",), ("mask", "mask2")])
+def test_both_texts_of_a_pair_count_with_masks_or_without(names):
+    """Of the examples with a weight; a text without a mask is all real."""
+    sizes = SIZES | {"layers": 1}
+    made = DualEncoder(num_classes=3, vocab_size=16, mixers=[Softmax], rngs=nnx.Rngs(0), **sizes)
+    one, two, *_ = batches()
+    pairs = {"inputs": one["inputs"], "inputs2": two["inputs"], "label": one["label"], "weight": one["weight"].copy()}
+    pairs |= {name: text["mask"] for name, text in zip(("mask", "mask2"), (one, two)) if name in names}
+    pairs["weight"][5:] = 0
+    layers = select(made, "mlp.up")
+    found = gather(made, layers, [pairs])[layers[0].path]
+    alone = {name: array[:5] for name, array in pairs.items()}
+    given = [alone.get(name, np.ones((5, LENGTH), bool)) for name in ("mask", "mask2")]
+    expected = gather(made, layers, [alone | dict(zip(("mask", "mask2"), given))])[layers[0].path]
+    assert found.count == expected.count == np.sum(given)
+    np.testing.assert_allclose(found.mean, expected.mean, atol=1e-6)  # the model computes in float32
+    np.testing.assert_allclose(found.moment, expected.moment, atol=1e-5)
 
 
 def test_statistics_of_rows_on_several_devices_are_those_on_one(monkeypatch):

@@ -24,6 +24,8 @@ pytestmark = pytest.mark.quick
         ("softmax", {"model.dropout": 0.999999}, "model", ["dropout is 0.999999"]),
         ("softmax", {"model.head_dim": -4}, "model.head_dim", ["is -4"]),
         ("softmax", {"model.heads": 3}, "model.heads", ["is 3", "64 features"]),
+        ("softmax", {"model.head_dim": 5, "model.positions": "rope"}, "model.head_dim", ["is 5", "multiple of 2"]),
+        ("gla", {"model.head_dim": 6, "model.positions": "rope"}, "attention.gla.expand_k", ["is 0.5", "3 wide"]),
         ("softmax", {"model.positions": "rope2d"}, "attention.softmax", ["rope2d", "2000 is no square"]),
         ("softmax", {"task.max_len": 10**11}, "task.max_len", ["is 100000000000: it must be at most"]),
         ("softmax", {"task.max_len": 2**24 + 1}, "task.max_len", ["is 16777217: it must be at most 16777216"]),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from efficient_tx.kernels import delta_rule, gated_linear_attention, linear_scan
 from efficient_tx.kernels.op import Op
 
 
@@ -119,3 +120,20 @@ def test_a_shape_is_traced_once(monkeypatch):
 
     jax.jit(jax.value_and_grad(layers)).lower(x)
     assert len(traced) == 1
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 4, 6), (0, 3, 4, 6)])
+def test_without_entries_a_recurrence_is_the_references_and_ends_where_it_starts(shape):
+    x, draws = jnp.zeros(shape), np.random.default_rng(0)
+    matrices, numbers = (jnp.asarray(draws.normal(size=(shape[0], *size)), jnp.float32) for size in ((4, 6, 6), (6,)))
+    for run, start in (
+        (lambda state, **by: gated_linear_attention(x, x, x, log_decay=x, initial_state=state, **by), matrices),
+        (lambda state, **by: delta_rule(x, x, x, beta=x[..., 0], initial_state=state, **by), matrices),
+        (lambda state, **by: linear_scan(x[:, :, 0], x[:, :, 0], initial_state=state, **by), numbers),
+    ):
+        out, end = run(start)
+        assert out.shape[:2] == shape[:2]
+        np.testing.assert_array_equal(end, start)
+        np.testing.assert_array_equal(jax.grad(lambda state, run=run: run(state)[1].sum())(start), jnp.ones_like(start))
+        with pytest.raises(ValueError, match=r"cannot use implementation 'xla': .* there is nothing to compute"):
+            run(start, implementation="xla")

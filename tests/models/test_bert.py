@@ -86,10 +86,12 @@ def test_the_report_names_what_has_no_place_and_what_differs(folder, other):
         "  pooler.dense.weight has no place here",
     ]
     np.testing.assert_array_equal(other.head.kernel, before)
-    lines = load_pretrained(published.bert(mlp="gelu", max_len=8, norm_epsilon=1e-6, rngs=nnx.Rngs(0)), file)
-    assert [line.split(":")[0] for line in lines[1:4]] == [
+    options = {"mlp": "gelu", "max_len": 8, "norm_epsilon": 1e-6, "causal": True}
+    lines = load_pretrained(published.bert(**options, rngs=nnx.Rngs(0)), file)
+    assert [line.split(":")[0] for line in lines[1:5]] == [
         "  BERT has mlp=gelu_erf, here it is gelu",
         "  BERT has norm_epsilon=0.001, here it is 1e-06",
+        "  BERT has causal=False, here it is True",
         "  of its 10 positions the first 8 are taken",
     ]
 

@@ -13,7 +13,7 @@ from efficient_tx.attention import Kernelized, Softmax
 from efficient_tx.config.names import MODELS
 from efficient_tx.linear import LINEAR, Monarch
 from efficient_tx.models import Block, Classifier, DualEncoder, Encoder, Mlp, TokenClassifier
-from efficient_tx.models.classifier import pool_tokens
+from efficient_tx.models.classifier import POOLS, pool_tokens
 from efficient_tx.models.embedding import TokenEmbedding, sinusoids
 from efficient_tx.signatures import constructor
 from tests.support import models
@@ -85,11 +85,15 @@ def test_rotary_positions_of_masked_pictures_are_refused():
 def test_pooling_by_hand():
     x = np.random.default_rng(0).normal(size=(3, 12, 4)).astype(np.float32)
     mask = np.arange(12) < LENGTHS[:, None]
-    mean, last = (np.asarray(pool_tokens(jnp.asarray(x), jnp.asarray(mask), pool)) for pool in ("mean", "last"))
-    np.testing.assert_allclose(mean[0], x[0].mean(0), atol=1e-6)
-    np.testing.assert_allclose(mean[1], x[1, :5].mean(0), atol=1e-6)
-    assert (mean[2] == 0).all()
-    np.testing.assert_array_equal(last[:2], [x[0, 11], x[1, 4]])
+    for left in (False, True):  # the padding
+        if left:
+            x, mask = x[:, ::-1], mask[:, ::-1]
+        mean, cls, last = (np.asarray(pool_tokens(jnp.asarray(x), jnp.asarray(mask), pool)) for pool in POOLS)
+        np.testing.assert_allclose(mean[0], x[0].mean(0), atol=1e-6)
+        np.testing.assert_allclose(mean[1], x[1][mask[1]].mean(0), atol=1e-6)
+        np.testing.assert_array_equal(cls[:2], [x[0, 0], x[1][mask[1]][0]])
+        np.testing.assert_array_equal(last[:2], [x[0, 11], x[1][mask[1]][-1]])
+        assert (mean[2] == 0).all() and (cls[2] == 0).all() and (last[2] == 0).all()
     np.testing.assert_array_equal(pool_tokens(jnp.asarray(x), None, "last"), x[:, -1])
     np.testing.assert_array_equal(pool_tokens(jnp.asarray(x), None, "cls"), x[:, 0])
 
@@ -274,6 +278,17 @@ def test_the_head_of_a_pair_is_its_formula(pair_head, widths):
         x = x @ np.asarray(layer.kernel[...]) + np.asarray(layer.bias[...])
         x = np.maximum(x, 0) if i < len(layers) - 1 else x
     np.testing.assert_allclose(run_pair(model, inputs, mask, inputs2, mask2), x, atol=1e-5)  # float32
+
+
+@pytest.mark.slow
+def test_a_text_without_a_mask_is_all_real_whatever_the_other_has():
+    model = classifier(DualEncoder, layers=1)
+    inputs, mask, inputs2, mask2 = pair()
+    every = np.ones_like(mask)
+    for one, two in ((mask, None), (None, mask2), (None, None)):
+        given = [every if each is None else each for each in (one, two)]
+        expected = run_pair(model, inputs, given[0], inputs2, given[1])
+        np.testing.assert_allclose(run_pair(model, inputs, one, inputs2, two), expected, atol=1e-6)  # float32
 
 
 @pytest.mark.slow

@@ -15,8 +15,7 @@ from flax import nnx
 from efficient_tx.attention import ATTENTION, Soft, Softmax
 from efficient_tx.config import build, check, evaluation, make_config, schema, stored
 from efficient_tx.data.batching import train_batches
-from efficient_tx.models import Pyramid
-from efficient_tx.models.pyramid import PostNormBlock
+from efficient_tx.models import Block, Pyramid
 from efficient_tx.numerics.random import dropout
 from efficient_tx.task import Task
 from efficient_tx.training.step import clear_window, init_state, make_train_step, split_batch
@@ -136,7 +135,7 @@ def test_draws_belong_to_the_example():
 @pytest.mark.slow
 def test_post_norm_blocks_drop_their_branches_by_example():
     """Without a branch the norms remain: two examples that go the same way differ by their own tokens only."""
-    block = PostNormBlock(8, mixer=Mean, mlp_features=16, drop_path=0.5, rngs=nnx.Rngs(0))
+    block = Block(8, mixer=Mean, mlp_features=16, drop_path=0.5, post_norm=True, rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).normal(size=(64, 5, 8)).astype(np.float32)
     out = np.asarray(block(x, key=jax.random.split(jax.random.key(0), 64)))
     ways = []
@@ -148,9 +147,10 @@ def test_post_norm_blocks_drop_their_branches_by_example():
 
 
 @pytest.mark.slow
-def test_the_rate_of_drop_path_rises_over_all_stages():
-    rates = [block.drop_path for stage in toy(drop_path=0.3).stages for block in stage.blocks]
-    np.testing.assert_allclose(rates, [0, 0.1, 0.2, 0.3])
+def test_the_rate_of_drop_path_rises_over_all_stages_and_the_last_has_pre_norm():
+    blocks = [block for stage in toy(drop_path=0.3).stages for block in stage.blocks]
+    np.testing.assert_allclose([block.drop_path for block in blocks], [0, 0.1, 0.2, 0.3])
+    assert [block.post_norm for block in blocks] == [True, True, True, False]
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from efficient_tx.attention.base import cache
 from efficient_tx.attention.base.cache import Needed
 from efficient_tx.attention.base.mixer import Mixer
 from efficient_tx.checks import at_least, at_most
-from efficient_tx.tokens.rotary import rotate
+from efficient_tx.tokens.rotary import check_width, rotate
 from efficient_tx.tokens.short_conv import ShortConv
 
 
@@ -32,12 +32,17 @@ class MultiHead(Mixer):
       projections: names of the linear layers, each features -> heads · head_dim; `attend` gets their outputs in this
         order.
       rotated: names of the projections that are rotated by their positions with `positions="rope"`.
+      width_by: the option that sets the width of what is rotated.
       asking: names of the projections that no later token needs: a decoder does not store them.
+      heads_alike: whether a head computes the same whatever its index and the number of heads, but for what it draws;
+        False in a mixer with constants for each head, whose heads no compression cuts.
     """
 
     projections: ClassVar[tuple[str, ...]] = ("q", "k", "v")
     rotated: ClassVar[tuple[str, ...]] = ("q", "k")
+    width_by: ClassVar[str] = "head_dim"
     asking: ClassVar[tuple[str, ...]] = ("q",)
+    heads_alike: bool = True
 
     def __init__(
         self,
@@ -55,6 +60,8 @@ class MultiHead(Mixer):
         self.heads = heads
         self.dtype = dtype
         self.head_dim = width_of_head(features, heads, head_dim)
+        for name in self.rotated if self.positions else ():
+            check_width(self.widths()[name] // heads, self.positions, self.width_by, getattr(self, self.width_by))
         for name, width in self.widths().items():
             setattr(self, name, linear(features, width, dtype=dtype, rngs=rngs))
         self.out = linear(self.heads * self.head_dim, features, dtype=dtype, rngs=rngs)

@@ -10,6 +10,7 @@ The causal forms see only j ≤ i; the window is then before the query. Every he
 """
 
 import jax
+import jax.numpy as jnp
 
 from efficient_tx.attention.base.options import checked_by
 from efficient_tx.attention.block_sparse.mixer import BlockSparse
@@ -66,6 +67,8 @@ def sparse(
     """
     check_shapes(q, k, v)
     mask = key_mask(mask, *k.shape[:2])
+    if 0 in (*q.shape[:2], k.shape[1]):
+        return jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype)
     chosen = Strided(stride, Window.of(stride, causal)) if pattern == "strided" else Fixed(stride, summary)
 
     def attend(q):

@@ -16,7 +16,7 @@ from flax import nnx
 from efficient_tx.attention.base.multihead import MultiHead
 from efficient_tx.checks import OptionError
 from efficient_tx.kernels import flash_attention
-from efficient_tx.kernels.flash_attention import Mask, Score, padding, reference
+from efficient_tx.kernels.flash_attention import SCORES, Mask, Score, padding, reference
 from efficient_tx.kernels.flash_attention.options import Options
 from efficient_tx.kernels.flash_attention.score import as_score
 from efficient_tx.kernels.shapes import check_shapes
@@ -79,6 +79,8 @@ class Custom(MultiHead):
         super().__init__(features, **common)
         for score in given.values():
             self.score = with_parameters(score, self.heads)
+            # One's own may look at the index of the head, or depend on their number.
+            self.heads_alike = isinstance(score, str) or type(score) in SCORES.values()
         self.mask = checked(mask)
 
     def attend_on(

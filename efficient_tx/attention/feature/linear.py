@@ -104,6 +104,9 @@ def feature_attention(
     if heads % groups:
         raise ValueError(f"k has {groups} heads: the {heads} query heads are no multiple of it")
     dtype = jnp.promote_types(first.dtype, jnp.float32)
+    if 0 in (batch, queries, keys):
+        nothing = jnp.zeros((batch, queries, heads, v_dim), first.dtype)
+        return nothing if carry is None else (nothing, carry)
     size = max(64, PIECE // (batch * heads * features.count))
     of_keys = features.of_keys or (lambda k, real, memory: (features.of_queries(k), None, memory))
     real = key_mask(mask, batch, keys)

@@ -73,6 +73,8 @@ def nystromformer(
         raise ValueError(f"there are {queries} queries and {keys} keys: conv needs a value for each query")
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     mask = key_mask(mask, batch, keys)
+    if 0 in (batch, queries, keys):
+        return jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype)
 
     (q_means, q_real), (k_means, k_real) = means_of(q, k, mask, landmarks)
     sums = flash_attention(q_means, k.astype(dtype), v.astype(dtype), mask=mask)

@@ -85,6 +85,8 @@ class Recurrent(MultiHead):
       key_dim: width of a head's queries and keys; `head_dim` is that of its values.
     """
 
+    width_by = "expand_k"
+
     def __init__(
         self, features: int, *,
         heads: int, head_dim: int | None = None, expand_k: float = 1.0, expand_v: float = 1.0, conv: int = 4,
@@ -94,7 +96,7 @@ class Recurrent(MultiHead):
         for name, factor in (("expand_k", expand_k), ("expand_v", expand_v)):
             if not width * factor >= 1:
                 raise OptionError(name, factor, f"with head_dim {width} it must be at least {1 / width:g}")
-        self.key_dim = round(expand_k * width)
+        self.expand_k, self.key_dim = expand_k, round(expand_k * width)
         own = {"linear": partial(linear, use_bias=False), "dtype": dtype, "rngs": rngs}
         super().__init__(features, heads=heads, head_dim=round(expand_v * width), conv=conv, **own, **common)
         self.norm = nnx.RMSNorm(self.head_dim, epsilon=1e-5, dtype=dtype, rngs=rngs)

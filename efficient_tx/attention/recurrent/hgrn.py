@@ -12,6 +12,7 @@ The method is causal; without `causal` it runs in both directions with the same 
 averaged.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
@@ -81,8 +82,9 @@ def keeping(
     x = new * v
     if mask is not None:
         x, log_decay = (jnp.where(over(mask, part), part, 0) for part in (x, log_decay))
-    flat, of_head = (*v.shape[:2], -1), v.shape[2:]
-    state = None if initial_state is None else initial_state.reshape(len(v), -1)
+    of_head = v.shape[2:]
+    flat = (*v.shape[:2], math.prod(of_head))
+    state = None if initial_state is None else initial_state.reshape(len(v), flat[2])
     out, end = linear_scan(x.reshape(flat), log_decay.reshape(flat), initial_state=state, reverse=reverse)
     return out.reshape(v.shape).astype(v.dtype), end.reshape(len(v), *of_head)
 

@@ -98,6 +98,8 @@ def mega(
     if queries != keys:
         given = {"alpha": alpha, "beta": beta, "mask": mask, "causal": True, "chunk": chunk, "weighting": weighting}
         return at_last(lambda q: mega(q, k, v, **given), q, k, mask=mask, causal=causal, name="mega")
+    if 0 in (batch, keys):
+        return jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype)
     size = keys if chunk is None else min(chunk, keys)
     rest = -keys % size
     real = None if mask is None and not rest else jnp.ones((batch, keys), bool) if mask is None else compact(mask, mask)

@@ -35,10 +35,12 @@ def convolve(
       `[batch, length, channels]`, real; and `[batch, channels, modes]` in the dtype of the decays.
     """
     batch, length, channels = x.shape
-    size = min(CHUNK, length)
+    size = min(CHUNK, max(1, length))
     log_decay = finite(log_decay.astype(jnp.result_type(log_decay, x)), size)
     shape = (batch, channels, log_decay.shape[1])
     state = jnp.zeros(shape, log_decay.dtype) if state is None else state.astype(log_decay.dtype)
+    if not x.size:
+        return x, state
     if length == 1 and count is None:
         state = jnp.exp(log_decay) * state + x[:, 0, :, None]
         return (weight * state).sum(-1).real[:, None], state

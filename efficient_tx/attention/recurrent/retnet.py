@@ -64,6 +64,7 @@ class RetNet(Recurrent):
     cost = "n"
     function = staticmethod(retnet)
     refuses: ClassVar = {"cross": "it needs positions"}
+    heads_alike = False
 
     def __init__(
         self, features: int, *,

@@ -87,7 +87,7 @@ def hyper(
     if (2**bits + 1) * (queries + keys) >= 2**32:
         raise OptionError("bits", bits, f"2^{bits} buckets for {queries} queries and {keys} keys need fewer of either")
     chunk = -(-chunk // block) * block
-    if keys <= (chunk if causal else block) or (causal and queries == 1):
+    if 0 in (batch, queries) or keys <= (chunk if causal else block) or (causal and queries == 1):
         return softmax(q, k, v, mask=mask, causal=causal and queries > 1)
 
     draws = numbered(evaluation_keys(batch) if key is None else example_keys(key, batch), np.arange(heads + 1))

@@ -70,6 +70,8 @@ def lev(
     recent = newest(budget, recent)
     batch, queries, keys = *q.shape[:2], k.shape[1]
     mask = key_mask(mask, batch, keys)
+    if 0 in (batch, queries, keys):
+        return jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype)
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     arrays = [x.astype(dtype) for x in (q, k, v)]
     if mask is not None:

@@ -69,6 +69,8 @@ def skeinformer(
     heads, head_dim = q.shape[2:]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     mask = key_mask(mask, batch, keys)
+    if 0 in (batch, queries, keys):
+        return jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype)
     real = jnp.ones((batch, keys), bool) if mask is None else mask
     result_dtype = q.dtype
     q, k, v = (x.astype(dtype) for x in (q, k, v))

@@ -96,6 +96,10 @@ def block_attention(
         scale=head_dim**-0.5 if scale is None else float(scale),
         precision=full(precision),
     )
+    if 0 in (batch, queries, keys):
+        nothing = jnp.zeros((batch, queries, heads, v.shape[3]), q.dtype)
+        lse = jnp.full(q.shape[:3], -jnp.inf, jnp.promote_types(q.dtype, jnp.float32))
+        return (nothing, lse) if return_lse else nothing
     arrays = *(pad(x, block_size) for x in (q, k, v)), mask, jnp.asarray(blocks, jnp.int32), bias
     out, lse = OP(implementation, options, *arrays, interpret=interpret, sizes=block_sizes)
     out = out[:, :queries]

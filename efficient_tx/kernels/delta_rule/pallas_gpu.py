@@ -19,7 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 from efficient_tx.kernels.delta_rule.chunk import inverse, matrix
 from efficient_tx.kernels.gated_linear_attention import pallas_gpu as linear_attention
 from efficient_tx.kernels.gated_linear_attention.options import Options
-from efficient_tx.kernels.gated_linear_attention.pallas_gpu import BlockSizes, Call, Head, channels, shared
+from efficient_tx.kernels.gated_linear_attention.pallas_gpu import BlockSizes, Call, Head, channels, fitting, shared
 from efficient_tx.kernels.shapes import result
 
 LARGEST_HEAD_DIM = 256  # the states of all channels of keys are in a program of `errors` and `cotangents`
@@ -40,9 +40,6 @@ def unsupported(
 def sizes(
     options: Options, q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, log_decay: jax.Array | None, *_: Any
 ) -> BlockSizes:
-    def fitting(size, largest):
-        return min(largest, max(16, pl.next_power_of_2(size)))
-
     # Larger tiles spill; decays per channel have more of them, and more channels of keys longer states.
     per_channel = log_decay is not None and log_decay.shape[3] > 1
     keys = fitting(q.shape[3], 16 if per_channel else 32)

@@ -30,21 +30,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from efficient_tx.kernels.gated_linear_attention import xla as linear_attention
 from efficient_tx.kernels.gated_linear_attention.options import Options
 from efficient_tx.kernels.gated_linear_attention.xla import Chunks, Decays
 
-# Tokens per chunk, with a decay per head and per channel.
-CHUNK, CHANNEL_CHUNK = 64, 32
 
-
-def unsupported(options: Options, *arrays: jax.Array | None) -> None:
-    """It supports everything."""
+def unsupported(options: Options, q: jax.Array, k: jax.Array, v: jax.Array, *_: Any) -> str | None:
+    """The reason why it does not support the arguments, or None."""
+    return linear_attention.unsupported(options, q, k, v)
 
 
 def sizes(options: Options, q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, log_decay: Any, *_: Any) -> int:
     """Tokens per chunk, a power of two."""
-    largest = CHUNK if log_decay is None or log_decay.shape[-1] == 1 else CHANNEL_CHUNK
-    return min(largest, max(2, 1 << (q.shape[1] - 1).bit_length()))
+    return linear_attention.sizes(options, q, k, v, log_decay)
 
 
 def forward(

@@ -30,7 +30,7 @@ from efficient_tx.kernels.gated_linear_attention.chunk import (
     levels,
 )
 from efficient_tx.kernels.gated_linear_attention.options import Options
-from efficient_tx.kernels.shapes import result
+from efficient_tx.kernels.shapes import nothing, result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,17 +61,17 @@ def unsupported(
             return f"dtype {x.dtype}: it has float32, bfloat16 and float16"
     if not isinstance(options.precision, jax.lax.Precision):
         return f"precision {options.precision}: it has jax.lax.Precision"
-    if 0 in (*q.shape, *v.shape):
-        return f"q has shape {q.shape}, v {v.shape}: there is nothing to compute"
-    return None
+    return nothing(q, v)
+
+
+def fitting(size: int, largest: int) -> int:
+    """The side of a tile for so many tokens or channels."""
+    return min(largest, max(16, pl.next_power_of_2(size)))
 
 
 def sizes(
     options: Options, q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array | None, state: jax.Array
 ) -> BlockSizes:
-    def fitting(size, largest):
-        return min(largest, max(16, pl.next_power_of_2(size)))
-
     # What the registers of A100 and H100 hold.
     wide = Products.of(options.precision, q, k, v).dtype == jnp.float32
     largest = BlockSizes() if log_decay is None else BlockSizes(keys=16, values=16 if wide else 32)

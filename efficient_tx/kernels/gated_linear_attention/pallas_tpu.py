@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from efficient_tx.kernels.gated_linear_attention.chunk import ChannelDecay, HeadDecay, NoDecay, Products, levels
 from efficient_tx.kernels.gated_linear_attention.options import Options
 from efficient_tx.kernels.precision import missing
-from efficient_tx.kernels.shapes import result
+from efficient_tx.kernels.shapes import nothing, result
 
 LARGEST_DIM = 256  # whose tiles fit into 16 MiB of VMEM
 
@@ -51,9 +51,7 @@ def unsupported(
             return f"{name} {dim}: tiles of at most {LARGEST_DIM} fit on the chip"
     if reason := missing(options.precision, "TPU"):
         return reason
-    if 0 in (*q.shape, *v.shape):
-        return f"q has shape {q.shape}, v {v.shape}: there is nothing to compute"
-    return None
+    return nothing(q, v)
 
 
 def sizes(options: Options, q: jax.Array, k: jax.Array, v: jax.Array, *_: Any) -> BlockSizes:

@@ -26,13 +26,15 @@ import numpy as np
 
 from efficient_tx.kernels.decay import finite
 from efficient_tx.kernels.gated_linear_attention.options import Options
+from efficient_tx.kernels.shapes import nothing
 
 # Tokens per chunk, with a decay per head and per channel: the fastest powers of two on two AVX-512 cores.
 CHUNK, CHANNEL_CHUNK = 64, 32
 
 
-def unsupported(options: Options, *arrays: jax.Array | None) -> None:
-    """It supports everything."""
+def unsupported(options: Options, q: jax.Array, k: jax.Array, v: jax.Array, *_: Any) -> str | None:
+    """The reason why it does not support the arguments, or None."""
+    return nothing(q, v)
 
 
 def sizes(options: Options, q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array | None, *_: Any) -> int:

@@ -20,8 +20,9 @@ from efficient_tx.kernels.linear_scan.options import Options
 from efficient_tx.kernels.platform import by_platform
 
 
-def unsupported(options: Options, *arrays: jax.Array) -> None:
-    """It supports everything."""
+def unsupported(options: Options, x: jax.Array, *_: jax.Array) -> str | None:
+    """The reason why it does not support the arguments, or None."""
+    return None if x.size else f"x has shape {x.shape}: there is nothing to compute"
 
 
 def sizes(options: Options, *arrays: jax.Array) -> None:

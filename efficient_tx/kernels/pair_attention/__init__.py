@@ -47,6 +47,8 @@ def pair_attention(
     (batch, queries, heads, _), keys = q.shape, k.shape[1]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     mask = key_mask(mask, batch, keys)
+    if 0 in (batch, queries, keys):
+        return jnp.zeros((batch, queries, heads, v.shape[3]), q.dtype)
     arrays = {"q": q, "k": k, "v": v, "k2": k2, "v2": v2}
     own_positions = queries == keys
     arrays = {n: x if n == "q" and not own_positions else compact(x, mask) for n, x in arrays.items()}

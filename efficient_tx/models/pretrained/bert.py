@@ -170,11 +170,13 @@ def options(model: Bert, said: Description) -> tuple[dict[str, Any], dict[str, A
         "mlp": mlp_of(model),
         "norm": "layer" if isinstance(norm, nnx.LayerNorm) else "rms",
         "norm_epsilon": norm.epsilon,
+        "causal": model.encoder.blocks[0].mixer.causal,
     }
     there = {
         "positions": "learned",
         "mlp": said.mlp or BERT.mlp,
         "norm": "layer",
         "norm_epsilon": said.norm_epsilon or BERT.norm_epsilon,
+        "causal": bool(said.is_decoder),
     }
     return here, there
