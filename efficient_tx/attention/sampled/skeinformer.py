@@ -65,8 +65,8 @@ def skeinformer(
       ValueError: an option out of its range, or shapes that do not fit.
     """
     check_shapes(q, k, v)
-    batch, keys = k.shape[:2]
-    heads, head_dim = q.shape[2:]
+    batch, queries, heads, head_dim = q.shape
+    keys = k.shape[1]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     mask = key_mask(mask, batch, keys)
     if 0 in (batch, queries, keys):
