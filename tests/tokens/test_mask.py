@@ -12,7 +12,7 @@ import pytest
 import efficient_tx.tokens
 from efficient_tx.tokens.depthwise import depthwise, depthwise_grid
 from efficient_tx.tokens.grid import lay_out, take_up
-from efficient_tx.tokens.mask import bool_mask, compact, key_mask, key_mask_or_pairs, spread, token_ranks
+from efficient_tx.tokens.mask import bool_mask, compact, joined, key_mask, key_mask_or_pairs, spread, token_ranks
 from efficient_tx.tokens.rotary import rotate
 from efficient_tx.tokens.segments import grid_means, segment_means
 from efficient_tx.tokens.short_conv import short_conv
@@ -29,6 +29,7 @@ FUNCTIONS = {
     key_mask_or_pairs: lambda mask: key_mask_or_pairs(mask, X, X),
     token_ranks: lambda mask: token_ranks(mask, 1, 4),
     compact: lambda mask: compact(X, mask),
+    joined: lambda mask: joined(mask, None, (1, 4)),
     spread: lambda mask: spread(X, mask),
     segment_means: lambda mask: segment_means(X, mask, 2),
     grid_means: lambda mask: grid_means(X, mask, 2),
