@@ -27,10 +27,9 @@ def calibration(task: Task, asked: Asked, batch_size: int) -> Sequence[Batch]:
 
 def too_few(task: Task, calibration: int) -> str | None:
     """The line for who asks for more examples of calibration than there are; None for who does not."""
-    there = len(task.train)
-    return (
-        f"calibration has all {there} training examples, {calibration} were asked for" if there < calibration else None
-    )
+    if (there := len(task.train)) >= calibration:
+        return None
+    return f"calibration has all {there} training examples, {calibration} were asked for"
 
 
 def mean_loss(objective: Objective, model: nnx.Module, batch: Batch) -> jax.Array:

@@ -36,7 +36,7 @@ from efficient_tx.files import write
 from efficient_tx.report import content, plots
 from efficient_tx.report.flops import of_step
 from efficient_tx.report.page import page
-from efficient_tx.report.runs import Problem, find, problems
+from efficient_tx.report.runs import Problem, find, labels_of, problems
 from efficient_tx.tables import FORMATS, Table
 
 ENDINGS = ("html", *FORMATS)
@@ -85,7 +85,7 @@ def flops_of(found: Sequence[Problem], console: Console) -> list[dict[str, float
 
 
 def check_baseline(name: str | None, found: Sequence[Problem]) -> None:
-    labels = list(dict.fromkeys(method.label for problem in found for method in problem.methods))
+    labels = labels_of(found)
     if name is not None and name not in labels:
         raise ValueError(f"--baseline={name}: the methods are {'; '.join(labels)} (nearest: {nearest(name, labels)!r})")
 
@@ -125,7 +125,7 @@ def report(options: argparse.Namespace) -> int:
             return 0
         write(options.out, made)
     else:
-        labels = list(dict.fromkeys(method.label for problem in found for method in problem.methods))
+        labels = labels_of(found)
         title = f"Comparison of {len(labels)} methods"
         drawn = [plots.pictures(problem, f"p{i}", labels) for i, problem in enumerate(found)]
         write(options.out, page(title, tables[0], sections, drawn))

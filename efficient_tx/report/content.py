@@ -10,7 +10,7 @@ from efficient_tx.config import protocols
 from efficient_tx.config.protocols import HOUSEKEEPING
 from efficient_tx.report.budgets import at_equal
 from efficient_tx.report.published import Published, published
-from efficient_tx.report.runs import Method, Problem, Run, base, differing
+from efficient_tx.report.runs import Method, Problem, Run, base, differing, labels_of
 from efficient_tx.report.statistics import holm, paired, spread
 from efficient_tx.tables import Table
 from efficient_tx.training import summary
@@ -72,14 +72,13 @@ def figures_of(problem: Problem) -> Published | None:
 
 def overview(problems: Sequence[Problem]) -> Table:
     """Methods × problems: mean test score ± standard deviation, and how many seeds."""
-    labels = list(dict.fromkeys(method.label for problem in problems for method in problem.methods))
     known = [{method.label: method for method in problem.methods} for problem in problems]
 
     def cell(problem: Problem, methods: Mapping[str, Method], label: str) -> str:
         scores = methods[label].scores("test") if label in methods else []
         return f"{mean_of(problem, scores)} ({len(scores)})" if scores else NONE
 
-    rows = [[label, *(cell(p, methods, label) for p, methods in zip(problems, known))] for label in labels]
+    rows = [[label, *(cell(p, methods, label) for p, methods in zip(problems, known))] for label in labels_of(problems)]
     title = "Test score, mean ± standard deviation (seeds), checkpoint selected on validation"
     return Table(title, ["method|", *(f"{problem.title}: {unit(problem)}" for problem in problems)], rows)
 
@@ -136,8 +135,7 @@ def middle(values: Any) -> str:
 
 def equal(problem: Problem, flops: Mapping[str, float | None]) -> list[Table]:
     """Validation scores at equal steps, training time and operations; at equal steps what else is known of the task."""
-    made, figures = [], figures_of(problem)
-    labels = {method.label: method for method in problem.methods}
+    made = []
     for what, words in UNITS.items():
         marks, found = at_equal(problem.methods, what, problem.metric, flops)
         # An amount before the first evaluation of every method says nothing.
@@ -148,21 +146,25 @@ def equal(problem: Problem, flops: Mapping[str, float | None]) -> list[Table]:
                 for label, cells in found.items()
             ]
             heads = [f"{amount(marks[i], what)} {words}" for i in known]
-            if what == "steps":
-                if figures:
-                    heads.append(f"published, test, after {protocol_steps(problem)}")
-                    rows = [[*row, published_cell(figures, labels[row[0]])] for row in rows]
-                beaten = [(f"{name} (to beat, test)", score(problem, x)) for name, x in problem.baselines.items()]
-                rows += [[name, *[value] * len(known), *[NONE] * (len(heads) - len(known))] for name, value in beaten]
             title = f"Validation {unit(problem)} (seeds) after equal {words}: {problem.title}"
-            made.append(Table(title, ["method|", *heads], rows))
+            table = Table(title, ["method|", *heads], rows)
+            made.append(with_what_is_known(problem, table) if what == "steps" else table)
     return made
 
 
-def protocol_steps(problem: Problem) -> str:
-    """ "50,000 steps", of the published runs."""
-    steps = protocols.published(problem.config["protocol"], problem.task).get("steps")
-    return f"{steps:,} steps" if steps else "its own steps"
+def with_what_is_known(problem: Problem, scores: Table) -> Table:
+    """A table of validation scores, with the published figures in a column, and the answers to beat in rows."""
+    columns, rows, count = [*scores.columns], [[*row] for row in scores.rows], len(scores.columns) - 1
+    if figures := figures_of(problem):
+        steps = protocols.published(problem.config["protocol"], problem.task).get("steps")
+        columns.append(f"published, test, after {f'{steps:,}' if steps else 'its own'} steps")
+        cells = {method.label: published_cell(figures, method) for method in problem.methods}
+        for row in rows:
+            row.append(cells[row[0]])
+    for name, value in problem.baselines.items():
+        beaten = [f"{name} (to beat, test)", *[score(problem, value)] * count]
+        rows.append([*beaten, *[NONE] * (len(columns) - len(beaten))])
+    return Table(scores.title, columns, rows)
 
 
 def amount(value: float, what: str) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from efficient_tx.config import protocols
 from efficient_tx.config.protocols import HOUSEKEEPING
 from efficient_tx.files import visible
+from efficient_tx.sweep import record
 from efficient_tx.training import summary
 from efficient_tx.training.disk import decode, read_checked
 from efficient_tx.training.errors import Refused
@@ -180,16 +181,13 @@ def tuning_in(folder: Path) -> tuple[frozenset[str], frozenset[str]]:
     Raises:
       ValueError: the sweep's record is damaged, so that runs which only chose settings would count as results.
     """
-    path = folder / "sweep.json"
     try:
-        sweep = json.loads(path.read_text())
+        sweep = record.read(folder)
         names = {name for name, run in sweep["runs"].items() if run["purpose"] == "tune"}
         return frozenset(names), frozenset(key for cell in sweep["chosen"].values() for key in cell["settings"])
-    except FileNotFoundError:
-        return frozenset(), frozenset()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        unknown = "which of its runs only chose settings is not known"
-        raise ValueError(f"{path} is damaged, and {unknown}: restore it, or delete it to count them all") from None
+        rest = "and which of its runs only chose settings is not known: restore it, or delete it to count them all"
+        raise ValueError(f"{folder / record.NAME} is damaged, {rest}") from None
 
 
 def load(
@@ -203,9 +201,9 @@ def load(
     config = flatten(read_config(path))
     if missing := [key for key in ("seed", "mixers", "task.name", "protocol", "linear.mlp.name") if key not in config]:
         raise Refused(f"{path}/config.json has no {missing[0]}")
-    record = read(path / NAME)
-    if record.damaged:
-        warn(f"{path / NAME}: {len(record.damaged)} lines are damaged and left out")
+    history = read(path / NAME)
+    if history.damaged:
+        warn(f"{path / NAME}: {len(history.damaged)} lines are damaged and left out")
     try:
         result = read_checked(path / "summary.json")
         summary.metric(result)
@@ -214,7 +212,7 @@ def load(
     except (OSError, ValueError, StopIteration) as error:
         warn(f"{path}/summary.json {error}: the run counts as unfinished")
         result = None
-    return Run(path, config, record.lines, result, tuning, tuned)
+    return Run(path, config, history.lines, result, tuning, tuned)
 
 
 def problems(runs: Sequence[Run], warn: Callable[[str], None]) -> list[Problem]:
@@ -232,6 +230,11 @@ def problems(runs: Sequence[Run], warn: Callable[[str], None]) -> list[Problem]:
     apart = differing([one.config for one in made], lambda key: key.startswith("task.") and key not in HOUSEKEEPING)
     said = [", ".join(f"{key.removeprefix('task.')} {one.config.get(key)}" for key in apart) for one in made]
     return [dataclasses.replace(one, title=f"{one.title} ({words})") for one, words in zip(made, said)]
+
+
+def labels_of(problems: Sequence[Problem]) -> list[str]:
+    """The labels of all methods, each once."""
+    return list(dict.fromkeys(method.label for problem in problems for method in problem.methods))
 
 
 def by_source(runs: Sequence[Run]) -> list[list[Run]]:

@@ -79,7 +79,7 @@ def compare(names: Sequence[str], settings: Settings, progress: Callable[[str], 
                 if expected is None or expected * (STEPS if what == "token" else 1) <= settings.max_seconds:
                     runs[what][row.name] = program(mixer, length, settings)
         progress(f"{length} tokens: measuring")
-        # Apart: a prompt of any length leaves nothing of a state in the caches, and a token takes as long as it takes.
+        # Apart: after a long prompt nothing of a state is left in the caches.
         for what, mine in runs.items():
             for name, seconds in in_turns(mine, settings.rounds, settings.max_seconds).items():
                 cells = getattr(next(row for row in rows if row.name == name), what)

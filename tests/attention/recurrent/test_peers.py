@@ -52,19 +52,13 @@ def close(found: jax.Array, expected: np.ndarray) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-def test_gated_linear_attention_is_their_loop():
-    decays, state = -np.abs(normal(BATCH, LENGTH, HEADS, HEAD_DIM)), normal(BATCH, HEADS, HEAD_DIM, V_DIM)
+@pytest.mark.parametrize("rule", ["gla", "simple_gla"])
+def test_gated_linear_attention_is_their_loop(rule):
+    """With a decay of each channel, and of each head."""
+    of_channels = [HEAD_DIM] if rule == "gla" else []
+    decays, state = -np.abs(normal(BATCH, LENGTH, HEADS, *of_channels)), normal(BATCH, HEADS, HEAD_DIM, V_DIM)
     q, k, v = tokens()
-    loop = plain("gla").naive_recurrent_gla
-    expected = theirs(loop, q, k, v, decays, initial_state=state, output_final_state=True)
-    found = gated_linear_attention(q, k, v, log_decay=decays, initial_state=state)
-    jax.tree.map(close, found, tuple(expected))
-
-
-def test_a_decay_of_each_head_is_their_loop():
-    decays, state = -np.abs(normal(BATCH, LENGTH, HEADS)), normal(BATCH, HEADS, HEAD_DIM, V_DIM)
-    q, k, v = tokens()
-    loop = plain("simple_gla").naive_recurrent_simple_gla
+    loop = getattr(plain(rule), f"naive_recurrent_{rule}")
     expected = theirs(loop, q, k, v, decays, initial_state=state, output_final_state=True)
     found = gated_linear_attention(q, k, v, log_decay=decays, initial_state=state)
     jax.tree.map(close, found, tuple(expected))
