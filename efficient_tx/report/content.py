@@ -269,6 +269,12 @@ def reading(problem: Problem) -> list[str]:
         notes.append("± is the standard deviation over seeds; the interval is that of their mean, by Student's t.")
     if unfinished := [method.label for method in problem.methods if len(method.finished) < len(method.runs)]:
         notes.append(f"Not finished, or not in all seeds: {'; '.join(unfinished)}.")
+    if diverged := [
+        f"{method.label} ({lost} of {len(method.runs)} seeds)"
+        for method in problem.methods
+        if (lost := sum(run.diverged for run in method.runs))
+    ]:
+        notes.append(f"Ended in numbers that are not finite: {'; '.join(diverged)}; scores are of other seeds alone.")
     if longer := [m.label for m in problem.methods if any(run.figure("extended_from") for run in m.finished)]:
         notes.append(f"Extended after their end, so that the learning rate rose again: {'; '.join(longer)}.")
     figures, departures = figures_of(problem), departed(problem)

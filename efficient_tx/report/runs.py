@@ -20,7 +20,7 @@ from efficient_tx.training import summary
 from efficient_tx.training.disk import decode, read_checked
 from efficient_tx.training.errors import Refused
 from efficient_tx.training.history import NAME, read
-from efficient_tx.training.workdir import flatten, read_config
+from efficient_tx.training.workdir import diverged, flatten, read_config
 
 PREDICTIONS = "predictions_test_best.npz"
 
@@ -66,6 +66,11 @@ class Run:
             wanted = protocols.published(self.config["protocol"], protocols.key(of_task(self.config)))
             return frozenset(k for k, x in wanted.items() if k in self.config and frozen(self.config[k]) != frozen(x))
         return frozenset(told)
+
+    @property
+    def diverged(self) -> bool:
+        """Whether it ended in numbers that are not finite."""
+        return self.summary is None and diverged(self.path) is not None
 
     @property
     def evaluated(self) -> dict[str, Any]:

@@ -30,6 +30,14 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def diverged(path: Path) -> str | None:
+    """Why the last start of the run in a folder ended in numbers that are not finite; None if it did not."""
+    try:
+        return str(read_checked(path / DIVERGED)["reason"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
 class Workdir:
     """The folder of one run.
 
@@ -171,11 +179,8 @@ class Workdir:
                 write_checked(self.path / DIVERGED, {"reason": reason})
 
     def diverged(self) -> str | None:
-        """Why the last start of the run ended in numbers that are not finite; None if it did not."""
-        try:
-            return str(read_checked(self.path / DIVERGED)["reason"])
-        except (OSError, ValueError, KeyError):
-            return None
+        """As the function `diverged`, of this folder."""
+        return diverged(self.path)
 
     def verify(self) -> None:
         """Asks whether the folder is the one that was locked.

@@ -14,6 +14,7 @@ import pytest
 
 from efficient_tx.report.__main__ import command
 from efficient_tx.report.plots import pareto
+from efficient_tx.training.disk import write_checked
 from tests.support.command import here
 from tests.support.workdirs import config_of, write_run
 
@@ -111,6 +112,14 @@ def test_unfinished_runs_stand_beside_published_figures_too(tmp_path):
     _, words, _ = report(tmp_path, "--format=md")
     assert "- departures from it: " in words and ", steps, task.drop_brackets" in words
     assert "- runs: 1, none of them finished" in words
+
+
+def test_seeds_that_diverged_are_told(folder):
+    """A mean of those that did not is a better score than the method has."""
+    path = write_run(folder / "lost", config_of("gla", seed=7), test=None)
+    write_checked(path / "diverged.json", {"reason": "the loss of step 21 is nan"})
+    _, out, _ = report(folder, "--format=md")
+    assert re.search(r"- Ended in numbers that are not finite: gla \(1 of \d seeds\); scores are of other seeds", out)
 
 
 def test_departures_from_the_configs_own_settings_are_told(folder):
