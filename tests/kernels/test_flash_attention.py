@@ -22,8 +22,9 @@ BIAS = -0.3
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Blocks of 16 × 16 weights, so that short sequences have several, the last one ragged."""
-    monkeypatch.setattr(xla, "BLOCK_AREA", 16 * 16)
+    """Blocks of 16 × 16 and 32 × 16 weights, so that short sequences have several, the last one ragged."""
+    monkeypatch.setattr(xla, "SQUARE", (16, 16))
+    monkeypatch.setattr(xla, "TALL", (32, 16))
 
 
 def arrays(seed, queries, keys, *, heads=4, groups=2, dim=6, v_dim=3, batch=2):

@@ -274,7 +274,9 @@ def check(name, dtype, atol, **options):
 @pytest.mark.first(1)
 def test_blockwise(name, monkeypatch):
     """Several blocks, the last one ragged; sums of 36 terms of order 1 in float64."""
-    monkeypatch.setattr(importlib.import_module("efficient_tx.kernels.flash_attention.xla"), "BLOCK_AREA", 16 * 16)
+    xla = importlib.import_module("efficient_tx.kernels.flash_attention.xla")
+    monkeypatch.setattr(xla, "SQUARE", (16, 16))
+    monkeypatch.setattr(xla, "TALL", (32, 16))
     check(name, np.float64, 1e-12, implementation="xla")
 
 

@@ -65,7 +65,9 @@ EXACT = ("causal", "window", "prefix", "sink", "padding", "strided", "far stride
 @pytest.mark.first(1)
 def test_equals_attention_to_the_pairs_it_allows(name, monkeypatch):
     """Against the reference with an array of all pairs; the gradients too, in float64."""
-    monkeypatch.setattr(importlib.import_module("efficient_tx.kernels.flash_attention.xla"), "BLOCK_AREA", 16 * 16)
+    xla = importlib.import_module("efficient_tx.kernels.flash_attention.xla")
+    monkeypatch.setattr(xla, "SQUARE", (16, 16))
+    monkeypatch.setattr(xla, "TALL", (32, 16))
     mask, pairs = MASKS[name]
     pairs = np.broadcast_to(pairs, (2, QUERIES, KEYS))[:, None]
     r = np.random.default_rng(1)

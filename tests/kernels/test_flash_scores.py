@@ -20,8 +20,10 @@ TABLE = np.random.default_rng(5).normal(size=(HEADS, 9))
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Blocks of 16 × 16 weights, so that short sequences have several, the last one ragged."""
-    monkeypatch.setattr(importlib.import_module("efficient_tx.kernels.flash_attention.xla"), "BLOCK_AREA", 16 * 16)
+    """Blocks of 16 × 16 and 32 × 16 weights, so that short sequences have several, the last one ragged."""
+    xla = importlib.import_module("efficient_tx.kernels.flash_attention.xla")
+    monkeypatch.setattr(xla, "SQUARE", (16, 16))
+    monkeypatch.setattr(xla, "TALL", (32, 16))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,8 @@ A head is processed by blocks of queries with blocks of keys, with the running m
 log-sum-exp (Dao et al. 2022, arXiv 2205.14135).
 
 A block of weights is never the transposed left factor of a product, because XLA's CPU backend runs that at a quarter of
-the speed. So the cotangents of keys and values are summed as `[dim, keys]`.
+the speed. So the cotangents of keys and values are summed as `[dim, keys]`; and queries and cotangents of outputs are
+transposed once for them, as folded into the products that costs as much as half of one.
 """
 
 from functools import partial
@@ -17,15 +18,15 @@ import jax.numpy as jnp
 from efficient_tx.kernels.flash_attention import block
 from efficient_tx.kernels.flash_attention.block import Block
 from efficient_tx.kernels.flash_attention.blocks import Sizes, Visits, visits
-from efficient_tx.kernels.flash_attention.mask import Mask
+from efficient_tx.kernels.flash_attention.mask import Mask, Padding
 from efficient_tx.kernels.flash_attention.options import Options
 from efficient_tx.kernels.flash_attention.score import Score
 from efficient_tx.kernels.heads import at_once, in_turn
 from efficient_tx.kernels.platform import by_platform
 
-# 1 MB of float32 weights: the fastest size on two AVX-512 cores with 1 MB of L2 cache each, among the sizes tried that
-# still skip most of the masked or future keys.
-BLOCK_AREA = 512 * 512
+# Queries and keys of a block, the fastest of the sizes tried on two AVX-512 cores. Many queries make long products; but
+# a mask that tells queries apart seldom empties a block for all of them.
+SQUARE, TALL = (512, 512), (2048, 256)
 # An accelerator computes a block of all heads of all examples at once; a TPU pads shorter sides to this.
 SIDE_AT_ONCE = 128
 
@@ -39,16 +40,19 @@ def unsupported(options: Options, q, k, v, score, mask, pairs) -> str | None:
     )
 
 
-def sizes(options: Options, q: jax.Array, k: jax.Array, *others) -> Sizes:
+def sizes(options: Options, q: jax.Array, k: jax.Array, v: jax.Array, score: Score, mask: Mask | None, *_) -> Sizes:
     def equal_blocks(length, largest):
         count = -(-length // largest)
         return 16 * -(-length // (16 * count))
 
+    def of(rows, columns):
+        """Blocks of at most so many rows and columns; if one side is short, the other is longer."""
+        area = rows * columns
+        key_block = equal_blocks(keys, max(columns, area // equal_blocks(queries, rows)))
+        return Sizes(queries, keys, equal_blocks(queries, max(rows, area // key_block)), key_block)
+
     queries, keys = q.shape[1], k.shape[1]
-    side = round(BLOCK_AREA**0.5)
-    # Square blocks; if one side is short, the other is longer.
-    key_block = equal_blocks(keys, max(side, BLOCK_AREA // equal_blocks(queries, side)))
-    return Sizes(queries, keys, equal_blocks(queries, max(side, BLOCK_AREA // key_block)), key_block)
+    return of(*(TALL if mask is None or isinstance(mask, Padding) else SQUARE))
 
 
 def forward(options: Options, sizes: Sizes, *arrays: Any) -> tuple[tuple[jax.Array, jax.Array | None], Any]:
@@ -144,10 +148,12 @@ def _backward(each_head, options, sizes, arrays, outputs, total, cotangents):
     def head(example, head, q, k, v, d_out, *rows):
         one = jax.tree.map(lambda x: x[head], score)
         of = Head(grid, one, mask, head, example, q, k, q_segments, k_segments)
+        q_turned, d_out_turned = jax.lax.optimization_barrier((q.T, d_out.T))
 
         def step(i, j, test, carry):
             d_q, d_q_norm, d_k, d_k_norm, d_v, d_score = carry
-            q_i, d_i, *rows_i = (grid.query_slice(x, i) for x in (q, d_out, *rows))
+            d_i, *rows_i = (grid.query_slice(x, i) for x in (d_out, *rows))
+            q_t, d_t = (grid.query_slice(x, i, 1) for x in (q_turned, d_out_turned))
             saved, delta = rows_i or (None, None)
             d_values = grid.dot(d_i, grid.key_slice(v, j).T)
             weights, d_dot, of_q, of_k, of_score = block.cotangents(one, of.block(i, j, test), d_values, saved, delta)
@@ -157,9 +163,9 @@ def _backward(each_head, options, sizes, arrays, outputs, total, cotangents):
             return (
                 d_q + grid.dot(d_dot, grid.key_slice(k, j)),
                 d_q_norm,
-                grid.add_keys(d_k, j, grid.dot(q_i.T, d_dot)),
+                grid.add_keys(d_k, j, grid.dot(q_t, d_dot)),
                 d_k_norm,
-                grid.add_keys(d_v, j, grid.dot(d_i.T, weights)),
+                grid.add_keys(d_v, j, grid.dot(d_t, weights)),
                 jax.tree.map(lambda x, y: x + (y if x.shape == y.shape else y.sum()), d_score, of_score),
             )
 
@@ -219,8 +225,8 @@ class Grid(NamedTuple):
     def pad_keys(self, x: jax.Array) -> jax.Array:
         return pad(x, self.sizes.key_block)
 
-    def query_slice(self, x: jax.Array, i: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(x, i * self.sizes.query_block, self.sizes.query_block)
+    def query_slice(self, x: jax.Array, i: jax.Array, axis: int = 0) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(x, i * self.sizes.query_block, self.sizes.query_block, axis)
 
     def key_slice(self, x: jax.Array, j: jax.Array, axis: int = 0) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(x, j * self.sizes.key_block, self.sizes.key_block, axis)
