@@ -15,7 +15,8 @@ from efficient_tx.compression.cost import multiplications, stored
 from efficient_tx.compression.cutting import Cutting, expand
 from efficient_tx.compression.eora import aim
 from efficient_tx.compression.interpolative import Interpolative
-from efficient_tx.compression.model import bias_of, kernel_of, linear_layers, select
+from efficient_tx.compression.method import Setting
+from efficient_tx.compression.model import Layer, bias_of, dense, kernel_of, linear_layers, select
 from efficient_tx.compression.statistics import Inputs, gather
 from efficient_tx.config.methods import named_method
 from efficient_tx.linear import Dense, Form, LowRank, Monarch, Sparse, Sum
@@ -100,6 +101,20 @@ def test_welore_gives_ranks_by_one_threshold_and_leaves_dense_what_would_not_shr
         n, m = change.form.in_features, change.form.out_features
         assert rank is None or rank * (n + m) < n * m
         assert rank is not None or change.error == 0
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("rank", "structure"), [(7, LowRank), (11, LowRank), (12, Dense), (15, Dense)])
+def test_welore_factors_whatever_saves_in_a_layer_that_is_not_square(rank, structure):
+    """16 × 48 breaks even at rank 12; the reference code factors below half of the smaller side, 8."""
+    draws = np.random.default_rng(0)
+    u, v = (np.linalg.qr(draws.normal(size=(size, 16)))[0] for size in (16, 48))
+    kernel = (u * np.where(np.arange(16) < rank, 1.0, 0.01)) @ v.T
+    layer = Layer(("layer",), "", dense(kernel, None, Dense(1, 1, use_bias=False, rngs=nnx.Rngs(0))))
+    method = named_method("welore")
+    method.prepare(Setting(None, [layer], {}, cost.Costs("bytes"), {layer.path: stored(layer.module)}))
+    form = method.form(layer, 0.5).form
+    assert form == (Form(LowRank, rank=rank) if structure is LowRank else Form(Dense))
 
 
 @pytest.mark.first(3)
