@@ -14,7 +14,7 @@ from efficient_tx.compression.cost import counted, stored
 from efficient_tx.compression.layer_form import LayerForm
 from efficient_tx.compression.model import kernel_of, select
 from efficient_tx.config.methods import named_method
-from efficient_tx.linear import LINEAR, Dense, Form, LowRank, Monarch
+from efficient_tx.linear import LINEAR, Dense, Form, LowRank, Monarch, Sum
 from efficient_tx.linear.replacement import find, form
 from tests.support.small import batches, compressed, loss, model, output
 
@@ -58,7 +58,7 @@ def test_a_line_that_refuses_a_budget_has_the_least_of_all_sizes():
     assert compress(made, named_method("monarch"), share, where="projections").after == least
 
 
-@pytest.mark.parametrize("name", ["stat", "flap", "svd", "welore", "ternary"])
+@pytest.mark.parametrize("name", ["svd", "welore", "ternary"])
 def test_eora_has_its_share_and_what_the_first_stage_leaves(name):
     """The first stage is that of the method alone, at its part of the budget."""
     budget, share = 0.6, 0.3
@@ -72,6 +72,29 @@ def test_eora_has_its_share_and_what_the_first_stage_leaves(name):
     # The rest is spent, but for less than a rank of each layer.
     ranks = sum(4 * (change.form.in_features + change.form.out_features) for change in done.changes)
     assert budget * before - ranks < done.after <= budget * before
+
+
+def test_layers_that_stay_dense_have_nothing_beside_them():
+    """They have no error. Layers of rank one pay for them."""
+    made = model(features=32)
+    for name in ("up", "down"):
+        low = find(made, ("encoder", "blocks", 0, "mlp", name))
+        low.kernel[...] = low.kernel[...][:, :1] * low.kernel[...][:1]
+    _, done = compressed("welore+eora(share=0.2)", 0.95, made=made)
+    assert {change.form.form.structure for change in done.changes} == {Dense, Sum}
+    for change in done.changes:
+        options = dict(change.form.form.options)
+        assert change.error == 0 if not options else options["first"].structure is LowRank
+
+
+@pytest.mark.parametrize("name", ["stat", "flap"])
+def test_after_a_cut_eora_costs_nothing(name):
+    """The first stage has the whole budget: what a dense layer and a low-rank one compute, a dense one can."""
+    (_, alone), (_, done) = (compressed(text, 0.6) for text in (name, f"{name}+eora"))
+    assert [change.form for change in done.changes] == [change.form for change in alone.changes]
+    assert (done.after, done.heads) == (alone.after, alone.heads)
+    errors = [(two.error, one.error) for one, two in zip(alone.changes, done.changes, strict=True) if one.error]
+    assert errors and all(two < one for two, one in errors)
 
 
 @pytest.mark.parametrize("name", [*OWN, *(f"{name}+eora" for name in OWN)])
@@ -147,7 +170,7 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was(name):
     """After the first layers were fitted, or neurons and heads cut."""
     made, method = model(features=32), named_method(name)
     graphdef, state = nnx.split(made)
-    within, later = ("compensate", 1) if name.endswith("eora") else ("fit", 2)
+    within, later = ("predict", 1) if name.endswith("eora") else ("fit", 2)
     work, done = getattr(method, within), []
 
     def fails(*given):
