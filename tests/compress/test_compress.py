@@ -237,6 +237,10 @@ def test_what_cannot_be_is_one_line_and_writes_nothing(tmp_path):
     status, _, error = compress(tmp_path / "full", "--method=svd", "--budget=0.5")
     assert status == 2 and "holds something else" in error
     assert [entry.name for entry in (tmp_path / "full").iterdir()] == ["notes.txt"]
+    for place in (tmp_path / "full" / "notes.txt", tmp_path / "full" / "notes.txt" / "small"):
+        status, said, error = compress(place, "--method=svd", "--budget=0.5")
+        line = f"--out={place} cannot be a folder: {tmp_path}/full/notes.txt is a file\n"
+        assert (status, said, error) == (2, "", line)
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
