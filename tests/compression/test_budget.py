@@ -142,6 +142,20 @@ def test_what_is_compared_has_no_method_twice_and_has_second_stages():
     assert {name.partition("+")[2] for name in COMPARED} == {"", "eora"}
 
 
+@pytest.mark.parametrize("name", ["sparse(pattern='2:4')", "sparse(pattern='2:4')+eora(share=0.1)"])
+def test_two_of_four_are_of_one_size(name):
+    """Half of the values and a bit for each: 17/32 of the kernels' bytes."""
+    made = model()
+    done = compress(made, named_method(name), 0.7, where="mlp", batches=batches())
+    assert done.after <= 0.7 * done.before
+    for change in done.changes:
+        layer = find(made, change.path)
+        there = kernel_of(layer.first if "eora" in name else layer) != 0
+        assert (there.reshape(-1, 4, there.shape[1]).sum(1) == 2).all()
+    with pytest.raises(ValueError, match=r"cannot meet it: its smallest layers take 0\.5"):
+        compress(model(), named_method("sparse(pattern='2:4')"), 0.5, where="mlp")
+
+
 def test_svd_is_low_rank():
     """Why only one of them is compared."""
     (one, _), (two, _) = compressed("svd", where="mlp"), compressed("low_rank", where="mlp")

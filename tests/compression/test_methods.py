@@ -168,6 +168,24 @@ def test_a_channel_that_never_changes_is_the_first_that_flap_removes_and_its_mea
         assert block.mlp.down.in_features >= 40
 
 
+def test_flap_removes_by_the_standardised_fluctuation_of_all_layers_together():
+    """Squared before for heads; recomputed from the inputs. Blocks of other sizes would all go first without it."""
+    made, ranked = model(), []
+    made.encoder.blocks[1].mlp.down.kernel[...] *= 0.1
+    for number in range(SIZES["layers"]):
+        block = ("encoder", "blocks", number)
+        for path, name, count in (((*block, "mixer"), "out", SIZES["heads"]), ((*block, "mlp"), "down", 48)):
+            x = np.concatenate([layer_inputs(made, batch, (*path, name)) for batch in batches()]).astype(np.float64)
+            scores = x.var(0) * np.sum(kernel_of(find(made, (*path, name))) ** 2, axis=1)
+            scores = scores**2 if name == "out" else scores
+            scores = ((scores - scores.mean()) / scores.std()).reshape(count, -1).mean(1)
+            ranked += sorted((score, path, unit) for unit, score in enumerate(scores))[:-1]
+    method = named_method("flap")
+    layers = select(made, "mlp|projections")
+    method.prepare(Setting(made, layers, gather(made, layers, batches()), cost.Costs("bytes"), {}))
+    assert [(path, *units) for path, units in method.removals] == [entry[1:] for entry in sorted(ranked)]
+
+
 def test_flap_keeps_the_mean_of_the_outputs():
     """Of the first block's MLP, whose inputs are the same before and after."""
     made = model()
