@@ -156,6 +156,28 @@ def test_neurons_and_heads_that_are_copies_go_without_a_change(name):
     assert max(change.error for change in done.changes) < 1e-4
 
 
+def test_stat_takes_the_step_that_leaves_least_for_the_multiplications_it_saves():
+    """Of the next steps of all MLPs and mixers; errors are those of least squares on the activations."""
+    made = model()
+    layers, method = select(made, "mlp|projections"), named_method("stat")
+    inputs = gather(made, layers, batches(), triangles=method.triangles(made, layers))
+    method.prepare(Setting(made, layers, inputs, cost.Costs("bytes"), {}))
+    steps = {path: [] for path in method.found}
+    for path, one in method.found.items():
+        z = np.concatenate([layer_inputs(made, batch, one.reading) for batch in batches()]).astype(np.float64)
+        kept, each = np.arange(one.count), 2 * 16 if one.size == 1 else 4 * 16 * one.size
+        for owner, gone in method.removals:
+            if owner == path:
+                kept = np.setdiff1d(kept, gone)
+                at = z[:, expand(kept, one.size)]
+                left = np.linalg.norm(z - at @ np.linalg.lstsq(at, z, rcond=None)[0]) / np.linalg.norm(z)
+                steps[path].append(left / (each * len(gone)))
+        assert len(kept) == 1
+    for path, _ in method.removals:
+        taken = steps[path].pop(0)
+        assert all(taken <= others[0] * (1 + 1e-4) for others in steps.values() if others)  # inputs are float32
+
+
 def test_a_channel_that_never_changes_is_the_first_that_flap_removes_and_its_mean_stays():
     made = model()
     for block in made.encoder.blocks:
