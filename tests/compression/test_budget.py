@@ -10,9 +10,10 @@ from flax import nnx
 from efficient_tx.checks import OptionError
 from efficient_tx.compression import COMPARED, METHODS, compress, cost
 from efficient_tx.compression.budget import of_touched
-from efficient_tx.compression.cost import counted, stored
+from efficient_tx.compression.cost import Costs, counted, stored
 from efficient_tx.compression.layer_form import LayerForm
-from efficient_tx.compression.model import kernel_of, select
+from efficient_tx.compression.method import Setting
+from efficient_tx.compression.model import Layer, dense, kernel_of, select
 from efficient_tx.config.methods import named_method
 from efficient_tx.linear import LINEAR, Dense, Form, LowRank, Monarch, Sum
 from efficient_tx.linear.replacement import find, form
@@ -85,6 +86,20 @@ def test_layers_that_stay_dense_have_nothing_beside_them():
     for change in done.changes:
         options = dict(change.form.form.options)
         assert change.error == 0 if not options else options["first"].structure is LowRank
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("rank", "structure"), [(7, LowRank), (11, LowRank), (12, Dense), (15, Dense)])
+def test_welore_factors_whatever_saves_in_a_layer_that_is_not_square(rank, structure):
+    """16 × 48 breaks even at rank 12; the reference code factors below half of the smaller side, 8."""
+    draws = np.random.default_rng(0)
+    u, v = (np.linalg.qr(draws.normal(size=(size, 16)))[0] for size in (16, 48))
+    kernel = (u * np.where(np.arange(16) < rank, 1.0, 0.01)) @ v.T
+    layer = Layer(("layer",), "", dense(kernel, None, Dense(1, 1, use_bias=False, rngs=nnx.Rngs(0))))
+    method = named_method("welore")
+    method.prepare(Setting(None, [layer], {}, Costs("bytes"), {layer.path: stored(layer.module)}))
+    form = method.form(layer, 0.5).form
+    assert form == (Form(LowRank, rank=rank) if structure is LowRank else Form(Dense))
 
 
 @pytest.mark.parametrize("name", ["stat", "flap"])

@@ -15,8 +15,7 @@ from efficient_tx.compression.cost import multiplications, stored
 from efficient_tx.compression.cutting import Cutting, expand
 from efficient_tx.compression.eora import prediction
 from efficient_tx.compression.interpolative import Interpolative
-from efficient_tx.compression.method import Setting
-from efficient_tx.compression.model import Layer, bias_of, dense, kernel_of, linear_layers, select
+from efficient_tx.compression.model import bias_of, kernel_of, linear_layers, select
 from efficient_tx.compression.statistics import Inputs, gather
 from efficient_tx.config.methods import named_method
 from efficient_tx.linear import Dense, Form, LowRank, Monarch, Sparse, Sum
@@ -103,20 +102,6 @@ def test_welore_gives_ranks_by_one_threshold_and_leaves_dense_what_would_not_shr
         assert rank is not None or change.error == 0
 
 
-@pytest.mark.quick
-@pytest.mark.parametrize(("rank", "structure"), [(7, LowRank), (11, LowRank), (12, Dense), (15, Dense)])
-def test_welore_factors_whatever_saves_in_a_layer_that_is_not_square(rank, structure):
-    """16 × 48 breaks even at rank 12; the reference code factors below half of the smaller side, 8."""
-    draws = np.random.default_rng(0)
-    u, v = (np.linalg.qr(draws.normal(size=(size, 16)))[0] for size in (16, 48))
-    kernel = (u * np.where(np.arange(16) < rank, 1.0, 0.01)) @ v.T
-    layer = Layer(("layer",), "", dense(kernel, None, Dense(1, 1, use_bias=False, rngs=nnx.Rngs(0))))
-    method = named_method("welore")
-    method.prepare(Setting(None, [layer], {}, cost.Costs("bytes"), {layer.path: stored(layer.module)}))
-    form = method.form(layer, 0.5).form
-    assert form == (Form(LowRank, rank=rank) if structure is LowRank else Form(Dense))
-
-
 @pytest.mark.first(3)
 @pytest.mark.parametrize("name", CUTTING)
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
@@ -156,28 +141,6 @@ def test_neurons_and_heads_that_are_copies_go_without_a_change(name):
     assert max(change.error for change in done.changes) < 1e-4
 
 
-def test_stat_takes_the_step_that_leaves_least_for_the_multiplications_it_saves():
-    """Of the next steps of all MLPs and mixers; errors are those of least squares on the activations."""
-    made = model()
-    layers, method = select(made, "mlp|projections"), named_method("stat")
-    inputs = gather(made, layers, batches(), triangles=method.triangles(made, layers))
-    method.prepare(Setting(made, layers, inputs, cost.Costs("bytes"), {}))
-    steps = {path: [] for path in method.found}
-    for path, one in method.found.items():
-        z = np.concatenate([layer_inputs(made, batch, one.reading) for batch in batches()]).astype(np.float64)
-        kept, each = np.arange(one.count), 2 * 16 if one.size == 1 else 4 * 16 * one.size
-        for owner, gone in method.removals:
-            if owner == path:
-                kept = np.setdiff1d(kept, gone)
-                at = z[:, expand(kept, one.size)]
-                left = np.linalg.norm(z - at @ np.linalg.lstsq(at, z, rcond=None)[0]) / np.linalg.norm(z)
-                steps[path].append(left / (each * len(gone)))
-        assert len(kept) == 1
-    for path, _ in method.removals:
-        taken = steps[path].pop(0)
-        assert all(taken <= others[0] * (1 + 1e-4) for others in steps.values() if others)  # inputs are float32
-
-
 def test_a_channel_that_never_changes_is_the_first_that_flap_removes_and_its_mean_stays():
     made = model()
     for block in made.encoder.blocks:
@@ -188,24 +151,6 @@ def test_a_channel_that_never_changes_is_the_first_that_flap_removes_and_its_mea
     np.testing.assert_allclose(output(made), before, atol=2e-5)
     for block in made.encoder.blocks:
         assert block.mlp.down.in_features >= 40
-
-
-def test_flap_removes_by_the_standardised_fluctuation_of_all_layers_together():
-    """Squared before for heads; recomputed from the inputs. Blocks of other sizes would all go first without it."""
-    made, ranked = model(), []
-    made.encoder.blocks[1].mlp.down.kernel[...] *= 0.1
-    for number in range(SIZES["layers"]):
-        block = ("encoder", "blocks", number)
-        for path, name, count in (((*block, "mixer"), "out", SIZES["heads"]), ((*block, "mlp"), "down", 48)):
-            x = np.concatenate([layer_inputs(made, batch, (*path, name)) for batch in batches()]).astype(np.float64)
-            scores = x.var(0) * np.sum(kernel_of(find(made, (*path, name))) ** 2, axis=1)
-            scores = scores**2 if name == "out" else scores
-            scores = ((scores - scores.mean()) / scores.std()).reshape(count, -1).mean(1)
-            ranked += sorted((score, path, unit) for unit, score in enumerate(scores))[:-1]
-    method = named_method("flap")
-    layers = select(made, "mlp|projections")
-    method.prepare(Setting(made, layers, gather(made, layers, batches()), cost.Costs("bytes"), {}))
-    assert [(path, *units) for path, units in method.removals] == [entry[1:] for entry in sorted(ranked)]
 
 
 def test_flap_keeps_the_mean_of_the_outputs():
