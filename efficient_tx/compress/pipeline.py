@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from efficient_tx import train
+from efficient_tx.checks import OptionError
 from efficient_tx.compare.progress import counted
 from efficient_tx.compress.asked import Asked
 from efficient_tx.compress.distillation import begin
@@ -65,8 +66,23 @@ def run(asked: Asked, console: Console) -> None:
     train.proceed(Run(config, departures, ()), workdir_of(result.path, config, warn=print))
 
 
+# Keys of the result's config that follow from the command's own flags.
+OF_FLAGS = {
+    "steps": "is that of --tune",
+    "mixers": "is that of --mixers",
+    "init_from": "has no effect on what is compressed: --workdir is what the result begins with",
+}
+
+
 class Impossible(Refused):
     """The method cannot make these layers as small as asked, or cannot change them."""
+
+    @classmethod
+    def by(cls, method: str, error: ValueError) -> "Impossible":
+        """Of a method as typed; an option that it has is no flag of the command."""
+        if isinstance(error, OptionError) and error.option != "budget":
+            return cls(f"{method}: {error}", option="method")
+        return cls.of(error)
 
 
 class Opened(NamedTuple):
@@ -158,6 +174,8 @@ def result_config(config: ConfigDict, task: Task, asked: Asked) -> ConfigDict:
             new.mixers = asked.mixers
             new = complete(new)
         for key, text in asked.settings.items():
+            if key in OF_FLAGS:
+                raise ConfigError(key, OF_FLAGS[key])
             assign(new, key, parse(new, key, text))
         if asked.mixers is not None:
             structure = entries(new)
@@ -208,7 +226,7 @@ def by_method(
                 progress=lambda what: bar.update(work, description=what, advance=1),
             )  # fmt: skip
         except ValueError as error:
-            raise Impossible.of(error) from None
+            raise Impossible.by(asked.method, error) from None
 
 
 def distilled(asked: Asked, result: Result) -> None:

@@ -37,7 +37,10 @@ class Result:
         Raises:
           Refused: the folder holds something else, or the compression of another call.
         """
-        if not self.path.exists():
+        there = next(one for one in (self.path, *self.path.absolute().parents) if one.exists())
+        if not there.is_dir():
+            raise Refused(f"{self.path} cannot be a folder: {there} is a file", option="out")
+        if there != self.path:
             return None
         try:
             record = read_checked(self.path / RECORD)

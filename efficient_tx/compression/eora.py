@@ -4,7 +4,7 @@ For the error ΔW = W − Ŵ of a layer with the second moment C = S Sᵀ of its
 is the truncated singular value decomposition of Sᵀ ΔW, with S undone (Liu et al. 2024, arXiv 2410.21271).
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import jax.numpy as jnp
@@ -17,9 +17,9 @@ from efficient_tx.compression.interpolative import regression
 from efficient_tx.compression.layer_form import LayerForm
 from efficient_tx.compression.low_rank import svd, whitening
 from efficient_tx.compression.method import Change, Method, Plan, Setting, energy, layer_error, low_rank, ratio
-from efficient_tx.compression.model import Layer, Units, bias_of, kernel_of, put
+from efficient_tx.compression.model import Layer, bias_of, dense, kernel_of, put
 from efficient_tx.compression.statistics import Inputs
-from efficient_tx.linear import Form, LowRank, Sum
+from efficient_tx.linear import Dense, Form, LowRank, Sum
 from efficient_tx.linear.replacement import Path, dotted, find
 
 
@@ -36,14 +36,15 @@ def compensation(error: np.ndarray, moment: np.ndarray, rank: int) -> tuple[np.n
 class Eora(Method):
     """Another method, and beside each of its layers a low-rank one for the error that it leaves on the inputs.
 
-    All errors are those against the original model's inputs. If the first stage has cut inputs of a layer, D U
-    compensates what the best linear prediction from the other inputs would still gain: nothing after an interpolative
-    method without biases, which is that prediction. The theory counts what the prediction misses as well.
+    All errors are those against the original model's inputs. A layer that stays dense has no low-rank part, as its own
+    kernel can hold D U. If the first stage has cut inputs of it, the kernel becomes the best linear prediction from the
+    others, up to a constant if there is a bias: nothing new after an interpolative method without biases, which is that
+    prediction.
 
     Args:
       first: the method of the first stage.
       share: of the budget, for the low-rank parts, which get what the first stage leaves as well. Each may cost the
-        same share of its layer's present cost.
+        same share of its layer's present cost. If all layers stay dense, the first stage has the whole budget.
     """
 
     paper = "Liu et al. 2024, arXiv 2410.21271"
@@ -74,24 +75,19 @@ class Eora(Method):
         if whole.exact and self.setting.fits(whole, share):
             return replace(whole, first=whole)
         first = self.first.largest((1 - self.share) * share)
+        if all(form.form.structure is Dense for form in first.forms.values()):
+            first = self.first.largest(share)
         return self.setting.largest(lambda amount: self.beside(first, amount), share)
 
     def beside(self, first: Plan, amount: float) -> Plan:
         """A plan of the first stage, and low-rank layers that each cost at most an amount of their layer's cost."""
-        # A layer of which outputs were cut computes the others exactly.
-        exact = {path for one in self.cut_units() for path in one.making}
-        forms = {
-            path: base if path in exact else self.form(base, amount * self.setting.now(path))
-            for path, base in first.forms.items()
-        }
+        forms = {path: self.form(base, amount * self.setting.now(path)) for path, base in first.forms.items()}
         return Plan(forms, first.kept, first)
 
-    def cut_units(self) -> Collection[Units]:
-        """The neurons and heads that the first stage can cut."""
-        return self.first.found.values() if isinstance(self.first, Cutting) else ()
-
     def form(self, base: LayerForm, most: float) -> LayerForm:
-        """The form with the largest low-rank part that costs at most so much; itself if there is none."""
+        """The form with the largest low-rank part that costs at most so much; itself if none does, or dense."""
+        if base.form.structure is Dense:
+            return base
         if base.form.structure is Sum:
             raise ValueError(f"{base.form} is a sum already: eora follows a method whose layers are none")
         low, high = 0, min(base.in_features, base.out_features)
@@ -106,59 +102,64 @@ class Eora(Method):
     def apply(self, plan: Plan, progress: Callable[[str], None] = lambda name: None) -> list[Change]:
         before = {path: find(self.setting.model, path) for path in plan.forms}
         changes = {change.path: change for change in self.first.apply(plan.first, progress)}
+        rows = self.rows(plan)
         for path, form in plan.forms.items():
-            if form.form.structure is Sum:
-                progress(dotted(path))
-                changes[path] = self.compensate(before[path], path, form, self.rows(plan, path))
+            progress(dotted(path))
+            if path in rows:
+                changes[path] = self.predict(before[path], path, rows[path])
+            elif form.form.structure is Sum:
+                changes[path] = self.compensate(before[path], path, form)
         return list(changes.values())
 
-    def rows(self, plan: Plan, path: Path) -> np.ndarray | None:
-        """The inputs of a layer that the first stage has left; None: all."""
-        reading = {one.reading: one for one in self.cut_units() if one.path in plan.kept}
-        return expand(plan.kept[reading[path].path], reading[path].size) if path in reading else None
+    def rows(self, plan: Plan) -> dict[Path, np.ndarray]:
+        """The inputs that the first stage has left, of each layer of which it has cut some."""
+        found = self.first.found.values() if isinstance(self.first, Cutting) else ()
+        return {one.reading: expand(plan.kept[one.path], one.size) for one in found if one.path in plan.kept}
 
-    def compensate(self, before: nnx.Module, path: Path, form: LayerForm, rows: np.ndarray | None) -> Change:
+    def compensate(self, before: nnx.Module, path: Path, form: LayerForm) -> Change:
         """Puts the sum of the first stage's layer and its compensation at the path."""
-        after, inputs = find(self.setting.model, path), self.setting.inputs[path]
-        new = form.blank()
-        target, moment, lost = aim(kernel_of(before), inputs, rows, centred=new.bias is not None)
-        rank = dict(dict(form.form.options)["second"].options)["rank"]
-        down, up, missed = compensation(target - kernel_of(after), moment, rank)
+        after, inputs, kernel = find(self.setting.model, path), self.setting.inputs[path], kernel_of(before)
+        new, rank = form.blank(), dict(dict(form.form.options)["second"].options)["rank"]
+        down, up, missed = compensation(kernel - kernel_of(after), inputs.moment, rank)
         nnx.update(new.first, nnx.state(without_bias(after)))
         nnx.update(new.second, nnx.state(low_rank(down, up, new.second)))
         if new.bias is not None:
             new.bias[...] = after.bias[...]
-            if rows is not None:
-                # The bias makes the mean right, which D U has moved.
-                old = bias_of(before)
-                mean = inputs.mean @ kernel_of(before) + (0 if old is None else old)
-                new.bias[...] = jnp.asarray(mean - inputs.mean[rows] @ kernel_of(new), new.param_dtype)
         put(self.setting.model, path, new)
-        error = layer_error(before, new, inputs, rows=rows)
-        theory = ratio(lost + missed, energy(kernel_of(before), inputs.moment))
-        return Change(path, form, error, ("tail of Sᵀ ΔW", theory))
+        theory = "tail of Sᵀ ΔW", ratio(missed, energy(kernel, inputs.moment))
+        return Change(path, form, layer_error(before, new, inputs), theory)
+
+    def predict(self, before: nnx.Module, path: Path, rows: np.ndarray) -> Change:
+        """Makes the layer at the path, of which only the inputs `rows` are left, the best linear prediction."""
+        after, inputs, kernel = find(self.setting.model, path), self.setting.inputs[path], kernel_of(before)
+        target, missed = prediction(kernel, inputs, rows, centred=after.bias is not None)
+        new = dense(target, bias_of(after), after)
+        if new.bias is not None:
+            # Means are right: of the kernel as it is stored.
+            old = bias_of(before)
+            mean = inputs.mean @ kernel + (0 if old is None else old)
+            new.bias[...] = jnp.asarray(mean - inputs.mean[rows] @ kernel_of(new), new.param_dtype)
+        put(self.setting.model, path, new)
+        theory = "error of linear prediction", ratio(missed, energy(kernel, inputs.moment))
+        return Change(path, LayerForm.of(Dense, new), layer_error(before, new, inputs, rows=rows), theory)
 
 
-def aim(
-    kernel: np.ndarray, inputs: Inputs, rows: np.ndarray | None, *, centred: bool
-) -> tuple[np.ndarray, np.ndarray, float]:  # fmt: skip
-    """What a layer x W should compute of the inputs `rows` that are left, their second moment, and what this misses.
-
-    If inputs are gone (None: none are), it is the best linear prediction of x W from the others.
+def prediction(
+    kernel: np.ndarray, inputs: Inputs, rows: np.ndarray, *, centred: bool
+) -> tuple[np.ndarray, float]:  # fmt: skip
+    """The best linear prediction of x W from the inputs `rows`.
 
     Args:
       kernel: W, `[in, out]`.
-      centred: whether a bias makes the means right after a cut, so that the prediction is one up to a constant.
+      centred: up to a constant.
 
     Returns:
-      The kernel T `[rows, out]`; the moment `[rows, rows]`, of the centred inputs if these count; and E ‖x W − x̂ T‖².
+      The kernel T `[rows, out]`, and E ‖x W − x̂ T‖², without the means if centred.
     """
-    if rows is None:
-        return kernel, inputs.moment, 0.0
     moment = inputs.moment - np.outer(inputs.mean, inputs.mean) if centred else inputs.moment
     target, off = regression(moment, rows) @ kernel, kernel.copy()
     off[rows] -= target
-    return target, moment[np.ix_(rows, rows)], energy(off, moment)
+    return target, energy(off, moment)
 
 
 def without_bias(layer: nnx.Module) -> nnx.Module:

@@ -33,7 +33,8 @@ class Projection(ByLayer):
     def form(self, layer: Layer, amount: float) -> LayerForm:
         module = layer.module
         sized = self.structure.sized_by(module.in_features, module.out_features)
-        if sized is None or sized[0] in self.options:
+        fixed = any(self.options.get(name) == value for name, value in self.structure.of_one_size.items())
+        if sized is None or sized[0] in self.options or fixed:
             return LayerForm.of(self.structure, module, **self.options)
         option, values = sized
 

@@ -6,7 +6,7 @@ Flash-LLM (Xia et al. 2023, arXiv 2309.10285) does on a GPU: loaded as sparse, m
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,7 @@ class Sparse(Structured):
     computes = "S, a fixed pattern of nonzero entries"
     size = "density·n², stored as n², packed for inference with a bit per entry"
     nearest = "its largest entries"
+    of_one_size: ClassVar = {"pattern": "2:4"}
 
     @staticmethod
     def sized_by(n: int, m: int) -> tuple[str, Sequence[float]]:

@@ -90,6 +90,7 @@ class Weight:
         rounding. So the output may differ from x · to_dense() by half a step in every input.
       latent: whether the parameters are rounded for use, so that they are not the weight itself.
       fits_under_jit: whether `project` and `from_dense` work under jit.
+      of_one_size: option -> the value with which `sized_by` has nothing to choose.
       formerly: option -> its value in a run that was stored before this was an option (`config.stored`).
     """
 
@@ -101,6 +102,7 @@ class Weight:
     input_step: float = 0.0
     latent: bool = False
     fits_under_jit: ClassVar[bool] = True
+    of_one_size: ClassVar[Mapping[str, Any]] = {}
     formerly: ClassVar[Mapping[str, Any]] = {}
 
     def __init_subclass__(cls, **kwargs: Any):

@@ -217,6 +217,11 @@ def test_what_cannot_be_is_one_line_and_writes_nothing(tmp_path):
         ("--method=svd", "--budget=0.5", "--where=mpl"): "where='mpl' selects no linear layer",
         ("--method=flap", "--budget=0.5", "--calibration=0"): "--calibration=0: must be at least 1",
         ("--method=svd", "--budget=0.5", "--set", "optimizer.lr=1"): "optimizer.lr",
+        ("--method=svd", "--budget=0.5", "--set", "steps=3"): "--set=steps=3: config.steps is that of --tune",
+        ("--method=svd", "--budget=0.5", "--set", "mixers=lev"): "--set=mixers=lev: config.mixers is that of --mixers",
+        ("--method=svd", "--budget=0.5", "--set", f"init_from={run}"): "config.init_from has no effect",
+        ("--method=sparse(density=2.0)", "--budget=0.5"): "--method=sparse(density=2.0): density is 2.0: it must be",
+        ("--method=sum(first='sparse(density=2.0)')", "--budget=0.5"): "sum(first='sparse(density=2.0)'): first is",
         ("--method=svd", "--budget=0.5", "--checkpoint=7"): "has best, last and the steps",
         ("--budget=0.5",): "--method is missing: name one of those that --help shows, or other --mixers",
     }
@@ -232,6 +237,10 @@ def test_what_cannot_be_is_one_line_and_writes_nothing(tmp_path):
     status, _, error = compress(tmp_path / "full", "--method=svd", "--budget=0.5")
     assert status == 2 and "holds something else" in error
     assert [entry.name for entry in (tmp_path / "full").iterdir()] == ["notes.txt"]
+    for place in (tmp_path / "full" / "notes.txt", tmp_path / "full" / "notes.txt" / "small"):
+        status, said, error = compress(place, "--method=svd", "--budget=0.5")
+        line = f"--out={place} cannot be a folder: {tmp_path}/full/notes.txt is a file\n"
+        assert (status, said, error) == (2, "", line)
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 

@@ -10,11 +10,12 @@ from flax import nnx
 from efficient_tx.checks import OptionError
 from efficient_tx.compression import COMPARED, METHODS, compress, cost
 from efficient_tx.compression.budget import of_touched
-from efficient_tx.compression.cost import counted, stored
+from efficient_tx.compression.cost import Costs, counted, stored
 from efficient_tx.compression.layer_form import LayerForm
-from efficient_tx.compression.model import kernel_of, select
+from efficient_tx.compression.method import Setting
+from efficient_tx.compression.model import Layer, dense, kernel_of, select
 from efficient_tx.config.methods import named_method
-from efficient_tx.linear import LINEAR, Dense, Form, LowRank, Monarch
+from efficient_tx.linear import LINEAR, Dense, Form, LowRank, Monarch, Sum
 from efficient_tx.linear.replacement import find, form
 from tests.support.small import batches, compressed, loss, model, output
 
@@ -58,7 +59,7 @@ def test_a_line_that_refuses_a_budget_has_the_least_of_all_sizes():
     assert compress(made, named_method("monarch"), share, where="projections").after == least
 
 
-@pytest.mark.parametrize("name", ["stat", "flap", "svd", "welore", "ternary"])
+@pytest.mark.parametrize("name", ["svd", "welore", "ternary"])
 def test_eora_has_its_share_and_what_the_first_stage_leaves(name):
     """The first stage is that of the method alone, at its part of the budget."""
     budget, share = 0.6, 0.3
@@ -72,6 +73,43 @@ def test_eora_has_its_share_and_what_the_first_stage_leaves(name):
     # The rest is spent, but for less than a rank of each layer.
     ranks = sum(4 * (change.form.in_features + change.form.out_features) for change in done.changes)
     assert budget * before - ranks < done.after <= budget * before
+
+
+def test_layers_that_stay_dense_have_nothing_beside_them():
+    """They have no error. Layers of rank one pay for them."""
+    made = model(features=32)
+    for name in ("up", "down"):
+        low = find(made, ("encoder", "blocks", 0, "mlp", name))
+        low.kernel[...] = low.kernel[...][:, :1] * low.kernel[...][:1]
+    _, done = compressed("welore+eora(share=0.2)", 0.95, made=made)
+    assert {change.form.form.structure for change in done.changes} == {Dense, Sum}
+    for change in done.changes:
+        options = dict(change.form.form.options)
+        assert change.error == 0 if not options else options["first"].structure is LowRank
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("rank", "structure"), [(7, LowRank), (11, LowRank), (12, Dense), (15, Dense)])
+def test_welore_factors_whatever_saves_in_a_layer_that_is_not_square(rank, structure):
+    """16 × 48 breaks even at rank 12; the reference code factors below half of the smaller side, 8."""
+    draws = np.random.default_rng(0)
+    u, v = (np.linalg.qr(draws.normal(size=(size, 16)))[0] for size in (16, 48))
+    kernel = (u * np.where(np.arange(16) < rank, 1.0, 0.01)) @ v.T
+    layer = Layer(("layer",), "", dense(kernel, None, Dense(1, 1, use_bias=False, rngs=nnx.Rngs(0))))
+    method = named_method("welore")
+    method.prepare(Setting(None, [layer], {}, Costs("bytes"), {layer.path: stored(layer.module)}))
+    form = method.form(layer, 0.5).form
+    assert form == (Form(LowRank, rank=rank) if structure is LowRank else Form(Dense))
+
+
+@pytest.mark.parametrize("name", ["stat", "flap"])
+def test_after_a_cut_eora_costs_nothing(name):
+    """The first stage has the whole budget: what a dense layer and a low-rank one compute, a dense one can."""
+    (_, alone), (_, done) = (compressed(text, 0.6) for text in (name, f"{name}+eora"))
+    assert [change.form for change in done.changes] == [change.form for change in alone.changes]
+    assert (done.after, done.heads) == (alone.after, alone.heads)
+    errors = [(two.error, one.error) for one, two in zip(alone.changes, done.changes, strict=True) if one.error]
+    assert errors and all(two < one for two, one in errors)
 
 
 @pytest.mark.parametrize("name", [*OWN, *(f"{name}+eora" for name in OWN)])
@@ -119,6 +157,20 @@ def test_what_is_compared_has_no_method_twice_and_has_second_stages():
     assert {name.partition("+")[2] for name in COMPARED} == {"", "eora"}
 
 
+@pytest.mark.parametrize("name", ["sparse(pattern='2:4')", "sparse(pattern='2:4')+eora(share=0.1)"])
+def test_two_of_four_are_of_one_size(name):
+    """Half of the values and a bit for each: 17/32 of the kernels' bytes."""
+    made = model()
+    done = compress(made, named_method(name), 0.7, where="mlp", batches=batches())
+    assert done.after <= 0.7 * done.before
+    for change in done.changes:
+        layer = find(made, change.path)
+        there = kernel_of(layer.first if "eora" in name else layer) != 0
+        assert (there.reshape(-1, 4, there.shape[1]).sum(1) == 2).all()
+    with pytest.raises(ValueError, match=r"cannot meet it: its smallest layers take 0\.5"):
+        compress(model(), named_method("sparse(pattern='2:4')"), 0.5, where="mlp")
+
+
 def test_svd_is_low_rank():
     """Why only one of them is compared."""
     (one, _), (two, _) = compressed("svd", where="mlp"), compressed("low_rank", where="mlp")
@@ -147,7 +199,7 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was(name):
     """After the first layers were fitted, or neurons and heads cut."""
     made, method = model(features=32), named_method(name)
     graphdef, state = nnx.split(made)
-    within, later = ("compensate", 1) if name.endswith("eora") else ("fit", 2)
+    within, later = ("predict", 1) if name.endswith("eora") else ("fit", 2)
     work, done = getattr(method, within), []
 
     def fails(*given):

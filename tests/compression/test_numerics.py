@@ -44,6 +44,18 @@ def test_interpolation_is_exact_at_the_rank_and_the_identity_on_what_is_kept():
 
 
 @pytest.mark.quick
+def test_neurons_that_are_never_active_are_not_divided_by():
+    """Their diagonal entries of R are exactly zero. The reference code inverts R₁₁ whatever is in it."""
+    z = activations()
+    z[:, 4:] = 0
+    r, pivots = pivoted(tall_qr([np.zeros((0, 12)), z]))
+    for k in (4, 6, 12):
+        t = interpolation(r, pivots, k)
+        np.testing.assert_allclose(z[:, np.sort(pivots[:k])] @ t, z, atol=1e-10)
+    np.testing.assert_array_equal(interpolation(np.zeros((12, 12)), np.arange(12), 3)[:, 3:], 0)
+
+
+@pytest.mark.quick
 def test_interpolation_is_the_least_squares_fit_and_its_error_is_what_is_left_of_r():
     z = activations()
     r, pivots = pivoted(tall_qr([np.zeros((0, 12)), z]))
@@ -129,9 +141,11 @@ def test_directions_without_inputs_are_ignored_and_not_inverted():
     """The reference code lifts negative eigenvalues only, so an input that is always zero divides by zero there."""
     x, error = activations(columns=6), rng.normal(size=(6, 5))
     x[:, 2] = 0
-    down, up, missed = compensation(error, x.T @ x / len(x), 5)
-    assert np.isfinite(down).all() and np.isfinite(up).all() and missed < 1e-9
-    np.testing.assert_allclose(down[2], 0, atol=1e-12)
+    # Of the second one the eigenvalue is exactly zero, without rounding.
+    for moment in (x.T @ x / len(x), np.diag([3.0, 2.0, 0.0, 1.0, 5.0, 4.0])):
+        down, up, missed = compensation(error, moment, 5)
+        assert np.isfinite(down).all() and np.isfinite(up).all() and missed < 1e-9
+        np.testing.assert_allclose(down[2], 0, atol=1e-12)
     factor, inverse = whitening(x.T @ x)
     np.testing.assert_allclose(factor @ factor.T, x.T @ x, atol=1e-9)
     np.testing.assert_allclose((factor @ inverse)[np.ix_([0, 1, 3, 4, 5], [0, 1, 3, 4, 5])], np.eye(5), atol=1e-9)
