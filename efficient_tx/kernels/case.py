@@ -28,6 +28,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# Most bytes of temporaries, as a multiple of those of arguments, outputs and what is saved for the backward pass.
+MOST_TEMPORARIES = 1.25
+
 Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
 Values = dict[str, int | str]
 
@@ -54,6 +57,7 @@ class Case:
       without: implementations that have a reason against this call: there the fallback is compiled.
       traffic: the least bytes between main and on-chip memory for the bytes of the latter, where reading and writing
         every array once is not the least.
+      temporaries: most bytes of them around a kernel, as `MOST_TEMPORARIES`.
     """
 
     function: Callable[..., Any]
@@ -61,6 +65,7 @@ class Case:
     draws: Mapping[int, Draw] = field(default_factory=dict)
     without: tuple[str, ...] = ()
     traffic: Callable[[int], float] | None = None
+    temporaries: float = MOST_TEMPORARIES
 
     def forward(self, **keywords: Any) -> Callable[..., Any]:
         """The function of a tuple of arrays that returns the outputs."""
