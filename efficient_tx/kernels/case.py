@@ -2,7 +2,8 @@
 
 A file `kernels/<operation>/cases.py` has
 
-    AXES    name of an axis -> its values, numbers and strings: the sizes, dtypes and options that it is used with
+    AXES    name of an axis -> its values, numbers and strings: the sizes, dtypes and options that it is used with; the
+            number of tokens is the first
     SMALL   other values of some of these axes, with which interpreters run it and a device checks it
     case    function of one value of every axis, passed by name, that returns a `Case`, or None where they do not fit
 
@@ -118,6 +119,13 @@ def small(operation: str) -> Iterator[Values]:
     """Those with its small sizes."""
     module = cases_of(operation)
     return combinations(operation, module.AXES | module.SMALL)
+
+
+def short(operation: str) -> Iterator[Values]:
+    """Those of few tokens, which otherwise have the sizes that it is used with."""
+    module = cases_of(operation)
+    tokens = next(iter(module.AXES))
+    return combinations(operation, module.AXES | {tokens: module.SMALL[tokens]})
 
 
 def combinations(operation: str, axes: Mapping[str, tuple]) -> Iterator[Values]:
