@@ -122,10 +122,10 @@ def small(operation: str) -> Iterator[Values]:
 
 
 def short(operation: str) -> Iterator[Values]:
-    """Those of few tokens, which otherwise have the sizes that it is used with."""
+    """Those of few tokens, which otherwise have the sizes that it is used with; of most tokens first."""
     module = cases_of(operation)
     tokens = next(iter(module.AXES))
-    return combinations(operation, module.AXES | {tokens: module.SMALL[tokens]})
+    return combinations(operation, module.AXES | {tokens: sorted(module.SMALL[tokens], reverse=True)})
 
 
 def combinations(operation: str, axes: Mapping[str, tuple]) -> Iterator[Values]:
