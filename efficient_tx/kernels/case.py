@@ -2,7 +2,8 @@
 
 A file `kernels/<operation>/cases.py` has
 
-    AXES    name of an axis -> its values, numbers and strings: the sizes, dtypes and options that it is used with
+    AXES    name of an axis -> its values, numbers and strings: the sizes, dtypes and options that it is used with; the
+            number of tokens is the first
     SMALL   other values of some of these axes, with which interpreters run it and a device checks it
     case    function of one value of every axis, passed by name, that returns a `Case`, or None where they do not fit
 
@@ -27,6 +28,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+# Most bytes of temporaries, as a multiple of those of arguments, outputs and what is saved for the backward pass.
+MOST_TEMPORARIES = 1.25
 
 Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
 Values = dict[str, int | str]
@@ -54,6 +58,7 @@ class Case:
       without: implementations that have a reason against this call: there the fallback is compiled.
       traffic: the least bytes between main and on-chip memory for the bytes of the latter, where reading and writing
         every array once is not the least.
+      temporaries: most bytes of them around a kernel, as `MOST_TEMPORARIES`.
     """
 
     function: Callable[..., Any]
@@ -61,6 +66,7 @@ class Case:
     draws: Mapping[int, Draw] = field(default_factory=dict)
     without: tuple[str, ...] = ()
     traffic: Callable[[int], float] | None = None
+    temporaries: float = MOST_TEMPORARIES
 
     def forward(self, **keywords: Any) -> Callable[..., Any]:
         """The function of a tuple of arrays that returns the outputs."""
@@ -113,6 +119,13 @@ def small(operation: str) -> Iterator[Values]:
     """Those with its small sizes."""
     module = cases_of(operation)
     return combinations(operation, module.AXES | module.SMALL)
+
+
+def short(operation: str) -> Iterator[Values]:
+    """Those of few tokens, which otherwise have the sizes that it is used with; of most tokens first."""
+    module = cases_of(operation)
+    tokens = next(iter(module.AXES))
+    return combinations(operation, module.AXES | {tokens: sorted(module.SMALL[tokens], reverse=True)})
 
 
 def combinations(operation: str, axes: Mapping[str, tuple]) -> Iterator[Values]:

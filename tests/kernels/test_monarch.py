@@ -20,8 +20,8 @@ layout = importlib.import_module("efficient_tx.kernels.monarch.layout")
 # (k, q, p), (l, s, r): square, neither of q and l divides the other, few blocks to many, slices of rank 3.
 SHAPES = [((3, 6, 4), (3, 4, 6)), ((3, 4, 5), (2, 7, 6)), ((1, 6, 2), (6, 3, 1)), ((4, 9, 2), (3, 5, 12))]
 
-# From jax 0.12 on, Triton's kernels are lowered where there is a GPU.
-ACCELERATORS = ("tpu", "cuda") if jax.__version_info__ < (0, 12) else ("tpu",)
+# From jax 0.11 on, Triton's kernels are lowered where there is a GPU.
+ACCELERATORS = ("tpu", "cuda") if jax.__version_info__ < (0, 11) else ("tpu",)
 
 
 @pytest.fixture(autouse=True)

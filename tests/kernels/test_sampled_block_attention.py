@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from efficient_tx.kernels import sampled_block_attention
+from efficient_tx.kernels.sampled_block_attention.cases import case
 from efficient_tx.kernels.sampled_block_attention.options import Choice, Sizes
+from efficient_tx.kernels.verify import accuracy
 from tests.support.samples import attention_inputs
 
 BOTH = ("reference", "xla")
@@ -114,6 +116,25 @@ def test_row_sums_are_unbiased_over_all_samples():
         for lse in attend(q / 8**0.5):
             np.testing.assert_allclose(np.exp(lse).mean(0), np.exp(q[0] @ k[0].T / 8**0.5).sum(1), rtol=1e-12)
             assert np.exp(lse).std(0).min() > 0.1
+
+
+@pytest.mark.parametrize(("length", "pieces"), [(75, 1), (96, 3)])
+@pytest.mark.first(1)
+def test_cases_that_are_verified_have_queries_with_and_without_keys(length, pieces):
+    one = case(length=length, sequences=2, dim=16, sizes="16/32", samples=20, pieces=pieces)
+    (out, lse), _ = accuracy.exact(one, 0)
+    seen = np.isfinite(lse).mean(1)  # nine in ten of the first sequence, none of the last, which has no keys
+    assert 0.75 < seen[0] < 1 and seen[1] == 0
+    assert np.abs(out[0]).max() > 0.1 and not out[1].any()
+    found = accuracy.errors(one, 0, implementation="xla")
+    assert max(found.values()) < accuracy.most(one)
+
+
+def test_a_case_has_whole_pieces_of_more_keys_than_are_sampled():
+    sizes = {"sequences": 2, "dim": 64, "sizes": "128/256"}
+    assert case(length=4096, samples=256, pieces=4, **sizes)
+    assert case(length=1024, samples=256, pieces=4, **sizes) is None
+    assert case(length=1000, samples=64, pieces=4, **sizes) is None
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The kernels on the accelerator of this machine: their errors beside float64 on the host, and times beside others'."""
 
+import itertools
 import shutil
 import statistics
 import subprocess
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efficient_tx.kernels.case import Case, cases_of, label, production, small
+from efficient_tx.kernels.case import Case, cases_of, label, production, short, small
 from efficient_tx.kernels.verify import accuracy
 from efficient_tx.kernels.verify.cover import cover
 from efficient_tx.kernels.verify.peers import beside
@@ -83,8 +84,12 @@ def checked(
     progress: Callable[[str], Any],
     **how: Any,
 ) -> Iterator[dict[str, Any]]:
-    """Runs small cases forward and backward. Yields a row for each that there was time for: its errors, or "failed"."""
-    for operation, values in rounds(operations, small):
+    """Runs cases of few tokens forward and backward, with the sizes that an operation is used with and with small ones.
+
+    Yields:
+      a row for each that there was time for: its errors, or "failed".
+    """
+    for operation, values in rounds(operations, lambda operation: itertools.chain(short(operation), small(operation))):
         case = cases_of(operation).case(**values)
         if clock.spent() or implementation in case.without:
             continue

@@ -1,11 +1,14 @@
 """Others' attention kernels beside flash_attention: compiled for the same chips, and run on one that is there.
 
 Those of jax itself: for TPUs its flash and its splash attention (both as jax ships them, and flash attention with our
-blocks too, as its own of 128 are small), for GPUs the one for Triton. On a device also `jax.nn.dot_product_attention`,
-with cuDNN on a GPU, and that of tokamax where it is installed.
+blocks too, as its own of 128 are small), for GPUs the one for Triton. And that of tokamax where it is installed: for a
+TPU its splash attention, for a GPU its kernels for Triton, with blocks by its rules, as its tuned ones are of devices
+that are there; those of Mosaic ask a GPU for its compute capability, which a described chip does not tell. On a device
+also `jax.nn.dot_product_attention`, with cuDNN on a GPU.
 """
 
 import importlib.util
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -62,11 +65,20 @@ def tpu_splash(causal: bool) -> Attention:
 
 def gpu_triton(causal: bool) -> Attention:
     with warnings.catch_warnings():
-        # Newer versions of jax point to tokamax, which `beside` has as well.
+        # Newer versions of jax point to tokamax, which is here as well.
         warnings.simplefilter("ignore", DeprecationWarning)
         from jax.experimental.pallas.ops.gpu import attention as module
 
     return lambda q, k, v: module.mha(q, k, v, None, sm_scale=q.shape[-1] ** -0.5, causal=causal)
+
+
+def of_tokamax(causal: bool) -> Attention:
+    import tokamax
+    from absl import flags
+
+    flags.FLAGS.mark_as_parsed()  # or it takes this program's arguments for its own
+    logging.getLogger("absl").setLevel(logging.ERROR)  # it warns at length that its blocks are not tuned ones
+    return partial(tokamax.dot_product_attention, is_causal=causal)
 
 
 PEERS: dict[str, dict[str, Callable[[bool], Attention]]] = {
@@ -75,8 +87,9 @@ PEERS: dict[str, dict[str, Callable[[bool], Attention]]] = {
         "jax flash": tpu_flash,
         f"jax flash, blocks of {BLOCK}": partial(tpu_flash, block=BLOCK),
         "jax splash": tpu_splash,
+        "tokamax": of_tokamax,
     },
-    "h100": {"ours": ours, "jax Triton": gpu_triton},
+    "h100": {"ours": ours, "jax Triton": gpu_triton, "tokamax": of_tokamax},
 }
 
 
@@ -97,11 +110,9 @@ def beside(operation: str, values: Values, platform: str) -> dict[str, Attention
         found["cuDNN"] = partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
     if "/" not in values["heads"]:  # jax's kernels have as many heads of keys as of queries
         chip = {"gpu": "h100", "tpu": "v5e"}.get(platform, "")
-        found |= {name: make(causal) for name, make in PEERS.get(chip, {}).items() if make is not ours}
+        found |= {name: make(causal) for name, make in PEERS.get(chip, {}).items() if make not in (ours, of_tokamax)}
     if importlib.util.find_spec("tokamax"):
-        import tokamax
-
-        found["tokamax"] = partial(tokamax.dot_product_attention, is_causal=causal)
+        found["tokamax"] = of_tokamax(causal)
     return found
 
 
@@ -113,7 +124,9 @@ def gradient(make: Callable[[bool], Attention], causal: bool, dim: int, target: 
         out, pull = jax.vjp(make(causal), q, k, v)
         return out, pull(d_out)
 
-    return compiled(run, x, x, x, x, target=TARGETS[target])
+    # tokamax asks the default device what it is.
+    with jax.default_device(TARGETS[target].devices()[0]):
+        return compiled(run, x, x, x, x, target=TARGETS[target])
 
 
 def compared(target: str, progress: Callable[[str], Any]) -> Iterator[dict[str, Any]]:

@@ -14,11 +14,10 @@ from efficient_tx.kernels.verify.targets import TARGETS, Target
 
 PASSES = ("forward", "gradient")
 
-# Most bytes of temporaries, as a multiple of those of arguments, outputs and what is saved for the backward pass.
-MOST_TEMPORARIES = 1.25
-# The same for a fallback, whose loops XLA gives copies of its arrays in layouts of their own. Cotangents of keys that
-# heads share are float32 ones of every head until they are added, and each head has a block of weights, 128 x 128. That
-# is linear in the length all the same: of 65536 tokens one matrix of all pairs is at least 128 times the arrays.
+# Most temporaries of a fallback, as `MOST_TEMPORARIES` of a kernel: XLA gives its loops copies of arrays in layouts of
+# their own. Cotangents of keys that heads share are float32 ones of every head until they are added, and each head has
+# a block of weights, 128 x 128. That is linear in the length all the same: of 65536 tokens one matrix of all pairs is
+# at least 128 times the arrays.
 MOST_OF_A_FALLBACK = 2.0
 # Widest head for which no register may be spilled, in kernels of less than float32.
 WIDEST = 128
@@ -86,7 +85,7 @@ def faults(compilation: Compilation, program: Program) -> list[str]:
             else f"a kernel, which cases.py says is without {target.implementation}"
         )
     held = program.arguments + program.outputs + (case.saved_bytes() if compilation.which == "gradient" else 0)
-    if program.temporaries > (MOST_TEMPORARIES if expected else MOST_OF_A_FALLBACK) * held:
+    if program.temporaries > (case.temporaries if expected else MOST_OF_A_FALLBACK) * held:
         share = program.temporaries / held
         found.append(f"temporaries of {program.temporaries} bytes, {share:.2f} times arrays, outputs and what is saved")
     narrow = any(jnp.issubdtype(x.dtype, jnp.inexact) and x.dtype.itemsize < 4 for x in case.arrays)

@@ -35,6 +35,16 @@ def test_errors_of_small_cases_are_checked(cases):
     assert not report.holds(rows[0] | {"gradient": 2e-4}) and not report.holds(rows[0] | {"forward": float("nan")})
 
 
+@pytest.mark.quick
+def test_heads_of_the_size_that_is_used_are_checked_and_come_first(monkeypatch):
+    monkeypatch.setattr(hardware.accuracy, "errors", lambda case, *_, **__: {"dim": case.arrays[0].shape[-1]})
+    operations = ["block_attention", "delta_rule", "sampled_block_attention"]
+    rows = list(hardware.checked(operations, "pallas_gpu", hardware.Clock.start(9999), 0, lambda text: None))
+    assert all(row["dim"] in (64, 128) for row in rows[: 2 * len(operations)])
+    for operation in operations:
+        assert {row["dim"] for row in rows if row["name"].startswith(operation)} == {16, 64, 128}
+
+
 def test_a_kernel_that_fails_is_a_finding(cases):
     rows = list(hardware.checked(["op"], "pallas_gpu", hardware.Clock.start(9999), 0, lambda text: None))
     assert [row["failed"] for row in rows] == ["RuntimeError: a kernel fails"] * 2

@@ -2,6 +2,7 @@
 
 import types
 
+import numpy as np
 import pytest
 
 from efficient_tx.kernels.verify import figures, ladder
@@ -31,3 +32,15 @@ def test_a_program_of_the_same_source_is_not_compiled_again(monkeypatch):
     rows = list(ladder.compilations(planned, stored, str))
     assert compiled == ["b", "c"]
     assert [(row["name"], row["faults"], row["figures"]["source"]) for row in rows] == [(x, [x], x) for x in "abc"]
+
+
+def test_bytes_are_counted_of_lists_that_are_drawn(monkeypatch):
+    """Of lists of zeros, all queries would stand in one row. Values do not matter and are zeros."""
+    seen = []
+    one = {"length": 1024, "sequences": 2, "dim": 64, "sizes": "128/128", "samples": 64, "pieces": 1}
+    monkeypatch.setattr(ladder, "production", lambda operation: [one])
+    monkeypatch.setattr(ladder, "traffic", lambda call, arrays, cotangents, of: seen.append(arrays) or [])
+    assert not list(ladder.accounts(["sampled_block_attention"], ["pallas_tpu"], str))
+    ((q, k, v, *lists),) = seen
+    assert not any(x.any() for x in (q, k, v))
+    assert len(lists) == 4 and all(len(np.unique(x)) > 30 for x in lists)

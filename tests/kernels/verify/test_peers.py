@@ -1,5 +1,9 @@
 """Others' attention: which is for which case, and that it computes what ours does."""
 
+import sys
+import types
+from importlib.machinery import ModuleSpec
+
 import jax
 import numpy as np
 import pytest
@@ -22,6 +26,29 @@ def test_each_platform_has_its_own():
     for other in ({"score": "sigmoid"}, {"keys": "128"}, {"mask": "documents"}):
         assert not peers.beside("flash_attention", VALUES | other, "gpu")
     assert not peers.beside("monarch", {}, "gpu")
+
+
+@pytest.mark.quick
+def test_tokamax_is_there_where_it_is_installed(monkeypatch):
+    """A module of its name in its place."""
+    x = np.random.default_rng(0).normal(size=(1, 8, 2, 4)).astype(np.float32)
+    module = types.ModuleType("tokamax")
+    module.__spec__, module.dot_product_attention = ModuleSpec("tokamax", None), jax.nn.dot_product_attention
+    monkeypatch.setitem(sys.modules, "tokamax", module)
+    theirs = peers.beside("flash_attention", VALUES, "gpu")["tokamax"]
+    # Sums of 8 terms in float32.
+    np.testing.assert_allclose(theirs(x, x, x), flash_attention(x, x, x, causal=True), atol=1e-5)
+    monkeypatch.delitem(sys.modules, "tokamax")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "tokamax" not in peers.beside("flash_attention", VALUES, "gpu")
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(("target", "kernel"), [("v5e", "splash_mha"), ("h100", "pallas_flash_attention")])
+def test_tokamax_compiles_to_kernels_for_chips_that_are_not_there(target, kernel):
+    """Forward and backward: its own choice for a CPU is none of them."""
+    program = peers.gradient(peers.PEERS[target]["tokamax"], True, 64, target)
+    assert len([one for one in program.kernels if one.name.startswith(kernel)]) >= 2
 
 
 @pytest.mark.parametrize("mask", ["none", "causal"])

@@ -34,6 +34,14 @@ def test_a_fallback_may_hold_more_than_a_kernel(which):
         assert f"{share} times arrays" in fault
 
 
+def test_a_case_says_what_its_kernel_may_hold():
+    wide, short = (f"sampled_block_attention 4096 2 {dim} 128/128 64 1 forward v5e" for dim in (128, 64))
+    assert found(wide, share=1.99) == found(short, share=4.49) == []
+    for name, share in ((wide, 2.01), (short, 4.51)):
+        (fault,) = found(name, share=share)
+        assert f"{share} times arrays" in fault
+
+
 def test_a_kernel_is_there_where_there_is_one_and_only_there():
     kernel, fallback = (f"flash_attention 1024 all 2 64 float32 {s} none forward h100" for s in ("softmax", "relative"))
     assert found(kernel, share=0, kernels=()) == ["no kernel in the program"]
