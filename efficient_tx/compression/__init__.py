@@ -33,6 +33,6 @@ METHODS: dict[str, Callable[..., Method]] = {
 SECOND: dict[str, Callable[..., Method]] = {"eora": Eora}
 
 # What is compared if nobody says what: not `low_rank`, which is `svd`, and second stages after a rounding and a cut.
-COMPARED = (*(name for name in METHODS if name != "low_rank"), "ternary+eora", "stat+eora")
+COMPARED = (*(name for name in METHODS if name != "low_rank"), "ternary+eora", "flap+eora")
 
 __all__ = ["COMPARED", "METHODS", "SECOND", "Compressed", "Method", "compress"]

@@ -34,7 +34,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--out", type=path, required=True, help="for compression.csv, .json and .png, and all runs")
     add("--methods", type=parts, default=list(COMPARED), metavar="A;B",
         help="as of compress --method, split on ; where there is one, else on commas; default: all but"
-             " low_rank, which is svd; also ternary+eora and stat+eora")  # fmt: skip
+             " low_rank, which is svd; also ternary+eora and flap+eora")  # fmt: skip
     add("--budgets", type=budgets, default=(0.75, 0.5, 0.25), help="shares of the bytes; default 0.75,0.5,0.25")
     add("--distill", type=int, default=0, metavar="STEPS", help="steps of learning from the run after each compression")
     add("--tune", type=int, default=0, metavar="STEPS", help="steps of training after that")
