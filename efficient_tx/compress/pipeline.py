@@ -66,11 +66,11 @@ def run(asked: Asked, console: Console) -> None:
     train.proceed(Run(config, departures, ()), workdir_of(result.path, config, warn=print))
 
 
-# Keys of the result's config that follow from the command's own flags.
-OF_FLAGS = {
-    "steps": "is that of --tune",
-    "mixers": "is that of --mixers",
-    "init_from": "has no effect on what is compressed: --workdir is what the result begins with",
+# Keys of the result's config that no setting gives, and why.
+GIVEN = {
+    "steps": "is how long the result is tuned",
+    "mixers": "is what the model is given",
+    "init_from": "has no effect: the result begins with the compressed run",
 }
 
 
@@ -174,8 +174,8 @@ def result_config(config: ConfigDict, task: Task, asked: Asked) -> ConfigDict:
             new.mixers = asked.mixers
             new = complete(new)
         for key, text in asked.settings.items():
-            if key in OF_FLAGS:
-                raise ConfigError(key, OF_FLAGS[key])
+            if key in GIVEN:
+                raise ConfigError(key, GIVEN[key])
             assign(new, key, parse(new, key, text))
         if asked.mixers is not None:
             structure = entries(new)
