@@ -114,15 +114,15 @@ class Interpolative(Cutting):
                 r, pivots = pivoted(inputs.triangle)
                 self.factors[one.path] = r, pivots
                 sizes, order = neuron_steps(one.count), pivots
-                errors = self.errors(r, sizes)
+                losses = self.losses(r, sizes)
             else:
                 order, residuals = block_order(inputs.moment, one.size)
                 self.blocks[one.path] = order, residuals
                 sizes = list(range(one.count - 1, 0, -1))
-                errors = [ratio(residuals[size], residuals[0]) for size in sizes]
+                losses = increases([ratio(residuals[size], residuals[0]) for size in sizes])
             cost, before, steps = unit_costs(setting, one), one.count, []
-            for size, error in zip(sizes, errors):
-                steps.append((error / (cost * (before - size)), one.path, order[size:before]))
+            for size, loss in zip(sizes, losses):
+                steps.append((loss / (cost * (before - size)), one.path, order[size:before]))
                 before = size
             queues[one.path] = steps
         removals = []
@@ -132,8 +132,8 @@ class Interpolative(Cutting):
             removals.append((owner, indices))
         return removals
 
-    def errors(self, r: np.ndarray, sizes: Sequence[int]) -> list[float]:
-        """What choosing so many neurons leaves, from the R of the pivoted QR: |R_kk / R_00|."""
+    def losses(self, r: np.ndarray, sizes: Sequence[int]) -> list[float]:
+        """What each step to so many neurons costs, from the R of the pivoted QR: |R_kk / R_00|."""
         diagonal = np.abs(np.diag(r))
         return [float(diagonal[size] / (diagonal[0] or 1.0)) if size < len(diagonal) else 0.0 for size in sizes]
 
@@ -157,6 +157,11 @@ def residual(r: np.ndarray, k: int) -> float:
     return ratio(float(np.sum(r[k:, k:] ** 2)), float(np.sum(r**2)))
 
 
+def increases(errors: Sequence[float]) -> list[float]:
+    """What each step adds to the squared error, the first one to 0."""
+    return np.diff(np.square([0.0, *errors])).tolist()
+
+
 def neuron_steps(count: int) -> list[int]:
     """Sizes after each step."""
     sizes, size = [], count
@@ -170,8 +175,8 @@ class Stat(Interpolative):
     """Neurons and heads by interpolative decomposition: STAT.
 
     Heads are taken greedily, the one with the largest residual norm first; the others' outputs are written as linear
-    combinations of theirs, which go into the output projection. The steps of all MLPs and mixers are one order, by the
-    error ‖Z − Z_J T‖ / ‖Z‖ that each leaves for the multiplications that it saves.
+    combinations of theirs, which go into the output projection. The steps of all MLPs and mixers are one order, by what
+    each adds to the squared error ‖Z − Z_J T‖² / ‖Z‖² for the multiplications that it saves: a head is one long step.
     """
 
     paper = "Flynn et al. 2024, arXiv 2406.00061"
@@ -180,6 +185,6 @@ class Stat(Interpolative):
     def __init__(self):
         Cutting.__init__(self, heads=True)
 
-    def errors(self, r: np.ndarray, sizes: Sequence[int]) -> list[float]:
+    def losses(self, r: np.ndarray, sizes: Sequence[int]) -> list[float]:
         """As of heads."""
-        return [residual(r, size) for size in sizes]
+        return increases([residual(r, size) for size in sizes])

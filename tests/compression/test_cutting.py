@@ -62,7 +62,7 @@ def test_heads_that_nobody_reads_go_without_a_change(name):
     np.testing.assert_allclose(mixer(x), before, atol=1e-5 * np.abs(before).max())  # sums in another order
 
 
-def test_stat_takes_the_step_that_leaves_least_for_the_multiplications_it_saves():
+def test_stat_takes_the_step_that_adds_least_for_the_multiplications_it_saves():
     """Of the next steps of all MLPs and mixers; errors are those of least squares on the activations."""
     made = model()
     layers, method = select(made, "mlp|projections"), named_method("stat")
@@ -71,17 +71,18 @@ def test_stat_takes_the_step_that_leaves_least_for_the_multiplications_it_saves(
     steps = {path: [] for path in method.found}
     for path, one in method.found.items():
         z = np.concatenate([layer_inputs(made, batch, one.reading) for batch in batches()]).astype(np.float64)
-        kept, each = np.arange(one.count), 2 * 16 if one.size == 1 else 4 * 16 * one.size
+        kept, each, before = np.arange(one.count), 2 * 16 if one.size == 1 else 4 * 16 * one.size, 0.0
         for owner, gone in method.removals:
             if owner == path:
                 kept = np.setdiff1d(kept, gone)
                 at = z[:, expand(kept, one.size)]
-                left = np.linalg.norm(z - at @ np.linalg.lstsq(at, z, rcond=None)[0]) / np.linalg.norm(z)
-                steps[path].append(left / (each * len(gone)))
+                left = np.sum((z - at @ np.linalg.lstsq(at, z, rcond=None)[0]) ** 2) / np.sum(z**2)
+                steps[path].append((left - before) / (each * len(gone)))
+                before = left
         assert len(kept) == 1
     for path, _ in method.removals:
-        taken = steps[path].pop(0)
-        assert all(taken <= others[0] * (1 + 1e-4) for others in steps.values() if others)  # inputs are float32
+        assert all(steps[path][0] <= others[0] * (1 + 1e-4) for others in steps.values() if others)  # of float32 inputs
+        del steps[path][0]
 
 
 def test_flap_removes_by_the_standardised_fluctuation_of_all_layers_together():
