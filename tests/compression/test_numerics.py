@@ -83,8 +83,8 @@ def test_a_copied_neuron_goes_for_free():
     z = np.concatenate([z, z[:, :1] * 0.5], axis=1)
     r, pivots = pivoted(tall_qr([np.zeros((0, 13)), z]))
     sizes = neuron_steps(13)
-    errors = Interpolative().errors(r, sizes)
-    assert sizes[0] == 12 and errors[0] < 1e-10
+    losses = Interpolative().losses(r, sizes)
+    assert sizes[0] == 12 and losses[0] < 1e-10
     t = interpolation(r, pivots, 12)
     np.testing.assert_allclose(z[:, np.sort(pivots[:12])] @ t, z, atol=1e-10)
 
@@ -200,16 +200,17 @@ def test_block_order_against_all_choices():
 
 
 @pytest.mark.quick
-def test_neurons_and_heads_of_one_channel_have_the_same_errors():
-    """So that STAT orders both by one measure, ‖Z − Z_J T‖ / ‖Z‖."""
+def test_neurons_and_heads_of_one_channel_cost_the_same():
+    """So that STAT orders both by one measure, what a step adds to ‖Z − Z_J T‖² / ‖Z‖²."""
     z = activations(columns=12)
     r, pivots = pivoted(tall_qr([np.zeros((0, 12)), z]))
     order, residuals = block_order(z.T @ z, 1)
     np.testing.assert_array_equal(order, pivots)
-    errors = Stat().errors(r, range(12))
-    np.testing.assert_allclose(errors, np.sqrt(residuals / residuals[0]), atol=1e-8)
+    sizes = range(11, 0, -1)
+    losses = np.array(Stat().losses(r, sizes))
+    np.testing.assert_allclose(losses, -np.diff(residuals / residuals[0], append=0)[:0:-1], atol=1e-12)
     for k in (1, 5, 11):
         left = z - z[:, pivots[:k]] @ np.linalg.lstsq(z[:, pivots[:k]], z, rcond=None)[0]
-        assert errors[k] == pytest.approx(np.linalg.norm(left) / np.linalg.norm(z))
+        assert losses[: 12 - k].sum() == pytest.approx(np.sum(left**2) / np.sum(z**2))
     # The decomposition of neurons alone is ordered as published, by one residual.
-    assert Interpolative().errors(r, [0, 5]) == pytest.approx([1, abs(r[5, 5] / r[0, 0])])
+    assert Interpolative().losses(r, [0, 5]) == pytest.approx([1, abs(r[5, 5] / r[0, 0])])
