@@ -18,6 +18,7 @@ from efficient_tx.linear.replacement import dotted
 from efficient_tx.training.checkpoint import Checkpoints
 from efficient_tx.training.disk import CHECKSUMS, read_checked
 from efficient_tx.training.errors import Refused
+from efficient_tx.training.workdir import is_there
 
 # What a compression was asked for and did, in its workdir.
 RECORD = "compression.json"
@@ -37,10 +38,7 @@ class Result:
         Raises:
           Refused: the folder holds something else, or the compression of another call.
         """
-        there = next(one for one in (self.path, *self.path.absolute().parents) if one.exists())
-        if not there.is_dir():
-            raise Refused(f"{self.path} cannot be a folder: {there} is a file", option="out")
-        if there != self.path:
+        if not is_there(self.path, option="out"):
             return None
         try:
             record = read_checked(self.path / RECORD)

@@ -100,6 +100,14 @@ class Case:
         arrays = [self.draws.get(n, normal)(r, x.shape).astype(x.dtype) for n, x in enumerate(self.arrays)]
         return tuple(x.astype(np.float64) if jnp.issubdtype(x.dtype, jnp.inexact) else x for x in arrays)
 
+    def filled(self, seed: int, normal: Callable[[int, jax.ShapeDtypeStruct], jax.Array]) -> tuple[jax.Array, ...]:
+        """Arrays of the call, as drawn where `draws` says how, else `normal(number, shape and dtype)`."""
+        r = np.random.default_rng(seed)
+        return tuple(
+            jnp.asarray(self.draws[n](r, x.shape), x.dtype) if n in self.draws else normal(n, x)
+            for n, x in enumerate(self.arrays)
+        )
+
 
 def nbytes(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -15,6 +15,7 @@ from efficient_tx.config.stored import workdir_of
 from efficient_tx.sweep.plan import Run
 from efficient_tx.sweep.watch import latest, validated
 from efficient_tx.training.errors import InUse, NonFinite, Refused, RunError
+from efficient_tx.training.workdir import diverged
 
 TICK = 0.5
 # Between two looks at a workdir that another process holds.
@@ -73,7 +74,7 @@ def result_of(run: Run) -> dict[str, Any] | None:
     try:
         workdir.claim()
         result = workdir.summary()
-        if result is None and (reason := workdir.diverged()):
+        if result is None and (reason := diverged(workdir.path)):
             raise NonFinite(f"{reason}. That was before: it is not run again unless {run.workdir} is deleted")
         return result
     finally:

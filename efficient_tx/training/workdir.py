@@ -30,6 +30,30 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def is_there(path: Path, *, option: str) -> bool:
+    """Whether a folder is there; it can be made where it is not.
+
+    Args:
+      option: which flag has the path.
+
+    Raises:
+      Refused: it cannot be made, or it is a file.
+    """
+    try:
+        there = stat.S_ISDIR(os.stat(path).st_mode)
+    except FileNotFoundError:
+        parent = next(parent for parent in path.absolute().parents if parent.exists())
+        if not os.access(parent, os.W_OK):
+            raise Refused(f"{path} cannot be made: {parent} cannot be written", option=option) from None
+        return False
+    except (OSError, ValueError) as error:  # a file on the way, a name that is too long or has a NUL byte
+        fault = getattr(error, "strerror", None) or str(error)
+        raise Refused(f"{str(path)!r:.200} cannot be a folder: {fault}", option=option) from None
+    if not there:
+        raise Refused(f"{path} is a file: name a folder", option=option)
+    return True
+
+
 def diverged(path: Path) -> str | None:
     """Why the last start of the run in a folder ended in numbers that are not finite; None if it did not."""
     try:
@@ -81,18 +105,8 @@ class Workdir:
           Refused: it belongs to another config, or it cannot be created.
           RunError: it cannot be written.
         """
-        try:
-            there = stat.S_ISDIR(os.stat(self.path).st_mode)
-        except FileNotFoundError:
-            parent = next(parent for parent in self.path.absolute().parents if parent.exists())
-            if not os.access(parent, os.W_OK):
-                raise Refused(f"{self.path} cannot be made: {parent} cannot be written", option="workdir") from None
+        if not is_there(self.path, option="workdir"):
             return
-        except (OSError, ValueError) as error:  # a file on the way, a name that is too long or has a NUL byte
-            fault = getattr(error, "strerror", None) or str(error)
-            raise Refused(f"{str(self.path)!r:.200} cannot be a folder: {fault}", option="workdir") from None
-        if not there:
-            raise Refused(f"{self.path} is a file: name a folder", option="workdir")
         self._check_config()
         # A finished run writes nothing, and its folder may be read-only.
         if self.summary() is None:
@@ -177,10 +191,6 @@ class Workdir:
             with contextlib.suppress(RunError):
                 self.verify()
                 write_checked(self.path / DIVERGED, {"reason": reason})
-
-    def diverged(self) -> str | None:
-        """As the function `diverged`, of this folder."""
-        return diverged(self.path)
 
     def verify(self) -> None:
         """Asks whether the folder is the one that was locked.

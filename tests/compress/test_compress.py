@@ -205,9 +205,10 @@ def test_killed_at_any_time_the_same_command_ends_with_the_same_run(tmp_path):
     assert status == 143 and "the same command goes on: python -m efficient_tx.compress" in error
 
 
-def test_what_cannot_be_is_one_line_and_writes_nothing(tmp_path):
+def test_what_cannot_be_is_one_line_and_writes_nothing(tmp_path, monkeypatch):
     run, out = finished_run()[0], tmp_path / "out"
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    changed = "--method=svd", "--budget=0.5", "--set"
     cases = {
         ("--method=svd", "--budget=0"): "--budget=0.0: it must be above 0 and at most 1",
         ("--method=svd", "--budget=2"): "--budget=2.0: it must be above 0 and at most 1",
@@ -217,24 +218,9 @@ def test_what_cannot_be_is_one_line_and_writes_nothing(tmp_path):
         ("--method=svd", "--budget=0.5", "--where=mpl"): "where='mpl' selects no linear layer",
         ("--method=flap", "--budget=0.5", "--calibration=0"): "--calibration=0: must be at least 1",
         ("--method=svd", "--budget=0.5", "--set", "optimizer.lr=1"): "optimizer.lr",
-        (
-            "--method=svd",
-            "--budget=0.5",
-            "--set",
-            "steps=3",
-        ): "--set=steps=3: config.steps is how long the result is tuned",
-        (
-            "--method=svd",
-            "--budget=0.5",
-            "--set",
-            "mixers=lev",
-        ): "--set=mixers=lev: config.mixers is what the model is given",
-        (
-            "--method=svd",
-            "--budget=0.5",
-            "--set",
-            f"init_from={run}",
-        ): "config.init_from has no effect: the result begins",
+        (*changed, "steps=3"): "--set=steps=3: config.steps is how long the result is tuned",
+        (*changed, "mixers=lev"): "--set=mixers=lev: config.mixers is what the model is given",
+        (*changed, f"init_from={run}"): "config.init_from has no effect: the result begins",
         ("--method=sparse(density=2.0)", "--budget=0.5"): "--method=sparse(density=2.0): density is 2.0: it must be",
         ("--method=sum(first='sparse(density=2.0)')", "--budget=0.5"): "sum(first='sparse(density=2.0)'): first is",
         ("--method=svd", "--budget=0.5", "--checkpoint=7"): "has best, last and the steps",
@@ -252,10 +238,15 @@ def test_what_cannot_be_is_one_line_and_writes_nothing(tmp_path):
     status, _, error = compress(tmp_path / "full", "--method=svd", "--budget=0.5")
     assert status == 2 and "holds something else" in error
     assert [entry.name for entry in (tmp_path / "full").iterdir()] == ["notes.txt"]
-    for place in (tmp_path / "full" / "notes.txt", tmp_path / "full" / "notes.txt" / "small"):
-        status, said, error = compress(place, "--method=svd", "--budget=0.5")
-        line = f"--out={place} cannot be a folder: {tmp_path}/full/notes.txt is a file\n"
-        assert (status, said, error) == (2, "", line)
+    file, locked = tmp_path / "full" / "notes.txt", tmp_path / "locked"
+    locked.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != locked)
+    for place, line in {
+        file: f"--out={file} is a file: name a folder\n",
+        file / "small": f"--out='{file}/small' cannot be a folder: Not a directory\n",
+        locked / "small": f"--out={locked}/small cannot be made: {locked} cannot be written\n",
+    }.items():
+        assert compress(place, "--method=svd", "--budget=0.5") == (2, "", line)
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 

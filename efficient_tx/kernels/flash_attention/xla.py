@@ -45,14 +45,12 @@ def sizes(options: Options, q: jax.Array, k: jax.Array, v: jax.Array, score: Sco
         count = -(-length // largest)
         return 16 * -(-length // (16 * count))
 
-    def of(rows, columns):
-        """Blocks of at most so many rows and columns; if one side is short, the other is longer."""
-        area = rows * columns
-        key_block = equal_blocks(keys, max(columns, area // equal_blocks(queries, rows)))
-        return Sizes(queries, keys, equal_blocks(queries, max(rows, area // key_block)), key_block)
-
     queries, keys = q.shape[1], k.shape[1]
-    return of(*(TALL if mask is None or isinstance(mask, Padding) else SQUARE))
+    rows, columns = TALL if mask is None or isinstance(mask, Padding) else SQUARE
+    area = rows * columns
+    # If one side is short, the other is longer.
+    key_block = equal_blocks(keys, max(columns, area // equal_blocks(queries, rows)))
+    return Sizes(queries, keys, equal_blocks(queries, max(rows, area // key_block)), key_block)
 
 
 def forward(options: Options, sizes: Sizes, *arrays: Any) -> tuple[tuple[jax.Array, jax.Array | None], Any]:

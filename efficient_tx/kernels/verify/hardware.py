@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from efficient_tx.kernels.case import Case, cases_of, label, production, short, small
 from efficient_tx.kernels.verify import accuracy
@@ -176,10 +175,5 @@ def zeros(shapes: Any) -> Any:
 
 def on_device(case: Case, seed: int) -> tuple[jax.Array, ...]:
     """Arrays of the case, standard normal ones drawn on the device: they may be large."""
-    r, keys = np.random.default_rng(seed), jax.random.split(jax.random.key(seed), len(case.arrays))
-    return tuple(
-        jnp.asarray(case.draws[n](r, x.shape), x.dtype)
-        if n in case.draws
-        else jax.random.normal(keys[n], x.shape, x.dtype)
-        for n, x in enumerate(case.arrays)
-    )
+    keys = jax.random.split(jax.random.key(seed), len(case.arrays))
+    return case.filled(seed, lambda n, x: jax.random.normal(keys[n], x.shape, x.dtype))

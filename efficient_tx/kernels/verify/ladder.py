@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from efficient_tx.kernels.case import cases_of, label, nbytes, production, small
 from efficient_tx.kernels.verify import accuracy, figures
@@ -87,15 +86,12 @@ def accounts(
         for values in (fitting[number] for number in cover(fitting, 2)[:COUNTED]):
             case = cases_of(operation).case(**values)
             progress(f"{label(operation, values)}: bytes moved by {implementation}")
-            r, zeros = np.random.default_rng(0), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), case.outputs())
             # What is moved depends on lists of blocks, and not on numbers of standard normal arrays.
-            arrays = tuple(
-                jnp.asarray(case.draws[n](r, x.shape), x.dtype) if n in case.draws else jnp.zeros(x.shape, x.dtype)
-                for n, x in enumerate(case.arrays)
-            )
+            arrays = case.filled(0, lambda _, x: jnp.zeros(x.shape, x.dtype))
+            cotangents = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), case.outputs())
             least = case.traffic(on_chip) if case.traffic else 0.0
             call = case.gradient(implementation=implementation, interpret=True)
-            for found in traffic(call, arrays, zeros, of=ACCOUNTS[implementation]):
+            for found in traffic(call, arrays, cotangents, of=ACCOUNTS[implementation]):
                 row = {"operation": operation, "implementation": implementation, "case": label(operation, values)}
                 row |= {"kernel": found.kernel, "moved": found.moved}
                 yield row | {"least": max(found.once, least), "ratio": found.ratio(least)}
