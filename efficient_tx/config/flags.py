@@ -15,7 +15,7 @@ from efficient_tx.config import trust
 from efficient_tx.config.check import check
 from efficient_tx.config.describe import describe
 from efficient_tx.config.errors import ConfigError
-from efficient_tx.config.keys import flatten, nearest_key, section_of, wrong_type
+from efficient_tx.config.keys import concerns, flatten, nearest_key, section_of, wrong_type
 from efficient_tx.config.load import ConfigFile, shipped
 from efficient_tx.config.protocols import PROTOCOLS
 from efficient_tx.config.resolve import NAMES
@@ -134,6 +134,13 @@ def split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 def typed_keys(arguments: Sequence[str]) -> dict[str, str]:
     """Key -> text of the overrides --config.KEY=TEXT among the arguments."""
     return {match[1]: match[2] for argument in arguments if (match := OVERRIDE.match(argument))}
+
+
+def concerning(file: ConfigFile, arguments: Sequence[str]) -> list[str]:
+    """The arguments without overrides of mixers and structures that the config does not have."""
+    typed = typed_keys(arguments)
+    keys = flatten(file.config({name: typed[name] for name in NAMES if name in typed}))
+    return [argument for argument in arguments if all(concerns(key, keys) for key in typed_keys([argument]))]
 
 
 def typed_values(file: ConfigFile, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

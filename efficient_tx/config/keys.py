@@ -1,5 +1,6 @@
 """Keys: the dotted names of the values in a config, and functions that set them."""
 
+from collections.abc import Collection
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -12,6 +13,14 @@ from efficient_tx.training import workdir
 def flatten(config: ConfigDict) -> dict[str, Any]:
     """Dotted key -> value, over all sections."""
     return workdir.flatten(config.to_dict())
+
+
+def concerns(key: str, keys: Collection[str]) -> bool:
+    """Whether a setting given to several methods is one for the method whose config has `keys`.
+
+    A mixer's or a structure's key is for those that have it, any other for all, be it a key or none.
+    """
+    return key in keys or not key.startswith(("attention.", "linear."))
 
 
 # What other programs call these keys. Initials of a key's words need no row: lr, wd, bs.

@@ -42,7 +42,7 @@ from efficient_tx.compare.progress import progress
 from efficient_tx.config import trust
 from efficient_tx.config.check import check
 from efficient_tx.config.errors import ConfigError
-from efficient_tx.config.flags import OVERRIDE, TRUST, answered, typed_values
+from efficient_tx.config.flags import OVERRIDE, TRUST, answered, concerning, typed_keys, typed_values
 from efficient_tx.config.load import ConfigFile
 from efficient_tx.files import write
 from efficient_tx.fit.chips import GIGA, NAMES, TERA, Chip, chip_of, plugins
@@ -91,21 +91,30 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def configs_of(options: argparse.Namespace, constants: Sequence[str]) -> Iterator[ConfigDict]:
     """The config of each of the mixers and lengths, checked."""
     file = ConfigFile(options.config)
-    typed, _ = typed_values(file, ["fit", *constants])
     for key, flag in (("mixers", options.mixers), ("task.max_len", options.lengths)):
-        if key in typed and flag:
+        if key in typed_keys(constants) and flag:
             raise ConfigError(key, "is given one value, and a flag lists others: leave out one of the two")
-    for mixers in options.mixers or [None]:
+    for typed in values_of(file, options.mixers, constants):
         for tokens in options.lengths or [None]:
-            given = {"mixers": mixers} if mixers else {}
-            if tokens:
-                if "max_len" not in file.config(given).task:
-                    rule = f"the examples of {options.config} have sizes of their own, and no max_len to set"
-                    raise ValueError(f"--lengths={tokens}: {rule}")
-                given["task.max_len"] = tokens
-            config = file.resolve(typed | given)
+            if tokens and "max_len" not in file.config(typed).task:
+                rule = f"the examples of {options.config} have sizes of their own, and no max_len to set"
+                raise ValueError(f"--lengths={tokens}: {rule}")
+            config = file.resolve(typed | ({"task.max_len": tokens} if tokens else {}))
             check(config)
             yield config
+
+
+def values_of(file: ConfigFile, mixers: Sequence[str] | None, constants: Sequence[str]) -> list[dict[str, Any]]:
+    """For each of the mixers: key -> value of the overrides that concern it, `mixers` among them.
+
+    Raises:
+      ConfigError: an unknown key, one that none of the mixers has, or a value of another type.
+    """
+    chosen = [[f"--config.mixers={pattern}"] for pattern in mixers or []] or [[]]
+    values = [typed_values(file, ["fit", *concerning(file, [*constants, *choice])])[0] for choice in chosen]
+    if not typed_keys(constants).keys() <= set().union(*values):
+        typed_values(file, ["fit", *constants])  # names the nearest
+    return values
 
 
 def row(recipe: Recipe, chip: Chip, memory: int, say: Callable[[str], None]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from rich.console import Console
 
 from efficient_tx.compare.flags import path, whole
 from efficient_tx.config import trust
-from efficient_tx.config.flags import OVERRIDE, TRUST, refuse
+from efficient_tx.config.flags import OVERRIDE, TRUST, refuse, typed_keys
 from efficient_tx.files import write
 from efficient_tx.sweep import record, slurm
 from efficient_tx.sweep.display import Display
@@ -125,8 +125,10 @@ class Sweep:
     @property
     def without(self) -> dict[str, list[str]]:
         """The keys that some methods do not have, and these methods."""
-        keys = [key for key, _ in (*self.options.settings, *self.options.tuned)]
-        lacking = {key: [str(c.method) for c in self.cells if key not in {**c.settings, **c.points[0]}] for key in keys}
+        lacking = {
+            key: [str(c.method) for c in self.cells if key not in {*c.settings, *c.points[0], *typed_keys(c.constants)}]
+            for key in self._grid.keys
+        }
         return {key: list(dict.fromkeys(methods)) for key, methods in lacking.items() if methods}
 
     @property

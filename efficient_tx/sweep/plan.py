@@ -15,14 +15,12 @@ from efficient_tx.checks import OptionError
 from efficient_tx.config.check import check
 from efficient_tx.config.errors import ConfigError, at
 from efficient_tx.config.flags import typed_keys, typed_values
-from efficient_tx.config.keys import flatten, section_of
+from efficient_tx.config.keys import concerns, flatten, section_of
 from efficient_tx.config.load import ConfigFile
 from efficient_tx.config.names import DEEPEST, parse_mixers, section_name
 from efficient_tx.models.pyramid import stage_sizes
 from efficient_tx.training.workdir import FREE_KEYS
 
-# Sections whose keys belong to a mixer or to a structure: a method without it is run without the setting.
-OF_METHODS = ("attention.", "linear.")
 # Keys of which each run has a value of its own, and what says which.
 OWN = {
     "seed": "seeds of a sweep, and 0 elsewhere",
@@ -87,11 +85,13 @@ class Cell:
       method: of the models.
       settings: dotted key -> value as typed, of --set.
       points: the settings of --tune among which validation chooses; `[{}]` if there is nothing to choose.
+      constants: "--config.KEY=VALUE" for all runs, without keys that the method does not have.
     """
 
     method: Method
     settings: Mapping[str, str]
     points: Sequence[Mapping[str, str]]
+    constants: Sequence[str] = ()
 
     def __str__(self) -> str:
         return shown(self.method, self.settings)
@@ -134,7 +134,7 @@ class Grid:
       methods: which are compared.
       settings: key -> values of --set: every combination is a cell.
       tuned: key -> values of --tune: of the combinations validation chooses one for each cell.
-      constants: "--config.KEY=VALUE" for all runs.
+      constants: "--config.KEY=VALUE" for all runs whose method has the key.
       out: the folder of the sweep.
       trusted: modules that --trust names.
     """
@@ -147,27 +147,33 @@ class Grid:
     out: Path
     trusted: Sequence[str] = ()
 
+    @property
+    def keys(self) -> list[str]:
+        """Those that are given values."""
+        return [*self.settings, *self.tuned, *typed_keys(self.constants)]
+
     def cells(self) -> list[Cell]:
         """The cells, method by method.
 
         Raises:
-          ConfigError: a key of --set or --tune that no method has, or that something else sets; or a constant that
-            each run has its own of.
+          ConfigError: a key that no method has, or that something else sets; or a constant that each run has its own
+            of.
         """
         cells, used = [], set()
-        for key in (*self.settings, *self.tuned, *typed_keys(self.constants)):
+        for key in self.keys:
             if key in OWN:
                 raise ConfigError(key, f"is set by --{OWN[key]}: leave it out")
         for key in (*self.settings, *self.tuned):
             self._check_free(key)
         for method in self.methods:
             keys = flatten(self._plain(method))
-            mine = {key for key in (*self.settings, *self.tuned) if key in keys or not key.startswith(OF_METHODS)}
+            mine = {key for key in self.keys if concerns(key, keys)}
             used |= mine
+            constants = [constant for constant in self.constants if typed_keys([constant]).keys() <= mine]
             points = combinations({key: values for key, values in self.tuned.items() if key in mine})
             for settings in combinations({key: values for key, values in self.settings.items() if key in mine}):
-                cells.append(Cell(method, settings, points))
-        for key in (*self.settings, *self.tuned):
+                cells.append(Cell(method, settings, points, constants))
+        for key in self.keys:
             if key not in used:
                 section_of(self._plain(self.methods[0]), key)  # names the nearest
         return cells
@@ -189,7 +195,7 @@ class Grid:
           OptionError, ConfigError: the config cannot be resolved.
         """
         settings = {**cell.settings, **point}
-        overrides = [*self.constants, *(f"--config.{key}={value}" for key, value in settings.items())]
+        overrides = [*cell.constants, *(f"--config.{key}={value}" for key, value in settings.items())]
         overrides.append(f"--config.seed={seed}")
         path = f"{self.config}:{cell.method.argument}"
         file = ConfigFile(path)

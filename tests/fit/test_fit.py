@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 
 from efficient_tx.config.build import build_model, build_stages
+from efficient_tx.config.errors import ConfigError
 from efficient_tx.config.load import ConfigFile
-from efficient_tx.fit.__main__ import command
+from efficient_tx.fit.__main__ import command, values_of
 from efficient_tx.fit.chips import DATA_SHEETS, chip_of
 from efficient_tx.fit.step import Recipe
 from efficient_tx.report.flops import of_step
@@ -72,6 +73,17 @@ def test_a_line_for_each_mixer_and_length(tmp_path):
     ]  # fmt: skip
     assert {row["largest_batch"] for row in rows} == {"0"}
     assert float(rows[1]["flops"]) > 1.5 * float(rows[0]["flops"])
+
+
+@pytest.mark.quick
+def test_a_key_of_one_mixer_is_set_for_that_mixer_alone():
+    file, keys = ConfigFile("quickstart"), ["--config.attention.lev.budget=8", "--config.model.layers=1"]
+    assert values_of(file, ["softmax", "lev"], keys) == [
+        {"mixers": "softmax", "model.layers": 1},
+        {"mixers": "lev", "model.layers": 1, "attention.lev.budget": 8},
+    ]
+    with pytest.raises(ConfigError, match=r"attention\.lev\.budget is no key"):
+        values_of(file, ["softmax", "vmean"], keys)
 
 
 @pytest.mark.quick

@@ -92,6 +92,14 @@ def test_a_key_of_one_mixer_is_set_for_that_mixer_alone():
     assert [run.config.attention.get("skyformer", {}).get("landmarks") for run in runs_of(made)] == [None, 8, 16]
 
 
+def test_a_constant_of_one_mixer_is_set_for_that_mixer_alone():
+    constants = (*SMALL, "--config.attention.skyformer.landmarks=8", "--config.linear.mlp.blocks=4")
+    made = runs_of(grid("softmax", "skyformer", "skyformer+monarch", constants=constants))
+    assert [run.config.attention.get("skyformer", {}).get("landmarks") for run in made] == [None, 8, 8]
+    assert [run.config.linear.mlp.get("blocks") for run in made] == [None, None, 4]
+    assert {run.name for run in made} == {"softmax_seed0", "skyformer_seed0", "skyformer+monarch_seed0"}
+
+
 def test_tuning_has_the_same_runs_for_every_method_and_seeds_of_its_own():
     made = grid("softmax", "vmean", tuned={"optimizer.learning_rate": ["1e-4", "1e-3"]})
     cells = made.cells()
@@ -132,6 +140,8 @@ def test_patterns_of_a_model_with_stages_are_compared_by_stage():
         (grid("softmax", settings={"init_from": ["a/b", "a-b"]}), "would share the folder"),
         (grid("softmax", settings={"optimiser.lr": ["1"]}), "optimiser.lr=1: config.optimiser.lr is no key: the near"),
         (grid("softmax", settings={"attention.gla.conv": ["1"]}), "config.attention.gla.conv is no key: the nearest"),
+        (grid("softmax", constants=(*SMALL, "--config.attention.gla.conv=1")), "config.attention.gla.conv is no key"),
+        (grid("softmax", constants=(*SMALL, "--config.optimiser.lr=1")), "config.optimiser.lr is no key: the nearest"),
         (grid("softmax", settings={"steps": ["ten"]}), "steps=ten: config.steps takes a value of type int"),
         (grid("softmax", settings={"model.heads": ["3"]}), "model.heads=3: config.model.heads is 3"),
         (grid("softmax", settings={"seed": ["3"]}), "config.seed is set by --seeds"),
