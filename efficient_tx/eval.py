@@ -50,6 +50,7 @@ from efficient_tx.tables import FORMATS, Table
 from efficient_tx.task import data_directory
 from efficient_tx.training import summary
 from efficient_tx.training.compilation import keep_programs
+from efficient_tx.training.devices import divide_cores
 from efficient_tx.training.disk import read_checked, write_json
 from efficient_tx.training.errors import Refused, RunError, refusing
 from efficient_tx.training.evaluation import make_evaluate, trained_parameters
@@ -139,6 +140,7 @@ def evaluate(path: str, options: argparse.Namespace) -> dict[str, Any]:
         stages, _ = build_stages(config, nnx.eval_shape(lambda: build_model(config, task)), objective)
         quiet = without_dropout(config)
         drawn, _ = build_stages(quiet, nnx.eval_shape(lambda: build_model(quiet, task)), objective)
+    divide_cores(options.batch_size or config.batch_size, parameters=summary.parameter_count(stages[-1].model))
     step, stage, parameters = trained_parameters(path, options.checkpoint, stages, warn)
     dead = [key for key in options.settings if key.startswith("linear.") and stage.start]
     if dead:

@@ -37,7 +37,7 @@ from ml_collections import ConfigDict
 
 from efficient_tx.config import flags as command_line
 from efficient_tx.config import trust
-from efficient_tx.config.build import build_model, build_stages, build_task
+from efficient_tx.config.build import build_model, build_stages, build_task, share_cores
 from efficient_tx.config.check import check_objective
 from efficient_tx.config.names import task_module
 from efficient_tx.config.schema import with_dense_weights
@@ -293,6 +293,7 @@ def run(asked: command_line.Run) -> None:
     )
     config = asked.config
     with refusing():
+        share_cores(config)
         keep_programs(data_directory(config.task.get("data_dir")) / "compilation")
     jax.config.update("jax_debug_nans", config.debug_nans)
     writer = jax.process_index() == 0

@@ -10,6 +10,7 @@ import pytest
 from efficient_tx.config import make_config
 from efficient_tx.config.flags import invoked
 from efficient_tx.training.checkpoint import Checkpoints
+from efficient_tx.training.devices import sharing
 from efficient_tx.training.history import read_lines
 from tests.support import toy
 from tests.support.command import TINY, as_here, finish, finished_run, start, train, train_here
@@ -202,9 +203,11 @@ TELL = {"JAX_EXPLAIN_CACHE_MISSES": "1"}
 
 @pytest.mark.slow
 def test_the_same_run_again_compiles_nothing_and_gets_the_same_numbers(tmp_path):
-    """With optimised programs, as users have them."""
+    """With optimised programs, as users have them, and cores that share the examples."""
     status, _, error = train(tmp_path / "run", optimised=True)
     assert (status, error) == (0, "")
+    config, summary = (read(tmp_path / "run" / f"{name}.json") for name in ("config", "summary"))
+    assert summary["device"]["count"] == sharing(config["batch_size"], summary["parameters"])
     status, _, error = train(tmp_path / "again", optimised=True, environment=TELL)
     assert status == 0 and "TRACING CACHE MISS" in error and "PERSISTENT COMPILATION CACHE MISS" not in error
     assert toy.lines(tmp_path / "run") == toy.lines(tmp_path / "again")

@@ -18,14 +18,17 @@ from efficient_tx.config.names import (
     structure_class,
     task_module,
     task_sizes,
+    task_without_data,
 )
 from efficient_tx.config.objects import with_objects
 from efficient_tx.config.structure import entries, rebuild
 from efficient_tx.linear import densify, structured_learning_rates
 from efficient_tx.task import Objective, Task
+from efficient_tx.training.devices import divide_cores
 from efficient_tx.training.objective import CLASSIFICATION
 from efficient_tx.training.optimizer import make_optimizer
 from efficient_tx.training.stages import Stage, make_stages
+from efficient_tx.training.summary import parameter_count
 
 # Folded into the key of `config.seed` for the parameters. The training step folds in step numbers, which are smaller.
 PARAMETERS = 2**31
@@ -58,6 +61,12 @@ def build_task(config: ConfigDict) -> Task:
                 where = "KIND" if name == "kind" else "sizes()"
                 raise ValueError(f"{where} says that {name} is {value!r}, and the task has {getattr(task, name)!r}")
     return task
+
+
+def share_cores(config: ConfigDict) -> None:
+    """Makes the cores of a CPU devices that share the examples of a micro-batch, unless jax has started."""
+    model = nnx.eval_shape(lambda: build_model(config, task_without_data(config.task)))
+    divide_cores(config.batch_size // config.grad_accum, parameters=parameter_count(model))
 
 
 def build_linear(section: ConfigDict, where: str) -> Callable[..., nnx.Module]:

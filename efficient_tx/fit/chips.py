@@ -1,6 +1,5 @@
 """Chips: their memory, and the two rates of the roofline."""
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ import numpy as np
 
 from efficient_tx.kernels.verify.program import QUICKLY
 from efficient_tx.kernels.verify.targets import GIB, TARGETS
+from efficient_tx.training.devices import cores
 from efficient_tx.training.memory import available
 
 TERA, GIGA = 10**12, 10**9
@@ -93,10 +93,10 @@ def this_machine() -> Chip:
         return 2 * 1024**3 / fastest(lambda: jax.block_until_ready(product(a, a)))
 
     # One core alone does not fill the memory of a machine with many.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    each = max(1 << 22, (1 << 25) // cores)  # more than the caches hold
-    source, target = np.ones((cores, each), np.float32), np.zeros((cores, each), np.float32)
-    with ThreadPoolExecutor(cores) as pool:
+    count = cores()
+    each = max(1 << 22, (1 << 25) // count)  # more than the caches hold
+    source, target = np.ones((count, each), np.float32), np.zeros((count, each), np.float32)
+    with ThreadPoolExecutor(count) as pool:
         bandwidth = 2 * source.nbytes / fastest(lambda: list(pool.map(np.copyto, target, source)))
     return Chip("cpu", available() or 0, {dtype: rate(dtype) for dtype in ("float32", "bfloat16")}, bandwidth)
 

@@ -25,12 +25,13 @@ LAST_LINES = 5
 
 @dataclasses.dataclass
 class Child:
-    """A run that this sweep has started. Its part of the log begins at byte `begins`."""
+    """A run that this sweep has started, on the share `share` of the cores. Its log begins at byte `begins`."""
 
     run: Run
     process: subprocess.Popen
     log: Path
     begins: int
+    share: int = 0
     pausing: bool = False
 
 
@@ -165,7 +166,7 @@ class Runner:
         if self._reached(run):
             self.paused.add(run.name)
             return
-        log = self._log(run)
+        log, share = self._log(run), min({*range(self._jobs)} - {child.share for child in self.live})
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as output:
             begins = output.tell()
@@ -177,7 +178,8 @@ class Runner:
                 env=self._environment,
                 start_new_session=True,  # Ctrl-C reaches the sweep alone, which ends them, once
             )
-        self.live.append(Child(run, process, log, begins))
+        keep_to(shares(self._jobs)[share], process.pid)
+        self.live.append(Child(run, process, log, begins, share))
         self._say(f"started {run.name}")
 
     def _reap(self, open_runs: list[Run]) -> None:
@@ -219,6 +221,23 @@ class Runner:
 
     def _log(self, run: Run) -> Path:
         return self._logs / f"{run.name}.txt"
+
+
+def shares(jobs: int) -> list[set[int]]:
+    """The cores of each of the runs at once: equal shares where they can be equal, else all of them.
+
+    Programs that share cores wait for each other: two runs on a core each take 0.85 of the time of two on both.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    even = len(cores) % jobs == 0
+    return [set(cores[one::jobs] if even else cores) for one in range(jobs)]
+
+
+def keep_to(cores: set[int], pid: int) -> None:
+    """Keeps a process that has just started to these cores, if this system can; it ends in its own way if it has."""
+    if cores:
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(pid, cores)
 
 
 def last_lines(path: Path, begins: int = 0) -> list[str]:

@@ -17,8 +17,14 @@ def available() -> int | None:
     own = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
     if all(own):
         return min(own)
+    whole = of_machine()
+    return whole and whole // jax.local_device_count()
+
+
+def of_machine() -> int | None:
+    """Bytes of this machine's memory; None if nothing tells."""
     try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):
         return None
 
