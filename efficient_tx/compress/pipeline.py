@@ -21,7 +21,7 @@ from efficient_tx.compression import Compressed, compress
 from efficient_tx.compression.distillation import variances
 from efficient_tx.compression.model import select
 from efficient_tx.compression.swapping import Swapped, mixer_places, swap
-from efficient_tx.config.build import build_model, build_task
+from efficient_tx.config.build import build_model, build_task, share_cores
 from efficient_tx.config.check import check
 from efficient_tx.config.errors import ConfigError
 from efficient_tx.config.flags import Run
@@ -54,6 +54,8 @@ def run(asked: Asked, console: Console) -> None:
     known = result.stored()
     with refusing(str(asked.workdir)):
         first = restore(read_config(asked.workdir))
+        if not asked.settings.keys() & {"batch_size", "grad_accum"}:
+            share_cores(first)
         keep_programs(data_directory(first.task.get("data_dir")) / "compilation")
     if known is None or not (result.checkpoints.steps() or result.distillation.checkpoints.steps()):
         compressed(asked, result, console)

@@ -6,7 +6,7 @@ from pathlib import Path
 from flax import nnx
 from ml_collections import ConfigDict
 
-from efficient_tx.config.build import build_model, build_stages, build_task, share_cores
+from efficient_tx.config.build import build_model, build_stages, build_task
 from efficient_tx.config.names import task_without_data
 from efficient_tx.config.schema import with_dense_weights
 from efficient_tx.config.stored import config_of_weights, restore
@@ -34,7 +34,6 @@ def trained_run(workdir: Path, checkpoint: str) -> tuple[ConfigDict, Task, nnx.M
         config = restore(read_config(path))
         with config.unlocked():
             config.remat = False
-        share_cores(config)
         task = build_task(config)
         step, stage, model = trained_model(path, checkpoint, config, task, print)
     return with_dense_weights(config) if stage.start else config, task, model, step

@@ -56,7 +56,7 @@ def start(
     script: str,
     *arguments: object,
     data: Path | None = None,
-    devices: int = 1,
+    devices: int | None = None,
     file_limit: int | None = None,
     environment: Mapping[str, str] | None = None,
     folder: Path = ROOT,
@@ -66,10 +66,12 @@ def start(
 
     Data and compiled programs lie in `data` (None = shared by all tests). No file that it writes may get longer than
     `file_limit` bytes: what a full disk does to it, without root's help. Programs are optimised as users have them, or
-    compiled as conftest.py has it: in a third of the time, and found where another test has compiled them.
+    compiled as conftest.py has it: in a third of the time, and found where another test has compiled them. It has
+    `devices`, or those that a user's process has.
     """
     settings = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_"))}
-    settings |= {"EFFICIENT_TX_DATA": str(data or scratch() / "data"), "JAX_NUM_CPU_DEVICES": str(devices)}
+    settings |= {"EFFICIENT_TX_DATA": str(data or scratch() / "data")}
+    settings |= {"JAX_NUM_CPU_DEVICES": str(devices)} if devices else {}
     if not optimised:
         settings |= {"XLA_FLAGS": os.environ["XLA_FLAGS"], "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none"}
     settings |= environment or {}

@@ -27,6 +27,8 @@ from efficient_tx.kernels.platform import by_platform
 # Queries and keys of a block, the fastest of the sizes tried on two AVX-512 cores. Many queries make long products; but
 # a mask that tells queries apart seldom empties a block for all of them.
 SQUARE, TALL = (512, 512), (2048, 256)
+# Pairs of a block whose keys padding may empty: with fewer, blocks cost more than they skip.
+SMALLEST = 2**15
 # An accelerator computes a block of all heads of all examples at once; a TPU pads shorter sides to this.
 SIDE_AT_ONCE = 128
 
@@ -48,8 +50,9 @@ def sizes(options: Options, q: jax.Array, k: jax.Array, v: jax.Array, score: Sco
     queries, keys = q.shape[1], k.shape[1]
     rows, columns = TALL if mask is None or isinstance(mask, Padding) else SQUARE
     area = rows * columns
-    # If one side is short, the other is longer.
-    key_block = equal_blocks(keys, max(columns, area // equal_blocks(queries, rows)))
+    # If one side is short, the other is longer; but padding may empty blocks of keys, and the rest are not tested.
+    most = SMALLEST if isinstance(mask, Padding) else area
+    key_block = equal_blocks(keys, max(columns, most // equal_blocks(queries, rows)))
     return Sizes(queries, keys, equal_blocks(queries, max(rows, area // key_block)), key_block)
 
 
