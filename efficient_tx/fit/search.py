@@ -6,7 +6,7 @@ from collections.abc import Callable
 MOST = 1 << 20
 # By so much a larger batch is known not to fit: exactly one step below 100.
 WITHIN = 100
-# Sizes after which the line is not believed any more, and intervals are halved.
+# Sizes after which the line is not believed any more: steps are doubled up to what does not fit, then intervals halved.
 PATIENCE = 4
 
 
@@ -26,7 +26,7 @@ def largest(memory: Callable[[int], float], limit: float, start: int) -> int:
     if second:
         known[second] = memory(second)
     while True:
-        low = max((number for number, taken in known.items() if taken <= limit), default=0)
+        before, low = sorted([0, 0, *(number for number, taken in known.items() if taken <= limit)])[-2:]
         high = min((number for number, taken in known.items() if taken > limit), default=MOST + 1)
         margin = max(1, low // WITHIN)
         if high - low <= margin:
@@ -34,7 +34,7 @@ def largest(memory: Callable[[int], float], limit: float, start: int) -> int:
         if len(known) < 2 + PATIENCE:
             ask = min(max(crossing(known, limit), low + margin), max(high - margin, low + 1))
         else:
-            ask = 2 * low if low and high > MOST else (low + high) // 2
+            ask = low + 2 * (low - before) if low and high > MOST else (low + high) // 2
         ask = min(ask, MOST)
         known[ask] = memory(ask)
 

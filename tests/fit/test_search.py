@@ -58,4 +58,4 @@ def test_a_compiler_that_computes_anew_near_its_limit_is_not_asked_for_the_large
         return number * 10.0 if number < 1200 else 12_000.0 - number / 1000 if number <= 1400 else float("inf")
 
     found = largest(memory, 12_100, 32)
-    assert 1386 <= found <= 1400 and max(asked) <= 4 * 1400 and len(asked) < 20
+    assert 1386 <= found <= 1400 and max(asked) <= 1.1 * 1400 and len(asked) <= 12
