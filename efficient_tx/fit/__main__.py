@@ -77,7 +77,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         help=f"of {', '.join(NAMES)}; default cpu, this machine")  # fmt: skip
     add("--memory", type=positive, metavar="GIB",
         help="what there is for the step; default: that of this machine, or what jax takes of the chip's")  # fmt: skip
-    add("--out", type=path, metavar="FILE", help="also write the numbers, as .json or .csv")
+    add("--out", type=path, metavar="FILE", help="also write the numbers, as .json or .csv, row by row")
     add("--trust", action="append", default=[], metavar="MODULE", help=TRUST)
     constants = [argument for argument in argv if OVERRIDE.fullmatch(argument)]
     options = parser.parse_args([argument for argument in argv if argument not in constants])
@@ -197,6 +197,8 @@ def fit(options: argparse.Namespace, constants: Sequence[str]) -> int:
                 memory = int(options.memory * GIB) if options.memory else chip.memory
                 try:
                     rows.append(row(recipe, chip, memory, say))
+                    if options.out:  # each compiles for minutes: a stop loses no other
+                        write(options.out, text(rows, options.out.suffix))
                 except jax.errors.JaxRuntimeError as error:
                     failed += 1
                     fault = " ".join(str(error).split())[:300]

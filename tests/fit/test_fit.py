@@ -76,6 +76,19 @@ def test_a_line_for_each_mixer_and_length(tmp_path):
 
 
 @pytest.mark.quick
+def test_a_stop_loses_no_other_row(tmp_path, monkeypatch):
+    def row(recipe, chip, memory, say):
+        if recipe.config.mixers == "linear":
+            raise KeyboardInterrupt
+        return {"mixers": recipe.config.mixers}
+
+    monkeypatch.setattr("efficient_tx.fit.__main__.row", row)
+    out = tmp_path / "fit.json"
+    status, _, _ = fit_here("--mixers=vmean,softmax,linear", f"--out={out}")
+    assert status == 130 and json.loads(out.read_text()) == [{"mixers": "vmean"}, {"mixers": "softmax"}]
+
+
+@pytest.mark.quick
 def test_a_key_of_one_mixer_is_set_for_that_mixer_alone():
     file, keys = ConfigFile("quickstart"), ["--config.attention.lev.budget=8", "--config.model.layers=1"]
     assert values_of(file, ["softmax", "lev"], keys) == [
