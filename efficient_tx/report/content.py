@@ -57,7 +57,13 @@ def interval(problem: Problem, scores: Sequence[float]) -> str:
     if len(scores) < 2:
         return NONE
     of = spread(scores)
-    low, high = (max(0.0, of.low), min(1.0, of.high)) if problem.metric == "accuracy" else (of.low, of.high)
+    return between(problem, of.low, of.high, least=0.0)
+
+
+def between(problem: Problem, low: float, high: float, *, least: float) -> str:
+    """An interval; of accuracies no lower than the least that there can be, nor above 1."""
+    if problem.metric == "accuracy":
+        low, high = max(least, low), min(1.0, high)
     return f"{score(problem, low)} to {score(problem, high)}"
 
 
@@ -208,10 +214,10 @@ def differences(problem: Problem, baseline: str | None) -> tuple[Table | None, l
     adjusted = holm([difference.p for difference in found])
     rows = []
     for method, pair, difference, p in zip(compared, pairs, found, adjusted):
-        low, high = score(problem, difference.low), score(problem, difference.high)
+        apart = between(problem, difference.low, difference.high, least=-1.0)
         seeds = f"{len(pair)} and {len(against)}"
         signed = ("+" if difference.mean >= 0 else "−") + score(problem, abs(difference.mean))
-        rows.append([method.label, signed, f"{low} to {high}", probability(difference.p), probability(p), seeds])
+        rows.append([method.label, signed, apart, probability(difference.p), probability(p), seeds])
     title = f"Test {unit(problem)} minus that of {other.label}, on the same {len(against[0][0]):,} items"
     columns = ["method|", "difference", "95 % interval", "p", "p, Holm", "seeds"]
     if min(len(pair) for pair in [*pairs, against]) == 1:

@@ -1,9 +1,12 @@
 """Means, intervals and paired differences, against closed forms."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from scipy import stats
 
+from efficient_tx.report.content import between
 from efficient_tx.report.statistics import holm, spread
 from efficient_tx.report.statistics import paired as paired_with
 
@@ -107,3 +110,10 @@ def test_several_methods_have_the_differences_that_each_has_alone():
 def test_holms_example():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.6, 0.7]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_intervals_of_accuracies_end_where_accuracies_do():
+    accuracy, loss = (SimpleNamespace(metric=metric) for metric in ("accuracy", "loss"))
+    assert between(accuracy, -1.6655, 0.394, least=-1.0) == "−100.00 to 39.40"
+    assert between(accuracy, -0.2, 1.3, least=0.0) == "0.00 to 100.00"
+    assert between(loss, -1.5, 2.5, least=-1.0) == "−1.5000 to 2.5000"
