@@ -140,7 +140,7 @@ def evaluate(path: str, options: argparse.Namespace) -> dict[str, Any]:
         stages, _ = build_stages(config, nnx.eval_shape(lambda: build_model(config, task)), objective)
         quiet = without_dropout(config)
         drawn, _ = build_stages(quiet, nnx.eval_shape(lambda: build_model(quiet, task)), objective)
-    divide_cores(options.batch_size or config.batch_size, parameters=summary.parameter_count(stages[-1].model))
+    divide_cores(options.batch_size or config.batch_size, parameters=lambda: summary.parameter_count(stages[-1].model))
     step, stage, parameters = trained_parameters(path, options.checkpoint, stages, warn)
     dead = [key for key in options.settings if key.startswith("linear.") and stage.start]
     if dead:

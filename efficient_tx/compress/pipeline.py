@@ -54,7 +54,7 @@ def run(asked: Asked, console: Console) -> None:
     known = result.stored()
     with refusing(str(asked.workdir)):
         first = restore(read_config(asked.workdir))
-        if not asked.settings.keys() & {"batch_size", "grad_accum"}:
+        if not asked.settings.keys() & {"batch_size", "grad_accum"}:  # devices for the run might not divide it
             share_cores(first)
         keep_programs(data_directory(first.task.get("data_dir")) / "compilation")
     if known is None or not (result.checkpoints.steps() or result.distillation.checkpoints.steps()):

@@ -65,8 +65,11 @@ def build_task(config: ConfigDict) -> Task:
 
 def share_cores(config: ConfigDict) -> None:
     """Makes the cores of a CPU devices that share the examples of a micro-batch, unless jax has started."""
-    model = nnx.eval_shape(lambda: build_model(config, task_without_data(config.task)))
-    divide_cores(config.batch_size // config.grad_accum, parameters=parameter_count(model))
+
+    def parameters():
+        return parameter_count(nnx.eval_shape(lambda: build_model(config, task_without_data(config.task))))
+
+    divide_cores(config.batch_size // config.grad_accum, parameters=parameters)
 
 
 def build_linear(section: ConfigDict, where: str) -> Callable[..., nnx.Module]:

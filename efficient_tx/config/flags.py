@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from absl import flags
@@ -136,11 +136,14 @@ def typed_keys(arguments: Sequence[str]) -> dict[str, str]:
     return {match[1]: match[2] for argument in arguments if (match := OVERRIDE.match(argument))}
 
 
-def concerning(file: ConfigFile, arguments: Sequence[str]) -> list[str]:
-    """The arguments without overrides of mixers and structures that the config does not have."""
-    typed = typed_keys(arguments)
-    keys = flatten(file.config({name: typed[name] for name in NAMES if name in typed}))
+def concerning(arguments: Sequence[str], keys: Collection[str]) -> list[str]:
+    """The arguments without overrides of mixers and structures that a config with these keys does not have."""
     return [argument for argument in arguments if all(concerns(key, keys) for key in typed_keys([argument]))]
+
+
+def named(file: ConfigFile, typed: Mapping[str, str]) -> ConfigDict:
+    """The config, whose sections are those of the mixers and structures that are typed, as in the file's argument."""
+    return file.config({name: typed[name] for name in NAMES if name in typed})
 
 
 def typed_values(file: ConfigFile, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -150,8 +153,7 @@ def typed_values(file: ConfigFile, argv: Sequence[str]) -> tuple[dict[str, Any],
       ConfigError: an unknown key, or a value of another type.
     """
     keys = typed_keys(argv)
-    # Typed names of mixers and structures add their sections, as names in the argument do.
-    config = file.config({name: keys[name] for name in NAMES if name in keys})
+    config = named(file, keys)
     for key in keys:
         section_of(config, key)
     values = flags.FlagValues()

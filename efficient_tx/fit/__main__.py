@@ -42,7 +42,8 @@ from efficient_tx.compare.progress import progress
 from efficient_tx.config import trust
 from efficient_tx.config.check import check
 from efficient_tx.config.errors import ConfigError
-from efficient_tx.config.flags import OVERRIDE, TRUST, answered, concerning, typed_keys, typed_values
+from efficient_tx.config.flags import OVERRIDE, TRUST, answered, concerning, named, typed_keys, typed_values
+from efficient_tx.config.keys import flatten
 from efficient_tx.config.load import ConfigFile
 from efficient_tx.files import write
 from efficient_tx.fit.chips import GIGA, NAMES, TERA, Chip, chip_of, plugins
@@ -110,8 +111,11 @@ def values_of(file: ConfigFile, mixers: Sequence[str] | None, constants: Sequenc
     Raises:
       ConfigError: an unknown key, one that none of the mixers has, or a value of another type.
     """
-    chosen = [[f"--config.mixers={pattern}"] for pattern in mixers or []] or [[]]
-    values = [typed_values(file, ["fit", *concerning(file, [*constants, *choice])])[0] for choice in chosen]
+    values = []
+    for choice in [[f"--config.mixers={pattern}"] for pattern in mixers or []] or [[]]:
+        arguments = [*constants, *choice]
+        mine = concerning(arguments, flatten(named(file, typed_keys(arguments))))
+        values.append(typed_values(file, ["fit", *mine])[0])
     if not typed_keys(constants).keys() <= set().union(*values):
         typed_values(file, ["fit", *constants])  # names the nearest
     return values
@@ -197,12 +201,12 @@ def fit(options: argparse.Namespace, constants: Sequence[str]) -> int:
                 memory = int(options.memory * GIB) if options.memory else chip.memory
                 try:
                     rows.append(row(recipe, chip, memory, say))
-                    if options.out:  # each compiles for minutes: a stop loses no other
-                        write(options.out, text(rows, options.out.suffix))
                 except jax.errors.JaxRuntimeError as error:
                     failed += 1
                     fault = " ".join(str(error).split())[:300]
                     print(f"{chip.name}, {recipe.config.mixers}: it is not compiled: {fault}", file=sys.stderr)
+                if options.out:  # each compiles for minutes: a stop loses no other
+                    write(options.out, text(rows, options.out.suffix))
     console.print(table(rows))
     for chip in chips:
         memory = options.memory * GIB if options.memory else chip.memory
@@ -211,7 +215,6 @@ def fit(options: argparse.Namespace, constants: Sequence[str]) -> int:
         rates = f"TFLOP/s in matrix products: {peak}; memory: {chip.bandwidth / GIGA:,.0f} GB/s ({source})"
         console.print(f"{chip.name}: {size(memory)} for the step; {rates}", soft_wrap=True)
     if options.out:
-        write(options.out, text(rows, options.out.suffix))
         console.print(f"wrote {options.out}", soft_wrap=True)
     return 1 if failed else 0
 

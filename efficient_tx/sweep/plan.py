@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from efficient_tx.checks import OptionError
 from efficient_tx.config.check import check
 from efficient_tx.config.errors import ConfigError, at
-from efficient_tx.config.flags import typed_keys, typed_values
+from efficient_tx.config.flags import concerning, typed_keys, typed_values
 from efficient_tx.config.keys import concerns, flatten, section_of
 from efficient_tx.config.load import ConfigFile
 from efficient_tx.config.names import DEEPEST, parse_mixers, section_name
@@ -169,7 +169,7 @@ class Grid:
             keys = flatten(self._plain(method))
             mine = {key for key in self.keys if concerns(key, keys)}
             used |= mine
-            constants = [constant for constant in self.constants if typed_keys([constant]).keys() <= mine]
+            constants = concerning(self.constants, keys)
             points = combinations({key: values for key, values in self.tuned.items() if key in mine})
             for settings in combinations({key: values for key, values in self.settings.items() if key in mine}):
                 cells.append(Cell(method, settings, points, constants))

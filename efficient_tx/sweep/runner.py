@@ -25,7 +25,7 @@ LAST_LINES = 5
 
 @dataclasses.dataclass
 class Child:
-    """A run that this sweep has started, on the share `share` of the cores. Its log begins at byte `begins`."""
+    """A run that this sweep has started, on one of the `shares` of cores. Its part of the log begins at `begins`."""
 
     run: Run
     process: subprocess.Popen
@@ -166,7 +166,8 @@ class Runner:
         if self._reached(run):
             self.paused.add(run.name)
             return
-        log, share = self._log(run), min({*range(self._jobs)} - {child.share for child in self.live})
+        log = self._log(run)
+        share = min({*range(self._jobs)} - {child.share for child in self.live})
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as output:
             begins = output.tell()

@@ -48,7 +48,7 @@ def ended(code, **environment):
     )  # fmt: skip
 
 
-DIVIDE = "devices.divide_cores(12, parameters=100)\n"
+DIVIDE = "devices.divide_cores(12, parameters=lambda: 100)\n"
 COUNT = "print(jax.device_count())\n"
 
 
