@@ -144,6 +144,7 @@ def train(asked: command_line.Run, workdir: Workdir, profile: str | None) -> Non
         report=report,
         seed=config.seed,
         grad_accum=config.grad_accum,
+        lengths=config.lengths,
         profiler=Profiler(workdir.path / "profile", *profiled) if workdir.writer else None,
     )
     state = loop.run()

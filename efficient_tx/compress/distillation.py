@@ -75,6 +75,7 @@ class Distillation:
             report=report,
             seed=config.seed,
             grad_accum=config.grad_accum,
+            lengths=config.lengths,
         )
         state = loop.run()
         return nnx.merge(nnx.split(student)[0], evaluation_params(state.optimizer, state.params)).model

@@ -30,7 +30,7 @@ def check(config: ConfigDict) -> None:
     The model is built and called on abstract values, so its own errors appear here.
     """
     numbers(config)
-    counts = ("batch_size", "grad_accum", "eval_every", "checkpoint_every", "log_every", "keep")
+    counts = ("batch_size", "grad_accum", "lengths", "eval_every", "checkpoint_every", "log_every", "keep")
     sizes = ("features", "layers", "heads", "head_dim", "mlp_features")
     with at():
         at_least(0, steps=config.steps)
@@ -64,6 +64,8 @@ def check(config: ConfigDict) -> None:
         raise ConfigError("task.name", f"{fault}; {own}")
     with at("task"):
         shape = task_without_data(config.task)
+    if config.lengths > 1 and shape.kind == "image":
+        raise ConfigError("lengths", f"is {config.lengths}: images have no padding, use 1")
 
     def forward(model):
         return model(**empty_inputs(shape), key=jax.random.key(0))

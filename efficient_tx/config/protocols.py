@@ -269,6 +269,7 @@ STAND_INS = {"generated", "spam", "sotu", "fashion_mnist"}
 HOUSEKEEPING = {
     "seed",
     "grad_accum",
+    "lengths",
     "remat",
     "checkpoint_every",
     "log_every",

@@ -34,6 +34,7 @@ RUN: dict[str, tuple[Any, str]] = {
     "steps": (5000, "updates of the parameters"),
     "batch_size": (32, "examples of an update, over all devices and processes"),
     "grad_accum": (1, "micro-batches of a batch, one after the other: less memory, and in cache on a CPU"),
+    "lengths": (1, "lengths that a micro-batch may be computed at, the shortest that holds it: less work on padding"),
     "eval_every": (500, "steps between evaluations on the validation split, each with a checkpoint"),
     "checkpoint_every": (500, "steps between further checkpoints"),
     "log_every": (50, "steps between lines of training metrics"),

@@ -22,7 +22,7 @@ def of_program(trace: Callable[[], Any]) -> float | None:
     powers of n) and Fourier transforms (by 5 n log₂ n, half of it for real ones): what is done for each element, such
     as softmax or a scan of decays, is not. Exact attention has all its pairs of tokens, also those that a mask empties,
     and keeps its weights for the backward pass. Where a program has several implementations, that of a CPU or an
-    accelerator without a kernel of ours is counted.
+    accelerator without a kernel of ours is counted; where it takes one of several branches, the most expensive one.
     """
     try:
         with counting(True):
@@ -41,8 +41,10 @@ def of_equation(equation: Any) -> float:
     if name in COUNTS:
         return COUNTS[name](equation)
     inner = list(inside(equation))
-    if name == "cond":  # over platforms: kernels are for another one
-        return max((products(jaxpr) for jaxpr in inner if not has_kernel(jaxpr)), default=0)
+    if name == "cond":
+        if params.get("branches_platforms"):
+            inner = [jaxpr for jaxpr in inner if not has_kernel(jaxpr)]
+        return max(map(products, inner), default=0)
     count = sum(map(products, inner))
     if count and name == "while":
         raise Uncounted

@@ -49,7 +49,7 @@ def short_run(config: ConfigDict, task: Task, model: nnx.Module, steps: int, say
     graphdef = nnx.split(model)[0]
     step = make_train_step(
         graphdef, stage.optimizer, seed=config.seed, objective=objective, given=stage.given,
-        grad_accum=config.grad_accum,
+        grad_accum=config.grad_accum, lengths=config.lengths,
     )  # fmt: skip
     state = init_state(model, stage.optimizer, objective)
     losses, times = [], []

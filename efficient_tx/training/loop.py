@@ -101,7 +101,7 @@ class Loop:
       plan: length and intervals of the run.
       checkpoints, history, report: those of the workdir, which this process owns.
       seed: seed of dropout and sampling.
-      grad_accum: number of micro-batches that each device splits its rows into.
+      grad_accum, lengths: as in `make_train_step`.
       profiler: traces some of the steps.
     """
 
@@ -118,13 +118,15 @@ class Loop:
         report: Report,
         seed: int,
         grad_accum: int = 1,
+        lengths: int = 1,
         profiler: Profiler | None = None,
     ):
         self._stages, self._schedule = stages, schedule
         self._batches, self._validation, self._plan = batches, validation, plan
         self._checkpoints, self._history, self._report = checkpoints, history, report
         self._writer = jax.process_index() == 0
-        self._seed, self._grad_accum, self._profiler = seed, grad_accum, profiler or Profiler()
+        self._seed, self._profiler = seed, profiler or Profiler()
+        self._division = {"grad_accum": grad_accum, "lengths": lengths}
         self._watch = Stopwatch()
         self.compile_seconds = 0.0
         self._use(stages[0])
@@ -140,7 +142,7 @@ class Loop:
             seed=self._seed,
             objective=stage.objective,
             given=stage.given,
-            grad_accum=self._grad_accum,
+            **self._division,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )

@@ -20,6 +20,7 @@ from efficient_tx.numerics.random import evaluation_keys
 from efficient_tx.task import Batch, Objective, model_inputs
 from efficient_tx.training import metrics
 from efficient_tx.training.errors import innermost
+from efficient_tx.training.lengths import at_needed_length, shortest_first
 from efficient_tx.training.metrics import Metrics
 from efficient_tx.training.objective import CLASSIFICATION
 
@@ -123,6 +124,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     objective: Objective,
     grad_accum: int,
+    lengths: int = 1,
 ) -> State:
     """One update from one device's rows `[b, ...]`; `row` and `seed`, both `[b]`, determine their random keys."""
 
@@ -134,10 +136,13 @@ def train_step(
         sums = score(nnx.merge(graphdef, params), batch, keys, objective, given)
         return sums["loss"][0], sums
 
-    def sums_and_gradients(batch):
+    def at_full_length(batch):
         (_, sums), grads = jax.value_and_grad(loss_sum, has_aux=True)(state.params, batch)
         return sums, jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
 
+    sums_and_gradients = partial(at_needed_length, at_full_length, count=lengths) if lengths > 1 else at_full_length
+    if lengths > 1 and grad_accum > 1:
+        batch = shortest_first(batch)
     if grad_accum == 1:
         sums, grads = sums_and_gradients(batch)
     else:
@@ -197,6 +202,7 @@ def make_train_step(
     objective: Objective = CLASSIFICATION,
     given: Mapping[str, Any] = NOTHING,
     grad_accum: int = 1,
+    lengths: int = 1,
     devices: Sequence[jax.Device] | None = None,
     process_index: int = 0,
     process_count: int = 1,
@@ -204,8 +210,9 @@ def make_train_step(
     """The training step of all devices: (state, batch from `split_batch`) -> state; the old state is donated.
 
     The loss is the weighted mean over the global batch. Keys come from `seed`, the step and the global row. So no draw
-    depends on `devices` (this process's; None = all), on the processes or on `grad_accum` (the number of micro-batches
-    that each device splits its rows into). Seed and rows are entries of the batch: all seeds and processes run one
+    depends on `devices` (this process's; None = all), on the processes, on `grad_accum` (the number of micro-batches
+    that each device splits its rows into) or on `lengths` (how many of `at_needed_length` there are; above 1, the rows
+    of a micro-batch are of similar length). Seed and rows are entries of the batch: all seeds and processes run one
     program. `given` are further arguments of the model, trees of arrays that are the same in every step, neither
     trained nor part of the state. `step.lower(state, batch)` is that of pmap; `step.trace` is the jaxpr. Both cost
     nothing where the step ran before, and take shapes and dtypes in place of arrays.
@@ -214,7 +221,9 @@ def make_train_step(
       ValueError: `devices` does not fit; (in a call) the batch does not divide over devices and micro-batches.
     """
     devices, mesh_devices = _devices(devices)
-    step = partial(train_step, graphdef=graphdef, optimizer=optimizer, objective=objective, grad_accum=grad_accum)
+    step = partial(
+        train_step, graphdef=graphdef, optimizer=optimizer, objective=objective, grad_accum=grad_accum, lengths=lengths
+    )
     mapped = jax.pmap(
         step, axis_name=AXIS, in_axes=(None, 0, None), out_axes=None, donate_argnums=0, devices=mesh_devices
     )

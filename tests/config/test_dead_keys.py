@@ -97,6 +97,7 @@ CONTEXT = {
     "attention.sparse.summary": {"attention.sparse.pattern": "fixed"},
     "model.causal": {"mixers": "softmax"},
     "densify_warmup": {"densify_at": 2},
+    "lengths": {"task.max_len": 64},
     "optimizer.window": {"optimizer.name": "mfac"},
     "optimizer.damping": {"optimizer.name": "mfac"},
     # Sequences not longer than the block or, if causal, the chunk are attended to exactly.

@@ -11,7 +11,7 @@ def test_top_level_keys_are_those_of_the_design():
     """And `mixers`, which the design's argument and `--set mixers=` name."""
     design = "seed steps batch_size grad_accum eval_every checkpoint_every log_every keep protocol dtype remat"
     densify = ("densify_at", "densify_warmup")  # which the issue of structured weights adds
-    assert set(schema.RUN) == {*design.split(), "init_from", "loggers", "debug_nans", "mixers", *densify}
+    assert set(schema.RUN) == {*design.split(), "init_from", "loggers", "debug_nans", "mixers", *densify, "lengths"}
 
 
 def test_patterns_and_structures_of_the_argument():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from efficient_tx.attention import ATTENTION
+from efficient_tx.kernels import flash_attention
 from efficient_tx.numerics.flops import Uncounted, products
 from efficient_tx.report.flops import of_step
 from tests.support.workdirs import config_of
@@ -34,6 +35,14 @@ def test_a_model_of_dense_layers_has_the_operations_of_its_weights():
     expected = 3 * 2 * batch * (length * for_each_token + head)
     assert of_step(config_of("vmean")) == expected
     assert of_step(config_of("vmean", batch_size=32)) == expected / 2
+
+
+def test_of_branches_the_most_expensive_one_counts():
+    """Also where each has kernels for other platforms, as attention at one of several lengths."""
+    attend = lambda x: flash_attention(x, x, x).sum()  # noqa: E731
+    branches = [lambda x: attend(x[:, :32]), attend]
+    either = count(lambda x: jax.lax.switch(x[0, 0, 0, 0].astype(int), branches, x), (1, 64, 2, 16))
+    assert either == count(attend, (1, 64, 2, 16)) == 2 * 2 * 64 * 64 * 16
 
 
 @pytest.mark.parametrize("length", [16, 1100])

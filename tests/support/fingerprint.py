@@ -50,9 +50,8 @@ class Fingerprint:
         for before, stage in zip([stages[0], *stages], stages):
             state = state if stage is before else enter(state, before, stage)
             graphdef = nnx.split(stage.model)[0]
-            step = make_train_step(
-                graphdef, stage.optimizer, seed=self.config.seed, grad_accum=self.config.grad_accum, devices=device
-            )
+            division = {"grad_accum": self.config.grad_accum, "lengths": self.config.lengths}
+            step = make_train_step(graphdef, stage.optimizer, seed=self.config.seed, devices=device, **division)
             programs.append(step.lower(state, split_batch(self.batches[0], device)).as_text())
         return digest(*programs, *jax.tree.leaves(state.params))
 
