@@ -28,6 +28,8 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from efficient_tx.compare.flags import whole
+from efficient_tx.compare.progress import progress
 from efficient_tx.files import local_path, write
 from efficient_tx.kernels.case import OPERATIONS
 from efficient_tx.kernels.verify import figures, hardware, ladder, report, sections
@@ -50,6 +52,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                         metavar="A,B", help="default: all of " + ", ".join(OPERATIONS))  # fmt: skip
     parser.add_argument("--targets", type=names_of(tuple(TARGETS), "target"), default=list(TARGETS),
                         metavar="A,B", help="default: all of " + ", ".join(TARGETS))  # fmt: skip
+    parser.add_argument("--jobs", type=whole, default=1, metavar="N",
+                        help="of --all: so many processes, each of which takes a core and up to 4 GiB")  # fmt: skip
     parser.add_argument("--out", type=local_path, default=Path("benchmarks"), help="folder; default: benchmarks")
     args = parser.parse_args(argv)
     if not args.all and not args.hardware:
@@ -82,15 +86,16 @@ def without_accelerator(args: argparse.Namespace, console: Console) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "kernels.json"
     implementations = list(dict.fromkeys(TARGETS[name].implementation for name in args.targets))
-    with console.status("starting") as status:
+    with progress(console) as say:
         of_ci = selection(args.kernels, [name for name in args.targets if name in GATES])
         rest = [] if args.quick else selection(args.kernels, args.targets, strength=3)
         planned = {c.name: c for c in of_ci + rest}
-        interpreted = list(ladder.interpreted(args.kernels, status.update))
-        moved = list(ladder.accounts(args.kernels, implementations, status.update))
-        compiled = list(kept(ladder.compilations(planned.values(), figures.read(path), status.update), path))
+        interpreted = list(ladder.interpreted(args.kernels, say, args.jobs))
+        moved = list(ladder.accounts(args.kernels, implementations, say, args.jobs))
+        rows = ladder.compilations(list(planned.values()), figures.read(path), say, args.jobs)
+        compiled = list(kept(rows, path))
         whole = set(args.kernels) == set(OPERATIONS) and set(args.targets) == set(TARGETS)
-        further, sound = sections.of_all(status.update, quick=args.quick) if whole else ([], True)
+        further, sound = sections.of_all(say, quick=args.quick, jobs=args.jobs) if whole else ([], True)
     date = datetime.date.today().isoformat()
     page = report.markdown(date, interpreted, moved, compiled, further, quick=args.quick)
     console.print(page, highlight=False, markup=False, soft_wrap=True)
@@ -132,12 +137,12 @@ def on_accelerator(args: argparse.Namespace, console: Console) -> int:
         "versions": figures.versions(), "seed": seed,
     }  # fmt: skip
     console.print(f"{head['device']}, driver {head['driver']}", highlight=False)
-    with console.status("starting") as status:
+    with progress(console) as say:
         clock = hardware.Clock.start(ERRORS_SECONDS)
-        errors = list(hardware.checked(args.kernels, hardware.KERNELS[device.platform], clock, seed, status.update))
-        steps = list(hardware.trained(hardware.Clock.start(STEPS_SECONDS), status.update))
+        errors = list(hardware.checked(args.kernels, hardware.KERNELS[device.platform], clock, seed, say))
+        steps = list(hardware.trained(hardware.Clock.start(STEPS_SECONDS), say))
         clock = hardware.Clock.start(ALL_SECONDS - (time.monotonic() - began))
-        times = list(hardware.timed(args.kernels, clock, seed, status.update))
+        times = list(hardware.timed(args.kernels, clock, seed, say))
     for line in (*report.of_errors(errors), "", *report.of_steps(steps), "", *report.of_times(times)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     path = folder / f"{re.sub('[^a-z0-9]+', '-', device.device_kind.lower())}.json"

@@ -3,6 +3,7 @@
 import itertools
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from importlib.metadata import packages_distributions
 from typing import Any
 
@@ -14,11 +15,19 @@ from efficient_tx.kernels.verify import accuracy, figures
 from efficient_tx.kernels.verify.cover import cover
 from efficient_tx.kernels.verify.loads import account as traffic_of_loads
 from efficient_tx.kernels.verify.plan import Compilation, faults
+from efficient_tx.kernels.verify.processes import each
 from efficient_tx.kernels.verify.program import digest, ptxas
 from efficient_tx.kernels.verify.program import program as compile_program
 from efficient_tx.kernels.verify.targets import TARGETS
 from efficient_tx.kernels.verify.traffic import account as traffic_of_blocks
 from efficient_tx.kernels.verify.traffic import traffic
+
+# Cases whose traffic is counted: few, and of at most so many bytes, because the program around is run on the host.
+COUNTED, LARGEST = 3, 1 << 26
+ACCOUNTS = {"pallas_tpu": traffic_of_blocks, "pallas_gpu": traffic_of_loads}
+
+# An operation, the values of one of its cases, and an implementation.
+Call = tuple[str, Any, str]
 
 
 def missing(targets: Collection[str]) -> list[str]:
@@ -40,79 +49,89 @@ def missing(targets: Collection[str]) -> list[str]:
     return lines
 
 
-def interpreted(operations: Collection[str], progress: Callable[[str], Any]) -> Iterator[dict[str, Any]]:
+def interpreted(operations: Collection[str], progress: Callable[[str], Any], jobs: int = 1) -> Iterator[dict[str, Any]]:
     """Runs a selection of the small cases of each operation, with fresh arrays.
 
     Yields:
       a row for each case and Pallas implementation: its errors beside float64, the most that rounding explains, and
       the races of a TPU's.
     """
-    seed = random.randrange(2**31)
+    chosen: list[Call] = []
     for operation in operations:
         rows = list(small(operation))
         for values in (rows[number] for number in cover(rows, 2)):
-            case = cases_of(operation).case(**values)
-            for implementation in ("pallas_tpu", "pallas_gpu"):
-                if implementation in case.without:
-                    continue
-                progress(f"{label(operation, values)} {implementation}, interpreted")
-                row = {"operation": operation, "case": label(operation, values), "implementation": implementation}
-                row |= accuracy.errors(case, seed, implementation=implementation, interpret=True)
-                row["most"] = accuracy.most(case)
-                row["races"] = accuracy.races(case, seed) if implementation == "pallas_tpu" else None
-                yield row
+            without = cases_of(operation).case(**values).without
+            chosen += [(operation, values, name) for name in ACCOUNTS if name not in without]
+    run = partial(interpret, seed=random.randrange(2**31))
+    yield from each(run, chosen, jobs=jobs, progress=progress, what="interpreted")
 
 
-# Cases whose traffic is counted: few, and of at most so many bytes, because the program around is run on the host.
-COUNTED, LARGEST = 3, 1 << 26
-ACCOUNTS = {"pallas_tpu": traffic_of_blocks, "pallas_gpu": traffic_of_loads}
+def interpret(call: Call, seed: int) -> dict[str, Any]:
+    operation, values, implementation = call
+    case = cases_of(operation).case(**values)
+    row = {"operation": operation, "case": label(operation, values), "implementation": implementation}
+    row |= accuracy.errors(case, seed, implementation=implementation, interpret=True)
+    row["most"] = accuracy.most(case)
+    row["races"] = accuracy.races(case, seed) if implementation == "pallas_tpu" else None
+    return row
 
 
 def accounts(
-    operations: Collection[str], implementations: Collection[str], progress: Callable[[str], Any]
+    operations: Collection[str], implementations: Collection[str], progress: Callable[[str], Any], jobs: int = 1
 ) -> Iterator[dict[str, Any]]:
     """Counts the bytes that kernels move, on some production cases of each operation.
 
     Yields:
       a row for each kernel of a case: the bytes, the lower bound, and their ratio.
     """
+    chosen: list[Call] = []
     for operation, implementation in itertools.product(operations, implementations):
-        on_chip = min(target.on_chip for target in TARGETS.values() if target.implementation == implementation)
         fitting = []
         for values in production(operation):
             case = cases_of(operation).case(**values)
             if implementation not in case.without and nbytes((case.arrays, case.outputs())) <= LARGEST:
                 fitting.append(values)
-        for values in (fitting[number] for number in cover(fitting, 2)[:COUNTED]):
-            case = cases_of(operation).case(**values)
-            progress(f"{label(operation, values)}: bytes moved by {implementation}")
-            # What is moved depends on lists of blocks, and not on numbers of standard normal arrays.
-            arrays = case.filled(0, lambda _, x: jnp.zeros(x.shape, x.dtype))
-            cotangents = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), case.outputs())
-            least = case.traffic(on_chip) if case.traffic else 0.0
-            call = case.gradient(implementation=implementation, interpret=True)
-            for found in traffic(call, arrays, cotangents, of=ACCOUNTS[implementation]):
-                row = {"operation": operation, "implementation": implementation, "case": label(operation, values)}
-                row |= {"kernel": found.kernel, "moved": found.moved}
-                yield row | {"least": max(found.once, least), "ratio": found.ratio(least)}
+        chosen += [(operation, fitting[number], implementation) for number in cover(fitting, 2)[:COUNTED]]
+    for rows in each(account, chosen, jobs=jobs, progress=progress, what="bytes moved"):
+        yield from rows
+
+
+def account(call: Call) -> list[dict[str, Any]]:
+    operation, values, implementation = call
+    case = cases_of(operation).case(**values)
+    # What is moved depends on lists of blocks, and not on numbers of standard normal arrays.
+    arrays = case.filled(0, lambda _, x: jnp.zeros(x.shape, x.dtype))
+    cotangents = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), case.outputs())
+    on_chip = min(target.on_chip for target in TARGETS.values() if target.implementation == implementation)
+    least = case.traffic(on_chip) if case.traffic else 0.0
+    run = case.gradient(implementation=implementation, interpret=True)
+    row = {"operation": operation, "implementation": implementation, "case": label(operation, values)}
+    return [
+        row
+        | {"kernel": found.kernel, "moved": found.moved, "least": max(found.once, least), "ratio": found.ratio(least)}
+        for found in traffic(run, arrays, cotangents, of=ACCOUNTS[implementation])
+    ]
 
 
 def compilations(
-    planned: Collection[Compilation], stored: Mapping[str, Any], progress: Callable[[str], Any]
+    planned: Collection[Compilation], stored: Mapping[str, Any], progress: Callable[[str], Any], jobs: int = 1
 ) -> Iterator[dict[str, Any]]:
     """Compiles what is planned and not yet `stored` with the same source.
 
     Yields:
       a row for each: its figures, and under "faults" what it must not have.
     """
-    for number, compilation in enumerate(planned):
-        progress(f"{number} of {len(planned)} compiled; {compilation.name}")
-        row = {"name": compilation.name, "operation": compilation.operation, "target": compilation.target.name}
-        lowered, known = compilation.lowered(), stored.get(compilation.name)
-        try:
-            same = known is not None and known["source"] == digest(lowered)
-            program = figures.to_program(known) if same else compile_program(lowered, compilation.target)
-        except jax.errors.JaxRuntimeError as error:
-            yield row | {"faults": [f"does not compile: {' '.join(str(error).split())[:200]}"]}
-        else:
-            yield row | {"faults": faults(compilation, program), "figures": figures.of_program(program)}
+    known = [(compilation, stored.get(compilation.name)) for compilation in planned]
+    yield from each(compiled, known, jobs=jobs, progress=progress, what="compiled")
+
+
+def compiled(item: tuple[Compilation, Mapping[str, Any] | None]) -> dict[str, Any]:
+    compilation, known = item
+    row = {"name": compilation.name, "operation": compilation.operation, "target": compilation.target.name}
+    lowered = compilation.lowered()
+    try:
+        same = known is not None and known["source"] == digest(lowered)
+        program = figures.to_program(known) if same else compile_program(lowered, compilation.target)
+    except jax.errors.JaxRuntimeError as error:
+        return row | {"faults": [f"does not compile: {' '.join(str(error).split())[:200]}"]}
+    return row | {"faults": faults(compilation, program), "figures": figures.of_program(program)}

@@ -1,7 +1,9 @@
 """The sections of the page beside the table of kernels: training steps, price of a score, peers, mixers."""
 
 import collections
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain, product
 from typing import Any
 
 import jax
@@ -10,6 +12,7 @@ from efficient_tx.attention import ATTENTION
 from efficient_tx.kernels.verify import mixers, peers, price, steps, twins
 from efficient_tx.kernels.verify.loops import Loop
 from efficient_tx.kernels.verify.plan import GATES
+from efficient_tx.kernels.verify.processes import each
 from efficient_tx.kernels.verify.report import table
 from efficient_tx.kernels.verify.targets import MIB, TARGETS
 from efficient_tx.kernels.verify.training import RECIPES
@@ -18,52 +21,44 @@ from efficient_tx.kernels.verify.training import RECIPES
 TWO = ("v5e", "h100")
 
 
-def of_all(progress: Callable[[str], Any], *, quick: bool = False) -> tuple[list[str], bool]:
+def of_all(progress: Callable[[str], Any], *, quick: bool = False, jobs: int = 1) -> tuple[list[str], bool]:
     """Compiles what the sections are about: their lines, and whether nothing in them must not be.
 
     With `quick` no mixers for TPUs: XLA takes a minute and more for many.
     """
-    compiled = list(trained(progress))
-    priced = list(paid(progress))
+    run: Any = partial(each, jobs=jobs, progress=progress)
+    compiled = list(run(trained, list(product(RECIPES, TWO)), what="training steps"))
+    priced = list(chain(*run(paid, list(product(GATES, twins.SCORES, price.DIMS)), what="prices of a score")))
     compared = [row for target in peers.PEERS for row in peers.compared(target, progress)]
-    mixed = list(looked_at(TWO[1:] if quick else TWO, progress))
+    mixed = list(run(looked_at, list(product(ATTENTION, TWO[1:] if quick else TWO)), what="mixers"))
     lines = [*of_steps(compiled), *of_price(priced), *of_peers(compared), *of_mixers(mixed)]
     failed = [row for row in compiled + mixed if row["faults"]], [pair for pair in priced if pair.faults()]
     return lines, not any(failed)
 
 
-def trained(progress: Callable[[str], Any]) -> Iterator[dict[str, Any]]:
-    for name, recipe in RECIPES.items():
-        for target in TWO:
-            progress(f"training step of {name} for {steps.CHIPS} {target}")
-            row = {"name": name, "target": target}
-            try:
-                step = steps.compiled_step(recipe(), TARGETS[target])
-            except jax.errors.JaxRuntimeError as error:
-                yield row | {"faults": [f"does not compile: {' '.join(str(error).split())[:200]}"]}
-            else:
-                yield row | {"step": step, "faults": steps.faults(step)}
+def trained(of: tuple[str, str]) -> dict[str, Any]:
+    name, target = of
+    row = {"name": name, "target": target}
+    try:
+        step = steps.compiled_step(RECIPES[name](), TARGETS[target])
+    except jax.errors.JaxRuntimeError as error:
+        return row | {"faults": [f"does not compile: {' '.join(str(error).split())[:200]}"]}
+    return row | {"step": step, "faults": steps.faults(step)}
 
 
-def paid(progress: Callable[[str], Any]) -> Iterator[price.Pair]:
-    for target in GATES:
-        for score in twins.SCORES:
-            for dim in price.DIMS:
-                progress(f"price of {score}, {dim} dims, {target}")
-                yield from price.pairs(score, dim, TARGETS[target])
+def paid(of: tuple[str, str, int]) -> list[price.Pair]:
+    target, score, dim = of
+    return list(price.pairs(score, dim, TARGETS[target]))
 
 
-def looked_at(targets: Sequence[str], progress: Callable[[str], Any]) -> Iterator[dict[str, Any]]:
-    for name in ATTENTION:
-        for target in targets:
-            progress(f"program of {name} for {target}")
-            row = {"name": name, "target": target}
-            try:
-                found = mixers.program_of(name, TARGETS[target])
-            except jax.errors.JaxRuntimeError as error:
-                yield row | {"faults": [f"does not compile: {' '.join(str(error).split())[:200]}"]}
-            else:
-                yield row | {"program": found, "faults": mixers.faults(name, found)}
+def looked_at(of: tuple[str, str]) -> dict[str, Any]:
+    name, target = of
+    row = {"name": name, "target": target}
+    try:
+        found = mixers.program_of(name, TARGETS[target])
+    except jax.errors.JaxRuntimeError as error:
+        return row | {"faults": [f"does not compile: {' '.join(str(error).split())[:200]}"]}
+    return row | {"program": found, "faults": mixers.faults(name, found)}
 
 
 def of_steps(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -38,6 +38,9 @@ class Target:
     describe: Callable[[], dict[str, str]]
     architecture: str | None = None
 
+    def __reduce__(self):  # as its name: how it is described is a function
+        return target_of, (self.name,)
+
     @property
     def implementation(self) -> str:
         """The implementation that is meant for it."""
@@ -107,6 +110,10 @@ TARGETS = {
             l2=126 * MIB, memory=180 * GIB),
     )
 }  # fmt: skip
+
+
+def target_of(name: str) -> Target:
+    return TARGETS[name]
 
 
 @cache
