@@ -252,7 +252,8 @@ class Loop:
         compiled = self._train_step.lower(state, batch).compile()
         memory = f"{needed(compiled) / 2**20:,.1f} MiB" if compiled.memory_analysis() else "an unknown amount"
         count = of_program(lambda: self._train_step.trace(state, batch))
-        products = "not counted" if count is None else f"{count:.3g} FLOP"
+        most = "at most " if self._division["lengths"] > 1 else ""
+        products = "not counted" if count is None else f"{most}{count:.3g} FLOP"
         return f"  on each device {memory} of memory, as compiled; matrix products and solves: {products} a step"
 
     def _log(self, state: State, step: int) -> State:
