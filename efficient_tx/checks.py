@@ -22,6 +22,9 @@ class OptionError(ValueError):
         super().__init__(f"{option} is {value!r}: {rule}")
         self.option, self.value, self.rule = option, value, rule
 
+    def __reduce__(self):  # from process to process
+        return type(self), (self.option, self.value, self.rule)
+
     def within(self, section: str) -> "OptionError":
         """The same error of an option in `section`."""
         return OptionError(f"{section}.{self.option}", self.value, self.rule)

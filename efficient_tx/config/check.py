@@ -19,6 +19,8 @@ from efficient_tx.training.loggers import LOGGERS
 
 # Longer sequences and wider layers fit no machine. The limit is far above Path-X and the needle tasks.
 LONGEST = 2**24
+# Of each a program of the whole model is compiled.
+MOST_LENGTHS = 32
 # What the counters and sizes of a program can hold: int32.
 LARGEST = 2**31 - 1
 FLOAT32 = float(jnp.finfo(jnp.float32).max)
@@ -35,6 +37,7 @@ def check(config: ConfigDict) -> None:
     with at():
         at_least(0, steps=config.steps)
         at_least(1, **{key: config[key] for key in counts})
+        at_most(MOST_LENGTHS, lengths=config.lengths)
         if not 0 <= config.seed < 2**32:
             raise OptionError("seed", config.seed, "it must be in [0, 2^32)")
         if config.batch_size % config.grad_accum:

@@ -59,7 +59,7 @@ class Recipe:
         state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), self._stage.like())
         step = make_train_step(
             nnx.split(self._stage.model)[0], self._stage.optimizer, seed=0, grad_accum=self.config.grad_accum,
-            lengths=self.config.lengths, devices=devices,
+            devices=devices,
         )  # fmt: skip
         arguments: tuple[Any, ...] = (state, self.batch(size))
         flops = of_program(lambda: step.trace(*arguments))

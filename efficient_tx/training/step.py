@@ -140,8 +140,9 @@ def train_step(
         (_, sums), grads = jax.value_and_grad(loss_sum, has_aux=True)(state.params, batch)
         return sums, jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
 
-    sums_and_gradients = partial(at_needed_length, at_full_length, count=lengths) if lengths > 1 else at_full_length
-    if lengths > 1 and grad_accum > 1:
+    sums_and_gradients = at_full_length
+    if lengths > 1 and not jax.config.jax_debug_nans:  # which could not look into the branches of a length
+        sums_and_gradients = partial(at_needed_length, at_full_length, count=lengths)
         batch = shortest_first(batch)
     if grad_accum == 1:
         sums, grads = sums_and_gradients(batch)

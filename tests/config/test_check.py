@@ -18,6 +18,7 @@ pytestmark = pytest.mark.quick
         ("fourier", {"model.positions": "rope"}, "attention.fourier", ["rope"]),
         ("softmax", {"dtype": "float16"}, "dtype", ["is 'float16'", "bfloat16"]),
         ("softmax", {"grad_accum": 5}, "grad_accum", ["is 5: it must divide batch_size 32"]),
+        ("softmax", {"lengths": 2000}, "lengths", ["is 2000: it must be at most 32"]),
         ("softmax", {"loggers": ("wand",)}, "loggers", ["is 'wand'", "nearest: 'wandb'"]),
         ("softmax", {"steps": -1}, "steps", ["is -1: it must be at least 0"]),
         ("softmax", {"seed": -1}, "seed", ["is -1: it must be in [0, 2^32)"]),
@@ -72,6 +73,11 @@ def test_what_is_wrong_is_named_with_its_place(argument, typed, key, words):
     for word in words:
         assert word in caught.value.fault
     assert "\n" not in str(caught.value) and "--" not in str(caught.value)
+
+
+def test_lengths_are_of_what_is_padded():
+    with pytest.raises(ConfigError, match=r"lengths is 2: images have no padding, use 1$"):
+        check.check(load.ConfigFile("vit_fashion").resolve({"lengths": 2}))
 
 
 @pytest.mark.parametrize(("key", "most"), [("depths", 1024), ("features", 2**24), ("heads", 2**24)])

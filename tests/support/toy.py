@@ -75,6 +75,7 @@ def make_loop(
     optimizer: dict | None = None,
     model: nnx.Module | None = None,
     transforms: Sequence[tuple[int, Transform]] = (),
+    lengths: int = 1,
     **plan,
 ):
     """The loop of a run in the folder `path`; `plan` overrides PLAN."""
@@ -98,6 +99,7 @@ def make_loop(
         history=record,
         report=Report(path, record, steps=plan.steps, batch_size=plan.batch_size, **about),
         seed=0,
+        lengths=lengths,
     )
 
 

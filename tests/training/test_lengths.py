@@ -12,7 +12,7 @@ from flax import nnx
 from efficient_tx.attention import ATTENTION
 from efficient_tx.models import Classifier, DualEncoder, TokenClassifier
 from efficient_tx.training import metrics
-from efficient_tx.training.lengths import at_needed_length, needed, steps_to
+from efficient_tx.training.lengths import at_needed_length, ends, steps_to
 from efficient_tx.training.step import clear_window, init_state, make_train_step, split_batch
 
 LENGTH, VOCAB, CLASSES = 96, 17, 10  # computed at 32, 64 or 96
@@ -40,8 +40,9 @@ def batch_of(tokens, label=(), *, pairs=None):
 
 @pytest.mark.quick
 def test_lengths_are_few_and_end_with_the_full_one():
-    assert steps_to(2000, 4) == [512, 1024, 1536, 2000]
+    assert steps_to(2000, 4) == [512, 1024, 1504, 2000]
     assert steps_to(96, 3) == [32, 64, 96] and steps_to(96, 1) == [96] and steps_to(20, 8) == [20]
+    assert steps_to(65, 2) == [65] and steps_to(130, 4) == [64, 96, 130]
     for length in range(1, 400, 7):
         for count in (1, 2, 5, 100):
             sizes = steps_to(length, count)
@@ -50,11 +51,14 @@ def test_lengths_are_few_and_end_with_the_full_one():
 
 
 @pytest.mark.quick
-def test_needed_ends_with_the_last_real_token_of_both():
+def test_an_example_ends_with_the_last_real_or_labelled_token_of_both():
     mask, other = np.zeros((3, 8), bool), np.zeros((3, 8), bool)
     mask[0, [1, 4]] = other[0, 2] = mask[1, 0] = other[1, 7] = True
-    np.testing.assert_array_equal(needed({"mask": mask, "mask2": other}), [5, 8, 0])
-    np.testing.assert_array_equal(needed({"mask": mask}), [5, 1, 0])
+    examples, tokens = np.ones(3), np.zeros((3, 8))
+    tokens[2, 5] = 0.5
+    np.testing.assert_array_equal(ends({"mask": mask, "mask2": other, "weight": examples}), [5, 8, 0])
+    np.testing.assert_array_equal(ends({"mask": mask, "weight": examples}), [5, 1, 0])
+    np.testing.assert_array_equal(ends({"mask": mask, "weight": tokens}), [5, 1, 6])
 
 
 @pytest.mark.quick
@@ -132,7 +136,10 @@ def test_nor_with_a_label_for_each_token():
     def build():
         return TokenClassifier(num_classes=CLASSES, **SIZES, mixers=[ATTENTION["gla"]], causal=True, rngs=nnx.Rngs(0))
 
-    assert_nothing_changes(build, batch_of(TOKENS, (LENGTH,)))
+    batch = batch_of(TOKENS, (LENGTH,))
+    assert_nothing_changes(build, batch)
+    # Masks of the examples' own leave out tokens, whose labels count all the same.
+    assert_nothing_changes(build, batch | {"mask": batch["mask"] & (np.arange(LENGTH) < 30)})
 
 
 def test_nor_for_pairs():

@@ -286,8 +286,9 @@ def test_a_nan_is_found_by_its_line(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("lengths", [1, 2])
 @pytest.mark.parametrize("grad_accum", [1, 2])
-def test_a_nan_in_a_gradient_is_found_by_the_line_of_the_forward_pass(grad_accum):
+def test_a_nan_in_a_gradient_is_found_by_the_line_of_the_forward_pass(grad_accum, lengths):
     """Under pmap, and within micro-batches: the gradient of √(0·x) is 0·∞."""
 
     class Broken(toy.Model):
@@ -296,7 +297,7 @@ def test_a_nan_in_a_gradient_is_found_by_the_line_of_the_forward_pass(grad_accum
             return y + jnp.sqrt(0.0 * y)  # here
 
     model, optimizer = Broken(nnx.Rngs(0)), optax.sgd(0.1)
-    step = make_train_step(nnx.split(model)[0], optimizer, seed=0, grad_accum=grad_accum)
+    step = make_train_step(nnx.split(model)[0], optimizer, seed=0, grad_accum=grad_accum, lengths=lengths)
     batch = split_batch(next(iter(train_batches(toy.TASK, batch_size=8, seed=0))), jax.local_devices())
     with jax.debug_nans(True), pytest.raises(FloatingPointError) as caught:
         step(init_state(model, optimizer), batch)

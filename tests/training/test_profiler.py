@@ -1,5 +1,7 @@
 """What a run says of its step, and traces of some: neither compiles anything or changes a number."""
 
+import re
+
 import jax
 import pytest
 
@@ -37,6 +39,11 @@ def test_the_step_is_compiled_once_and_its_figures_are_said(tmp_path, capsys):
         jax.monitoring.unregister_event_duration_listener(note)
     assert compiled.count("jit(_fun)") == 1, compiled
     assert "on each device" in capsys.readouterr().out
+
+
+def test_a_step_at_several_lengths_has_at_most_so_many_operations(tmp_path, capsys):
+    toy.make_loop(tmp_path, steps=1, lengths=2).run()
+    assert re.search("matrix products and solves: at most [0-9.e+]+ FLOP a step", capsys.readouterr().out)
 
 
 def test_a_run_says_the_operations_of_its_step():

@@ -1,6 +1,6 @@
 """Verifies the kernels: without an accelerator, by interpreters and the vendors' compilers, or on the one there is.
 
-python -m efficient_tx.kernels.verify --all [--quick]
+python -m efficient_tx.kernels.verify --all [--quick] [--jobs=4]
 python -m efficient_tx.kernels.verify --all --kernels=monarch --targets=h100,v5e
 python -m efficient_tx.kernels.verify --hardware
 """
@@ -53,13 +53,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--targets", type=names_of(tuple(TARGETS), "target"), default=list(TARGETS),
                         metavar="A,B", help="default: all of " + ", ".join(TARGETS))  # fmt: skip
     parser.add_argument("--jobs", type=whole, default=1, metavar="N",
-                        help="of --all: so many processes, each of which takes a core and up to 4 GiB")  # fmt: skip
+                        help="of --all: so many processes, each with a core and 2 GiB; default: 1")  # fmt: skip
     parser.add_argument("--out", type=local_path, default=Path("benchmarks"), help="folder; default: benchmarks")
     args = parser.parse_args(argv)
     if not args.all and not args.hardware:
         parser.error("say --all (no accelerator needed) or --hardware (on this machine's accelerator)")
     if args.quick and not args.all:
         parser.error("--quick is a part of --all, and --hardware is quick: leave it out")
+    if args.jobs > 1 and not args.all:
+        parser.error(f"--jobs={args.jobs} is of --all, and --hardware is one process: leave it out")
     return args
 
 
@@ -94,12 +96,12 @@ def without_accelerator(args: argparse.Namespace, console: Console) -> int:
         moved = list(ladder.accounts(args.kernels, implementations, say, args.jobs))
         rows = ladder.compilations(list(planned.values()), figures.read(path), say, args.jobs)
         compiled = list(kept(rows, path))
-        whole = set(args.kernels) == set(OPERATIONS) and set(args.targets) == set(TARGETS)
-        further, sound = sections.of_all(say, quick=args.quick, jobs=args.jobs) if whole else ([], True)
+        complete = set(args.kernels) == set(OPERATIONS) and set(args.targets) == set(TARGETS)
+        further, sound = sections.of_all(say, quick=args.quick, jobs=args.jobs) if complete else ([], True)
     date = datetime.date.today().isoformat()
     page = report.markdown(date, interpreted, moved, compiled, further, quick=args.quick)
     console.print(page, highlight=False, markup=False, soft_wrap=True)
-    if whole:
+    if complete:
         write(args.out / "kernels.md", page)
         console.print(f"wrote {args.out}/kernels.json, kernels.md")
     else:

@@ -63,7 +63,12 @@ def interpreted(operations: Collection[str], progress: Callable[[str], Any], job
             without = cases_of(operation).case(**values).without
             chosen += [(operation, values, name) for name in ACCOUNTS if name not in without]
     run = partial(interpret, seed=random.randrange(2**31))
-    yield from each(run, chosen, jobs=jobs, progress=progress, what="interpreted")
+    yield from each(run, chosen, jobs=jobs, progress=progress, what="interpreting", name=named)
+
+
+def named(call: Call) -> str:
+    operation, values, implementation = call
+    return f"{label(operation, values)} {implementation}"
 
 
 def interpret(call: Call, seed: int) -> dict[str, Any]:
@@ -92,7 +97,7 @@ def accounts(
             if implementation not in case.without and nbytes((case.arrays, case.outputs())) <= LARGEST:
                 fitting.append(values)
         chosen += [(operation, fitting[number], implementation) for number in cover(fitting, 2)[:COUNTED]]
-    for rows in each(account, chosen, jobs=jobs, progress=progress, what="bytes moved"):
+    for rows in each(account, chosen, jobs=jobs, progress=progress, what="bytes moved", name=named):
         yield from rows
 
 
@@ -122,7 +127,8 @@ def compilations(
       a row for each: its figures, and under "faults" what it must not have.
     """
     known = [(compilation, stored.get(compilation.name)) for compilation in planned]
-    yield from each(compiled, known, jobs=jobs, progress=progress, what="compiled")
+    name = lambda item: item[0].name  # noqa: E731
+    yield from each(compiled, known, jobs=jobs, progress=progress, what="compiling", name=name)
 
 
 def compiled(item: tuple[Compilation, Mapping[str, Any] | None]) -> dict[str, Any]:

@@ -18,21 +18,23 @@ Result = TypeVar("Result")
 
 
 def each(
-    function: Callable[[Item], Result], items: Sequence[Item], *, jobs: int, progress: Callable[[str], Any], what: str
-) -> Iterator[Result]:
+    function: Callable[[Item], Result], items: Sequence[Item], *, jobs: int, progress: Callable[[str], Any], what: str,
+    name: Callable[[Item], str] = str,
+) -> Iterator[Result]:  # fmt: skip
     """The results in order, of `jobs` processes at once; with one, of this process.
 
-    `progress` is told how many of how many are done, and `what` they are. With more than one job, function, items and
-    results go from process to process: they can be pickled. The processes end with the iterator, and with this process.
+    `progress` is told of each item that is waited for, by its `name` and its number among these, and `what` is done.
+    With more than one job, function, items and results go from process to process: they can be pickled. The processes
+    end with the iterator, and with this process.
 
     Raises:
       ChildProcessError: one of the processes was ended.
     """
-    progress(f"{what}: 0 of {len(items)}")
     with contextlib.nullcontext(map) if jobs == 1 else processes(jobs) as run:
-        for number, result in enumerate(run(function, items), 1):
-            progress(f"{what}: {number} of {len(items)}")
-            yield result
+        results = iter(run(function, items))
+        for number, item in enumerate(items, 1):
+            progress(f"{what}: {number} of {len(items)}, {name(item)}")
+            yield next(results)
 
 
 @contextlib.contextmanager
@@ -43,8 +45,9 @@ def processes(count: int) -> Iterator[Callable]:
     pool = ProcessPoolExecutor(count, context, begin, (watched,))
     try:
         yield pool.map
-    except BrokenProcessPool:
-        raise ChildProcessError("a process was ended, as for want of memory: use fewer jobs") from None
+    except BrokenProcessPool as error:
+        fault = f"one of {count} processes was ended, as for want of memory: use fewer jobs"
+        raise ChildProcessError(fault) from error
     except BaseException:
         alive.close()
         raise

@@ -26,7 +26,8 @@ def of_all(progress: Callable[[str], Any], *, quick: bool = False, jobs: int = 1
 
     With `quick` no mixers for TPUs: XLA takes a minute and more for many.
     """
-    run: Any = partial(each, jobs=jobs, progress=progress)
+    name = lambda item: " ".join(map(str, item))  # noqa: E731
+    run: Any = partial(each, jobs=jobs, progress=progress, name=name)
     compiled = list(run(trained, list(product(RECIPES, TWO)), what="training steps"))
     priced = list(chain(*run(paid, list(product(GATES, twins.SCORES, price.DIMS)), what="prices of a score")))
     compared = [row for target in peers.PEERS for row in peers.compared(target, progress)]

@@ -18,6 +18,8 @@ from efficient_tx.kernels.verify.targets import TARGETS
         (["--all", "--kernels=monarhc"], "'monarhc' is no operation with cases: choose of"),
         (["--all", "--targets=h100,v7"], "'v7' is no target: choose of v5e, v6e, a100, h100"),
         (["--hardware", "--quick"], "--quick is a part of --all, and --hardware is quick: leave it out"),
+        (["--hardware", "--jobs=2"], "--jobs=2 is of --all, and --hardware is one process: leave it out"),
+        (["--all", "--jobs=0"], "'0' is no whole number of at least 1"),
         (["--al"], "--al is no flag: the nearest is --all"),
     ],
 )
@@ -62,19 +64,26 @@ def rungs(monkeypatch):
     ]
     run = {"operation": "monarch", "case": "monarch x float32", "implementation": "pallas_tpu", "races": 0}
     run |= {"forward": 1e-7, "gradient": 2e-7, "most": 1e-4}
+    asked = []
+
+    def canned(rows):
+        return lambda *arguments: asked.append(arguments[-1]) or rows
+
     monkeypatch.setattr(ladder, "missing", lambda targets: [])
-    monkeypatch.setattr(ladder, "interpreted", lambda *_: [run])
+    monkeypatch.setattr(ladder, "interpreted", canned([run]))
     moved = [
         {"operation": "monarch", "implementation": implementation, "ratio": ratio}
         for implementation, ratio in (("pallas_tpu", 1.25), ("pallas_gpu", 2.5))
     ]
-    monkeypatch.setattr(ladder, "accounts", lambda *_: moved)
-    monkeypatch.setattr(ladder, "compilations", lambda *_: programs)
+    monkeypatch.setattr(ladder, "accounts", canned(moved))
+    monkeypatch.setattr(ladder, "compilations", canned(programs))
     monkeypatch.setattr(command, "selection", lambda *_, **__: [])
-    monkeypatch.setattr(sections, "of_all", lambda _, quick: (["## Whole training steps"], True))
+    monkeypatch.setattr(
+        sections, "of_all", lambda _, quick, jobs: asked.append(jobs) or (["## Whole training steps"], True)
+    )
     monkeypatch.setattr(figures, "store", lambda path, programs, known: path.write_text(json.dumps(programs)))
     monkeypatch.setattr(figures, "read", lambda path: {})
-    return run, programs
+    return run, programs, asked
 
 
 def test_all_writes_a_table_and_figures(rungs, tmp_path, capsys):
@@ -96,13 +105,19 @@ def test_quick_is_what_ci_compiles(rungs, tmp_path, monkeypatch, capsys):
         assert asked == strengths and said in page and ("--quick` on" in page) == bool(flags)
 
 
+def test_every_rung_is_told_how_many_processes(rungs, tmp_path, capsys):
+    *_, asked = rungs
+    assert command.main(["--all", "--jobs=3", f"--out={tmp_path}"]) == 0
+    assert asked == [3] * 4
+
+
 def test_a_part_leaves_the_table_of_all_as_it_is(rungs, tmp_path, capsys):
     assert command.main(["--all", "--targets=v5e", f"--out={tmp_path}"]) == 0
     assert not (tmp_path / "kernels.md").exists() and (tmp_path / "kernels.json").exists()
 
 
 def test_faults_fail_where_a_target_gates_and_races_and_wrong_results_everywhere(rungs, tmp_path, capsys):
-    run, programs = rungs
+    run, programs, _ = rungs
     programs[list(TARGETS).index("v4")]["faults"] = ["a spill"]
     assert command.main(["--all", f"--out={tmp_path}"]) == 0
     assert "- monarch x forward v4: a spill" in (tmp_path / "kernels.md").read_text()

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from efficient_tx.checks import OptionError
 from efficient_tx.kernels.verify.plan import selection
 from efficient_tx.kernels.verify.processes import each
 
@@ -45,16 +46,26 @@ def ended(folder):
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_results_keep_their_order(jobs):
     told = []
-    results = list(each(square, [3, 1, 2], jobs=jobs, progress=told.append, what="squares"))
+    results = list(each(square, [3, 1, 2], jobs=jobs, progress=told.append, what="squares", name="x = {}".format))
     assert [result for _, result in results] == [9, 1, 4]
     assert (os.getpid() in {process for process, _ in results}) == (jobs == 1)
-    assert told == [f"squares: {number} of 3" for number in range(4)]
+    assert told == ["squares: 1 of 3, x = 3", "squares: 2 of 3, x = 1", "squares: 3 of 3, x = 2"]
 
 
 @pytest.mark.slow
 def test_a_process_that_is_killed_is_named():
-    with pytest.raises(ChildProcessError, match=r"^a process was ended, as for want of memory: use fewer jobs$"):
+    with pytest.raises(ChildProcessError, match=r"^one of 2 processes was ended, as for want of memory: use fewer"):
         list(each(square, [1, 5, 2], **TWO))
+
+
+def refuse(x):
+    raise OptionError("x", x, "it must be another")
+
+
+@pytest.mark.slow
+def test_an_error_in_a_process_is_that_of_the_caller():
+    with pytest.raises(OptionError, match=r"^x is 3: it must be another$"):
+        list(each(refuse, [3, 1], **TWO))
 
 
 @pytest.mark.slow
