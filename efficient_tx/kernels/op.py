@@ -6,7 +6,7 @@ compiled for a TPU. So a call has a choice for every platform, of which `kernels
 
 import dataclasses
 import importlib
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any, Protocol
 
@@ -35,7 +35,11 @@ class Implementation(Protocol):
         """The sizes of its blocks for these arguments."""
 
     def forward(self, options: Hashable, sizes: Hashable, *arrays: Any) -> tuple[Any, Any]:
-        """The outputs, and what `backward` needs beside the arrays and the outputs."""
+        """The outputs, and what `backward` needs beside the arrays and the outputs.
+
+        An implementation whose kernels would write what nobody reads also has `primal`, of the same arguments, which
+        returns the outputs alone: it is called where no gradient follows.
+        """
 
     def backward(self, options: Hashable, sizes: Hashable, arrays: tuple, outputs: Any, saved: Any, cotangents: Any):
         """The cotangent of every array, None for one without (a mask), from those of the outputs."""
@@ -145,18 +149,31 @@ class Plan:
     interpret: Any
 
     def call(self, direction: str, *args: Any) -> Any:
-        """`forward` or `backward` of the implementation for the platform that the program is lowered for."""
+        """`primal`, `forward` or `backward` of the implementation for the platform of the program."""
         alternatives = {}
         for platform, name, sizes in self.chosen:
-            function = getattr(self.op.module(name), direction)
+            module = self.op.module(name)
+            if direction == "primal" and not hasattr(module, "primal"):
+                function = partial(outputs_of, module.forward, self.options, sizes)
+            else:
+                function = partial(getattr(module, direction), self.options, sizes)
             keywords = {"interpret": self.interpret} if name in PLATFORMS else {}
-            alternatives[platform] = partial(function, self.options, sizes, **keywords)
+            alternatives[platform] = partial(function, **keywords)
         if [*alternatives] == ["default"]:
             return alternatives["default"](*args)
         (platform, name, _), *_ = self.chosen
         only = f"{self.op.name}: implementation={name!r} runs on {platform} only"
         other = "this program is for another platform: pass interpret=True, or None"
         return by_platform(alternatives, *args, missing=f"{only}, and {other}")
+
+
+def outputs_of(forward: Callable, *args: Any, **keywords: Any) -> Any:
+    return forward(*args, **keywords)[0]
+
+
+@partial(jax.jit, static_argnums=0)
+def primal(plan: Plan, arrays: tuple) -> Any:
+    return plan.call("primal", *arrays)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -171,7 +188,7 @@ def backward(plan: Plan, arrays: tuple, outputs: Any, saved: Any, cotangents: An
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def run(plan: Plan, arrays: tuple) -> Any:
-    return forward(plan, arrays)[0]
+    return primal(plan, arrays)
 
 
 def run_forward(plan, arrays):

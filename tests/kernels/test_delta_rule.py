@@ -10,6 +10,7 @@ import pytest
 from efficient_tx.kernels import delta_rule as uncompiled
 from efficient_tx.kernels import gated_linear_attention
 from efficient_tx.kernels.delta_rule import pallas_gpu, pallas_tpu
+from tests.support.multiplications import jaxprs_in
 from tests.support.races import races_found, two_cores
 
 STATIC = ("scale", "reverse", "implementation", "interpret", "block_sizes")
@@ -137,6 +138,35 @@ def test_kernels_equal_the_recurrence_and_its_gradients(implementation, gate, re
     # Sums of at most 75 · 6 float32 products, which decays and corrections only shorten.
     for ours, plain in zip(*map(jax.tree.leaves, (got, want))):
         np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-5 * max(1, np.abs(plain).max()))
+
+
+@pytest.mark.parametrize("implementation", PALLAS)
+@pytest.mark.parametrize("gate", ["none", "channel"])
+def test_errors_are_written_only_where_a_gradient_follows(implementation, gate):
+    q, k, v, beta, log_decay, state = (None if x is None else x.astype(np.float32) for x in inputs(13, gate, 20))
+
+    def run(q):
+        return delta_rule(
+            q, k, v, beta=beta, log_decay=log_decay, initial_state=state, implementation=implementation, interpret=True,
+            block_sizes=PALLAS[implementation],
+        )  # fmt: skip
+
+    kept, _ = jax.vjp(run, q)
+    for lean, full in zip(run(q), kept, strict=True):
+        np.testing.assert_array_equal(lean, full)
+    with_errors, without = (written(jax.make_jaxpr(f)(q).jaxpr) for f in (lambda q: jax.vjp(run, q)[0], run))
+    assert len(with_errors) == len(without) + 1
+
+
+def written(jaxpr):
+    """The arrays that the kernels of a jaxpr write."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            found += equation.outvars
+        else:
+            found += [array for inner in jaxprs_in(equation) for array in written(inner)]
+    return found
 
 
 @pytest.mark.slow

@@ -122,6 +122,19 @@ def test_a_shape_is_traced_once(monkeypatch):
     assert len(traced) == 1
 
 
+def test_without_a_gradient_nothing_is_saved_for_one(monkeypatch):
+    """The outputs of `primal` are others here, so that one sees which of the two ran."""
+    lean = times(5)
+    lean.primal = lambda options, sizes, x, y: 11 * x * y
+    monkeypatch.setitem(MODULES, "xla", lean)
+    op = Factors("lean", tuple(MODULES))  # programs of the other one are traced already
+    value = lambda x: op(None, "options", x, Y)  # noqa: E731
+    np.testing.assert_array_equal(value(X), 11 * X * Y)
+    np.testing.assert_array_equal(jax.jit(value)(X), 11 * X * Y)
+    np.testing.assert_array_equal(jax.vjp(value, X)[0], 5 * X * Y)
+    np.testing.assert_array_equal(jax.vjp(value, X)[1](jnp.ones(2))[0], 5 * Y)
+
+
 @pytest.mark.parametrize("shape", [(2, 0, 4, 6), (0, 3, 4, 6)])
 def test_without_entries_a_recurrence_is_the_references_and_ends_where_it_starts(shape):
     x, draws = jnp.zeros(shape), np.random.default_rng(0)

@@ -3,13 +3,13 @@
 Layouts and the kernel `states` are those of `gated_linear_attention.pallas_gpu`, with values u_t = β_t e_t; its own are
 
     systems     the inverse of every chunk's linear system, in parallel,
-    weights     the weights of its pairs of queries and keys, in parallel,
+    weights     the weights of its pairs of queries and keys, in parallel; per channel also what decays make of these,
     errors      the errors and the output, one chunk after the other, for some channels of values,
     cotangents  the same backwards: the cotangents of values, beta and states,
     gradients   the cotangents of queries, keys and decays of a block of channels, in parallel.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,21 +40,27 @@ def unsupported(
 def sizes(
     options: Options, q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, log_decay: jax.Array | None, *_: Any
 ) -> BlockSizes:
-    # Larger tiles spill; decays per channel have more of them, and more channels of keys longer states.
+    # Larger tiles spill; a tile in which decays are computed needs more registers than one of decayed keys.
     per_channel = log_decay is not None and log_decay.shape[3] > 1
-    keys = fitting(q.shape[3], 16 if per_channel else 32)
-    values = fitting(v.shape[3], 16 if per_channel and q.shape[3] > 64 else 32)
-    return BlockSizes(chunk=fitting(q.shape[1], 32), keys=keys, carried=keys, values=values, warps=4)
+    keys, carried = (fitting(q.shape[3], largest) for largest in ((16, 64) if per_channel else (32, 32)))
+    return BlockSizes(fitting(q.shape[1], 32), keys, carried, values=fitting(v.shape[3], 32), warps=4)
+
+
+def primal(
+    options: Options, sizes: BlockSizes, *arrays: jax.Array | None, interpret: Any = False
+) -> tuple[jax.Array, jax.Array]:
+    """Output and the state after the last step, of the arrays that `reference.forward` describes."""
+    return forward(options, sizes, *arrays, interpret=interpret, with_errors=False)[0]
 
 
 def forward(
-    options: Options, sizes: BlockSizes, *arrays: jax.Array | None, interpret: Any = False
-) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """Output and the state after the last step, of the arrays that `reference.forward` describes, and the errors."""
+    options: Options, sizes: BlockSizes, *arrays: jax.Array | None, interpret: Any = False, with_errors: bool = True
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array | None]:
+    """The same, and the errors."""
     q, k, v, beta, log_decay, state = arrays
     call = Kernels(options, sizes, (q, k, v, log_decay, state), interpret)
-    solve, weights = call.systems(k, beta, log_decay), call.weights(q, k, log_decay)
-    out, error, end = call.errors(solve, weights, q, k, v, beta, log_decay, state)
+    solve, (weights, rows) = call.systems(k, beta, log_decay), call.weights(q, k, log_decay)
+    out, error, end = call.errors(solve, weights, rows, v, beta, state, with_errors)
     return (out, end), error
 
 
@@ -68,10 +74,26 @@ def backward(
     call = Kernels(options, sizes, (q, k, v, log_decay, state), interpret)
     u = call.corrections(beta, error)
     starts, _ = call.states(k, u, log_decay, state)
-    solve, weights = call.systems(k, beta, log_decay, backwards=True), call.weights(q, k, log_decay)
-    d_v, d_beta, d_ends, d_start = call.cotangents(solve, weights, q, k, v, beta, log_decay, error, d_out, d_end)
+    solve, (weights, rows) = call.systems(k, beta, log_decay, backwards=True), call.weights(q, k, log_decay)
+    d_v, d_beta, d_ends, d_start = call.cotangents(solve, weights, rows, v, beta, error, d_out, d_end)
     d_q, d_k, d_log_decay = call.all_gradients(q, k, u, log_decay, d_out, d_v, starts, d_ends)
     return d_q, shared(d_k, k), shared(d_v, v), d_beta, d_log_decay, d_start
+
+
+class Rows(NamedTuple):
+    """Queries and keys of a call and their decays, or what decays per channel make of these.
+
+    `errors` and `cotangents` compute some channels of values each; from `log_decay` each would compute these anew.
+
+    Attributes:
+      q, k, log_decay: those of the call.
+      decayed: what `Kernels.decayed` returns, of all chunks, as precise as products read it; empty for other decays.
+    """
+
+    q: jax.Array | None = None
+    k: jax.Array | None = None
+    log_decay: jax.Array | None = None
+    decayed: tuple[jax.Array, ...] = ()
 
 
 class Kernels(Call):
@@ -101,11 +123,11 @@ class Kernels(Call):
         (solve,) = self.launch(kernel, "systems", chunks, (k, beta, log_decay), [self.of_squares])
         return solve
 
-    def weights(self, q, k, log_decay) -> jax.Array:
-        """The weights of the pairs of queries and keys of every chunk."""
-        (_, _, heads, _, _), (chunks, key_blocks, _), size = self.shape, self.blocks, self.sizes.chunk
+    def weights(self, q, k, log_decay) -> tuple[jax.Array, Rows]:
+        """The weights of the pairs of queries and keys of every chunk, and its rows."""
+        (batch, _, heads, head_dim, _), (chunks, key_blocks, _), size = self.shape, self.blocks, self.sizes.chunk
 
-        def kernel(q, k, log_decay, weights):
+        def kernel(q, k, log_decay, weights, *decayed):
             n, head, example = (pl.program_id(axis) for axis in range(3))
             own = Head(example, head, heads, self.options.reverse)
             at, tokens = n * size + jnp.arange(size), jnp.arange(size)
@@ -113,13 +135,31 @@ class Kernels(Call):
             def step(block, pairs):
                 keys = channels(block, self.sizes.keys)
                 decay = self.decay(own, log_decay, at, keys)
-                return pairs + decay.weights(own.read(q, at, keys), own.read(k, at, keys))
+                q_n, k_n = own.read(q, at, keys), own.read(k, at, keys)
+                if decayed:
+                    q_start, k_start, k_end, whole = decayed
+                    own.write(q_start, at, keys, q_n * decay.from_start)
+                    own.write(k_start, at, keys, k_n * decay.from_start)
+                    own.write(k_end, at, keys, k_n * decay.to_end)
+                    own.write_state(whole, n, jnp.arange(1), keys, decay.whole)
+                return pairs + decay.weights(q_n, k_n)
 
             pairs = jax.lax.fori_loop(0, key_blocks, step, jnp.zeros((size, size), jnp.float32))
             own.write_state(weights, n, tokens, tokens, pairs)
 
-        (weights,) = self.launch(kernel, "weights", chunks, (q, k, log_decay), [self.of_squares])
-        return weights
+        per_channel, results = log_decay is not None and log_decay.shape[3] > 1, [self.of_squares]
+        if per_channel:
+            results += 3 * [(q.shape, self.dot.dtype)] + [((batch, heads, chunks, 1, head_dim), jnp.float32)]
+        weights, *decayed = self.launch(kernel, "weights", chunks, (q, k, log_decay), results)
+        return weights, Rows(decayed=tuple(decayed)) if per_channel else Rows(q, k, log_decay)
+
+    def decayed(self, own: Head, rows: Rows, n: jax.Array, at: jax.Array, keys: jax.Array) -> tuple:
+        """Queries and keys of a chunk with the decay since its start, keys with that to its end, and all its decay."""
+        if rows.decayed:
+            *tiles, whole = rows.decayed
+            return *(own.read(x, at, keys) for x in tiles), own.read_state(whole, n, jnp.arange(1), keys)
+        q, k, decay = own.read(rows.q, at, keys), own.read(rows.k, at, keys), self.decay(own, rows.log_decay, at, keys)
+        return q * decay.from_start, k * decay.from_start, k * decay.to_end, decay.whole
 
     @property
     def of_squares(self) -> tuple:
@@ -127,11 +167,11 @@ class Kernels(Call):
         batch, _, heads, *_ = self.shape
         return (batch, heads, self.blocks[0], self.sizes.chunk, self.sizes.chunk), self.dot.dtype
 
-    def errors(self, solve, weights, q, k, v, beta, log_decay, state) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The output, the errors and the last state. The states between stay on the chip."""
+    def errors(self, solve, weights, rows, v, beta, state, kept: bool) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+        """The output, the errors if they are kept, and the last state. The states between stay on the chip."""
         (_, _, heads, _, v_dim), (chunks, _, value_blocks) = self.shape, self.blocks
 
-        def kernel(solve, weights, q, k, v, beta, log_decay, state, out, error, last):
+        def kernel(solve, weights, rows, v, beta, state, out, error, last):
             block, head, example = (pl.program_id(axis) for axis in range(3))
             values, tokens = channels(block, self.sizes.values), jnp.arange(self.sizes.chunk)
             own = Head(example, head, heads, self.options.reverse)
@@ -140,17 +180,18 @@ class Kernels(Call):
                 at = n * self.sizes.chunk + tokens
                 error_n, out_n = own.read(v, at, values), jnp.zeros((tokens.size, values.size), jnp.float32)
                 for keys, part in zip(self.every_key, start):
-                    from_start = self.decay(own, log_decay, at, keys).from_start
-                    error_n -= self.dot(own.read(k, at, keys) * from_start, part, "11")
-                    out_n += self.dot(own.read(q, at, keys) * from_start, part, "11")
+                    q_start, k_start, *_ = self.decayed(own, rows, n, at, keys)
+                    error_n -= self.dot(k_start, part, "11")
+                    out_n += self.dot(q_start, part, "11")
                 error_n = self.dot(own.read_state(solve, n, tokens, tokens), error_n)
-                own.write(error, at, values, error_n)
+                if kept:
+                    own.write(error, at, values, error_n)
                 u_n, end = own.read(beta, at, jnp.arange(1)) * error_n, []
                 out_n += self.dot(own.read_state(weights, n, tokens, tokens), u_n)
                 own.write(out, at, values, self.options.scale * out_n)
                 for keys, part in zip(self.every_key, start):
-                    decay = self.decay(own, log_decay, at, keys)
-                    end.append(decay.whole * part + self.dot(u_n, own.read(k, at, keys) * decay.to_end, "00"))
+                    *_, k_end, whole = self.decayed(own, rows, n, at, keys)
+                    end.append(whole * part + self.dot(u_n, k_end, "00"))
                 return tuple(end)
 
             end = jax.lax.fori_loop(0, chunks, step, self.read_states(own, state, values))
@@ -158,16 +199,16 @@ class Kernels(Call):
 
         of_values, (_, of_last) = (*self.shape[:3], v_dim), self.of_states
         out, error, last = self.launch(
-            kernel, "errors", value_blocks, (solve, weights, q, k, v, beta, log_decay, state.mT[:, :, None]),
-            [(of_values, q.dtype), (of_values, jnp.float32), of_last],
+            kernel, "errors", value_blocks, (solve, weights, rows, v, beta, state.mT[:, :, None]),
+            [(of_values, self.operands[0].dtype), (of_values, jnp.float32) if kept else None, of_last],
         )  # fmt: skip
         return out, error, last[:, :, 0].mT
 
-    def cotangents(self, solve, weights, q, k, v, beta, log_decay, error, d_out, d_end) -> tuple[jax.Array, ...]:
+    def cotangents(self, solve, weights, rows, v, beta, error, d_out, d_end) -> tuple[jax.Array, ...]:
         """The cotangents of the values for every head, of beta, of the states after all chunks, and of the first."""
         (_, _, heads, _, v_dim), (chunks, _, value_blocks) = self.shape, self.blocks
 
-        def kernel(solve, weights, q, k, beta, log_decay, error, d_out, d_end, d_v, d_beta, d_ends, d_start):
+        def kernel(solve, weights, rows, beta, error, d_out, d_end, d_v, d_beta, d_ends, d_start):
             block, head, example = (pl.program_id(axis) for axis in range(3))
             values, tokens = channels(block, self.sizes.values), jnp.arange(self.sizes.chunk)
             own = Head(example, head, heads, self.options.reverse)
@@ -179,17 +220,17 @@ class Kernels(Call):
                 d_n = self.options.scale * own.read(d_out, at, values)
                 d_u = self.dot(own.read_state(weights, n, tokens, tokens), d_n, "00")
                 for keys, part in zip(self.every_key, d_end):
-                    decay = self.decay(own, log_decay, at, keys)
-                    d_u += self.dot(own.read(k, at, keys) * decay.to_end, part, "11")
+                    *_, k_end, _ = self.decayed(own, rows, n, at, keys)
+                    d_u += self.dot(k_end, part, "11")
                 g = self.dot(own.read_state(solve, n, tokens, tokens), d_u, "00")
                 by_beta = (g * own.read(error, at, values)).sum(1, keepdims=True)
                 own.write(d_beta, at, block + jnp.arange(1), by_beta)
                 d_v_n, d_start = own.read(beta, at, jnp.arange(1)) * g, []
                 own.write(d_v, at, values, d_v_n)
                 for keys, part in zip(self.every_key, d_end):
-                    decay = self.decay(own, log_decay, at, keys)
-                    part = decay.whole * part + self.dot(d_n, own.read(q, at, keys) * decay.from_start, "00")
-                    d_start.append(part - self.dot(d_v_n, own.read(k, at, keys) * decay.from_start, "00"))
+                    q_start, k_start, _, whole = self.decayed(own, rows, n, at, keys)
+                    part = whole * part + self.dot(d_n, q_start, "00")
+                    d_start.append(part - self.dot(d_v_n, k_start, "00"))
                 return tuple(d_start)
 
             found = jax.lax.fori_loop(0, chunks, step, self.read_states(own, d_end, values))
@@ -197,7 +238,7 @@ class Kernels(Call):
 
         d_v, d_beta, d_ends, d_start = self.launch(
             kernel, "cotangents", value_blocks,
-            (solve, weights, q, k, beta, log_decay, error, d_out, d_end.mT[:, :, None]),
+            (solve, weights, rows, beta, error, d_out, d_end.mT[:, :, None]),
             [
                 ((*self.shape[:3], v_dim), v.dtype),
                 ((*self.shape[:3], value_blocks), jnp.float32),
@@ -216,7 +257,8 @@ class Kernels(Call):
     @property
     def every_key(self) -> list[jax.Array]:
         """All channels of keys, in blocks."""
-        return [channels(jnp.int32(block), self.sizes.keys) for block in range(self.blocks[1])]
+        count = pl.cdiv(self.shape[3], self.sizes.carried)
+        return [channels(jnp.int32(block), self.sizes.carried) for block in range(count)]
 
     def read_states(self, own: Head, state: Any, values: jax.Array) -> tuple[jax.Array, ...]:
         """A head's state for some channels of values, in blocks of those of keys."""
@@ -298,7 +340,7 @@ class Kernels(Call):
         """Runs a kernel; arrays, and results as shape and dtype, may be None."""
         batch, _, heads, *_ = self.shape
         shapes = [None if x is None else result(*x, self.operands) for x in results]
-        arrays = [x for x in (*inputs, *shapes) if x is not None]
+        arrays = jax.tree.leaves((inputs, shapes))
         *_, head_dim, v_dim = self.operands[4].shape
         return pl.pallas_call(
             kernel,

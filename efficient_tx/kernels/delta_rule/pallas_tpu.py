@@ -1,8 +1,8 @@
 """The gated delta rule in chunks for TPUs.
 
 The grid and the layout of the arrays are those of `gated_linear_attention.pallas_tpu`: the state of a head stays in
-VMEM over its blocks of tokens, the forward pass reads its inputs once and writes its outputs and the errors once. The
-backward pass first finds the states at the starts of all chunks, from keys and errors.
+VMEM over its blocks of tokens, the forward pass reads its inputs once and writes its outputs once, and the errors where
+a gradient follows. The backward pass first finds the states at the starts of all chunks, from keys and errors.
 """
 
 from typing import Any
@@ -30,10 +30,17 @@ def sizes(options: Options, q: jax.Array, k: jax.Array, v: jax.Array, *_: Any) -
     return linear_attention.sizes(options, q, k, v)
 
 
-def forward(
+def primal(
     options: Options, sizes: BlockSizes, *arrays: jax.Array | None, interpret: Any = False
-) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """Output and the state after the last step, of the arrays that `reference.forward` describes, and the errors."""
+) -> tuple[jax.Array, jax.Array]:
+    """Output and the state after the last step, of the arrays that `reference.forward` describes."""
+    return forward(options, sizes, *arrays, interpret=interpret, with_errors=False)[0]
+
+
+def forward(
+    options: Options, sizes: BlockSizes, *arrays: jax.Array | None, interpret: Any = False, with_errors: bool = True
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array | None]:
+    """The same, and the errors."""
     *tokens, log_decay, state = arrays
     grid = Grid.of(options, sizes, (*tokens[:3], log_decay, state), interpret)
     q, k, v, beta, log_decay = grid.steps([*tokens, log_decay])
@@ -47,7 +54,8 @@ def forward(
             solve = inverse(matrix(decay, k_n) * beta_n.T)
             error_n = grid.dot(solve, v_n - grid.dot(k_n * decay.from_start, start, "11"))
             u_n = beta_n * error_n
-            at.write(error, error_n)
+            if with_errors:
+                at.write(error, error_n)
             result = grid.dot(decay.weights(q_n, k_n), u_n) + grid.dot(q_n * decay.from_start, start, "11")
             at.write(out, options.scale * result)
             end[...] = decay.whole * start + grid.dot(u_n, k_n * decay.to_end, "00")
@@ -56,10 +64,10 @@ def forward(
 
     out, error, end = grid.call(
         kernel, "delta_rule", (q, k, v, beta, log_decay), (state.mT,),
-        (grid.like(v, dtype=q.dtype), grid.like(v, dtype=jnp.float32)), (grid.states(),),
+        (grid.like(v, dtype=q.dtype), grid.like(v, dtype=jnp.float32) if with_errors else None), (grid.states(),),
         products=2 * grid.for_weights + 5 + products_of_inverse(sizes.chunk),
     )  # fmt: skip
-    return (grid.tokens(out), end.mT), grid.tokens(error)
+    return (grid.tokens(out), end.mT), grid.tokens(error) if with_errors else None
 
 
 def backward(
