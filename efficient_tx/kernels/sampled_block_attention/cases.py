@@ -30,7 +30,7 @@ NOWHERE = 1 << 30  # the row of a query or key that is in none
 # Around the kernel, queries and outputs are copies in whole tiles of one block, of at most twice as many rows, and keys
 # and values in the order of their blocks. XLA moves rows of less than 128 numbers padded to as many on a TPU, and lays
 # them out anew before and after.
-MOST_TEMPORARIES, MOST_OF_SHORT_ROWS = 2.0, 4.5
+MOST_TEMPORARIES, MOST_OF_SHORT_ROWS = 2.0, 2.75
 
 
 def case(length: int, sequences: int, dim: int, sizes: str, samples: int, pieces: int) -> Case | None:

@@ -3,6 +3,9 @@
 Queries that see one block of keys are put together and padded to whole tiles. Then each tile lists the tiles of its
 block, and those of its samples, which stand behind the keys as if they were more of them. The offset of a sample is a
 bias of the listed key, −inf for samples in the block itself. There are at most (queries / tile + blocks) tiles.
+
+What stands in rows without a query or key is not seen: a real row of the same sequence, so that each array is copied
+once, by one gather.
 """
 
 from collections.abc import Callable
@@ -40,7 +43,11 @@ def backward(
     tiles, choice = Tiles.of(sizes, *operands), operands[3]
     arrays = tiles.operands(*operands)
     chosen = options(sizes, *arrays)
-    kept, given = ((tiles.queries(x), tiles.queries(y[..., None])[..., 0]) for x, y in (outputs, cotangents))
+    out, lse, d_out, d_lse = (
+        tiles.queries(x) for x in (outputs[0], outputs[1][..., None], cotangents[0], cotangents[1][..., None])
+    )
+    here = (tiles.order < operands[0].shape[1])[..., None, None]
+    kept, given = (out, lse[..., 0]), (jnp.where(here, d_out, 0), jnp.where(here, d_lse, 0)[..., 0])
     d_q, d_k, d_v, *_ = listed.backward(chosen, listed.sizes(chosen, *arrays), arrays, kept, None, given, **interpret)
 
     def of_keys(x):
@@ -119,8 +126,8 @@ class Tiles(NamedTuple):
         return cls(*jax.vmap(one)(choice), sizes)
 
     def queries(self, x: jax.Array) -> jax.Array:
-        """`[sequences, queries, dim]` as `[sequences, rows, 1, dim]`."""
-        return jax.vmap(rows_of)(x, self.order)[:, :, None]
+        """`[sequences, queries, dim]` as `[sequences, rows, 1, dim]`, any query in a row without one."""
+        return jax.vmap(filled_rows)(x, self.order)[:, :, None]
 
     def back(self, x: jax.Array, fill: float = 0) -> jax.Array:
         """The inverse; `fill` for a query that is in no row."""
@@ -133,9 +140,8 @@ class Tiles(NamedTuple):
         each, parts = (choice.sample.shape[2] + missing) // size, self.sizes.block // size
 
         def with_samples(x, choice):
-            x = rows_of(x, choice.k_order)
-            drawn = jnp.pad(x[choice.sample], ((0, 0), (0, missing), (0, 0)))
-            return jnp.concatenate([x, drawn.reshape(-1, x.shape[-1])])[:, None]
+            drawn = jnp.pad(choice.k_order[choice.sample], ((0, 0), (0, missing)), constant_values=keys)
+            return filled_rows(x, jnp.concatenate([choice.k_order, drawn.reshape(-1)]))[:, None]
 
         def lists(block, group, order, choice):
             there = (order.reshape(len(block), size) < q.shape[1]).any(1)[:, None]
@@ -152,3 +158,10 @@ class Tiles(NamedTuple):
 
         k, v = (jax.vmap(with_samples)(x, choice) for x in (k, v))
         return self.queries(q), k, v, None, *jax.vmap(lists)(self.block, self.group, self.order, choice)
+
+
+def filled_rows(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows `index` of `x` `[length, ...]`; the first one that is in `index`, if any, where the index is `length`."""
+    last = x.shape[0] - 1
+    index = jnp.where(index > last, jnp.minimum(index.min(), last), index)
+    return x.at[index].get(mode="promise_in_bounds")
