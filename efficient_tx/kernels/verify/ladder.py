@@ -17,7 +17,6 @@ from efficient_tx.kernels.verify.loads import account as traffic_of_loads
 from efficient_tx.kernels.verify.plan import Compilation, faults
 from efficient_tx.kernels.verify.processes import each
 from efficient_tx.kernels.verify.program import digest, ptxas
-from efficient_tx.kernels.verify.program import program as compile_program
 from efficient_tx.kernels.verify.targets import TARGETS
 from efficient_tx.kernels.verify.traffic import account as traffic_of_blocks
 from efficient_tx.kernels.verify.traffic import traffic
@@ -137,7 +136,7 @@ def compiled(item: tuple[Compilation, Mapping[str, Any] | None]) -> dict[str, An
     lowered = compilation.lowered()
     try:
         same = known is not None and known["source"] == digest(lowered)
-        program = figures.to_program(known) if same else compile_program(lowered, compilation.target)
+        program = figures.to_program(known) if same else compilation.run(lowered)
     except jax.errors.JaxRuntimeError as error:
         return row | {"faults": [f"does not compile: {' '.join(str(error).split())[:200]}"]}
     return row | {"faults": faults(compilation, program), "figures": figures.of_program(program)}

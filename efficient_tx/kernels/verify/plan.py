@@ -46,8 +46,16 @@ class Compilation:
         arguments = (case.arrays,) if self.which == "forward" else (case.arrays, case.outputs())
         return lowered(getattr(case, self.which)(), *arguments, target=self.target)
 
-    def run(self) -> Program:
-        return program(self.lowered(), self.target)
+    def run(self, lowered: jax.stages.Lowered | None = None) -> Program:
+        """Compiles it quickly, and if that takes too much memory as a user's program is compiled.
+
+        Compiled quickly, what fits into a TPU's VMEM is in main memory.
+        """
+        lowered = self.lowered() if lowered is None else lowered
+        found = program(lowered, self.target)
+        if self.target.platform == "tpu" and temporaries(self, found) > most_temporaries(self):
+            found = program(lowered, self.target, quickly=False)
+        return found
 
 
 def everything(
@@ -73,6 +81,17 @@ def selection(
     return chosen
 
 
+def temporaries(compilation: Compilation, program: Program) -> float:
+    """Bytes of temporaries by those of arrays, outputs and what is saved."""
+    saved = compilation.case().saved_bytes() if compilation.which == "gradient" else 0
+    return program.temporaries / (program.arguments + program.outputs + saved)
+
+
+def most_temporaries(compilation: Compilation) -> float:
+    case = compilation.case()
+    return MOST_OF_A_FALLBACK if compilation.target.implementation in case.without else case.temporaries
+
+
 def faults(compilation: Compilation, program: Program) -> list[str]:
     """What a compiled program has that it must not have, a line each."""
     case, target = compilation.case(), compilation.target
@@ -84,9 +103,7 @@ def faults(compilation: Compilation, program: Program) -> list[str]:
             if expected
             else f"a kernel, which cases.py says is without {target.implementation}"
         )
-    held = program.arguments + program.outputs + (case.saved_bytes() if compilation.which == "gradient" else 0)
-    if program.temporaries > (case.temporaries if expected else MOST_OF_A_FALLBACK) * held:
-        share = program.temporaries / held
+    if (share := temporaries(compilation, program)) > most_temporaries(compilation):
         found.append(f"temporaries of {program.temporaries} bytes, {share:.2f} times arrays, outputs and what is saved")
     narrow = any(jnp.issubdtype(x.dtype, jnp.inexact) and x.dtype.itemsize < 4 for x in case.arrays)
     for kernel in program.kernels:

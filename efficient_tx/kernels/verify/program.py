@@ -21,7 +21,7 @@ from jax.sharding import SingleDeviceSharding
 
 from efficient_tx.kernels.verify.targets import SCHEDULE, Target, schedules
 
-# What stands around the kernels is compiled ten times as fast so; kernels do not change.
+# A program is compiled ten times as fast so. Kernels do not change; around them more stays in main memory.
 QUICKLY = {"exec_time_optimization_effort": -1.0}
 # As XLA has it, whatever XLA_FLAGS says: tests have it not optimise what they run on a CPU.
 OPTIMISED = {"xla_backend_optimization_level": 3}
@@ -88,8 +88,8 @@ def digest(lowered: jax.stages.Lowered) -> str:
     return hashlib.sha256(lowered.as_text().encode()).hexdigest()[:12]
 
 
-def program(lowered: jax.stages.Lowered, target: Target) -> Program:
-    """Compiles what was lowered for devices of a target.
+def program(lowered: jax.stages.Lowered, target: Target, *, quickly: bool = True) -> Program:
+    """Compiles what was lowered for devices of a target; what stands around the kernels quickly, for a TPU.
 
     Raises:
       jax.errors.JaxRuntimeError: the compiler's word, where a kernel is not legal or does not fit.
@@ -100,7 +100,7 @@ def program(lowered: jax.stages.Lowered, target: Target) -> Program:
     try:
         if target.platform == "tpu":
             clear(schedules())
-            done = compile_anew(lowered, QUICKLY)
+            done = compile_anew(lowered, QUICKLY if quickly else {})
         else:
             done = compile_anew(lowered, OPTIMISED | {"xla_dump_to": str(folder)})
         seconds, text = time.perf_counter() - began, done.as_text()

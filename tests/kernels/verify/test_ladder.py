@@ -16,15 +16,14 @@ def test_a_program_of_the_same_source_is_not_compiled_again(monkeypatch):
     """Source and digest are one letter here."""
     compiled = []
 
-    def program(source, target):
+    def run(source):
         compiled.append(source)
         return Program(source, 1.0, 1, 1, 0, 0, (), "")
 
     monkeypatch.setattr(ladder, "digest", lambda source: source)
-    monkeypatch.setattr(ladder, "compile_program", program)
     monkeypatch.setattr(ladder, "faults", lambda compilation, program: [program.source])
     planned = [
-        types.SimpleNamespace(name=name, operation="o", target=TARGETS["v5e"], lowered=lambda name=name: name)
+        types.SimpleNamespace(name=name, operation="o", target=TARGETS["v5e"], lowered=lambda name=name: name, run=run)
         for name in "abc"
     ]
     stored = {name: figures.of_program(Program(name, 1.0, 1, 1, 0, 0, (), "")) for name in "ac"}
