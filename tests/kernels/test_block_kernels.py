@@ -219,13 +219,27 @@ def without(choice, query, key):
 
 
 @pytest.mark.parametrize("implementation", ["batched", *PALLAS])
-@pytest.mark.parametrize("sizes", [Sizes(16, 32), Sizes(32, 16)])
+@pytest.mark.parametrize(
+    ("sizes", "special"), [(Sizes(16, 32), "averse"), (Sizes(32, 16), "keyless"), (Sizes(16, 16), "averse")]
+)
 @pytest.mark.first(1)
-def test_a_block_and_samples_are_listed_blocks(implementation, sizes):
-    """The XLA form of GPUs and TPUs, too, against the formula in float64."""
+def test_a_block_and_samples_are_listed_blocks(implementation, sizes, special):
+    """The XLA form of GPUs and TPUs, too, against the formula in float64.
+
+    averse: the logits of the first query are far larger with the keys that it does not see; exp of these by its
+    log-sum-exp is not finite. keyless: the second sequence has no keys.
+    """
     q, k, v = (x[:, :, 0] for x in attention_inputs(0, 40, 60, heads=1, groups=1, dim=16, v_dim=16))
     choice = without(queries_of_groups(sizes, 40, 60, 5), query=3, key=7)
     q[:, 3], k[:, 7], v[:, 7] = np.nan, np.nan, np.nan  # what is in no row is not looked at
+    if special == "averse":
+        own = np.take_along_axis(choice.block, choice.q_place[:, :1], axis=1)
+        q[..., 0], q[:, 0] = 0, 10 * np.eye(16)[0]
+        sampled = (choice.k_place[:, :, None] == choice.sample.reshape(2, 1, -1)).any(-1)
+        k[..., 0] = np.where((choice.k_place // sizes.block == own) | sampled, -10, 10)
+    else:
+        choice.k_order[1], choice.k_place[1], choice.offset[1] = 60, choice.k_order.shape[1], -np.inf
+        k[1], v[1] = np.nan, np.nan
     d_out = np.random.default_rng(1).normal(size=v.shape[:1] + q.shape[1:2] + v.shape[2:])
 
     def run(q, k, v, choice, implementation):

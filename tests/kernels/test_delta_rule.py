@@ -143,17 +143,13 @@ def test_kernels_equal_the_recurrence_and_its_gradients(implementation, gate, re
 @pytest.mark.parametrize("implementation", PALLAS)
 @pytest.mark.parametrize("gate", ["none", "channel"])
 def test_errors_are_written_only_where_a_gradient_follows(implementation, gate):
-    q, k, v, beta, log_decay, state = (None if x is None else x.astype(np.float32) for x in inputs(13, gate, 20))
-
-    def run(q):
-        return delta_rule(
-            q, k, v, beta=beta, log_decay=log_decay, initial_state=state, implementation=implementation, interpret=True,
-            block_sizes=PALLAS[implementation],
-        )  # fmt: skip
-
+    q, *others = (None if x is None else x.astype(np.float32) for x in inputs(13, gate, 40))
+    options = {"implementation": implementation, "interpret": True, "block_sizes": PALLAS[implementation]}
+    run = partial(lambda q, **options: call((q, *others), **options), **options)
     kept, _ = jax.vjp(run, q)
-    for lean, full in zip(run(q), kept, strict=True):
+    for lean, full, other in zip(run(q), kept, run(q, implementation="xla", interpret=False, block_sizes=None)):
         np.testing.assert_array_equal(lean, full)
+        np.testing.assert_allclose(lean, other, atol=1e-5)  # sums of at most 40 · 6 float32 products of order 1
     with_errors, without = (written(jax.make_jaxpr(f)(q).jaxpr) for f in (lambda q: jax.vjp(run, q)[0], run))
     assert len(with_errors) == len(without) + 1
 
@@ -167,6 +163,22 @@ def written(jaxpr):
         else:
             found += [array for inner in jaxprs_in(equation) for array in written(inner)]
     return found
+
+
+@pytest.mark.slow
+def test_gpu_kernels_with_several_tiles_of_channels():
+    """40 channels of keys, in tiles of 16 and of 32, and 17 of values, in tiles of 16."""
+    r = np.random.default_rng(14)
+    *arrays, _, state = inputs(14, "none", 40, dim=40, v_dim=17)
+    arrays = [*arrays, forgetful(r, -r.exponential(0.3, (2, 40, 4, 40))), state]
+    with jax.enable_x64(True):
+        want = value_and_gradients(arrays, [1.0, 2.0], implementation="reference")
+    sizes = pallas_gpu.BlockSizes(chunk=16, keys=16, carried=32, values=16)
+    arrays = [x.astype(np.float32) for x in arrays]
+    got = value_and_gradients(arrays, [1.0, 2.0], implementation="pallas_gpu", interpret=True, block_sizes=sizes)
+    # Sums of at most 40 · 40 float32 products, which decays and corrections only shorten.
+    for ours, plain in zip(*map(jax.tree.leaves, (got, want))):
+        np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-5 * max(1, np.abs(plain).max()))
 
 
 @pytest.mark.slow

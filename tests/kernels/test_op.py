@@ -124,15 +124,20 @@ def test_a_shape_is_traced_once(monkeypatch):
 
 def test_without_a_gradient_nothing_is_saved_for_one(monkeypatch):
     """The outputs of `primal` are others here, so that one sees which of the two ran."""
-    lean = times(5)
-    lean.primal = lambda options, sizes, x, y: 11 * x * y
-    monkeypatch.setitem(MODULES, "xla", lean)
+    lean = times(2)
+    lean.primal = lambda options, sizes, x, y, **interpret: 9 * x * y
+    monkeypatch.setitem(MODULES, "pallas_tpu", lean)
     op = Factors("lean", tuple(MODULES))  # programs of the other one are traced already
-    value = lambda x: op(None, "options", x, Y)  # noqa: E731
-    np.testing.assert_array_equal(value(X), 11 * X * Y)
-    np.testing.assert_array_equal(jax.jit(value)(X), 11 * X * Y)
-    np.testing.assert_array_equal(jax.vjp(value, X)[0], 5 * X * Y)
-    np.testing.assert_array_equal(jax.vjp(value, X)[1](jnp.ones(2))[0], 5 * Y)
+    value = lambda x: op(None, "options", x, Y).sum()  # noqa: E731
+    for function, platform, factor in (
+        (value, "tpu", 9), (jax.grad(value), "tpu", 2), (jax.grad(jax.checkpoint(value)), "tpu", 2),
+        (lambda x: jax.vmap(value)(x[None]), "tpu", 9), (value, "cuda", 3), (value, "cpu", 5),
+    ):  # fmt: skip
+        text = constants(function, platform)
+        assert [f for f in (2, 3, 5, 9) if f"dense<{f}.0" in text] == [factor]
+    named = lambda x: op("pallas_tpu", "options", x, Y, interpret=True)  # noqa: E731
+    np.testing.assert_array_equal(named(X), 9 * X * Y)
+    np.testing.assert_array_equal(jax.vjp(named, X)[0], 2 * X * Y)
 
 
 @pytest.mark.parametrize("shape", [(2, 0, 4, 6), (0, 3, 4, 6)])

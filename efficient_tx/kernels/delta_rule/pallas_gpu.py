@@ -3,7 +3,8 @@
 Layouts and the kernel `states` are those of `gated_linear_attention.pallas_gpu`, with values u_t = β_t e_t; its own are
 
     systems     the inverse of every chunk's linear system, in parallel,
-    weights     the weights of its pairs of queries and keys, in parallel; per channel also what decays make of these,
+    weights     the weights of its pairs of queries and keys, in parallel; with decays per channel, also its decayed
+                queries and keys,
     errors      the errors and the output, one chunk after the other, for some channels of values,
     cotangents  the same backwards: the cotangents of values, beta and states,
     gradients   the cotangents of queries, keys and decays of a block of channels, in parallel.
@@ -56,7 +57,7 @@ def primal(
 def forward(
     options: Options, sizes: BlockSizes, *arrays: jax.Array | None, interpret: Any = False, with_errors: bool = True
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array | None]:
-    """The same, and the errors."""
+    """The results of `primal`, and the errors, None without them."""
     q, k, v, beta, log_decay, state = arrays
     call = Kernels(options, sizes, (q, k, v, log_decay, state), interpret)
     solve, (weights, rows) = call.systems(k, beta, log_decay), call.weights(q, k, log_decay)
@@ -124,7 +125,7 @@ class Kernels(Call):
         return solve
 
     def weights(self, q, k, log_decay) -> tuple[jax.Array, Rows]:
-        """The weights of the pairs of queries and keys of every chunk, and its rows."""
+        """The weights of the pairs of queries and keys of every chunk, and the rows for `errors` and `cotangents`."""
         (batch, _, heads, head_dim, _), (chunks, key_blocks, _), size = self.shape, self.blocks, self.sizes.chunk
 
         def kernel(q, k, log_decay, weights, *decayed):
@@ -167,8 +168,10 @@ class Kernels(Call):
         batch, _, heads, *_ = self.shape
         return (batch, heads, self.blocks[0], self.sizes.chunk, self.sizes.chunk), self.dot.dtype
 
-    def errors(self, solve, weights, rows, v, beta, state, kept: bool) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-        """The output, the errors if they are kept, and the last state. The states between stay on the chip."""
+    def errors(
+        self, solve, weights, rows, v, beta, state, with_errors: bool
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+        """The output, the errors or None, and the last state. The states between stay on the chip."""
         (_, _, heads, _, v_dim), (chunks, _, value_blocks) = self.shape, self.blocks
 
         def kernel(solve, weights, rows, v, beta, state, out, error, last):
@@ -184,7 +187,7 @@ class Kernels(Call):
                     error_n -= self.dot(k_start, part, "11")
                     out_n += self.dot(q_start, part, "11")
                 error_n = self.dot(own.read_state(solve, n, tokens, tokens), error_n)
-                if kept:
+                if with_errors:
                     own.write(error, at, values, error_n)
                 u_n, end = own.read(beta, at, jnp.arange(1)) * error_n, []
                 out_n += self.dot(own.read_state(weights, n, tokens, tokens), u_n)
@@ -200,7 +203,7 @@ class Kernels(Call):
         of_values, (_, of_last) = (*self.shape[:3], v_dim), self.of_states
         out, error, last = self.launch(
             kernel, "errors", value_blocks, (solve, weights, rows, v, beta, state.mT[:, :, None]),
-            [(of_values, self.operands[0].dtype), (of_values, jnp.float32) if kept else None, of_last],
+            [(of_values, self.operands[0].dtype), (of_values, jnp.float32) if with_errors else None, of_last],
         )  # fmt: skip
         return out, error, last[:, :, 0].mT
 

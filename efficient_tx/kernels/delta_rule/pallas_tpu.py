@@ -40,7 +40,7 @@ def primal(
 def forward(
     options: Options, sizes: BlockSizes, *arrays: jax.Array | None, interpret: Any = False, with_errors: bool = True
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array | None]:
-    """The same, and the errors."""
+    """The results of `primal`, and the errors, None without them."""
     *tokens, log_decay, state = arrays
     grid = Grid.of(options, sizes, (*tokens[:3], log_decay, state), interpret)
     q, k, v, beta, log_decay = grid.steps([*tokens, log_decay])

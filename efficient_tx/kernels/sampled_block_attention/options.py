@@ -26,8 +26,7 @@ class Choice(NamedTuple):
       group: int32 `[sequences, query rows / tile]`, the sample group that the queries of a tile see; all queries that
         see one block see one group.
       sample: int32 `[sequences, groups, samples]`, the key rows of the sampled keys.
-      offset: `[sequences, groups, samples]`, added to the logits of a sampled key; −inf removes the key, as it
-        must that of an empty row.
+      offset: `[sequences, groups, samples]`, added to the logits of a sampled key; −inf removes the key.
     """
 
     q_order: jax.Array

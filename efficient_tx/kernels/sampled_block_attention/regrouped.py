@@ -4,8 +4,9 @@ Queries that see one block of keys are put together and padded to whole tiles. T
 block, and those of its samples, which stand behind the keys as if they were more of them. The offset of a sample is a
 bias of the listed key, −inf for samples in the block itself. There are at most (queries / tile + blocks) tiles.
 
-What stands in rows without a query or key is not seen: a real row of the same sequence, so that each array is copied
-once, by one gather.
+In a row without a query or key stands one of the same sequence that is in a row, so that one gather copies an array;
+such a query has the weight 0 in the backward pass, such a key always. NaN in that one reaches what sees such rows.
+Where no key is in a row, nothing that is computed is looked at.
 """
 
 from collections.abc import Callable
@@ -43,11 +44,10 @@ def backward(
     tiles, choice = Tiles.of(sizes, *operands), operands[3]
     arrays = tiles.operands(*operands)
     chosen = options(sizes, *arrays)
-    out, lse, d_out, d_lse = (
-        tiles.queries(x) for x in (outputs[0], outputs[1][..., None], cotangents[0], cotangents[1][..., None])
-    )
-    here = (tiles.order < operands[0].shape[1])[..., None, None]
-    kept, given = (out, lse[..., 0]), (jnp.where(here, d_out, 0), jnp.where(here, d_lse, 0)[..., 0])
+    (out, lse), given = ((tiles.queries(x), tiles.queries(y[..., None])[..., 0]) for x, y in (outputs, cotangents))
+    # Finite: what is not is the log-sum-exp of a query without keys.
+    here = tiles.order[..., None] < operands[0].shape[1]
+    kept = out, jnp.where(here, lse, jnp.finfo(lse.dtype).max)
     d_q, d_k, d_v, *_ = listed.backward(chosen, listed.sizes(chosen, *arrays), arrays, kept, None, given, **interpret)
 
     def of_keys(x):
@@ -100,7 +100,7 @@ class Tiles(NamedTuple):
       block: int32 `[sequences, tiles]`, the block of keys.
       group: int32 `[sequences, tiles]`, the sample group.
       order: int32 `[sequences, tiles · tile]`, the query in each row, the number of queries for none.
-      place: int32 `[sequences, queries]`, the row of each query, the number of rows for none.
+      place: int32 `[sequences, queries]`, the row of each query, the number of rows for none, or where no key is seen.
       sizes: the arguments'.
     """
 
@@ -121,12 +121,13 @@ class Tiles(NamedTuple):
             place = (
                 jnp.full(queries, order.size).at[order].set(jnp.arange(order.size), mode="drop", unique_indices=True)
             )
+            place = jnp.where((choice.k_order < k.shape[1]).any(), place, order.size)
             return block, choice.group[jnp.maximum(rows[:, 0], 0) // sizes.tile], order, place
 
         return cls(*jax.vmap(one)(choice), sizes)
 
     def queries(self, x: jax.Array) -> jax.Array:
-        """`[sequences, queries, dim]` as `[sequences, rows, 1, dim]`, any query in a row without one."""
+        """`[sequences, queries, dim]` as `[sequences, rows, 1, dim]`, with one of them in each row without one."""
         return jax.vmap(filled_rows)(x, self.order)[:, :, None]
 
     def back(self, x: jax.Array, fill: float = 0) -> jax.Array:
@@ -153,7 +154,8 @@ class Tiles(NamedTuple):
             )
             offset = jnp.pad(offset, ((0, 0), (0, missing)), constant_values=-jnp.inf).reshape(len(block), each, size)
             bias = jnp.concatenate([real[own], offset], axis=1)
-            blocks = jnp.where(there, jnp.concatenate([own, drawn], axis=1), -1)
+            seen = there & jnp.isfinite(bias).any(-1)
+            blocks = jnp.where(seen, jnp.concatenate([own, drawn], axis=1), -1)
             return blocks[None].astype(jnp.int32), bias[None].astype(dtype)
 
         k, v = (jax.vmap(with_samples)(x, choice) for x in (k, v))
@@ -161,7 +163,7 @@ class Tiles(NamedTuple):
 
 
 def filled_rows(x: jax.Array, index: jax.Array) -> jax.Array:
-    """Rows `index` of `x` `[length, ...]`; the first one that is in `index`, if any, where the index is `length`."""
-    last = x.shape[0] - 1
+    """Rows `index` of `x`; where the index is the length of `x`, its first row that is in `index`, else its last."""
+    last = len(x) - 1
     index = jnp.where(index > last, jnp.minimum(index.min(), last), index)
     return x.at[index].get(mode="promise_in_bounds")

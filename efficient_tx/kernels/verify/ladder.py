@@ -14,7 +14,7 @@ from efficient_tx.kernels.case import cases_of, label, nbytes, production, small
 from efficient_tx.kernels.verify import accuracy, figures
 from efficient_tx.kernels.verify.cover import cover
 from efficient_tx.kernels.verify.loads import account as traffic_of_loads
-from efficient_tx.kernels.verify.plan import Compilation, faults
+from efficient_tx.kernels.verify.plan import Compilation, faults, judged_anew
 from efficient_tx.kernels.verify.processes import each
 from efficient_tx.kernels.verify.program import digest, ptxas
 from efficient_tx.kernels.verify.targets import TARGETS
@@ -135,8 +135,9 @@ def compiled(item: tuple[Compilation, Mapping[str, Any] | None]) -> dict[str, An
     row = {"name": compilation.name, "operation": compilation.operation, "target": compilation.target.name}
     lowered = compilation.lowered()
     try:
-        same = known is not None and known["source"] == digest(lowered)
-        program = figures.to_program(known) if same else compilation.run(lowered)
+        program = None if known is None or known["source"] != digest(lowered) else figures.to_program(known)
+        if program is None or judged_anew(compilation, program):
+            program = compilation.run(lowered)
     except jax.errors.JaxRuntimeError as error:
         return row | {"faults": [f"does not compile: {' '.join(str(error).split())[:200]}"]}
     return row | {"faults": faults(compilation, program), "figures": figures.of_program(program)}

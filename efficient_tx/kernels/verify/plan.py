@@ -53,9 +53,7 @@ class Compilation:
         """
         lowered = self.lowered() if lowered is None else lowered
         found = program(lowered, self.target)
-        if self.target.platform == "tpu" and temporaries(self, found) > most_temporaries(self):
-            found = program(lowered, self.target, quickly=False)
-        return found
+        return program(lowered, self.target, quickly=False) if judged_anew(self, found) else found
 
 
 def everything(
@@ -81,8 +79,8 @@ def selection(
     return chosen
 
 
-def temporaries(compilation: Compilation, program: Program) -> float:
-    """Bytes of temporaries by those of arrays, outputs and what is saved."""
+def share_of_temporaries(compilation: Compilation, program: Program) -> float:
+    """Bytes of temporaries, divided by those of arrays, outputs and what is saved."""
     saved = compilation.case().saved_bytes() if compilation.which == "gradient" else 0
     return program.temporaries / (program.arguments + program.outputs + saved)
 
@@ -90,6 +88,13 @@ def temporaries(compilation: Compilation, program: Program) -> float:
 def most_temporaries(compilation: Compilation) -> float:
     case = compilation.case()
     return MOST_OF_A_FALLBACK if compilation.target.implementation in case.without else case.temporaries
+
+
+def judged_anew(compilation: Compilation, program: Program) -> bool:
+    """Whether a program that was compiled quickly takes so much memory that the one of a user is to be looked at."""
+    return compilation.target.platform == "tpu" and share_of_temporaries(compilation, program) > most_temporaries(
+        compilation
+    )
 
 
 def faults(compilation: Compilation, program: Program) -> list[str]:
@@ -103,7 +108,7 @@ def faults(compilation: Compilation, program: Program) -> list[str]:
             if expected
             else f"a kernel, which cases.py says is without {target.implementation}"
         )
-    if (share := temporaries(compilation, program)) > most_temporaries(compilation):
+    if (share := share_of_temporaries(compilation, program)) > most_temporaries(compilation):
         found.append(f"temporaries of {program.temporaries} bytes, {share:.2f} times arrays, outputs and what is saved")
     narrow = any(jnp.issubdtype(x.dtype, jnp.inexact) and x.dtype.itemsize < 4 for x in case.arrays)
     for kernel in program.kernels:

@@ -89,7 +89,7 @@ def digest(lowered: jax.stages.Lowered) -> str:
 
 
 def program(lowered: jax.stages.Lowered, target: Target, *, quickly: bool = True) -> Program:
-    """Compiles what was lowered for devices of a target; what stands around the kernels quickly, for a TPU.
+    """Compiles what was lowered for devices of a target; for a TPU as a user does, or quickly what is around kernels.
 
     Raises:
       jax.errors.JaxRuntimeError: the compiler's word, where a kernel is not legal or does not fit.

@@ -58,7 +58,7 @@ def test_what_holds_too_much_for_a_tpu_is_compiled_again_as_a_user_compiles_it(t
     )
     assert one.run("lowered").temporaries == (0 if target == "v6e" else 100)
     assert compiled == ([True, False] if target == "v6e" else [True])
-    monkeypatch.setattr(plan, "temporaries", lambda *_: 1.0)
+    monkeypatch.setattr(plan, "share_of_temporaries", lambda *_: 1.0)
     assert one.run("lowered").temporaries == 100
 
 
