@@ -1,5 +1,6 @@
 """Builds the objects of a resolved config: task, model, stages."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -63,13 +64,14 @@ def build_task(config: ConfigDict) -> Task:
     return task
 
 
-def share_cores(config: ConfigDict) -> None:
-    """Makes the cores of a CPU devices that share the examples of a micro-batch, unless jax has started."""
+def share_cores(*configs: ConfigDict) -> None:
+    """Makes the cores of a CPU devices that share the examples of each config's micro-batch, unless jax has started."""
 
-    def parameters():
+    def of_model(config):
         return parameter_count(nnx.eval_shape(lambda: build_model(config, task_without_data(config.task))))
 
-    divide_cores(config.batch_size // config.grad_accum, parameters=parameters)
+    examples = math.gcd(*(config.batch_size // config.grad_accum for config in configs))
+    divide_cores(examples, parameters=lambda: max(map(of_model, configs)))
 
 
 def build_linear(section: ConfigDict, where: str) -> Callable[..., nnx.Module]:

@@ -42,7 +42,7 @@ from efficient_tx.checks import OptionError
 from efficient_tx.compare.flags import path
 from efficient_tx.compare.progress import progress
 from efficient_tx.config import trust
-from efficient_tx.config.build import build_task
+from efficient_tx.config.build import build_task, share_cores
 from efficient_tx.config.flags import OVERRIDE, TRUST, answered
 from efficient_tx.config.stored import restore
 from efficient_tx.data.batching import check_examples
@@ -153,6 +153,7 @@ def measured(
         before = {row.get("id"): row for row in records.read(options.out, "out")}
     rows: list[records.Row] = []
     tasks: dict[str, Any] = {}
+    share_cores(*(candidate.config for candidate in candidates))
     for candidate in candidates:
         key = records.identity(candidate.config, options.budget)
         about = {"id": key, "budget": options.budget, "task": candidate.task, "method": candidate.method,

@@ -118,3 +118,17 @@ def test_a_wrong_option_is_an_error_of_its_key(argument, settings, key, fault):
     with pytest.raises(ConfigError) as caught:
         nnx.eval_shape(lambda: build.build_model(config, task))
     assert caught.value.key == key and fault in caught.value.fault
+
+
+def test_cores_are_shared_by_what_all_configs_can_share(monkeypatch):
+    """Micro-batches of 12 and of 8; the state of the larger model has to fit."""
+    calls = []
+    monkeypatch.setattr(build, "divide_cores", lambda examples, parameters: calls.append((examples, parameters())))
+    small, large = (
+        make_config("lra.listops", "softmax", batch_size=batch, grad_accum=accum, **{"model.layers": layers})
+        for batch, accum, layers in ((24, 2, 1), (8, 1, 2))
+    )
+    for configs in ((small,), (large,), (small, large), (large, small)):
+        build.share_cores(*configs)
+    (_, few), (_, many) = calls[:2]
+    assert calls == [(12, few), (8, many), (4, many), (4, many)] and few < many

@@ -2,10 +2,12 @@
 
 import json
 import re
+import types
 
 import pytest
 
-from efficient_tx.predict import records
+from efficient_tx.config.load import ConfigFile
+from efficient_tx.predict import __main__, records
 from efficient_tx.predict.__main__ import command
 from efficient_tx.predict.measures import MEASURES
 from efficient_tx.predict.ranking import scored
@@ -20,6 +22,20 @@ QUICK = ["--config=quickstart", *RUN, "--budget=0.1"]
 
 def predict_here(*arguments):
     return here(command, *arguments)
+
+
+@pytest.mark.quick
+def test_short_runs_have_the_devices_of_runs(monkeypatch):
+    seen = []
+    monkeypatch.setattr(__main__, "share_cores", lambda *configs: seen.extend(configs))
+    monkeypatch.setattr(__main__, "build_task", lambda config: None)
+    monkeypatch.setattr(__main__, "check_examples", lambda task: None)
+    monkeypatch.setattr(__main__, "measure", lambda *_: {"measured": len(seen)})
+    configs = [ConfigFile(f"quickstart:{name}").resolve({}) for name in ("softmax", "vmean")]
+    candidates = [__main__.Candidate("t", "a method", config) for config in configs]
+    rows = __main__.measured(candidates, types.SimpleNamespace(out=None, budget=0.1), print)
+    assert [row["measured"] for row in rows] == [2, 2]
+    assert seen == configs
 
 
 @pytest.mark.slow
