@@ -153,9 +153,10 @@ def measured(
         before = {row.get("id"): row for row in records.read(options.out, "out")}
     rows: list[records.Row] = []
     tasks: dict[str, Any] = {}
-    share_cores(*(candidate.config for candidate in candidates))
-    for candidate in candidates:
-        key = records.identity(candidate.config, options.budget)
+    keys = [records.identity(candidate.config, options.budget) for candidate in candidates]
+    if new := [candidate.config for key, candidate in zip(keys, candidates) if key not in before]:
+        share_cores(*new)
+    for key, candidate in zip(keys, candidates):
         about = {"id": key, "budget": options.budget, "task": candidate.task, "method": candidate.method,
                  "final": candidate.final}  # fmt: skip
         found = before.get(key)

@@ -27,7 +27,7 @@ def predict_here(*arguments):
 @pytest.mark.quick
 def test_short_runs_have_the_devices_of_runs(monkeypatch):
     seen = []
-    monkeypatch.setattr(__main__, "share_cores", lambda *configs: seen.extend(configs))
+    monkeypatch.setattr(__main__, "share_cores", lambda first, *others: seen.extend([first, *others]))
     monkeypatch.setattr(__main__, "build_task", lambda config: None)
     monkeypatch.setattr(__main__, "check_examples", lambda task: None)
     monkeypatch.setattr(__main__, "measure", lambda *_: {"measured": len(seen)})
@@ -36,6 +36,7 @@ def test_short_runs_have_the_devices_of_runs(monkeypatch):
     rows = __main__.measured(candidates, types.SimpleNamespace(out=None, budget=0.1), print)
     assert [row["measured"] for row in rows] == [2, 2]
     assert seen == configs
+    assert __main__.measured([], types.SimpleNamespace(out=None, budget=0.1), print) == []
 
 
 @pytest.mark.slow
