@@ -7,10 +7,13 @@ unless a test asks for programs as users have them.
 """
 
 import collections
+import contextlib
+import ctypes
 import gc
 import importlib.metadata
 import os
 import re
+import resource
 import signal
 from pathlib import Path
 
@@ -73,17 +76,25 @@ def pytest_warning_recorded(warning_message):
         file.unlink(missing_ok=True)
 
 
-# A compiled program takes dozens of memory mappings; beyond 65,530 of them, Linux's default, a process dies.
+# A compiled program takes dozens of memory mappings; beyond 65,530 of them, Linux's default, a process dies. Three
+# workers that keep all their programs to the end of the slow tests take 24 GB, and a machine without that much crawls.
 MOST_MAPPINGS = 40_000
+MOST_MEMORY = 1.5 * 2**30  # bytes
 
 
 @pytest.fixture(autouse=True, scope="module")
 def few_programs():
-    """Lets go of all compiled programs after a file, once they are many."""
+    """Lets go of all compiled programs after a file, once they are many or large."""
     yield
-    maps = Path("/proc/self/maps")
-    if maps.exists() and len(maps.read_text().splitlines()) > MOST_MAPPINGS:
+    process = Path("/proc/self")
+    if not process.exists():
+        return
+    resident = int((process / "statm").read_text().split()[1]) * resource.getpagesize()
+    if resident > MOST_MEMORY or len((process / "maps").read_text().splitlines()) > MOST_MAPPINGS:
         jax.clear_caches()
+        gc.collect()
+        with contextlib.suppress(AttributeError, OSError):  # glibc keeps nine tenths of what was freed until it is told
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 # Files that take long, in that order; what takes a second or two fills the gaps at the end.

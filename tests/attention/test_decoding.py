@@ -182,9 +182,16 @@ def test_a_state_is_of_so_many_sequences_and_no_prompt_leaves_it_as_it_is(name):
 def test_float64_stays_float64(name):
     with jax.enable_x64(True):
         x = np.random.default_rng(0).normal(size=(1, 7, FEATURES))
-        mixer = make(ATTENTION[name], causal=True)
-        _, state = mixer.prefill(x[:, :6])
-        assert_same(mixer.step(x[:, 6], state)[0], mixer(x)[:, 6], 1e-12)
+        graphdef, params = nnx.split(make(ATTENTION[name], causal=True))
+
+        @jax.jit
+        def last_rows(params, x):
+            mixer = nnx.merge(graphdef, params)
+            return mixer.step(x[:, 6], mixer.prefill(x[:, :6])[1])[0], mixer(x)[:, 6]
+
+        decoded, whole = last_rows(params, x)
+        assert decoded.dtype == whole.dtype == np.float64
+        assert_same(decoded, whole, 1e-12)
 
 
 # A later part of a prompt beside few tokens, and beside all the room there is.
