@@ -17,6 +17,7 @@ from efficient_tx.training.signals import StopSignals
 from efficient_tx.training.step import clear_window, init_state, make_train_step, split_batch
 from tests.support import toy
 from tests.support.command import TINY, evaluate_here, train_here
+from tests.support.mixers import SHARED
 
 STEPS = 30
 
@@ -59,11 +60,6 @@ def training(config):
         return np.array(seen)
 
     return losses
-
-
-# Of those that draw nothing, and so compute each example by itself, one of each family.
-SHARED = {cls.family: name for name, cls in reversed(ATTENTION.items())}.values()
-SHARED = [name for name, cls in ATTENTION.items() if cls.draws or name in SHARED]
 
 
 @pytest.mark.slow

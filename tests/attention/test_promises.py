@@ -15,6 +15,7 @@ from tests.support.mixers import (
     assert_same,
     check_padding,
     derivatives,
+    firsts,
     longer,
     one_of_a_family,
     program,
@@ -142,8 +143,8 @@ def test_bfloat16_stays_near_float32(name):
 
 
 # MultiHead turns them: one of each family, and those that project otherwise.
-TURNED = {cls.family: name for name, cls in reversed(ATTENTION.items()) if cls.has_positions}.values()
-TURNED = [n for n, m in ATTENTION.items() if m.has_positions and (n in TURNED or m.mix is not MultiHead.mix)]
+TURNED = [name for name, m in ATTENTION.items() if m.has_positions]
+TURNED = [name for name in TURNED if name in firsts(TURNED) or ATTENTION[name].mix is not MultiHead.mix]
 
 
 @pytest.mark.slow

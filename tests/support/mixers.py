@@ -91,9 +91,18 @@ def check_padding(cls, **options):
     assert_same(np.asarray(forward(params, among, places, None))[places], out[mask])
 
 
+def firsts(names):
+    """The first of the names in each family."""
+    return {ATTENTION[name].family: name for name in reversed(names)}.values()
+
+
+# Of those that draw nothing, and so compute each example by itself, one of each family.
+SHARED = [name for name, cls in ATTENTION.items() if cls.draws or name in firsts(ATTENTION)]
+
+
 def one_of_a_family(names):
     """Parametrises over the names, of which all but the first of each family are slow."""
-    first = {ATTENTION[name].family: name for name in reversed(names)}.values()
+    first = firsts(names)
     return pytest.mark.parametrize(
         "name", [pytest.param(name, marks=[] if name in first else pytest.mark.slow) for name in names]
     )

@@ -14,6 +14,7 @@ from efficient_tx.models import Classifier, DualEncoder, TokenClassifier
 from efficient_tx.training import metrics
 from efficient_tx.training.lengths import at_needed_length, ends, steps_to
 from efficient_tx.training.step import clear_window, init_state, make_train_step, split_batch
+from tests.support.mixers import SHARED
 
 LENGTH, VOCAB, CLASSES = 96, 17, 10  # computed at 32, 64 or 96
 SIZES = {"vocab_size": VOCAB, "max_len": LENGTH, "features": 16, "mlp_features": 32, "layers": 1, "dropout": 0.2}
@@ -124,12 +125,9 @@ def classifier(name):
     return Classifier(num_classes=CLASSES, **SIZES, mixers=[ATTENTION[name]], rngs=nnx.Rngs(0))
 
 
-# One of each family: tests/attention/test_promises.py has outputs and draws of every mixer beside other padding.
-FAMILIES = {cls.family: name for name, cls in reversed(ATTENTION.items())} | {"low_rank": "skyformer"}
-
-
+# The others' outputs beside other padding are those of tests/attention/test_promises.py.
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == "skyformer" else pytest.mark.slow) for name in FAMILIES.values()]
+    "name", [pytest.param(name, marks=[] if name == "skyformer" else pytest.mark.slow) for name in SHARED]
 )
 def test_the_length_changes_nothing(name):
     """With dropout, and what a mixer draws in training."""
