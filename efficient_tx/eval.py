@@ -28,6 +28,7 @@ import re
 import signal
 import statistics
 import sys
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ from efficient_tx.training.workdir import FREE_KEYS, read_config
 MOST_ROWS = 4096
 # Of the table on a terminal: characters of a column of words, and columns that are shown in any case.
 NARROWEST, LEAST_COLUMNS = 8, 5
+LONGEST_NAME = 200  # bytes of a file's name; file systems take 255
 
 
 def warn(line: str) -> None:
@@ -94,6 +96,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.batch_size is not None and options.batch_size < 1:
         parser.error(f"--batch_size={options.batch_size}: must be at least 1")
+    keys = [key for key, _ in options.settings]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        parser.error(f"--set {twice[0]} is given twice: one evaluation has one value")
     options.settings = dict(options.settings)
     return options
 
@@ -210,10 +215,13 @@ def settings_of(row: Mapping[str, Any]) -> str:
 
 
 def file_name(row: Mapping[str, Any], what: str = "eval", ending: str = "json") -> str:
-    """eval_<split>_<checkpoint>[_<set>][_draws=<N>].json"""
+    """eval_<split>_<checkpoint>[_<set>][_draws=<N>].json; of very many settings the first ones, and a checksum."""
     draws = [f"draws={len(row['draws']['loss'])}"] if "draws" in row else []
     parts = [what, row["split"], row["checkpoint"], *filter(None, [settings_of(row)]), *draws]
-    return re.sub(r"[^\w.=,*+()&|~-]", "-", "_".join(parts)) + f".{ending}"
+    name = re.sub(r"[^\w.=,*+()&|~-]", "-", "_".join(parts))
+    if len(name.encode()) > LONGEST_NAME:  # the file itself says which settings it is of
+        name = f"{name.encode()[:LONGEST_NAME].decode(errors='ignore')}_{zlib.crc32(name.encode()):08x}"
+    return f"{name}.{ending}"
 
 
 def table(protocol: str, rows: list[tuple[str, Mapping[str, Any]]]) -> Table:
@@ -307,14 +315,14 @@ def main(arguments: list[str]) -> int:
     for protocol in dict.fromkeys(row["protocol"] for _, row in rows):
         made = table(protocol, [(path, row) for path, row in rows if row["protocol"] == protocol])
         if options.format != "table":
-            console.print(FORMATS[options.format](made), end="")
+            print(FORMATS[options.format](made), end="")  # a console would break long rows
             continue
         shown, left_out = on_terminal(made, console.width)
         console.print(shown, end="")
         if left_out:
             console.print(f"left out for want of width: {', '.join(left_out)}; --format=md has all", soft_wrap=True)
-    if rows and options.format in ("table", "md"):
-        console.print("\n".join(["", *notes(rows)]), soft_wrap=True)
+    if rows:  # those of CSV and TeX, which may be read by a program, on standard error
+        print("", *notes(rows), sep="\n", file=sys.stdout if options.format in ("table", "md") else sys.stderr)
     return status
 
 

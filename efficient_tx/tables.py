@@ -11,6 +11,7 @@ TEX = str.maketrans(
         **{character: f"\\{character}" for character in "&%$#_{}"},
         **{"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"},
         **{"±": r"$\pm$", "×": r"$\times$", "≥": r"$\geq$", "≤": r"$\leq$", "−": "$-$", "–": "--", "—": "---"},
+        **{"<": "$<$", ">": "$>$", "|": r"\textbar{}"},
     }
 )
 
@@ -41,7 +42,8 @@ class Table(NamedTuple):
 def to_markdown(table: Table) -> str:
     """A table of GitHub's Markdown below its title."""
     rule = ["---" if left else "---:" for left in table.left]
-    lines = [table.heads, rule, *([cell.replace("|", r"\|") for cell in row] for row in table.rows)]
+    words = ([cell.replace("|", r"\|") for cell in row] for row in (table.heads, *table.rows))
+    lines = [next(words), rule, *words]
     return f"**{table.title}**\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 

@@ -1,5 +1,7 @@
 """eval.py: the numbers of the run, on any batch size and devices, other mixers under the same weights, one table."""
 
+import csv
+import io
 import json
 import os
 import shutil
@@ -148,6 +150,34 @@ def test_predictions_are_those_that_were_scored(run):
     loss = np.log(np.exp(logits).sum(-1)) - logits[np.arange(50), small["label"]]
     np.testing.assert_allclose(small["loss"], loss, rtol=1e-5, atol=1e-6)  # float32
     assert result["standard_error"]["loss"] == pytest.approx(loss.std(ddof=1) / 50**0.5, rel=1e-4)
+
+
+def test_a_table_for_a_program_has_whole_rows_however_long_they_are(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    long = run.parent / "/".join(["a" * 100] * 3) / "run"
+    shutil.copytree(run, long)
+    status, out, error = evaluate_here("--workdir", run, long, "--format=csv", "--draws=2")
+    head, *lines = csv.reader(io.StringIO(out))
+    assert status == 0 and [len(line) for line in lines] == [len(head)] * 2
+    assert {line[2] for line in lines} == {str(run), str(long)}
+    assert "the draws are equal" in error and "to beat on listops" in error
+    _, out, _ = evaluate_here("--workdir", run, long, "--format=md")
+    assert len({line.count(" | ") for line in out.splitlines() if line.startswith("| ")}) == 1
+
+
+def test_many_settings_have_a_file_all_the_same(run):
+    """A file's name has at most 255 bytes, and no two settings share one."""
+    same = "task.max_len=24 task.min_len=4 task.train_size=300 task.val_size=50 task.test_size=50 model.features=16"
+    same += " model.mlp_features=32 model.layers=1 model.heads=2 attention.skyformer.landmarks=8 mixers=skyformer"
+    names = set()
+    for last in ("model.dropout=0.2", "model.dropout=0.3"):
+        status, _, error = evaluate_here(f"--workdir={run}", "--set", *same.split(), last)
+        assert (status, error) == (0, "")
+        (name,) = {path.name for path in run.glob("eval_test_best_*")} - names
+        names.add(name)
+        assert len(name) < 255 and read(run / name)["set"]["model.dropout"] == last[-3:]
+    status, _, error = evaluate_here(f"--workdir={run}", "--set", "model.layers=1", "model.layers=2")
+    assert status == 2 and error == "--set model.layers is given twice: one evaluation has one value\n"
 
 
 def test_what_does_not_fit_is_named_and_the_others_are_evaluated(run):
