@@ -71,13 +71,14 @@ def names_of(known: Collection[str], noun: str) -> Callable[[str], list[str]]:
     """The parser of a flag that lists some of the `known` names, each a `noun`. It returns them in the known order."""
 
     def names(text: str) -> list[str]:
-        for name in text.split(","):
+        given = parts(text)
+        for name in given:
             if name not in known:
                 near = nearest(name, known)
                 raise argparse.ArgumentTypeError(
                     f"{name!r} is no {noun}: choose of {', '.join(known)} (nearest: {near!r})"
                 )
-        return [name for name in known if name in text.split(",")]
+        return [name for name in known if name in given]
 
     return names
 

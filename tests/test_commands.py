@@ -1,5 +1,6 @@
 """What all command lines share: one line and an exit status for Ctrl-C, lost output, little memory and wrong words."""
 
+import argparse
 import os
 import signal
 import subprocess
@@ -8,6 +9,8 @@ import sys
 import pytest
 
 from efficient_tx import commands
+from efficient_tx.compare.commands.compression import budgets
+from efficient_tx.compare.flags import wholes
 from tests.support import ROOT
 
 pytestmark = pytest.mark.quick
@@ -117,3 +120,13 @@ def test_unknown_arguments_name_the_flag_that_was_meant(argument, line, capsys):
         parser.parse_args(["--workdir=a", argument])
     error = capsys.readouterr().err
     assert (stopped.value.code, error.count("\n")) == (2, 1) and error.startswith(line)
+
+
+def test_lists_are_split_at_semicolons_if_they_have_any():
+    """Of every flag: a reader who has met one such list writes the others so."""
+    names = commands.names_of(("a", "b", "c"), "letter")
+    assert names("c;a") == names("c,a") == names(" a ; c ") == ["a", "c"]
+    assert wholes("64;16") == wholes("16,64") == (16, 64) and budgets("0.25;0.5") == budgets("0.5,0.25") == (0.5, 0.25)
+    for parser in (names, wholes, budgets):
+        with pytest.raises(argparse.ArgumentTypeError):
+            parser(";")

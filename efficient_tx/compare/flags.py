@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from efficient_tx.commands import parts
 from efficient_tx.files import local_path
 
 
@@ -22,8 +23,8 @@ def whole(text: str) -> int:
 
 
 def wholes(text: str) -> tuple[int, ...]:
-    """Comma-separated integers of at least 1, ascending."""
-    return tuple(sorted({whole(part) for part in text.split(",")}))
+    """A list of integers of at least 1, ascending."""
+    return tuple(sorted(set(map(whole, parts(text)))))
 
 
 def positive(text: str) -> float:

@@ -20,7 +20,7 @@ HELP = "one trained model made smaller by all methods, in the same bytes"
 def budgets(text: str) -> tuple[float, ...]:
     """Shares of the bytes, the largest first."""
     try:
-        values = [float(part) for part in text.split(",")]
+        values = [float(part) for part in parts(text)]
         for value in values:
             check_budget(value)
     except ValueError as error:
