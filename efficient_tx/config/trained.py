@@ -65,9 +65,11 @@ def model_of_weights(path: str | Path, task: Task | None = None) -> tuple[Config
       task: gives the sizes of the model; None: the config says them, and no data are needed.
 
     Raises:
-      ValueError: one line: the file is unreadable, has no config, or does not fit it.
+      ValueError: one line: there is no such file, it is unreadable, has no config, or does not fit it.
     """
     path = local_path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file")
     stored = config_of_weights(path)
     if stored is None:
         raise ValueError(f"{path} has no config of a run: export_weights writes one")
