@@ -49,7 +49,7 @@ from efficient_tx.data.batching import check_examples
 from efficient_tx.predict import records
 from efficient_tx.predict.measures import MEASURES, TRIVIAL, measure
 from efficient_tx.predict.ranking import Known, learn, places, scored
-from efficient_tx.report.runs import find, problems
+from efficient_tx.report.runs import Method, find, problems
 from efficient_tx.sweep.plan import Grid, check_runs, methods_of
 from efficient_tx.task import data_directory
 from efficient_tx.training.compilation import keep_programs
@@ -134,7 +134,7 @@ def finished(folders: Sequence[Path]) -> Iterator[Candidate]:
             raise OptionError("score", str(folder), "it is no folder of runs")
     for problem in problems(find(folders, warn), warn):
         sign = 1 if problem.higher_is_better else -1
-        methods = [method for method in problem.methods if method.finished and not method.config.get("init_from")]
+        methods = [method for method in problem.methods if method.finished and not begun(method)]
         if len(methods) < records.LEAST:
             warn(f"{problem.title}: it has {len(methods)} finished methods, and needs {records.LEAST}: it is left out")
             continue
@@ -142,6 +142,11 @@ def finished(folders: Sequence[Path]) -> Iterator[Candidate]:
             with refusing(str(method.runs[0].path)):
                 config = restore(read_config(method.finished[0].path))
             yield Candidate(problem.title, method.label, config, sign * statistics.fmean(method.scores("test")))
+
+
+def begun(method: Method) -> bool:
+    """Whether its runs began with the parameters of others, as compressed ones do: new ones learn otherwise."""
+    return bool(method.config.get("init_from")) or any(key.startswith("structure.") for key in method.config)
 
 
 def measured(
@@ -170,7 +175,8 @@ def measured(
                             lambda line, method=candidate.method: say(f"{method}: {line}"))  # fmt: skip
         rows.append({**found, **about})
         if options.out:
-            before[key] = rows[-1]
+            known = found.get("final") is not None and candidate.final is None
+            before[key] = found if known else rows[-1]  # what others learn from stays
             records.save(options.out, [*before.values()])
     return rows
 

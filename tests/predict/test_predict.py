@@ -65,6 +65,31 @@ def test_a_short_run_is_the_beginning_of_the_run(tmp_path):
     assert len(re.findall(r"│ (softmax|vmean|linear) ", printed)) == 3
 
 
+@pytest.mark.quick
+def test_what_a_file_knows_of_finished_runs_stays(monkeypatch, tmp_path):
+    """Asked of the same method as a new one, which has no final score yet."""
+    monkeypatch.setattr(__main__, "build_task", lambda config: None)
+    monkeypatch.setattr(__main__, "check_examples", lambda task: None)
+    monkeypatch.setattr(__main__, "measure", lambda *_: {"seen": 0.5})
+    config, options = ConfigFile("quickstart:vmean").resolve({}), types.SimpleNamespace(out=tmp_path / "k", budget=0.1)
+    (first,) = __main__.measured([__main__.Candidate("runs", "vmean", config, 0.75)], options, print)
+    before = records.read(options.out, "out")
+    (second,) = __main__.measured([__main__.Candidate("quickstart", "vmean", config)], options, print)
+    assert (second["task"], second["final"], second["seen"]) == ("quickstart", None, 0.5)
+    assert records.read(options.out, "out") == before == [first]
+
+
+@pytest.mark.quick
+def test_methods_that_began_with_others_parameters_teach_nothing(tmp_path):
+    for method, test in (("vmean", 0.3), ("linear", 0.5), ("softmax", 0.6)):
+        write_run(tmp_path / method, config_of(method), test=test)
+    layer = {"encoder.blocks.0.mlp.up": {"name": "low_rank", "rank": 2}}
+    write_run(tmp_path / "svd", config_of("softmax") | {"structure": layer, "steps": 0})
+    write_run(tmp_path / "begun", config_of("pool", init_from="a/run"))
+    assert {one.method.split(",")[0] for one in __main__.finished([tmp_path])} == {"vmean", "linear", "softmax"}
+    assert len(list(__main__.finished([tmp_path]))) == 3
+
+
 @pytest.mark.slow
 def test_finished_runs_teach_and_are_scored(tmp_path):
     """Two tasks of three methods; the file that is written is one to learn from."""
