@@ -34,7 +34,7 @@ from efficient_tx.config import trust
 from efficient_tx.config.flags import TRUST, answered
 from efficient_tx.files import write
 from efficient_tx.report import content, plots
-from efficient_tx.report.flops import of_step
+from efficient_tx.report.flops import Costs, of_steps
 from efficient_tx.report.page import page
 from efficient_tx.report.runs import Problem, find, labels_of, problems
 from efficient_tx.tables import FORMATS, Table
@@ -67,8 +67,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def flops_of(found: Sequence[Problem], console: Console) -> list[dict[str, float | None]]:
-    """For each problem label -> floating-point operations of a training step; None if they cannot be counted."""
+def flops_of(found: Sequence[Problem], console: Console) -> list[Costs]:
+    """For each problem: method -> what its training steps cost."""
     every = []
     with console.status("counting operations") as status:
         for problem in found:
@@ -76,7 +76,7 @@ def flops_of(found: Sequence[Problem], console: Console) -> list[dict[str, float
             for method in problem.methods:
                 status.update(f"counting operations of {method.label}")
                 try:
-                    every[-1][method.label], why = of_step(method.config), "its program has loops of unknown length"
+                    every[-1][method.label], why = of_steps(method.config), "its program has loops of unknown length"
                 except ValueError as error:  # a mixer or a task of another place
                     every[-1][method.label], why = None, str(error)
                 if every[-1][method.label] is None:

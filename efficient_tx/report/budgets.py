@@ -1,9 +1,10 @@
 """Budgets: what methods reach after equal steps, equal training time and equal floating-point operations."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
+from efficient_tx.report.flops import Costs, used
 from efficient_tx.report.runs import Method, Run
 
 # Of the largest amount that every method has come to.
@@ -30,23 +31,23 @@ def seconds_at(run: Run, steps: np.ndarray) -> np.ndarray:
     return np.interp(steps, at, np.cumsum([0, *seconds]))
 
 
-def amounts(run: Run, what: str, metric: str, flops: Mapping[str, float | None], label: str) -> np.ndarray | None:
+def amounts(run: Run, what: str, metric: str, flops: Costs, label: str) -> np.ndarray | None:
     """What a run had used at each of its evaluations; None if it is not known."""
     steps, _ = validation(run, metric)
     if what == "steps":
         return steps
     if what == "seconds":
         return seconds_at(run, steps)
-    return None if flops.get(label) is None else steps * flops[label]
+    return None if flops.get(label) is None else used(flops[label], steps)
 
 
 def at_equal(
-    methods: Sequence[Method], what: str, metric: str, flops: Mapping[str, float | None]
+    methods: Sequence[Method], what: str, metric: str, flops: Costs
 ) -> tuple[list[float], dict[str, list[list[float]]]]:
     """Validation scores after equal amounts of "steps", "seconds" or "flops".
 
     Args:
-      flops: label of a method -> floating-point operations of a step, None if unknown.
+      flops: label of a method -> floating-point operations of its steps, None if unknown.
 
     Returns:
       The amounts, and label -> for each amount the scores of the runs that have come so far, linear between two
@@ -57,20 +58,25 @@ def at_equal(
         mine = {
             run: (amounts(run, what, metric, flops, method.label), validation(run, metric)[1]) for run in method.runs
         }
-        mine = {run: (used, scores) for run, (used, scores) in mine.items() if used is not None and len(used)}
+        mine = {run: (amount, scores) for run, (amount, scores) in mine.items() if amount is not None and len(amount)}
         if mine:
             curves[method.label] = list(mine.values())
             # All finished runs are to be in the table; of others the one that has come furthest.
-            last = [used[-1] for run, (used, _) in mine.items() if run in method.finished]
-            ends.append(min(last) if last else max(used[-1] for used, _ in mine.values()))
-    if not curves:
+            last = [amount[-1] for run, (amount, _) in mine.items() if run in method.finished]
+            ends.append(min(last) if last else max(amount[-1] for amount, _ in mine.values()))
+    ends = [end for end in ends if end > 0]  # a compressed run that was not trained has used nothing
+    if not ends:
         return [], {}
     common = min(ends)
     marks = [share * common for share in SHARES]
     # A run's own last amount may be common only up to rounding.
     return marks, {
         label: [
-            [float(np.interp(mark, used, scores)) for used, scores in mine if used[0] <= mark <= used[-1] * (1 + 1e-9)]
+            [
+                float(np.interp(mark, amount, scores))
+                for amount, scores in mine
+                if amount[0] <= mark <= amount[-1] * (1 + 1e-9)
+            ]
             for mark in marks
         ]
         for label, mine in curves.items()

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from efficient_tx.config import protocols
-from efficient_tx.config.protocols import HOUSEKEEPING
 from efficient_tx.report.budgets import at_equal
+from efficient_tx.report.flops import Costs
 from efficient_tx.report.published import Published, published
-from efficient_tx.report.runs import Method, Problem, Run, base, differing, labels_of
+from efficient_tx.report.runs import Method, Problem, Run, base, counts, differing, labels_of
 from efficient_tx.report.statistics import holm, paired, spread
 from efficient_tx.tables import Table
 from efficient_tx.training import summary
@@ -139,7 +139,7 @@ def middle(values: Any) -> str:
     return f"{np.median(known):.3g}" if known else NONE
 
 
-def equal(problem: Problem, flops: Mapping[str, float | None]) -> list[Table]:
+def equal(problem: Problem, flops: Costs) -> list[Table]:
     """Validation scores at equal steps, training time and operations; at equal steps what else is known of the task."""
     made = []
     for what, words in UNITS.items():
@@ -245,7 +245,7 @@ def settings(problem: Problem) -> Table | None:
     """The keys in which the methods differ, and the options of the mixers and structures that each alone has."""
     configs = [method.config for method in problem.methods]
     names = ("mixers", "linear.mlp.name", "linear.projections.name")
-    apart = differing(configs, lambda key: key not in HOUSEKEEPING and key not in names)
+    apart = differing(configs, lambda key: counts(key) and key not in names)
     shared = [key for key in apart if all(key in config for config in configs)]
     own = [key for key in apart if key not in shared]
     if not apart:
@@ -258,7 +258,7 @@ def settings(problem: Problem) -> Table | None:
     return Table(f"In what the configs differ: {problem.title}", columns, rows)
 
 
-def section(problem: Problem, flops: Mapping[str, float | None], baseline: str | None) -> Section:
+def section(problem: Problem, flops: Costs, baseline: str | None) -> Section:
     """Everything on one problem."""
     paired_table, notes = differences(problem, baseline)
     tables = [results(problem), *equal(problem, flops), paired_table, settings(problem)]
@@ -283,6 +283,8 @@ def reading(problem: Problem) -> list[str]:
         notes.append(f"Ended in numbers that are not finite: {'; '.join(diverged)}; scores are of other seeds alone.")
     if longer := [m.label for m in problem.methods if any(run.figure("extended_from") for run in m.finished)]:
         notes.append(f"Extended after their end, so that the learning rate rose again: {'; '.join(longer)}.")
+    if shorter := [method.label for method in problem.methods if any(run.shortened for run in method.runs)]:
+        notes.append(f"FLOPs are of full-length examples; these were cut, and used fewer: {'; '.join(shorter)}.")
     figures, departures = figures_of(problem), departed(problem)
     if figures:
         notes.append(f"Published figures: {figures.source}" + f" ({figures.note})" * bool(figures.note) + ".")

@@ -5,13 +5,13 @@ import json
 import math
 import re
 import statistics
-import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from efficient_tx.compress.result import RECORD
 from efficient_tx.config import protocols
 from efficient_tx.config.protocols import HOUSEKEEPING
 from efficient_tx.files import visible
@@ -19,10 +19,27 @@ from efficient_tx.sweep import record
 from efficient_tx.training import summary
 from efficient_tx.training.disk import decode, read_checked
 from efficient_tx.training.errors import Refused
-from efficient_tx.training.history import NAME, read
+from efficient_tx.training.history import NAME, History, copies_in
 from efficient_tx.training.workdir import diverged, flatten, read_config
 
 PREDICTIONS = "predictions_test_best.npz"
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """What a run is in its sweep; that of a run of no sweep is `Role()`.
+
+    Attributes:
+      tuning: whether it only helped to choose a setting.
+      tuned: the keys that the sweep chose values of.
+      cell: what it repeats or helped to choose a setting of; None if the sweep does not say, as in an older version.
+      instead: what tuning chose after this run's setting, which it had chosen before; else empty.
+    """
+
+    tuning: bool = False
+    tuned: frozenset[str] = frozenset()
+    cell: str | None = None
+    instead: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,16 +51,14 @@ class Run:
       config: dotted key -> value.
       lines: of metrics.jsonl.
       summary: of a finished run, else None.
-      tuning: whether it only helped to choose a setting.
-      tuned: the keys that its sweep chose values of.
+      role: its part in its sweep.
     """
 
     path: Path
     config: Mapping[str, Any]
     lines: Sequence[Mapping[str, Any]]
     summary: Mapping[str, Any] | None
-    tuning: bool
-    tuned: frozenset[str] = frozenset()
+    role: Role
 
     @property
     def seed(self) -> int:
@@ -73,6 +88,23 @@ class Run:
         return self.summary is None and diverged(self.path) is not None
 
     @property
+    def shortened(self) -> bool:
+        """Whether examples are cut to lengths that hold them, and so cost less than full-length ones."""
+        return self.config.get("lengths", 1) > 1 or bool(self.config.get("task.bucket"))
+
+    @property
+    def compressed(self) -> str:
+        """What made it smaller: "svd to 0.5 of bytes"; empty if nothing did."""
+        if not any(key.startswith("structure.") for key in self.config):
+            return ""
+        try:
+            asked = read_checked(self.path / RECORD)["asked"]
+            budget = "" if asked["budget"] is None else f" to {asked['budget']:g} of {asked['unit']}"
+            return f"{asked['method']}{budget}"
+        except (OSError, ValueError, KeyError, TypeError):
+            return "compressed"
+
+    @property
     def evaluated(self) -> dict[str, Any]:
         """What eval.py wrote of the best checkpoint on the test split, of a run that need not be finished; else {}."""
         try:
@@ -85,7 +117,7 @@ class Run:
         try:
             with np.load(self.path / PREDICTIONS) as file:
                 saved = dict(file)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except Exception:  # of a damaged archive any kind: what it is compressed and encrypted by stands in it
             return None
         return saved if "step" in saved and saved["step"] == self.figure("best_step") else None
 
@@ -172,33 +204,41 @@ def find(folders: Iterable[Path], warn: Callable[[str], None]) -> list[Run]:
         inside = [folder] if (folder / "config.json").exists() else []
         inside += [file.parent for file in visible(folder, "*/config.json")]
         for path in inside:
-            tuning, tuned = tuning_in(path.absolute().parent)
+            role = role_of(path.absolute())
+            if role.instead:
+                warn(f"{path}: tuning over more values has chosen {role.instead} since: it is left out")
+                continue
             try:
-                found[path.resolve()] = load(path, tuning=path.absolute().name in tuning, tuned=tuned, warn=warn)
+                found[path.resolve()] = load(path, role=role, warn=warn)
             except Refused as error:
                 warn(f"{error}; it is left out")
     return list(found.values())
 
 
-def tuning_in(folder: Path) -> tuple[frozenset[str], frozenset[str]]:
-    """The names of the runs that a sweep made only to choose settings, and the keys that it chose values of.
+def role_of(path: Path) -> Role:
+    """The role of the run in an absolute path in the sweep of the folder above it.
 
     Raises:
       ValueError: the sweep's record is damaged, so that runs which only chose settings would count as results.
     """
+    folder = path.parent
     try:
         sweep = record.read(folder)
-        names = {name for name, run in sweep["runs"].items() if run["purpose"] == "tune"}
-        return frozenset(names), frozenset(key for cell in sweep["chosen"].values() for key in cell["settings"])
+        tuned = frozenset(key for cell in sweep["chosen"].values() for key in cell["settings"])
+        run = sweep["runs"].get(path.name, {"purpose": "run"})
+        tuning, cell = run["purpose"] == "tune", run.get("cell")
+        chosen = sweep["chosen"].get(cell, {"settings": {}})["settings"]
+        other = {key: value for key, value in chosen.items() if not tuning and run["settings"].get(key) != value}
+        instead = ", ".join(f"{key}={value}" for key, value in other.items())
+        # Of cells of the same name each folder has its own.
+        return Role(tuning, tuned, cell and f"{folder}: {cell}", instead)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         rest = "and which of its runs only chose settings is not known: restore it, or delete it to count them all"
         raise ValueError(f"{folder / record.NAME} is damaged, {rest}") from None
 
 
-def load(
-    path: Path, *, warn: Callable[[str], None], tuning: bool = False, tuned: frozenset[str] = frozenset()
-) -> Run:  # fmt: skip
-    """The run in a workdir; `tuning` and `tuned` are those of `Run`.
+def load(path: Path, *, warn: Callable[[str], None], role: Role = Role()) -> Run:
+    """The run in a workdir.
 
     Raises:
       Refused: there is none, or its config is damaged.
@@ -206,9 +246,9 @@ def load(
     config = flatten(read_config(path))
     if missing := [key for key in ("seed", "mixers", "task.name", "protocol", "linear.mlp.name") if key not in config]:
         raise Refused(f"{path}/config.json has no {missing[0]}")
-    history = read(path / NAME)
-    if history.damaged:
-        warn(f"{path / NAME}: {len(history.damaged)} lines are damaged and left out")
+    copies = copies_in(path / "checkpoints")  # before metrics.jsonl, which a run that is going on has ahead of them
+    history = History(path / NAME, writer=False)
+    added = history.complete(copies)
     try:
         result = read_checked(path / "summary.json")
         summary.metric(result)
@@ -217,7 +257,16 @@ def load(
     except (OSError, ValueError, StopIteration) as error:
         warn(f"{path}/summary.json {error}: the run counts as unfinished")
         result = None
-    return Run(path, config, history.lines, result, tuning, tuned)
+    if added:
+        warn(f"{path / NAME}: {history.damage}; {len(added)} come from the copies in its checkpoints")
+    elif history.damaged:
+        warn(f"{path / NAME}: {history.damage}, and left out")
+    run = Run(path, config, history.lines, result, role)
+    if result is None or not history.checked or run.step >= config["steps"]:
+        return run
+    # All finished runs are in the tables at equal amounts, which one that seems to end early would cut short.
+    warn(f"{path / NAME} ends before step {config['steps']}: the run is in no curve and in no table at equal amounts")
+    return dataclasses.replace(run, lines=())
 
 
 def problems(runs: Sequence[Run], warn: Callable[[str], None]) -> list[Problem]:
@@ -227,7 +276,7 @@ def problems(runs: Sequence[Run], warn: Callable[[str], None]) -> list[Problem]:
         task = {key: x for key, x in run.config.items() if key.startswith("task.") and key not in HOUSEKEEPING}
         grouped.setdefault((run.config["protocol"], frozen(task)), []).append(run)
     parts = [part for mine in grouped.values() for part in by_source(mine)]
-    made = [problem(mine, warn) for mine in parts if not all(run.tuning for run in mine)]
+    made = [problem(mine, warn) for mine in parts if not all(run.role.tuning for run in mine)]
     titles = [one.title for one in made]
     if len(set(titles)) == len(titles):
         return made
@@ -261,7 +310,7 @@ def problem(runs: Sequence[Run], warn: Callable[[str], None]) -> Problem:
     """The problem that runs of one task and protocol share."""
     grouped: dict[Any, dict[int, Run]] = {}
     for run in runs:
-        if run.tuning:
+        if run.role.tuning:
             continue
         seeds = grouped.setdefault(frozen({k: x for k, x in run.config.items() if k not in HOUSEKEEPING}), {})
         if run.seed in seeds:
@@ -269,8 +318,8 @@ def problem(runs: Sequence[Run], warn: Callable[[str], None]) -> Problem:
         else:
             seeds[run.seed] = run
     groups = [[seeds[seed] for seed in sorted(seeds)] for seeds in grouped.values()]
-    labels = labelled([group[0].config for group in groups])
-    budgets = [sum(run.tuning and untuned(run) == untuned(group[0]) for run in runs) for group in groups]
+    labels = labelled([group[0] for group in groups])
+    budgets = [sum(run.role.tuning and helped(run, group) for run in runs) for group in groups]
     first = next((run for run in runs if run.summary), runs[0])
     name = first.figure("task") or first.config["task.name"].rpartition(".")[2]
     source = first.figure("source") or str(first.config.get("task.source", "unknown data"))
@@ -278,9 +327,15 @@ def problem(runs: Sequence[Run], warn: Callable[[str], None]) -> Problem:
     return Problem(title, sorted((Method(*one) for one in zip(labels, groups, budgets)), key=place))
 
 
-def untuned(run: Run) -> str:
-    """Equal for the runs of a method, and for those that chose its settings."""
-    return frozen({key: x for key, x in run.config.items() if key not in HOUSEKEEPING and key not in run.tuned})
+def helped(tuning: Run, group: Sequence[Run]) -> bool:
+    """Whether a run of a tuning chose among settings for the runs of a method."""
+    if tuning.role.cell is not None:
+        return tuning.role.cell in [run.role.cell for run in group]
+
+    def untuned(run: Run) -> str:
+        return frozen({k: x for k, x in run.config.items() if k not in HOUSEKEEPING and k not in run.role.tuned})
+
+    return untuned(tuning) == untuned(group[0])
 
 
 def place(method: Method) -> tuple[float, str]:
@@ -299,16 +354,22 @@ def base(config: Mapping[str, Any]) -> str:
     return "+".join([config["mixers"], *parts])
 
 
-def labelled(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A label for each config: its base, and the keys in which it differs from others of that base."""
+def labelled(runs: Sequence[Run]) -> list[str]:
+    """A label for each run: its base, what compressed it, and the keys in which it differs from others of that base."""
     labels = []
-    for config in configs:
-        alike = [other for other in configs if base(other) == base(config)]
-        apart = differing(alike, lambda key: key not in HOUSEKEEPING)
+    for run in runs:
+        apart = differing([other.config for other in runs if base(other.config) == base(run.config)], counts)
         last = [key.rpartition(".")[2] for key in apart]
         short = [name if last.count(name) == 1 else key for key, name in zip(apart, last)]
-        labels.append(", ".join([base(config), *(f"{name}={config.get(k)}" for k, name in zip(apart, short))]))
-    return labels
+        own = [f"{name}={run.config.get(key)}" for key, name in zip(apart, short)]
+        labels.append(", ".join([base(run.config), *filter(None, [run.compressed]), *own]))
+    # Such as results of one method in other layers.
+    return [label if labels.count(label) == 1 else f"{label} ({run.path.name})" for label, run in zip(labels, runs)]
+
+
+def counts(key: str) -> bool:
+    """Whether a key tells methods apart: not the forms of compressed layers, but what made them, `Run.compressed`."""
+    return key not in HOUSEKEEPING and not key.startswith("structure.")
 
 
 def differing(configs: Sequence[Mapping[str, Any]], counts: Callable[[str], bool] = lambda key: True) -> list[str]:

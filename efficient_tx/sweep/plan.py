@@ -61,13 +61,18 @@ def methods_of(
       mixers, linears: None is those of the config.
 
     Raises:
-      OptionError: they are given, and the path has an argument.
+      OptionError: they are given, and the path has an argument; or both name structures.
       ConfigError, OSError: it is no config.
     """
     name, colon, _ = config.partition(":")
     if colon and (mixers or linears):
         rule = "what follows the colon is what mixers and linears are for: leave out one of them"
         raise OptionError("config", config, rule)
+    for pattern in mixers or ():
+        if linears and "+" in pattern:
+            raise OptionError(
+                "mixers", pattern, "it names structures, which linears does for all: leave out one of them"
+            )
     plain = ConfigFile(config).config()
     own = "+".join(plain.linear[part].name for part in ("mlp", "projections"))
     return name, [
@@ -122,7 +127,7 @@ class Run:
     def record(self) -> dict[str, Any]:
         """What sweep.json says of it."""
         about = {"method": str(self.cell.method), "settings": dict(self.settings), "seed": self.seed}
-        return {**about, "purpose": self.purpose, "arguments": list(self.arguments)}
+        return {**about, "cell": str(self.cell), "purpose": self.purpose, "arguments": list(self.arguments)}
 
 
 @dataclasses.dataclass(frozen=True)

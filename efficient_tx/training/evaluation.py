@@ -15,7 +15,7 @@ from efficient_tx.training import metrics
 from efficient_tx.training.checkpoint import Checkpoints, Damaged, Vanished
 from efficient_tx.training.disk import CHECKSUMS
 from efficient_tx.training.errors import Refused, refusing
-from efficient_tx.training.history import NAME, History, read
+from efficient_tx.training.history import NAME, History, copies_in
 from efficient_tx.training.objective import CLASSIFICATION
 from efficient_tx.training.optimizer import evaluation_params
 from efficient_tx.training.stages import Stage, stage_at
@@ -166,13 +166,9 @@ def _choice(path: Path, which: str, checkpoints: Checkpoints, objective: Objecti
 def _ranked(path: Path, checkpoints: Checkpoints, objective: Objective) -> tuple[list[int], list[str]]:
     """Validated steps, best first; and a line if metrics.jsonl is damaged, whose lines the checkpoints have as well."""
     # In this order: of a run that is going on, metrics.jsonl is ahead of the copies.
-    copies = [copy for step in checkpoints.steps() if (copy := read(checkpoints.directory / str(step) / NAME)).checked]
+    copies = copies_in(checkpoints.directory)
     history = History(path / NAME, writer=False)
-    validated = {line["step"] for line in history.of("validation")}
-    lines = {line["step"]: line for copy in copies for line in copy.lines if line["split"] == "validation"}
-    missing = [line for step, line in lines.items() if step not in validated]
-    history.lines += missing
-    if not history.damaged and not missing:
+    if not any(line["split"] == "validation" for line in history.complete(copies)) and not history.damaged:
         # Of an older version the whole workdir is unchecked, which is said already.
         return history.ranked(objective), [history.unchecked] if history.unchecked and (
             path / CHECKSUMS
@@ -181,4 +177,4 @@ def _ranked(path: Path, checkpoints: Checkpoints, objective: Objective) -> tuple
     known = (
         "but the checkpoints have copies of all validation lines" if complete else "another checkpoint may be the best"
     )
-    return history.ranked(objective), [f"{history.path}: {history.damage or 'lines are missing'}; {known}"]
+    return history.ranked(objective), [f"{history.path}: {history.damage}; {known}"]

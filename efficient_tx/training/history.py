@@ -10,7 +10,7 @@ import math
 import os
 import weakref
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +48,7 @@ class History:
     Attributes:
       lines: those that are intact.
       damaged: numbers, from 1, of those that are not: their CRC-32 differs, or they are no metric lines.
+      missing: how many are missing at the end, by the checksums; a kill, or a run that is going on, leaves one.
       checked: whether there are checksums; runs of older versions have none.
 
     Raises:
@@ -56,12 +57,14 @@ class History:
 
     def __init__(self, path: Path, *, writer: bool = True):
         self.path, self._writer = path, writer
-        self.lines, self.damaged, self.checked = read(path)
+        self.lines, self.damaged, self.missing, self.checked = read(path)
         self._files = None
 
     @property
     def damage(self) -> str:
-        """The damaged lines in words: "line 3 is damaged (CRC-32 differs from metrics.crc32)"."""
+        """What is wrong in words: "line 3 is damaged (CRC-32 differs from metrics.crc32)"."""
+        if not self.damaged:
+            return f"{self.missing} at its end are missing" if self.missing else "lines are missing"
         why = f"CRC-32 differs from {_beside(self.path).name}" if self.checked else "no metric line"
         return f"{_numbered(self.damaged)} damaged ({why})"
 
@@ -95,9 +98,9 @@ class History:
           warn: gets one line if there are such lines.
         """
         lines = [line for line in self.lines if line["step"] <= step]
-        saved = read(copy / NAME) if copy else Read([], [], False)
+        saved = read(copy / NAME) if copy else NOTHING
         if not saved.checked:  # of an older version, or killed before it was written
-            saved = Read([], [], False)
+            saved = NOTHING
         lost = f"{self.path}: {self.damage}" if self.damaged else ""
         if saved.damaged:
             warn(f"{copy / NAME}: {_numbered(saved.damaged)} damaged; {self.path} is used")
@@ -114,9 +117,17 @@ class History:
             warn(f"{lost}; the lines up to step {step} are not, and the run goes on from there")
         if unchecked := self.unchecked:
             warn(unchecked)
-        self.lines, self.damaged, self.checked = lines, [], True
+        self.lines, self.damaged, self.missing, self.checked = lines, [], 0, True
         if self._writer:
             self._write()
+
+    def complete(self, copies: Iterable["Read"]) -> list[Line]:
+        """Adds the lines that only copies in checkpoints have, in their places, and returns them."""
+        known = {(line["step"], line["split"]) for line in self.lines}
+        found = {(line["step"], line["split"]): line for copy in copies for line in copy.lines}
+        added = [line for key, line in found.items() if key not in known]
+        self.lines = sorted(self.lines + added, key=lambda line: line["step"])
+        return added
 
     def copy(self, folder: Path) -> None:
         """Writes a copy into the folder of a checkpoint. A kill leaves the old one, or a checksum too many."""
@@ -182,7 +193,11 @@ class Read(NamedTuple):
 
     lines: list[Line]
     damaged: list[int]
+    missing: int
     checked: bool
+
+
+NOTHING = Read([], [], 0, False)
 
 
 def read(path: Path) -> Read:
@@ -208,11 +223,13 @@ def read(path: Path) -> Read:
         # No part of a line: its end is damaged.
         texts.append(tail)
         found.append(checksum(tail))
-    lines, damaged, number, place = [], [], 0, 0
+    lines, damaged, missing, number, place = [], [], 0, 0, 0
     # A line that is damaged, split or joined with the next leaves the others where they were.
     for i, j, size in difflib.SequenceMatcher(None, expected, found, autojunk=False).get_matching_blocks():
-        if size or j > place:  # at the end checksums may be left over
+        if size or j > place:
             damaged += range(number + 1, number + 1 + max(i - number, j - place))
+        else:  # at the end checksums may be left over
+            missing = i - number
         for text in texts[j : j + size]:
             i += 1
             line = _parse(text)
@@ -221,7 +238,13 @@ def read(path: Path) -> Read:
             else:
                 lines.append(line)
         number, place = i, j + size
-    return Read(lines, damaged, checked)
+    return Read(lines, damaged, missing, checked)
+
+
+def copies_in(checkpoints: Path) -> list[Read]:
+    """The copies in the checkpoints of a folder, the oldest first; without those of older versions, unchecked."""
+    steps = sorted(int(folder.name) for folder in checkpoints.glob("*") if folder.name.isdecimal())
+    return [copy for step in steps if (copy := read(checkpoints / str(step) / NAME)).checked]
 
 
 def read_lines(path: Path) -> list[Line]:

@@ -15,7 +15,7 @@ from efficient_tx.config.load import ConfigFile
 from efficient_tx.fit.__main__ import command, values_of
 from efficient_tx.fit.chips import DATA_SHEETS, chip_of
 from efficient_tx.fit.step import Recipe
-from efficient_tx.report.flops import of_step
+from efficient_tx.report.flops import of_steps
 from efficient_tx.training.step import init_state, make_train_step
 from tests.support.command import here
 from tests.support.workdirs import SMALL, config_of
@@ -56,7 +56,7 @@ def test_the_batch_found_fits_and_the_next_one_does_not(tmp_path):
     for_each_token = 2 * 8 * 8 + 2 * 8 * 16
     head = 8 * 16 + 16 * 10
     assert row["flops"] == 3 * 2 * 8 * (16 * for_each_token + head)
-    assert row["flops"] == of_step(config_of("vmean", batch_size=8))
+    assert row["flops"] == of_steps(config_of("vmean", batch_size=8))[0].operations
     state = 3 * 4 * row["parameters"]  # parameters and two moments: read and written
     assert row["seconds"] > 0 and row["bytes"] >= 2 * state and row["memory"] >= state
 
@@ -150,5 +150,5 @@ def test_a_chip_that_is_not_there(target, tmp_path):
     assert status == 0, error
     (row,) = json.loads(out.read_text())
     assert (row["target"], row["largest_batch"]) == (target, 0) and "data sheet" in printed
-    assert row["flops"] == of_step(config_of("softmax", batch_size=2))
+    assert row["flops"] == of_steps(config_of("softmax", batch_size=2))[0].operations
     assert row["memory"] > 3 * 4 * row["parameters"] and 0 < row["seconds"] < 1e-3

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from efficient_tx.report.budgets import at_equal, seconds_at
-from efficient_tx.report.runs import Method, Run
+from efficient_tx.report.flops import From
+from efficient_tx.report.runs import Method, Role, Run
 
 pytestmark = pytest.mark.quick
 
@@ -17,7 +18,7 @@ def run(points, seconds_per_step=0.1, finished=True):
         lines.append({"step": step, "split": "train", "seconds": (step - before) * seconds_per_step, "accuracy": 0.0})
         lines.append({"step": step, "split": "validation", "accuracy": accuracy})
         before = step
-    return Run(Path("run"), {"batch_size": 8}, lines, {} if finished else None, tuning=False)
+    return Run(Path("run"), {"batch_size": 8}, lines, {} if finished else None, Role())
 
 
 FAST = Method("fast", [run([(10, 0.1), (100, 1.0)]), run([(10, 0.2), (100, 0.2)])], 0)
@@ -43,15 +44,15 @@ def test_a_resumed_run_has_the_time_of_all_its_steps():
     """The second line has timed half of its steps."""
     rate = {"split": "train", "examples_per_second": 16.0}
     lines = [{"step": 10, "seconds": 5.0, **rate}, {"step": 30, "seconds": 5.0, **rate}]
-    resumed = Run(Path("run"), {"batch_size": 8}, lines, None, tuning=False)
+    resumed = Run(Path("run"), {"batch_size": 8}, lines, None, Role())
     assert seconds_at(resumed, np.array([5.0, 30.0])).tolist() == [2.5, 15.0]
 
 
 def test_equal_operations():
-    marks, found = at_equal([FAST, SLOW], "flops", "accuracy", {"fast": 2.0, "slow": 4.0})
+    marks, found = at_equal([FAST, SLOW], "flops", "accuracy", {"fast": [From(0, 2.0)], "slow": [From(0, 4.0)]})
     assert marks == [40, 80, 160]
     assert found["fast"][2] == pytest.approx([0.8, 0.2]) and found["slow"][1] == pytest.approx([0.2])
-    assert at_equal([FAST, SLOW], "flops", "accuracy", {"fast": 2.0, "slow": None})[1].keys() == {"fast"}
+    assert at_equal([FAST, SLOW], "flops", "accuracy", {"fast": [From(0, 2.0)], "slow": None})[1].keys() == {"fast"}
     assert at_equal([NONE], "steps", "accuracy", {}) == ([], {})
 
 

@@ -4,12 +4,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from efficient_tx.attention import ATTENTION
 from efficient_tx.kernels import flash_attention
 from efficient_tx.numerics.flops import Uncounted, products
-from efficient_tx.report.flops import of_step
+from efficient_tx.report.flops import of_steps, used
 from tests.support.workdirs import config_of
 
 
@@ -33,8 +34,18 @@ def test_a_model_of_dense_layers_has_the_operations_of_its_weights():
     for_each_token = 2 * features * features + 2 * features * mlp  # values and output; up and down
     head = features * mlp + mlp * classes
     expected = 3 * 2 * batch * (length * for_each_token + head)
-    assert of_step(config_of("vmean")) == expected
-    assert of_step(config_of("vmean", batch_size=32)) == expected / 2
+    assert of_steps(config_of("vmean"))[0].operations == expected
+    assert of_steps(config_of("vmean", batch_size=32))[0].operations == expected / 2
+
+
+def test_a_run_that_becomes_dense_pays_for_dense_steps_from_then_on():
+    settings = {"linear.mlp.name": "monarch", "steps": 100}
+    ((_, structured),) = of_steps(config_of("softmax", **settings))
+    ((_, dense),) = of_steps(config_of("softmax", steps=100))
+    stages = of_steps(config_of("softmax", densify_at=10, **settings))
+    assert stages == [(0, structured), (10, dense)] and structured != dense
+    expected = [0, 4 * structured, 10 * structured, 10 * structured + 90 * dense]
+    assert used(stages, np.array([0.0, 4.0, 10.0, 100.0])).tolist() == expected
 
 
 def test_of_branches_the_most_expensive_one_counts():
@@ -52,7 +63,7 @@ def test_exact_attention_has_all_pairs_whatever_its_blocks(length):
     weights = 4 * features**2 + 2 * features * mlp
     head = features * mlp + mlp * 10
     expected = 3 * 2 * batch * (length * weights + 2 * length**2 * features + head)
-    assert of_step(config_of("softmax", **{"task.max_len": length})) == expected
+    assert of_steps(config_of("softmax", **{"task.max_len": length}))[0].operations == expected
 
 
 @pytest.mark.quick
@@ -71,4 +82,4 @@ def test_solves_and_fourier_transforms_are_counted():
 
 @pytest.mark.parametrize("name", ATTENTION)
 def test_every_mixer_is_counted_at_a_length_of_several_blocks(name):
-    assert of_step(config_of(name, **{"task.max_len": 1100, "batch_size": 1})) > 0
+    assert of_steps(config_of(name, **{"task.max_len": 1100, "batch_size": 1}))[0].operations > 0

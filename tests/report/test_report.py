@@ -114,6 +114,12 @@ def test_unfinished_runs_stand_beside_published_figures_too(tmp_path):
     assert "- runs: 1, none of them finished" in words
 
 
+def test_that_cut_examples_cost_less_is_told(folder):
+    write_run(folder / "cut", config_of("pool", lengths=4))
+    _, out, _ = report(folder, "--format=md")
+    assert "- FLOPs are of full-length examples; these were cut, and used fewer: pool." in out
+
+
 def test_seeds_that_diverged_are_told(folder):
     """A mean of those that did not is a better score than the method has."""
     path = write_run(folder / "lost", config_of("gla", seed=7), test=None)
@@ -129,7 +135,7 @@ def test_departures_from_the_configs_own_settings_are_told(folder):
 
 
 def test_a_method_whose_operations_are_unknown_is_named(folder, monkeypatch):
-    monkeypatch.setattr("efficient_tx.report.__main__.of_step", lambda config: None)
+    monkeypatch.setattr("efficient_tx.report.__main__.of_steps", lambda config: None)
     status, out, error = report(folder, "--format=md")
     assert status == 0 and "after equal FLOPs" not in out
     assert "gla: operations are not counted: its program has loops of unknown length" in error

@@ -1,11 +1,16 @@
 """Which runs are compared: seeds of one method, methods of one problem, and nothing else together."""
 
+import itertools
 import json
 
+import numpy as np
 import pytest
 
+from efficient_tx.report.budgets import at_equal
 from efficient_tx.report.published import published
 from efficient_tx.report.runs import find, problems
+from efficient_tx.training.disk import write_checked
+from efficient_tx.training.history import checksum
 from tests.support import ROOT
 from tests.support.workdirs import config_of, write_run
 
@@ -87,6 +92,41 @@ def test_each_setting_has_the_tuning_of_its_own(grouped):
     assert [(m.label, m.tuning) for m in problem.methods] == [("softmax, dropout=0.0", 2), ("softmax, dropout=0.1", 2)]
 
 
+RATE = "optimizer.learning_rate"
+
+
+def swept(folder, rates, *, chosen):
+    """(folder name, config, purpose, cell) of runs and of what tuning chose, as a sweep records them."""
+    runs = {}
+    for name, rate, seed, purpose, cell in rates:
+        write_run(folder / name, config_of("vmean", seed=seed, **{RATE: float(rate)}), test=0.1 * seed)
+        runs[name] = {"settings": {RATE: rate}, "seed": seed, "purpose": purpose, "cell": cell}
+    (folder / "sweep.json").write_text(json.dumps({"runs": runs, "chosen": {"vmean": {"settings": {RATE: chosen}}}}))
+    lines = []
+    return problems(find([folder], lines.append), lines.append), lines
+
+
+def test_a_setting_that_was_compared_is_no_setting_that_was_tuned(tmp_path):
+    tried = [(f"t{rate}", rate, 0, "tune", "vmean") for rate in ("0.1", "0.2", "0.3")]
+    final = [("a", "0.1", 1, "run", "vmean"), ("b", "0.5", 1, "run", f"vmean, {RATE}=0.5")]
+    ((problem,), lines) = swept(tmp_path, [*tried, *final], chosen="0.1")
+    assert {method.label: method.tuning for method in problem.methods} == {
+        "vmean, learning_rate=0.1": 3,
+        "vmean, learning_rate=0.5": 0,
+    }
+    assert lines == []
+
+
+def test_what_tuning_has_given_up_is_no_result(tmp_path):
+    """Tried over more values it chose another one: the results of the first must not stand beside, sorted by score."""
+    tried = [(f"t{rate}", rate, 0, "tune", "vmean") for rate in ("0.1", "0.2")]
+    final = [("old", "0.1", 5, "run", "vmean"), ("new", "0.2", 1, "run", "vmean")]
+    ((problem,), lines) = swept(tmp_path, [*tried, *final], chosen="0.2")
+    ((method,), (line,)) = problem.methods, lines
+    assert (method.label, method.tuning, method.scores("test")) == ("vmean", 2, [0.1])
+    assert line == f"{tmp_path}/old: tuning over more values has chosen {RATE}=0.2 since: it is left out"
+
+
 def test_data_of_other_sources_are_other_problems_wherever_they_lie(grouped):
     config = config_of("softmax", **{"task.source": "/somewhere"})
     found, _ = grouped(
@@ -115,9 +155,70 @@ def test_what_is_damaged_is_named_and_left_out(grouped, tmp_path):
     assert [line.replace(str(tmp_path), "") for line in sorted(lines)] == [
         "/a/config.json is damaged (its CRC-32 differs from that in crc32.json): restore it, or use a new folder; "
         "it is left out",
-        "/b/metrics.jsonl: 1 lines are damaged and left out",
+        "/b/metrics.jsonl: line 5 is damaged (no metric line), and left out",
         "/b/summary.json is damaged (its CRC-32 differs from that in crc32.json): the run counts as unfinished",
     ]
+
+
+def test_a_metrics_file_that_was_cut_shortens_no_table(grouped, tmp_path):
+    """Its lines come from the checkpoints; without any the run has no curve, and says so."""
+    config = config_of("softmax") | {"steps": 20}
+    for name in ("a", "b"):
+        path = write_run(tmp_path / name, config | {"seed": 1 + (name == "b")})
+        texts = (path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+        for folder in [path] + [path / "checkpoints" / "20"] * (name == "a"):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "metrics.jsonl").write_bytes(b"".join(texts))
+            (folder / "metrics.crc32").write_bytes(b"".join(map(checksum, texts)))
+        (path / "metrics.jsonl").write_bytes(b"".join(texts[:2]))
+    ((problem,), lines) = grouped((config, {}))
+    assert [line.replace(str(tmp_path), "") for line in sorted(lines)] == [
+        "/a/metrics.jsonl: 2 at its end are missing; 2 come from the copies in its checkpoints",
+        "/b/metrics.jsonl ends before step 20: the run is in no curve and in no table at equal amounts",
+    ]
+    marks, found = at_equal(problem.methods, "steps", "accuracy", {})
+    assert marks == [5, 10, 20] and found == {"softmax": [[], [0.25] * 2, [0.5] * 2]}
+    assert len(problem.methods[0].scores("test")) == 3
+
+
+def test_compressed_runs_are_named_by_what_made_them(tmp_path):
+    """Not by the dozens of keys of their layers; results of one method that differ are told apart by their folders."""
+    write_run(tmp_path / "dense", config_of("softmax"), test=0.5)
+    for name, rank, method in (("x", 2, "svd"), ("y", 3, "svd"), ("z", 1, None)):
+        layer = {"name": "low_rank", "rank": rank}
+        config = config_of("softmax") | {"steps": 0, "structure": {"encoder.blocks.0.mlp.up": layer}}
+        path = write_run(tmp_path / name, config, validation=[(0, 0.4)], test=0.4)
+        if method:
+            asked = {"method": method, "budget": 0.5, "unit": "bytes"}
+            write_checked(path / "compression.json", {"asked": asked})
+    lines = []
+    (problem,) = problems(find([tmp_path], lines.append), lines.append)
+    assert lines == [] and sorted(method.label for method in problem.methods) == [
+        "softmax, compressed, steps=0",
+        "softmax, steps=1500",
+        "softmax, svd to 0.5 of bytes, steps=0 (x)",
+        "softmax, svd to 0.5 of bytes, steps=0 (y)",
+    ]
+    # One that was not trained leaves the amounts of the others as they are.
+    marks, found = at_equal(problem.methods, "steps", "accuracy", {})
+    assert marks == [5, 10, 20] and found["softmax, steps=1500"] == [[], [0.25], [0.5]]
+
+
+@pytest.mark.quick
+def test_no_damage_of_saved_predictions_is_an_error(tmp_path):
+    """At every byte that is not their content, and at some of that."""
+    path = write_run(tmp_path / "a", config_of("vmean"), right=np.arange(40) % 2 == 0)
+    file, lines = path / "predictions_test_best.npz", []
+    (run,) = find([path], lines.append)
+    whole = file.read_bytes()
+    assert run.predictions() is not None
+    read = 0
+    for place, bit in itertools.product(range(0, len(whole), 3), (0, 3, 6)):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << bit
+        file.write_bytes(flipped)
+        read += run.predictions() is not None
+    assert 0 < read < len(whole)  # some bits are of no account, such as times in the archive
 
 
 def tables():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from efficient_tx.commands import listed
-from efficient_tx.sweep.plan import Grid, Method, check_runs, combinations, run_name
+from efficient_tx.sweep.plan import Grid, Method, check_runs, combinations, methods_of, run_name
 from efficient_tx.sweep.tuning import final_runs, tuning_runs
 
 pytestmark = pytest.mark.quick
@@ -129,6 +129,13 @@ def test_patterns_of_a_model_with_stages_are_compared_by_stage():
     with pytest.raises(ValueError, match="have equal configs"):
         check_runs(made("softmax,vmean", "softmax,vmean,softmax"))
     check_runs(made("softmax,vmean", "softmax,vmean,vmean"))
+
+
+def test_structures_are_named_once():
+    """By --linears for all methods, or by a pattern for itself; both were three parts of an argument."""
+    assert [str(method) for method in methods_of("quickstart", ["softmax+monarch"], None)[1]] == ["softmax+monarch"]
+    with pytest.raises(ValueError, match=r"softmax.monarch.*it names structures, which linears does for all"):
+        methods_of("quickstart", ["vmean", "softmax+monarch"], ["low_rank"])
 
 
 @pytest.mark.parametrize(

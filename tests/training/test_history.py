@@ -7,7 +7,7 @@ import os
 import pytest
 
 from efficient_tx.training.errors import Gone, Refused
-from efficient_tx.training.history import History, checksum, encode
+from efficient_tx.training.history import History, checksum, copies_in, encode
 
 pytestmark = pytest.mark.quick
 
@@ -63,12 +63,15 @@ def test_a_kill_is_no_damage(path):
             for byte in content:
                 read = History(path)
                 assert (read.lines, read.damaged, read.checked) == (LINES[:number], [], True)
+                assert read.missing <= 1
                 with open(file, "ab") as end:
                     end.write(bytes([byte]))
     assert History(path).lines == LINES
     # While a run goes back, checksums may be left over.
     path.write_bytes(b"".join(texts[:1]))
-    assert (History(path).lines, History(path).damaged) == (LINES[:1], [])
+    read = History(path)
+    assert (read.lines, read.damaged, read.missing) == (LINES[:1], [], len(LINES) - 1)
+    assert read.damage == f"{len(LINES) - 1} at its end are missing"
 
 
 def test_damaged_and_missing_lines_come_from_the_checkpoint(path):
@@ -90,6 +93,21 @@ def test_damaged_and_missing_lines_come_from_the_checkpoint(path):
     flip(path.parent / "checkpoints" / "12" / "metrics.jsonl", 5, 1)
     History(path).rewind(12, path.parent / "checkpoints" / "12", said.append)
     assert path.read_bytes() == whole and "12/metrics.jsonl: line 1 is damaged; " in said.pop()
+
+
+def test_lines_that_only_copies_have_take_their_places(path):
+    whole = path.read_bytes()
+    copies = copies_in(path.parent / "checkpoints")
+    assert copies[-1].lines == LINES
+    for place in range(0, len(whole), 7):
+        flip(path, place, 1)
+        read = History(path, writer=False)
+        assert read.complete(copies) == [line for line in LINES if line not in History(path).lines]
+        assert read.lines == LINES
+        path.write_bytes(whole)
+    path.unlink()
+    read = History(path, writer=False)
+    assert read.complete(copies) == LINES == read.lines and not path.exists()
 
 
 def test_what_is_lost_is_said_and_kept_aside(path):

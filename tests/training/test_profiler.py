@@ -5,7 +5,7 @@ import re
 import jax
 import pytest
 
-from efficient_tx.report.flops import of_step
+from efficient_tx.report.flops import of_steps
 from efficient_tx.training.evaluation import prefetch
 from efficient_tx.training.profiler import Profiler
 from tests.support import toy
@@ -49,7 +49,7 @@ def test_a_step_at_several_lengths_has_at_most_so_many_operations(tmp_path, caps
 def test_a_run_says_the_operations_of_its_step():
     _, out = finished_run()
     settings = {"task.max_len": 24, "model.features": 16, "model.mlp_features": 32, "model.dropout": 0.1}
-    each = of_step(config_of("softmax", batch_size=8, **settings)) / len(jax.local_devices())
+    each = of_steps(config_of("softmax", batch_size=8, **settings))[0].operations / len(jax.local_devices())
     assert f"matrix products and solves: {each:.3g} FLOP a step" in out
     assert "  embedding " in out and "encoder.blocks.mlp " in out
 
