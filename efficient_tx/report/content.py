@@ -10,7 +10,7 @@ from efficient_tx.config import protocols
 from efficient_tx.report.budgets import at_equal
 from efficient_tx.report.flops import Costs
 from efficient_tx.report.published import Published, published
-from efficient_tx.report.runs import Method, Problem, Run, base, counts, differing, labels_of
+from efficient_tx.report.runs import Method, Problem, Run, counts, differing, labels_of
 from efficient_tx.report.statistics import holm, paired, spread
 from efficient_tx.tables import Table
 from efficient_tx.training import summary
@@ -124,7 +124,7 @@ def results(problem: Problem) -> Table:
 
 
 def published_cell(figures: Published, method: Method) -> str:
-    value = figures.ours.get(base(method.config))
+    value = figures.ours.get(method.trained)
     return NONE if value is None else f"{value:.2f} (published)"
 
 
@@ -180,7 +180,7 @@ def amount(value: float, what: str) -> str:
 def reference(problem: Problem, named: str | None) -> Method:
     """The method that others are compared with: the one that is named, else softmax, else the first."""
     chosen = [method for method in problem.methods if method.label == named]
-    plain = [method for method in problem.methods if base(method.config) == "softmax"]
+    plain = [method for method in problem.methods if method.trained == "softmax"]
     return [*chosen, *plain, *problem.methods][0]
 
 

@@ -144,6 +144,11 @@ class Method:
     def config(self) -> Mapping[str, Any]:
         return self.runs[0].config
 
+    @property
+    def trained(self) -> str:
+        """Mixers and structures, "softmax+monarch"; empty of compressed runs, which no paper trained."""
+        return "" if self.runs[0].compressed else base(self.config)
+
     def scores(self, what: str) -> list[float]:
         """A score of every finished run: `what` is "test", "last_test" or "val"."""
         return [run.summary[f"{what}_{summary.metric(run.summary)}"] for run in self.finished]
@@ -364,7 +369,7 @@ def labelled(runs: Sequence[Run]) -> list[str]:
         own = [f"{name}={run.config.get(key)}" for key, name in zip(apart, short)]
         labels.append(", ".join([base(run.config), *filter(None, [run.compressed]), *own]))
     # Such as results of one method in other layers.
-    return [label if labels.count(label) == 1 else f"{label} ({run.path.name})" for label, run in zip(labels, runs)]
+    return [label if labels.count(label) == 1 else f"{label} ({run.path})" for label, run in zip(labels, runs)]
 
 
 def counts(key: str) -> bool:

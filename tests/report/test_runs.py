@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from efficient_tx.report.budgets import at_equal
+from efficient_tx.report.content import reference
 from efficient_tx.report.published import published
 from efficient_tx.report.runs import find, problems
 from efficient_tx.training.disk import write_checked
@@ -183,7 +184,7 @@ def test_a_metrics_file_that_was_cut_shortens_no_table(grouped, tmp_path):
 
 def test_compressed_runs_are_named_by_what_made_them(tmp_path):
     """Not by the dozens of keys of their layers; results of one method that differ are told apart by their folders."""
-    write_run(tmp_path / "dense", config_of("softmax"), test=0.5)
+    write_run(tmp_path / "dense", config_of("softmax"), test=0.3)
     for name, rank, method in (("x", 2, "svd"), ("y", 3, "svd"), ("z", 1, None)):
         layer = {"name": "low_rank", "rank": rank}
         config = config_of("softmax") | {"steps": 0, "structure": {"encoder.blocks.0.mlp.up": layer}}
@@ -196,9 +197,12 @@ def test_compressed_runs_are_named_by_what_made_them(tmp_path):
     assert lines == [] and sorted(method.label for method in problem.methods) == [
         "softmax, compressed, steps=0",
         "softmax, steps=1500",
-        "softmax, svd to 0.5 of bytes, steps=0 (x)",
-        "softmax, svd to 0.5 of bytes, steps=0 (y)",
+        f"softmax, svd to 0.5 of bytes, steps=0 ({tmp_path}/x)",
+        f"softmax, svd to 0.5 of bytes, steps=0 ({tmp_path}/y)",
     ]
+    # Whatever the scores, others are compared with the dense one, and published figures are of such models.
+    assert reference(problem, None).label == "softmax, steps=1500"
+    assert {method.label for method in problem.methods if method.trained} == {"softmax, steps=1500"}
     # One that was not trained leaves the amounts of the others as they are.
     marks, found = at_equal(problem.methods, "steps", "accuracy", {})
     assert marks == [5, 10, 20] and found["softmax, steps=1500"] == [[], [0.25], [0.5]]
