@@ -35,7 +35,9 @@ def from_file(path: Path) -> Dense:
     """
     try:
         array = np.load(path)
-    except ValueError as error:
+    except OSError:
+        raise
+    except Exception as error:  # no library says which ones a damaged file raises
         raise OptionError("weight", str(path), f"it cannot be read: {error}") from None
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "fiu":
         raise OptionError("weight", str(path), "it is no matrix of real numbers: save one with numpy.save")

@@ -59,6 +59,13 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path, array, words):
     assert (caught.value.option, caught.value.value) == ("weight", str(tmp_path / "w.npy"))
 
 
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"\x93NUMPY\x01\x00\x10\x00{'descr': ((((((\n"])
+def test_a_damaged_file_is_one_line(tmp_path, content):
+    (tmp_path / "w.npy").write_bytes(content)
+    with pytest.raises(ValueError, match="it cannot be read"):
+        weights.from_file(tmp_path / "w.npy")
+
+
 @pytest.mark.slow
 def test_the_weight_trained_here_learns(monkeypatch):
     for name, value in {"IMAGES": 16, "WIDTH": 64, "STEPS": 500, "BATCH": 32, "PATCH": 8}.items():
